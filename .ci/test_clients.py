@@ -1,0 +1,951 @@
+"""The real clients against ogx.py: Claude Code, the anthropic, openai and Claude Agent SDKs.
+
+    make test-clients       installs them (.ci/clients-install) and runs this file with their Python
+
+Each test has its own scripted upstream, which is as strict as OpenAI and keeps every request, and
+its own gateway before it, both on free loopback ports, with a fresh HOME. OGX_PYTHON names another
+Python to run the gateway with, OGX_FILE another copy of it.
+"""
+
+import asyncio
+import base64
+import json
+import os
+import re
+import shlex
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional, Union
+
+import anthropic
+import claude_agent_sdk as agent_sdk
+import openai
+import pydantic
+import pytest
+from pydantic import Field
+
+pytestmark = pytest.mark.clients
+
+ROOT = Path(__file__).resolve().parents[1]
+OGX = os.environ.get("OGX_FILE", str(ROOT / "ogx.py"))
+PYTHON = os.environ.get("OGX_PYTHON", sys.executable)
+CLAUDE_BIN = ROOT / ".clients/npm/node_modules/.bin"
+KEY = "test-key-1234"
+MODEL = "openai/scripted"
+UPSTREAM_MODELS = ["text-embedding-scripted", "scripted", "scripted-mini"]
+# Keeps Claude Code from talking to anyone but the gateway: updates, telemetry, feature flags.
+OFFLINE = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1"}
+Json = dict[str, Any]
+
+
+# ======== What the upstream says ==============================================================
+
+
+@dataclass
+class Reply:
+    """One turn of the scripted model, or an error status with a text."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: list[tuple[str, Json]] = field(default_factory=list)
+    status: int = 200
+    dies: int = 0  # so many times the connection breaks halfway
+    waits_for: Optional[threading.Event] = None  # set by the test once the first piece arrived
+
+    def message(self, turn: int) -> Json:
+        calls = [
+            {"id": f"call_{turn}_{place}", "type": "function",
+             "function": {"name": name, "arguments": json.dumps(arguments)}}
+            for place, (name, arguments) in enumerate(self.calls)
+        ]
+        return {"role": "assistant", "content": self.text or None,
+                **({"reasoning_content": self.reasoning} if self.reasoning else {}),
+                **({"tool_calls": calls} if calls else {})}
+
+    def deltas(self, turn: int) -> Iterator[Json]:
+        """The message in OpenAI's pieces: a call starts with id and name, its arguments dribble."""
+        yield {"role": "assistant", "content": ""}
+        yield from ({"reasoning_content": piece} for piece in pieces(self.reasoning))
+        yield from ({"content": piece} for piece in pieces(self.text))
+        for index, call in enumerate(self.message(turn).get("tool_calls", [])):
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            start = {**call, "function": {"name": name, "arguments": ""}}
+            for part in [start, *({"function": {"arguments": piece}} for piece in pieces(arguments))]:
+                yield {"tool_calls": [{"index": index, **part}]}
+
+    @property
+    def finish_reason(self) -> str:
+        return "tool_calls" if self.calls else "stop"
+
+
+def pieces(text: str) -> list[str]:
+    return [text[at : at + 7] for at in range(0, len(text), 7)]
+
+
+USAGE = {
+    "prompt_tokens": 1234, "completion_tokens": 56, "total_tokens": 1290,
+    "prompt_tokens_details": {"cached_tokens": 1000},
+    "completion_tokens_details": {"reasoning_tokens": 0},
+}
+
+
+# ======== What the upstream refuses ===========================================================
+
+# Plain models of a chat request: OpenAI answers whatever doesn't fit them with a 400.
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Image = Annotated[str, Field(pattern=r"^(https?://|data:image/(png|jpeg|gif|webp);base64,\w)")]
+Words = Annotated[str, Field(min_length=1)]
+
+
+class Strict(pydantic.BaseModel, extra="forbid", strict=True):
+    """No unknown fields, no null where nothing says so, no string for a number."""
+
+
+class ImageUrl(Strict):
+    url: Image
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class File(Strict):
+    filename: Words
+    file_data: Annotated[str, Field(pattern=r"^data:application/pdf;base64,\w")]
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class FilePart(Strict):
+    type: Literal["file"]
+    file: File
+
+
+class CalledFunction(Strict):
+    name: Name
+    arguments: pydantic.Json[dict[str, Any]]
+
+
+class Call(Strict):
+    id: Annotated[str, Field(min_length=1, max_length=40)]
+    type: Literal["function"]
+    function: CalledFunction
+
+
+Texts = Union[str, Annotated[list[TextPart], Field(min_length=1)]]
+Parts = Union[str, Annotated[list[Union[TextPart, ImagePart, FilePart]], Field(min_length=1)]]
+
+
+class System(Strict):
+    role: Literal["system", "developer"]
+    content: Texts
+
+
+class User(Strict):
+    role: Literal["user"]
+    content: Parts
+
+
+class Assistant(Strict):
+    role: Literal["assistant"]
+    content: Optional[Texts] = None
+    tool_calls: Annotated[list[Call], Field(min_length=1)] = []
+
+    @pydantic.model_validator(mode="after")
+    def says_something(self) -> "Assistant":
+        assert self.content is not None or self.tool_calls, "content is null without tool_calls"
+        return self
+
+
+class ToolResult(Strict):
+    role: Literal["tool"]
+    tool_call_id: str
+    content: Texts
+
+
+class Schema(pydantic.BaseModel, extra="allow"):
+    type: Literal["object"]
+
+    @pydantic.model_validator(mode="after")
+    def is_plain(self) -> "Schema":
+        unfit = {"oneOf", "anyOf", "allOf", "enum", "not"} & set(self.model_extra or {})
+        assert not unfit, f"schema must not have {unfit} at the top level"
+        return self
+
+
+class Function(Strict):
+    name: Name
+    description: str = ""
+    parameters: Schema = Schema(type="object")
+    strict: bool = False
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class ChosenFunction(Strict):
+    name: Name
+
+
+class ToolChoice(Strict):
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class JsonSchema(Strict):
+    name: Name
+    schema_: Json = Field(alias="schema")
+    strict: bool = False
+    description: str = ""
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Optional[JsonSchema] = None
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class Chat(Strict):
+    model: Words
+    messages: Annotated[list[Union[System, User, Assistant, ToolResult]], Field(min_length=1)]
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] = []
+    tool_choice: Union[Literal["none", "auto", "required"], ToolChoice] = "auto"
+    parallel_tool_calls: bool = True
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    stop: Union[Words, Annotated[list[Words], Field(min_length=1, max_length=4)]] = "-"
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1
+    max_tokens: Annotated[int, Field(ge=1, le=128_000)] = 1
+    max_completion_tokens: Annotated[int, Field(ge=1, le=128_000)] = 1
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] = "none"
+    response_format: ResponseFormat = ResponseFormat(type="text")
+    metadata: dict[str, Annotated[str, Field(max_length=512)]] = {}
+    user: str = ""
+    prompt_cache_key: str = ""
+    store: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def fits_together(self) -> "Chat":
+        names = [tool.function.name for tool in self.tools]
+        given = self.model_fields_set
+        assert len(set(names)) == len(names), f"tool names must be unique: {names}"
+        assert self.tools or not given & {"tool_choice", "parallel_tool_calls"}, "no 'tools'"
+        assert self.stream or "stream_options" not in given, "'stream_options' without 'stream'"
+        assert not {"max_tokens", "max_completion_tokens"} <= given, "two limits at once"
+        if isinstance(self.tool_choice, ToolChoice):
+            assert self.tool_choice.function.name in names, "'tool_choice' names no tool"
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def answers_every_call_at_once(self) -> "Chat":
+        waiting: list[str] = []
+        for message in [*self.messages, None]:
+            if isinstance(message, ToolResult):
+                assert message.tool_call_id in waiting, "a tool message must follow its tool_calls"
+                waiting.remove(message.tool_call_id)
+            else:
+                assert not waiting, f"tool_call_ids without response messages: {waiting}"
+                calls = message.tool_calls if isinstance(message, Assistant) else []
+                waiting = [call.id for call in calls]
+        return self
+
+
+# ======== The upstream ========================================================================
+
+
+class ScriptedUpstream(socketserver.ThreadingTCPServer):
+    """An OpenAI server. `script` maps a marker to replies: the last user message that holds a
+    marker counts, each assistant turn since then takes the next reply, the last one repeats."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), UpstreamHandler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        self.script: dict[str, list[Reply]] = {}
+        self.requests: list[Json] = []
+        self.refusals: list[str] = []
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def reply(self, messages: list[Json]) -> Reply:
+        turn = 0
+        for message in reversed(messages):
+            turn += message["role"] == "assistant"
+            for marker, replies in self.script.items():
+                if message["role"] == "user" and marker in text_of(message):
+                    return replies[min(turn, len(replies) - 1)]
+        return Reply("Nothing is scripted for this.")
+
+    def seen(self, marker: str) -> list[Json]:
+        """The requests in which the user says the marker, in order."""
+        return [body for body in self.requests if any(
+            one["role"] == "user" and marker in text_of(one) for one in body["messages"]
+        )]
+
+
+class UpstreamHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: ScriptedUpstream
+
+    def do_GET(self) -> None:
+        if self.path.rstrip("/") != "/v1/models":
+            return self.refuse(404, f"Unknown request URL: GET {self.path}")
+        models = [{"id": name, "object": "model", "created": 1, "owned_by": "test"}
+                  for name in UPSTREAM_MODELS]
+        return self.answer(200, {"object": "list", "data": models})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != "/v1/chat/completions":
+            return self.refuse(404, f"Unknown request URL: POST {self.path}")
+        self.server.requests.append(body)
+        if self.headers["Authorization"] != f"Bearer {KEY}":
+            return self.refuse(401, "Incorrect API key provided.")
+        if body.get("model") not in UPSTREAM_MODELS:
+            return self.refuse(404, f"The model `{body.get('model')}` does not exist.")
+        try:
+            Chat.model_validate(body)
+        except pydantic.ValidationError as error:
+            self.server.refusals.append(str(error))
+            return self.refuse(400, str(error))
+        reply, turn = self.server.reply(body["messages"]), len(body["messages"])
+        if reply.status != 200:
+            return self.refuse(reply.status, reply.text)
+        if body.get("stream"):
+            return self.stream(body, reply, turn)
+        if reply.dies:
+            reply.dies -= 1
+            return self.hang_up()
+        choice = {"message": reply.message(turn), "finish_reason": reply.finish_reason}
+        head = self.head(body, "chat.completion")
+        return self.answer(200, {**head, "choices": [{"index": 0, **choice}], "usage": USAGE})
+
+    def stream(self, body: Json, reply: Reply, turn: int) -> None:
+        head = self.head(body, "chat.completion.chunk")
+        deltas = [*((delta, None) for delta in reply.deltas(turn)), ({}, reply.finish_reason)]
+        chunks = [{**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+                  for delta, finish in deltas]
+        if body.get("stream_options", {}).get("include_usage"):
+            chunks = [{**chunk, "usage": None} for chunk in chunks]
+            chunks.append({**head, "choices": [], "usage": USAGE})
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for at, chunk in enumerate(chunks):
+            if at == 2 and reply.waits_for:
+                reply.waits_for.wait(10)
+            if at == len(deltas) // 2 and reply.dies:
+                reply.dies -= 1
+                return self.hang_up()
+            self.send_piece(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+        self.send_piece(b"data: [DONE]\n\n")
+        return self.send_piece(b"")
+
+    def send_piece(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def head(self, body: Json, kind: str) -> Json:
+        return {"id": "chatcmpl-1", "object": kind, "created": 1, "model": body["model"]}
+
+    def refuse(self, status: int, message: str) -> None:
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+        self.answer(status, {"error": error})
+
+    def answer(self, status: int, body: Json) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+
+def text_of(message: Json) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(p.get("text", "") for p in content)
+
+
+def tool_results(body: Json) -> dict[str, str]:
+    """What the request's tool messages say, by the arguments of the call that they answer."""
+    calls = [call for message in body["messages"] for call in message.get("tool_calls") or []]
+    asked = {call["id"]: call["function"]["arguments"] for call in calls}
+    answers = [message for message in body["messages"] if message["role"] == "tool"]
+    return {asked[answer["tool_call_id"]]: text_of(answer) for answer in answers}
+
+
+def parts(body: Json, kind: str) -> list[Json]:
+    """All content parts of one kind, in order, without their wrapping."""
+    lists = [one["content"] for one in body["messages"] if isinstance(one.get("content"), list)]
+    return [part[kind] for content in lists for part in content if part["type"] == kind]
+
+
+# ======== The gateway =========================================================================
+
+
+@dataclass
+class Gateway:
+    url: str
+    project: Path
+    environment: dict[str, str]
+
+    def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            command, cwd=self.project, env=self.environment, timeout=90,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        )
+
+    def connect(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        port = self.url.rsplit(":", 1)[1]
+        return self.run(PYTHON, OGX, "connect", "claude", "--port", port, *arguments)
+
+    def claude(self, prompt: str, *flags: str) -> "subprocess.CompletedProcess[str]":
+        return self.connect("--model", MODEL, "--", "-p", prompt, *flags)
+
+    def ask(self, prompt: str, *flags: str) -> Json:
+        """Claude Code's JSON result of a run that must succeed."""
+        done = self.claude(prompt, *flags, "--output-format", "json")
+        assert done.returncode == 0, done.stdout + done.stderr
+        result: Json = json.loads(done.stdout)
+        assert result["subtype"] == "success" and not result["is_error"], result
+        return result
+
+
+@pytest.fixture
+def upstream() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream() as server:
+        yield server
+        server.shutdown()
+    assert server.refusals == [], "the gateway sent what OpenAI refuses"
+
+
+@pytest.fixture
+def gateway(upstream, tmp_path, monkeypatch) -> Iterator[Gateway]:
+    for name in list(os.environ):
+        if re.match(r"(?i)anthropic|openai|claude|.*_proxy$", name):
+            monkeypatch.delenv(name)
+    for folder in ("home", "project"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = f"{CLAUDE_BIN}:{os.environ['PATH']}"
+    environment = {"PATH": path, "HOME": os.environ["HOME"], "LANG": "C.UTF-8", **OFFLINE}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    log = tmp_path / "gateway.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [PYTHON, OGX, "run", "--port", url.rsplit(":", 1)[1]], cwd=tmp_path, stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**environment, "OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url},
+        )
+    try:
+        wait_until_healthy(url, process, log)
+        yield Gateway(url, tmp_path / "project", environment)
+    finally:
+        process.terminate()
+        process.wait(10)
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def wait_until_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    give_up = time.monotonic() + 10
+    while True:
+        try:
+            return opener.open(f"{url}/v1/health", timeout=2).close()
+        except OSError:
+            alive = process.poll() is None and time.monotonic() < give_up
+            assert alive, f"no gateway:\n{log.read_text()}"
+            time.sleep(0.02)
+
+
+# ======== Claude Code =========================================================================
+
+
+class TestClaudeCode:
+    def test_answers_a_question(self, gateway, upstream):
+        upstream.script = {"What is 2+2?": [Reply("It is **4**.")]}
+        result = gateway.ask("What is 2+2?")
+        assert result["result"] == "It is **4**."
+        usage = result["usage"]
+        assert (usage["input_tokens"], usage["cache_read_input_tokens"]) == (234, 1000)
+        assert usage["output_tokens"] == 56
+        (body,) = upstream.requests
+        assert body["model"] == "scripted" and body["stream"] is True
+        assert body["messages"][0]["role"] in ("system", "developer")
+        assert {"Bash", "Edit", "Read", "Write"} <= {one["function"]["name"] for one in body["tools"]}
+        assert "x-anthropic-billing-header" not in json.dumps(body)
+
+    def test_takes_the_first_language_model_when_none_is_named(self, gateway, upstream):
+        upstream.script = {"Anyone there?": [Reply("Yes, here.")]}
+        done = gateway.connect("--", "-p", "Anyone there?")
+        assert (done.returncode, done.stdout) == (0, "Yes, here.\n"), done.stderr
+        assert upstream.requests[-1]["model"] == "scripted"
+
+    @pytest.mark.parametrize(("name", "expected"), [
+        ("haiku", "scripted-mini"), ("claude-haiku-4-5-20251001", "scripted-mini"),
+        ("opus", "scripted"), ("claude-sonnet-4-5", "scripted"), (MODEL + "-mini", "scripted-mini"),
+    ])
+    def test_finds_a_model_under_claudes_names(self, gateway, upstream, name, expected):
+        upstream.script = {"Hello": [Reply("Good day.")]}
+        tiers = ["--model", MODEL, "--haiku-model", MODEL + "-mini"]
+        done = gateway.connect(*tiers, "--", "--model", name, "-p", "Hello")
+        assert (done.returncode, done.stdout) == (0, "Good day.\n"), done.stderr
+        assert upstream.requests[-1]["model"] == expected
+
+    def test_works_in_a_shell_that_took_over_the_environment(self, gateway, upstream):
+        upstream.script = {"Hello": [Reply("Good day.")]}
+        port = gateway.url.rsplit(":", 1)[1]
+        words = [PYTHON, OGX, "connect", "claude", "--print-env", "--port", port, "--model", MODEL]
+        done = gateway.run("bash", "-c", f'eval "$({shlex.join(words)})" && claude -p Hello')
+        assert (done.returncode, done.stdout) == (0, "Good day.\n"), done.stderr
+
+    def test_runs_a_shell_command_and_shows_the_model_its_output(self, gateway, upstream):
+        call = ("Bash", {"command": "echo $((6*7))-from-the-shell", "description": "Compute"})
+        upstream.script = {"Run it": [Reply("On it.", calls=[call]), Reply("The shell says 42.")]}
+        assert gateway.ask("Run it", "--allowedTools", "Bash")["result"] == "The shell says 42."
+        *_, assistant, result = upstream.requests[-1]["messages"]
+        assert assistant["content"] == "On it." and text_of(result) == "42-from-the-shell"
+        assert json.loads(assistant["tool_calls"][0]["function"]["arguments"]) == call[1]
+
+    def test_writes_a_file_and_edits_it(self, gateway, upstream):
+        path = gateway.project / "hello.py"
+        first, final = 'print("héllo")\n', 'print("wörld \\"2\\" \U0001f600")\n'
+        edit = {"file_path": str(path), "old_string": first, "new_string": final}
+        upstream.script = {"Make it": [
+            Reply(calls=[("Write", {"file_path": str(path), "content": first})]),
+            Reply(calls=[("Edit", edit)]),
+            Reply("Done."),
+        ]}
+        assert gateway.ask("Make it", "--permission-mode", "acceptEdits")["result"] == "Done."
+        assert path.read_text(encoding="utf-8") == final
+        assert len(tool_results(upstream.requests[-1])) == 2
+
+    def test_runs_parallel_tool_calls(self, gateway, upstream):
+        calls = [("Bash", {"command": f"echo {word}"}) for word in ("first", "second")]
+        upstream.script = {"Both": [Reply(calls=calls), Reply("Two results.")]}
+        assert gateway.ask("Both", "--allowedTools", "Bash")["result"] == "Two results."
+        results = {json.loads(asked)["command"]: said
+                   for asked, said in tool_results(upstream.requests[-1]).items()}
+        assert results == {"echo first": "first", "echo second": "second"}
+        assert len(upstream.requests[-1]["messages"][-3]["tool_calls"]) == 2
+
+    def test_continues_the_last_conversation(self, gateway, upstream):
+        upstream.script = {"I have a dog": [Reply("Nice.")], "Its name?": [Reply("No idea.")]}
+        gateway.ask("I have a dog")
+        assert gateway.ask("Its name?", "--continue")["result"] == "No idea."
+        told = [(one["role"], text_of(one)) for one in upstream.requests[-1]["messages"]]
+        spoken = [role for role, text in told if re.search("I have a dog|^Nice.$|Its name", text)]
+        assert spoken == ["user", "assistant", "user"]
+
+    def test_shows_the_model_an_image(self, gateway, upstream):
+        image = gateway.project / "red.png"
+        image.write_bytes(png(4, 4, b"\xff\x00\x00"))
+        read = Reply(calls=[("Read", {"file_path": str(image)})])
+        upstream.script = {"Look": [read, Reply("It is red.")]}
+        assert gateway.ask("Look")["result"] == "It is red."
+        (part,) = parts(upstream.requests[-1], "image_url")
+        head, data = part["url"].split(",", 1)
+        assert head == "data:image/png;base64"
+        assert base64.b64decode(data) == image.read_bytes()
+
+    def test_shows_the_model_a_pdf(self, gateway, upstream):
+        document = gateway.project / "page.pdf"
+        document.write_bytes(pdf("Hello from a page"))
+        read = Reply(calls=[("Read", {"file_path": str(document)})])
+        upstream.script = {"Read it": [read, Reply("It greets.")]}
+        assert gateway.ask("Read it")["result"] == "It greets."
+        (part,) = parts(upstream.requests[-1], "file")
+        head, data = part["file_data"].split(",", 1)
+        assert head == "data:application/pdf;base64" and part["filename"].endswith(".pdf")
+        assert base64.b64decode(data) == document.read_bytes()
+
+    def test_sends_a_subagent(self, gateway, upstream):
+        errand = {"description": "Find out", "prompt": "SUBTASK: say hi", "model": "haiku",
+                  "subagent_type": "general-purpose", "run_in_background": False}
+        upstream.script = {
+            "Delegate": [Reply(calls=[("Agent", errand)]), Reply("My agent said hi.")],
+            "SUBTASK": [Reply("Hi from the agent.")],
+        }
+        assert gateway.ask("Delegate", "--allowedTools", "Agent")["result"] == "My agent said hi."
+        assert len(upstream.seen("SUBTASK")) == 1
+        (result,) = tool_results(upstream.seen("Delegate")[-1]).values()
+        assert "Hi from the agent." in result
+
+    def test_shows_the_thinking(self, gateway, upstream):
+        look = [("Bash", {"command": "echo seen"})]
+        upstream.script = {"Think": [
+            Reply("So I look.", reasoning="Let me ponder this.", calls=look),
+            Reply("Thought through."),
+        ]}
+        shown = ["--output-format", "stream-json", "--verbose", "--allowedTools", "Bash"]
+        done = gateway.claude("Think", *shown)
+        assert done.returncode == 0, done.stdout + done.stderr
+        events = [json.loads(line) for line in done.stdout.splitlines()]
+        messages = [event["message"] for event in events if event["type"] == "assistant"]
+        blocks = [block for message in messages for block in message["content"]]
+        assert [block["type"] for block in blocks] == ["thinking", "text", "tool_use", "text"]
+        assert blocks[0]["thinking"] == "Let me ponder this."
+        assert events[-1]["result"] == "Thought through."
+
+    def test_gives_a_structured_answer(self, gateway, upstream):
+        schema = {"type": "object", "properties": {"answer": {"type": "integer"}}}
+        given = Reply(calls=[("StructuredOutput", {"answer": 4})])
+        upstream.script = {"Count": [given, Reply("Given.")]}
+        result = gateway.ask("Count", "--json-schema", json.dumps(schema))
+        assert result["structured_output"] == {"answer": 4}
+        tools = [one["function"] for one in upstream.requests[0]["tools"]]
+        (tool,) = [one for one in tools if one["name"] == "StructuredOutput"]
+        assert tool["parameters"]["properties"] == schema["properties"]
+
+    def test_passes_the_exit_code_on(self, gateway):
+        version = gateway.connect("--model", MODEL, "--", "--version")
+        assert version.returncode == 0 and "Claude Code" in version.stdout
+        assert gateway.connect("--model", MODEL, "--", "--no-such-flag").returncode == 1
+
+    def test_reports_a_refused_key_at_once(self, gateway, upstream):
+        upstream.script = {"Hello": [Reply("Your key was revoked on Tuesday.", status=401)]}
+        began, done = time.monotonic(), gateway.claude("Hello")
+        assert done.returncode == 1
+        assert "Your key was revoked on Tuesday." in done.stdout + done.stderr
+        assert len(upstream.requests) <= 2 and time.monotonic() - began < 20
+
+    def test_does_not_take_a_broken_answer_for_a_whole_one(self, gateway, upstream):
+        gateway.environment["CLAUDE_CODE_MAX_RETRIES"] = "2"  # instead of 10, which take minutes
+        upstream.script = {"Tell me": [Reply("This breaks off in the middle of it.", dies=99)]}
+        done = gateway.claude("Tell me", "--output-format", "json")
+        assert done.returncode == 1, done.stdout
+        assert json.loads(done.stdout)["is_error"] is True
+
+    def test_goes_on_after_an_answer_that_broke_off_once(self, gateway, upstream):
+        # The client either asks for the rest of what it has or asks the whole again.
+        broken = Reply("This breaks off in the middle of it, but ends well.", dies=1)
+        upstream.script = {"Tell me": [broken, Reply("but ends well.")]}
+        assert gateway.ask("Tell me")["result"].endswith("but ends well.")
+
+
+def png(width: int, height: int, pixel: bytes) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return len(data).to_bytes(4, "big") + kind + data + checksum.to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
+    rows = zlib.compress((b"\x00" + pixel * width) * height)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def pdf(text: str) -> bytes:
+    drawing = f"BT /F1 24 Tf 72 700 Td ({text}) Tj ET"
+    font = "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
+        f"/Resources << /Font << /F1 {font} >> >> >>",
+        f"<< /Length {len(drawing)} >>\nstream\n{drawing}\nendstream",
+    ]
+    out, table = "%PDF-1.4\n", "0000000000 65535 f \n"
+    for number, content in enumerate(objects, 1):
+        table += f"{len(out):010} 00000 n \n"
+        out += f"{number} 0 obj\n{content}\nendobj\n"
+    trailer = f"trailer\n<< /Size 5 /Root 1 0 R >>\nstartxref\n{len(out)}\n%%EOF\n"
+    return f"{out}xref\n0 5\n{table}{trailer}".encode()
+
+
+# ======== The anthropic SDK ===================================================================
+
+WEATHER: Json = {
+    "name": "weather", "description": "The weather in a city.",
+    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+USER = {"role": "user", "content": "Hello there"}
+ASK: Json = {"model": MODEL, "max_tokens": 100, "messages": [USER]}
+
+
+class City(pydantic.BaseModel):
+    name: str
+    people: int
+
+
+@pytest.fixture
+def sdk(gateway) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=gateway.url, api_key="any", max_retries=0) as client:
+        yield client
+
+
+def valid(answer: Any) -> Any:
+    """The answer, once its own model has found it complete and has nothing to warn about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        type(answer).model_validate(answer.model_dump(mode="json"))
+    return answer
+
+
+def counts(usage: Any) -> tuple[int, int, int]:
+    return usage.input_tokens, usage.cache_read_input_tokens, usage.output_tokens
+
+
+class TestAnthropicSdk:
+    def test_creates_a_message(self, sdk, upstream):
+        upstream.script = {"Hello": [Reply("Good day.")]}
+        message = valid(sdk.messages.create(**ASK, system="Be kind.", stop_sequences=["END"]))
+        assert [block.text for block in message.content] == ["Good day."]
+        assert (message.stop_reason, message.model) == ("end_turn", MODEL)
+        assert counts(message.usage) == (234, 1000, 56)
+        (body,) = upstream.requests
+        assert [text_of(one) for one in body["messages"]] == ["Be kind.", "Hello there"]
+        assert body["stop"] == ["END"]
+        assert 100 in (body.get("max_tokens"), body.get("max_completion_tokens"))
+
+    def test_streams_a_message_piece_by_piece(self, sdk, upstream):
+        arrived = threading.Event()
+        upstream.script = {"Hello": [Reply("Good day to you all.", waits_for=arrived)]}
+        with sdk.messages.stream(**ASK) as stream:
+            texts = iter(stream.text_stream)
+            began, first = time.monotonic(), next(texts)
+            assert first == "Good da" and time.monotonic() - began < 5, "it was held back"
+            arrived.set()
+            assert first + "".join(texts) == "Good day to you all."
+            message = valid(stream.get_final_message())
+        assert counts(message.usage) == (234, 1000, 56) and message.stop_reason == "end_turn"
+
+    def test_streams_thinking_and_parallel_tool_calls(self, sdk, upstream):
+        calls = [("weather", {"city": "Oslo"}), ("weather", {"city": 'Bergen "west"'})]
+        upstream.script = {"Hello": [Reply("I look.", reasoning="Two cities.", calls=calls)]}
+        with sdk.messages.stream(**ASK, tools=[WEATHER]) as stream:
+            message = valid(stream.get_final_message())
+        thinking, text, *uses = message.content
+        assert (thinking.thinking, text.text) == ("Two cities.", "I look.")
+        assert [(use.name, use.input) for use in uses] == calls
+        assert message.stop_reason == "tool_use"
+
+    def test_loops_over_a_tool_by_hand(self, sdk, upstream):
+        script = [Reply(calls=[("weather", {"city": "Oslo"})]), Reply("Rain in Oslo.")]
+        upstream.script = {"Hello": script}
+        first = sdk.messages.create(**ASK, tools=[WEATHER], tool_choice={"type": "any"})
+        (use,) = valid(first).content
+        assert (first.stop_reason, use.type, use.input) == ("tool_use", "tool_use", {"city": "Oslo"})
+        result = {"type": "tool_result", "tool_use_id": use.id, "content": "rain"}
+        turns = [{"role": "assistant", "content": first.content},
+                 {"role": "user", "content": [result]}]
+        one_by_one = {"type": "auto", "disable_parallel_tool_use": True}
+        last = sdk.messages.create(
+            **{**ASK, "messages": [USER, *turns]}, tools=[WEATHER], tool_choice=one_by_one
+        )
+        assert last.content[0].text == "Rain in Oslo."
+        assert upstream.requests[0]["tool_choice"] == "required"
+        assert upstream.requests[1]["parallel_tool_calls"] is False
+        assert list(tool_results(upstream.requests[1]).values()) == ["rain"]
+
+    @pytest.mark.parametrize("streams", [False, True])
+    def test_runs_tools_by_itself(self, sdk, upstream, streams):
+        @anthropic.beta_tool
+        def weather(city: str) -> str:
+            """The weather in a city."""
+            return f"snow in {city}"
+
+        upstream.script = {"Hello": [Reply(calls=[("weather", {"city": "Oslo"})]), Reply("Snow.")]}
+        runner = sdk.beta.messages.tool_runner(**ASK, tools=[weather], stream=streams)
+        assert [block.text for block in runner.until_done().content] == ["Snow."]
+        last = upstream.requests[-1]
+        assert [one["role"] for one in last["messages"]] == ["user", "assistant", "tool"]
+        assert list(tool_results(last).values()) == ["snow in Oslo"]
+
+    def test_counts_tokens_without_asking_the_model(self, sdk, upstream):
+        few = valid(sdk.messages.count_tokens(model=MODEL, messages=[USER])).input_tokens
+        long = [{"role": "user", "content": "Hello there, how are you? " * 200}]
+        many = sdk.messages.count_tokens(model=MODEL, messages=long, tools=[WEATHER]).input_tokens
+        assert 1 <= few <= 50 and 600 <= many <= 4000
+        assert upstream.requests == []
+
+    def test_lists_models_whole_and_in_pages(self, sdk):
+        whole = [valid(model).id for model in sdk.models.list()]
+        assert [model.id for model in sdk.models.list(limit=1)] == whole
+        assert {MODEL, MODEL + "-mini"} <= set(whole) and len(set(whole)) == len(whole)
+        page = sdk.models.list(limit=1)
+        assert page.has_more and page.first_id == page.last_id == whole[0]
+        assert sdk.models.list(after_id=whole[0], limit=1).data[0].id == whole[1]
+        assert sdk.models.list(before_id=whole[1], limit=1).data[0].id == whole[0]
+
+    def test_retrieves_a_model_whose_id_holds_a_slash(self, sdk):
+        model = valid(sdk.models.retrieve(MODEL))
+        assert (model.id, model.type) == (MODEL, "model") and model.display_name
+        with pytest.raises(anthropic.NotFoundError, match="openai/nope"):
+            sdk.models.retrieve("openai/nope")
+
+    def test_parses_structured_output(self, sdk, upstream):
+        upstream.script = {"Hello": [Reply('{"name": "Oslo", "people": 700000}')]}
+        message = sdk.messages.parse(**ASK, output_format=City)
+        assert message.parsed_output == City(name="Oslo", people=700000)
+        schema = upstream.requests[0]["response_format"]["json_schema"]["schema"]
+        assert set(schema["properties"]) == {"name", "people"}
+
+    def test_tells_the_gateways_refusals_by_class(self, sdk, upstream):
+        with pytest.raises(anthropic.NotFoundError, match="openai/nope") as unknown:
+            sdk.messages.create(**{**ASK, "model": "openai/nope"})
+        assert unknown.value.request_id
+        assert unknown.value.body["error"]["type"] == "not_found_error"
+        for messages in ([], [{"role": "robot", "content": "x"}],
+                         [{"role": "user", "content": [{"type": "sound"}]}]):
+            with pytest.raises(anthropic.BadRequestError, match="messages"):
+                sdk.messages.create(**{**ASK, "messages": messages})
+        with pytest.raises(anthropic.NotFoundError):
+            sdk.messages.batches.list()
+        assert upstream.requests == []
+
+    @pytest.mark.parametrize(("status", "expected"), [
+        (400, anthropic.BadRequestError), (401, anthropic.AuthenticationError),
+        (403, anthropic.PermissionDeniedError), (429, anthropic.RateLimitError),
+        (500, anthropic.InternalServerError),
+    ])
+    def test_tells_the_upstreams_refusals_in_its_words(self, sdk, upstream, status, expected):
+        upstream.script = {"Hello": [Reply("No, said the upstream.", status=status)]}
+        with pytest.raises(expected, match="No, said the upstream.") as refusal:
+            sdk.messages.create(**ASK)
+        assert refusal.value.status_code == status
+        with pytest.raises(expected), sdk.messages.stream(**ASK) as stream:
+            stream.get_final_message()
+
+    def test_raises_when_the_upstream_dies_midway(self, sdk, upstream):
+        upstream.script = {"Hello": [Reply("This breaks off in the middle.", dies=99)]}
+        with pytest.raises(anthropic.APIError), sdk.messages.stream(**ASK) as stream:
+            stream.get_final_message()
+        with pytest.raises(anthropic.APIStatusError):
+            sdk.messages.create(**ASK)
+
+    def test_does_it_asynchronously(self, gateway, upstream):
+        async def session() -> None:
+            options: Json = {"base_url": gateway.url, "auth_token": "any", "max_retries": 0}
+            async with anthropic.AsyncAnthropic(**options) as sdk:
+                async with sdk.messages.stream(**ASK) as stream:
+                    assert "".join([text async for text in stream.text_stream]) == "Good day."
+                answers = await asyncio.gather(*(sdk.messages.create(**ASK) for _ in range(8)))
+                assert {valid(answer).content[0].text for answer in answers} == {"Good day."}
+                assert MODEL in [model.id async for model in sdk.models.list(limit=1)]
+                assert (await sdk.models.retrieve(MODEL)).id == MODEL
+                counted = await sdk.messages.count_tokens(model=MODEL, messages=[USER])
+                assert counted.input_tokens > 0
+                with pytest.raises(anthropic.NotFoundError):
+                    await sdk.messages.create(**{**ASK, "model": "nope"})
+
+        upstream.script = {"Hello": [Reply("Good day.")]}
+        asyncio.run(session())
+        assert len(upstream.requests) == 9
+
+
+# ======== The openai SDK ======================================================================
+
+
+class TestOpenaiSdk:
+    def test_reads_the_same_model_list(self, gateway, sdk):
+        client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=0)
+        models = [valid(model) for model in client.models.list()]
+        ids = {model.id for model in sdk.models.list(limit=1000)}
+        assert {model.id for model in models} == ids
+        assert all(model.object == "model" and model.owned_by for model in models)
+        assert valid(client.models.retrieve(MODEL)).id == MODEL
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("openai/nope")
+
+    def test_finds_the_scripted_upstream_like_openai(self, upstream):
+        client = openai.OpenAI(base_url=upstream.url, api_key=KEY, max_retries=0)
+        ask: Json = {"model": "scripted", "messages": [USER]}
+        upstream.script = {"Hello": [Reply("One.", reasoning="Hm.", calls=[("f", {"x": 1})])]}
+        answer = client.chat.completions.create(**ask)
+        assert answer.choices[0].message.tool_calls[0].function.arguments == '{"x": 1}'
+        with client.chat.completions.stream(**ask, stream_options={"include_usage": True}) as stream:
+            streamed = stream.get_final_completion()
+        assert streamed.choices[0].message.content == "One."
+        assert streamed.choices[0].message.tool_calls[0].function.arguments == '{"x": 1}'
+        assert streamed.choices[0].finish_reason == "tool_calls"
+        assert streamed.usage.prompt_tokens == 1234
+
+    def test_finds_the_scripted_upstream_as_strict_as_openai(self, upstream):
+        call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        asks = {"role": "assistant", "tool_calls": [call]}
+        result = {"role": "tool", "tool_call_id": "c1", "content": "done"}
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+        tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+        user: Json = {"messages": [USER]}
+        good: Json = {"messages": [USER, asks, result], "tools": [tool], "tool_choice": "auto"}
+        client = openai.OpenAI(base_url=upstream.url, api_key=KEY, max_retries=0)
+        client.chat.completions.create(model="scripted", **good)
+        for bad in (
+            {"messages": [{"role": "robot", "content": ""}]},
+            {"messages": [USER, asks]},
+            {"messages": [USER, asks, USER, result]},
+            {"messages": [USER, asks, {**result, "content": [image]}]},
+            {"messages": [USER, {"role": "assistant", "content": None}]},
+            {"messages": [{**USER, "cache_control": {}}]},
+            {**user, "tools": []},
+            {**user, "tool_choice": "auto"},
+            {**user, "tools": [{"type": "function", "function": {"name": "a.b"}}]},
+            {**user, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+            {**user, "stop": list("abcde")},
+            {**user, "extra_body": {"thinking": {"type": "adaptive"}}},
+        ):
+            with pytest.raises(openai.BadRequestError):
+                client.chat.completions.create(model="scripted", **bad)
+        assert len(upstream.refusals) == 12
+        upstream.refusals.clear()
+
+
+# ======== The Claude Agent SDK ================================================================
+
+
+class TestAgentSdk:
+    def test_answers_a_query(self, gateway, upstream):
+        upstream.script = {"Hello": [Reply("Good day.")]}
+        result = last_message(gateway, "Hello")
+        assert (result.result, result.is_error) == ("Good day.", False)
+        assert upstream.requests[-1]["model"] == "scripted"
+
+    def test_uses_a_tool(self, gateway, upstream):
+        call = ("Bash", {"command": "echo from-the-agent"})
+        upstream.script = {"Hello": [Reply(calls=[call]), Reply("I ran it.")]}
+        assert last_message(gateway, "Hello", allowed_tools=["Bash"]).result == "I ran it."
+        assert list(tool_results(upstream.requests[-1]).values()) == ["from-the-agent"]
+
+
+def last_message(gateway: Gateway, prompt: str, **more: Any) -> Any:
+    environment = {"ANTHROPIC_BASE_URL": gateway.url, "ANTHROPIC_AUTH_TOKEN": "any", **OFFLINE}
+    options = agent_sdk.ClaudeAgentOptions(
+        model=MODEL, env=environment, cwd=gateway.project, **more
+    )
+
+    async def messages() -> list[Any]:
+        return [message async for message in agent_sdk.query(prompt=prompt, options=options)]
+
+    return asyncio.run(asyncio.wait_for(messages(), 90))[-1]

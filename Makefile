@@ -1,0 +1,35 @@
+# make test           the tests; needs only Python and pytest, which it fetches when missing
+# make test-clients   the real Claude Code and SDKs against a scripted upstream
+# make lint           ruff and mypy
+# make bench          speed, side by side with the upstream itself
+# make starter        write starter.json from the built-in configuration
+
+PYTHON ?= python3
+TOOLS = .dev
+
+.PHONY: test test-clients lint bench starter clean
+
+test:
+	@.ci/pytest $(PYTHON) test_ogx.py $(ARGS)
+
+test-clients:
+	@.ci/clients-install $(PYTHON)
+	@.clients/venv/bin/python -m pytest -m clients .ci/test_clients.py $(ARGS)
+
+lint: $(TOOLS)/lint/done
+	$(TOOLS)/lint/bin/ruff check ogx.py test_ogx.py .ci
+	$(TOOLS)/lint/bin/mypy ogx.py
+
+$(TOOLS)/lint/done:
+	$(PYTHON) -m venv $(TOOLS)/lint
+	$(TOOLS)/lint/bin/python -m pip install -q ruff mypy
+	@touch $@
+
+bench:
+	$(PYTHON) .ci/bench.py $(ARGS)
+
+starter:
+	$(PYTHON) .ci/starter.py > starter.json
+
+clean:
+	rm -rf $(TOOLS) .clients .pytest_cache .ruff_cache __pycache__ .ci/__pycache__

@@ -1,0 +1,3545 @@
+#!/usr/bin/env python3
+"""ogx.py: run Claude Code, and every Anthropic SDK program, on any model.
+
+    export OPENAI_API_KEY=...        # or VLLM_URL, OLLAMA_URL, GROQ_API_KEY, ...
+    python3 ogx.py run               # serves the Anthropic Messages API on 127.0.0.1:8321
+    python3 ogx.py connect claude    # in a second terminal: Claude Code on your models
+
+One file, the standard library alone, Python 3.9 or newer. Importing it has no effect;
+`main([...])` returns an exit code, and several gateways can run in one process.
+
+    Claude Code --HTTP--> Server --> Gateway --> Dialect.request --> Upstream --HTTP--> provider
+                                        |           (pure)            (I/O)                |
+                                     Registry                                              |
+                                   (which model?)                                          |
+    Claude Code <--SSE--- Server <-- Gateway <-- Dialect.translator <-- bytes, frames <----+
+                                                    (pure)
+
+Anthropic's words are message, block and event; OpenAI's are completion, choice, delta and
+chunk; a name tells by its noun which protocol it speaks. Sections refer only upward:
+
+    Errors         one exception type; an upstream's error body in all its shapes
+    Providers      one row of data per kind of provider
+    Config         starter.json, or a file like it, and ${env.VAR:=default}
+    Registry       models, aliases and tiers: which provider serves an id
+    Requests       check a Messages request; what all dialects share
+    Events         build, write, read and fold Anthropic events
+    Chat           OpenAI Chat Completions: request there, chunks back
+    Responses      the table of dialects
+    Tokens         estimate token counts
+    Remedies       what an upstream's refusal teaches
+    Store          what was learned, kept for the next request
+    Upstream       connections to providers
+    Gateway        one function per endpoint, from request to reply
+    Server         HTTP for the clients
+    Connect        launch Claude Code with the right environment
+    Command line   flags and main
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import http.client
+import http.server
+import ipaddress
+import json
+import logging
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import ssl
+import sys
+import textwrap
+import threading
+import time
+import urllib.parse
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, ClassVar
+
+__version__ = "0.1.0"
+
+Json = dict[str, Any]  # an object on the wire, as json.loads gives it
+log = logging.getLogger("ogx")
+
+# ======== Errors =============================================================================
+# One exception type carries what the client is told; it is caught at three edges: the HTTP
+# handler, the stream writer and main. An upstream's words are kept and its origin added.
+
+ERROR_TYPES = {  # Anthropic's error types by status (OpenAPI of the Messages API; gateway contract)
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    501: "not_supported",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
+
+
+class OgxError(Exception):
+    """A failure told to the client: HTTP status, Anthropic error type, message, headers."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        error_type: str = "",
+        headers: Mapping[str, str] | None = None,
+        details: Json | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = error_type or ERROR_TYPES.get(
+            status, "invalid_request_error" if 400 <= status < 500 else "api_error"
+        )
+        self.headers = dict(headers or {})
+        self.details = details
+
+    def body(self, request_id: str) -> Json:
+        """Anthropic's error object: {"type": "error", "error": {...}, "request_id": ...}."""
+        error: Json = {"type": self.type, "message": self.message}
+        if self.details:
+            error["details"] = self.details
+        return {"type": "error", "error": error, "request_id": request_id}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What an upstream said when it refused: its words and the fields remedies look at."""
+
+    status: int
+    message: str
+    code: str = ""
+    param: str = ""
+
+
+def refusal_from_body(status: int, body: bytes) -> Refusal:
+    """The refusal in an error body of any provider (shapes: OpenAI's object, vLLM's string,
+    Gemini's list, Mistral's bare object, FastAPI's `detail`, HTML or plain text)."""
+    text = body[:100_000].decode("utf-8", "replace").strip()
+    try:
+        node: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return Refusal(status, readable_text(text) or http.client.responses.get(status, "no words"))
+    if isinstance(node, list) and node:
+        node = node[0]
+    fields = node if isinstance(node, dict) else {"message": node}
+    inner = fields.get("error")
+    if isinstance(inner, dict):
+        fields = inner
+    words = fields.get("message") or fields.get("detail") or inner or text
+    if not isinstance(words, str):
+        words = json.dumps(words)
+    code = fields.get("code") or fields.get("type") or ""
+    return Refusal(status, words, str(code), str(fields.get("param") or ""))
+
+
+def readable_text(text: str) -> str:
+    """Plain words of an error page: the title of an HTML page, else the text, in 500 characters."""
+    if "<html" in text[:1000].lower() or text[:9].lower() == "<!doctype":
+        title = re.search(r"<title[^>]*>(.*?)</title>", text, re.I | re.S)
+        body = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]+>", " ", text)
+        return "an HTML page: " + " ".join((title.group(1) if title else body).split())[:300]
+    return " ".join(text.split())[:500]
+
+
+def upstream_error(
+    refusal: Refusal, origin: str, headers: Mapping[str, str], secret: str = ""
+) -> OgxError:
+    """The error a client gets for an upstream's refusal: same status, the upstream's own words,
+    then `(from ORIGIN)`. The secret never appears; `retry-after` is passed on; what can't get
+    better by itself says so, since Claude Code would retry it for minutes."""
+    words = refusal.message.replace(secret, "***") if secret else refusal.message
+    told = {k: headers[k] for k in ("retry-after",) if k in headers}
+    status, kind = refusal.status, ""
+    if status == 429 and "quota" in refusal.code:
+        kind = "billing_error"
+    if kind or status in (401, 402, 403):
+        told["x-should-retry"] = "false"
+    if status < 400:
+        status = 502
+    return OgxError(status, f"{words} (from {origin})", kind, told)
+
+
+# ======== Providers ==========================================================================
+# One row per kind of provider. Code asks a row for its fields and never for its name. To add a
+# provider: a row here, its line in starter.json (`make starter` writes it), a row in the tests.
+
+
+@dataclass(frozen=True)
+class ProviderKind:
+    """A kind of provider; the defaults describe the OpenAI format as most servers speak it."""
+
+    name: str
+    base_url: str = ""  # with the version segment; empty: the user must give one
+    key_vars: tuple[str, ...] = ()  # environment variables with the key; the first set one counts
+    url_vars: tuple[str, ...] = ()
+    enabled_by: str = "key"  # "key" or "url": the variable that switches the starter's line on
+    dialect: str = "chat"
+    max_tokens_field: str = "max_tokens"
+    system_anywhere: bool = False  # takes a system message after the first user message
+    files: bool = False  # takes `file` parts (PDF)
+    top_k: bool = False
+    reasoning_echo: str = ""  # field of assistant messages that must carry the reasoning back
+    stream_above: int = 0  # refuses larger output limits unless streamed
+    max_stop: int = 4
+    local_port: int = 0  # where `run` looks for it when nothing is configured
+    identity: tuple[str, str] = ("", "")  # a path, and what only this server answers there
+
+
+PROVIDER_KINDS = {
+    kind.name: kind
+    for kind in (
+        ProviderKind("ollama", "http://localhost:11434/v1", ("OLLAMA_API_KEY",), ("OLLAMA_URL",),
+                     enabled_by="url", local_port=11434, identity=("/", "Ollama is running")),
+        ProviderKind("vllm", "", ("VLLM_API_TOKEN",), ("VLLM_URL",), enabled_by="url",
+                     top_k=True, local_port=8000, identity=("/v1/models", '"owned_by":"vllm"')),
+        ProviderKind("lm-studio", "http://localhost:1234/v1", ("LM_STUDIO_API_KEY",),
+                     ("LM_STUDIO_URL",), enabled_by="url", local_port=1234,
+                     identity=("/lmstudio-greeting", '"lmstudio":true')),
+        ProviderKind("llama-cpp", "http://localhost:8080/v1", ("LLAMA_API_KEY",),
+                     ("LLAMA_CPP_URL",), enabled_by="url", top_k=True, local_port=8080,
+                     identity=("/v1/models", '"owned_by":"llamacpp"')),
+        ProviderKind("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",),
+                     ("OPENAI_BASE_URL",), max_tokens_field="max_completion_tokens",
+                     system_anywhere=True, files=True),
+        ProviderKind("fireworks", "https://api.fireworks.ai/inference/v1",
+                     ("FIREWORKS_API_KEY",), ("FIREWORKS_BASE_URL",), top_k=True,
+                     stream_above=4096),
+        ProviderKind("together", "https://api.together.ai/v1", ("TOGETHER_API_KEY",),
+                     ("TOGETHER_BASE_URL",), top_k=True),
+        ProviderKind("groq", "https://api.groq.com/openai/v1", ("GROQ_API_KEY",)),
+        ProviderKind("bedrock",
+                     "https://bedrock-runtime.${env.AWS_REGION|AWS_DEFAULT_REGION:=us-east-2}"
+                     ".amazonaws.com/openai/v1",
+                     ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN")),
+        ProviderKind("gemini", "https://generativelanguage.googleapis.com/v1beta/openai",
+                     ("GEMINI_API_KEY", "GOOGLE_API_KEY")),
+        ProviderKind("mistral", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",)),
+        ProviderKind("deepseek", "https://api.deepseek.com", ("DEEPSEEK_API_KEY",),
+                     reasoning_echo="reasoning_content"),
+        ProviderKind("moonshot", "https://api.moonshot.ai/v1", ("MOONSHOT_API_KEY",),
+                     reasoning_echo="reasoning_content"),
+        ProviderKind("openrouter", "https://openrouter.ai/api/v1", ("OPENROUTER_API_KEY",),
+                     top_k=True, files=True),
+        ProviderKind("cerebras", "https://api.cerebras.ai/v1", ("CEREBRAS_API_KEY",),
+                     ("CEREBRAS_BASE_URL",), max_tokens_field="max_completion_tokens"),
+        ProviderKind("xai", "https://api.x.ai/v1", ("XAI_API_KEY",)),
+        ProviderKind("nvidia", "https://integrate.api.nvidia.com/v1", ("NVIDIA_API_KEY",),
+                     ("NVIDIA_BASE_URL",)),
+        ProviderKind("sambanova", "https://api.sambanova.ai/v1", ("SAMBANOVA_API_KEY",)),
+    )
+}  # fmt: skip
+GENERIC_KIND = ProviderKind("remote::openai")  # any other server of OpenAI's format, by URL
+DEMO_KIND = ProviderKind("demo", "demo:", dialect="demo")
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One configured provider: its id is the first part of its models' ids."""
+
+    id: str
+    kind: ProviderKind
+    base_url: str
+    api_key: str = field(default="", repr=False)
+
+
+DEMO_PROVIDER = Provider("demo", DEMO_KIND, DEMO_KIND.base_url)
+
+# ======== Config =============================================================================
+# In: the starter below or a JSON file of the same shape, and the environment. Out: a Config, or
+# an OgxError that names the file, the path inside it and what was expected. Pure.
+
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8321
+TIERS = ("haiku", "sonnet", "opus", "fable")
+ENV_REFERENCE = re.compile(r"\$\{env\.([A-Za-z0-9_|]+)(?:(:=|:\+)([^{}]*))?\}")
+STARTER_ALIASES = (
+    "claude-haiku-4-5-20251001",
+    "claude-sonnet-4-5-20250514",
+    "claude-opus-4-6-20260314",
+)
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A registered model id: provider_id may be "all", provider_model_id "auto"."""
+
+    model_id: str
+    provider_id: str
+    provider_model_id: str
+
+
+@dataclass(frozen=True)
+class Config:
+    source: str
+    host: str
+    port: int
+    providers: tuple[Provider, ...]
+    aliases: tuple[Alias, ...]
+    tiers: Mapping[str, str]  # tier -> model id, from ANTHROPIC_DEFAULT_*_MODEL
+    discover_local: bool = True
+
+
+def starter_config() -> Json:
+    """The built-in configuration; starter.json holds the same (a test compares them)."""
+    return {
+        "version": 2,
+        "distro_name": "starter",
+        "providers": {"inference": [starter_line(kind) for kind in PROVIDER_KINDS.values()]},
+        "registered_resources": {
+            "models": [
+                {"model_id": model_id, "provider_id": "all", "provider_model_id": "auto",
+                 "model_type": "llm"}
+                for model_id in STARTER_ALIASES
+            ]
+        },
+        "server": {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "discover_local": True},
+    }  # fmt: skip
+
+
+def starter_line(kind: ProviderKind) -> Json:
+    """A provider's entry, on when its variable is set: {"provider_id": "${env.X:+name}", ...}."""
+    keys, urls = "|".join(kind.key_vars), "|".join(kind.url_vars)
+    base_url = f"${{env.{urls}:={kind.base_url}}}" if urls else kind.base_url
+    return {
+        "provider_id": f"${{env.{urls if kind.enabled_by == 'url' else keys}:+{kind.name}}}",
+        "provider_type": f"remote::{kind.name}",
+        "config": {"base_url": base_url, "api_key": f"${{env.{keys}:=}}"},
+    }
+
+
+def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Config:
+    """The Config a parsed file describes; raises OgxError(400) naming the wrong place."""
+    root = Node(expanded(tree, environ, source), source)
+    root.only("version", "distro_name", "providers", "registered_resources", "server")
+    server = root.child("server")
+    server.only("host", "port", "discover_local")
+    entries = root.child("providers").items("inference")
+    providers = [p for p in (provider_from_node(entry) for entry in entries) if p]
+    for index, provider in enumerate(providers):
+        if provider.id in {p.id for p in providers[:index]}:
+            raise OgxError(400, f"{source}: two providers have the provider_id '{provider.id}'")
+    aliases = [
+        alias_from_node(entry, {p.id for p in providers})
+        for entry in root.child("registered_resources").items("models")
+    ]
+    tiers = {tier: environ.get(f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL", "") for tier in TIERS}
+    return Config(
+        source,
+        server.text("host", DEFAULT_HOST),
+        port_number(environ["OGX_PORT"], "OGX_PORT")
+        if environ.get("OGX_PORT")
+        else port_number(server.value("port", DEFAULT_PORT), server.path("port")),
+        tuple(providers),
+        tuple(aliases),
+        {tier: model for tier, model in tiers.items() if model},
+        server.flag("discover_local", True),
+    )
+
+
+def expanded(node: Any, environ: Mapping[str, str], where: str) -> Any:
+    """The tree with each `${env.VAR}`, `${env.VAR:=default}` and `${env.VAR:+value}` replaced.
+
+    As in OGX, an empty variable counts as unset. `A|B` stands for the first of them that is set.
+    """
+    if isinstance(node, dict):
+        return {k: expanded(v, environ, f"{where}.{k}") for k, v in node.items()}
+    if isinstance(node, list):
+        return [expanded(v, environ, f"{where}[{i}]") for i, v in enumerate(node)]
+    if not isinstance(node, str):
+        return node
+
+    def replaced(match: re.Match[str]) -> str:
+        names, operator, operand = match.groups()
+        value = next((environ[n] for n in names.split("|") if environ.get(n)), "")
+        if operator == ":+":
+            return operand if value else ""
+        if not value and operator is None:
+            raise OgxError(400, f"{where}: the environment variable {names} is not set")
+        return value or operand
+
+    inside = ENV_REFERENCE.sub(replaced, node)  # a default may itself hold one reference
+    return ENV_REFERENCE.sub(replaced, inside) if inside != node else node
+
+
+class Node:
+    """A place in the configuration tree: reads typed values, names the path of a wrong one."""
+
+    def __init__(self, value: Any, where: str) -> None:
+        self.where = where
+        if not isinstance(value, dict):
+            raise self.wrong("", "an object", value)
+        self.fields = value
+
+    def path(self, key: str) -> str:
+        return f"{self.where}: {key}" if ": " not in self.where else f"{self.where}.{key}"
+
+    def wrong(self, key: str, expected: str, value: Any) -> OgxError:
+        place = self.path(key) if key else self.where
+        return OgxError(400, f"{place}: expected {expected}, got {json.dumps(value)[:80]}")
+
+    def only(self, *keys: str) -> None:
+        for key in self.fields:
+            if key not in keys:
+                raise OgxError(400, f"{self.path(key)}: unknown key, expected {', '.join(keys)}")
+
+    def value(self, key: str, default: Any) -> Any:
+        value = self.fields.get(key)
+        return default if value is None else value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.value(key, default)
+        if not isinstance(value, str) or (default is None and not value):
+            raise self.wrong(key, "a string", value)
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.value(key, default)
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false", value)
+        return value
+
+    def child(self, key: str) -> Node:
+        return Node(self.value(key, {}), self.path(key))
+
+    def items(self, key: str) -> list[Node]:
+        value = self.value(key, [])
+        if not isinstance(value, list):
+            raise self.wrong(key, "a list", value)
+        return [Node(item, f"{self.path(key)}[{i}]") for i, item in enumerate(value)]
+
+
+def provider_from_node(node: Node) -> Provider | None:
+    """A configured provider, or None for an entry whose provider_id is empty (switched off)."""
+    node.only("provider_id", "provider_type", "config")
+    provider_id = node.text("provider_id", "")
+    if not provider_id:
+        return None
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", provider_id):
+        raise node.wrong("provider_id", "letters, digits, '.', '_' or '-'", provider_id)
+    type_name = node.text("provider_type")
+    known = {f"remote::{k}": v for k, v in PROVIDER_KINDS.items()}
+    known[GENERIC_KIND.name] = known.get(GENERIC_KIND.name, GENERIC_KIND)
+    kind = known.get(type_name)
+    if kind is None:
+        raise node.wrong("provider_type", "one of " + ", ".join(known), type_name)
+    settings = node.child("config")
+    settings.only("base_url", "api_key")
+    url = settings.text("base_url", "") or kind.base_url
+    api_key = settings.text("api_key", "")
+    if re.search(r"[^\x21-\x7e]", api_key):
+        place = settings.path("api_key")
+        raise OgxError(400, f"{place}: expected a key of printable ASCII without spaces")
+    return Provider(provider_id, kind, checked_base_url(url, settings, bool(kind.local_port)),
+                    api_key)  # fmt: skip
+
+
+def checked_base_url(url: str, node: Node, local: bool) -> str:
+    """The URL without a trailing slash; a local server's bare host gets `http://` and `/v1`."""
+    if local and "://" not in url:
+        url = "http://" + url
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or parts.username is not None or re.search(r"[^\x21-\x7e]", url):
+        raise node.wrong("base_url", "a URL like http://localhost:8000/v1", url)
+    path = re.sub(r"(/chat/completions)?/*$", "", parts.path)
+    return f"{parts.scheme}://{parts.netloc}{path or ('/v1' if local else '')}"
+
+
+def alias_from_node(node: Node, provider_ids: set[str]) -> Alias:
+    """A registered model of the configuration."""
+    node.only("model_id", "provider_id", "provider_model_id", "model_type")
+    if node.text("model_type", "llm") != "llm":
+        raise node.wrong("model_type", '"llm"', node.fields["model_type"])
+    provider_id = node.text("provider_id", "all")
+    if provider_id != "all" and provider_id not in provider_ids:
+        expected = ", ".join(sorted(provider_ids | {"all"}))
+        raise node.wrong("provider_id", f"a configured provider ({expected})", provider_id)
+    return Alias(node.text("model_id"), provider_id, node.text("provider_model_id", "auto"))
+
+
+def port_number(value: Any, where: str) -> int:
+    """A TCP port from a number or its digits; 0 lets the system choose."""
+    if isinstance(value, (int, str)) and not isinstance(value, bool):
+        digits = str(value)
+        if digits.isascii() and digits.isdigit() and int(digits) <= 65535:
+            return int(digits)
+    raise OgxError(400, f"{where}: expected a port from 0 to 65535, got {json.dumps(value)[:80]}")
+
+
+# ======== Registry ===========================================================================
+# Which provider serves a model id. Lists come in from discovery; nothing here does I/O, so every
+# answer is computed when asked and heals by itself when a provider comes or goes.
+
+
+# Ids that aren't chat models, for lists that don't say (found by running it over public model
+# maps: hits guard, OCR, audio, image and search models, misses vendors we don't list).
+NOT_LLM = re.compile(
+    r"embed|rerank|whisper|transcri|(^|[-_./])tts|speech|audio|realtime|dall-?e|(^|[-_./])image|"
+    r"imagen|flux|stable-diffusion|sdxl|canvas|nano-banana|moderation|guard|ocr|sora|"
+    r"(^|[-_./])veo|video|t2v|i2v|lyria|bge-|gte-|(^|[-_./])e5-|minilm|colbert|nomic|jina-|"
+    r"voyage-|m2-bert|davinci-00|babbage|orpheus|playai|kokoro|parakeet|scribe|chirp|reward|"
+    r"computer-use|deep-research|search-(api|preview)",
+    re.I,
+)
+# Fields of list entries with the context window and the output limit, in tokens, by provider:
+# Anthropic, vLLM, Groq, Together and OpenRouter, Mistral, Cerebras, Fireworks.
+CONTEXT_FIELDS = ("max_input_tokens", "max_model_len", "context_window", "context_length",
+                  "max_context_length", "contextLength")  # fmt: skip
+OUTPUT_FIELDS = ("max_completion_tokens", "max_output_length", "max_tokens")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be asked: its public id, and the id its provider knows it by."""
+
+    id: str
+    provider: Provider
+    upstream_id: str
+    created: int = 0  # seconds since 1970
+    context: int | None = None  # tokens
+    max_output: int | None = None  # tokens
+
+
+def models_from_list(provider: Provider, payload: Any) -> list[Model]:
+    """The LLMs of a provider's model list: {"data": [...]}, {"models": [...]} or a bare list."""
+    if isinstance(payload, dict):
+        payload = payload.get("data") or payload.get("models") or []
+    models: dict[str, Model] = {}
+    for entry in payload if isinstance(payload, list) else []:
+        upstream_id = entry.get("id") or entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(upstream_id, str) or not upstream_id or not is_llm(upstream_id, entry):
+            continue
+        upstream_id = upstream_id[len("models/"):] if upstream_id.startswith("models/") \
+            else upstream_id  # fmt: skip
+        created = entry.get("created")
+        limits = {**entry, **dict_or_empty(entry.get("meta")),
+                  **dict_or_empty(entry.get("top_provider"))}  # fmt: skip
+        model = Model(
+            f"{provider.id}/{upstream_id}",
+            provider,
+            upstream_id,
+            created if isinstance(created, int) else 0,
+            first_number(limits, (*CONTEXT_FIELDS, "n_ctx")),
+            first_number(limits, OUTPUT_FIELDS),
+        )
+        models.setdefault(model.id, model)
+    return list(models.values())
+
+
+def is_llm(upstream_id: str, entry: Json) -> bool:
+    """Whether a list entry is a chat model: by the provider's own fields, else by its name."""
+    capabilities = entry.get("capabilities")
+    if isinstance(capabilities, dict) and "completion_chat" in capabilities:
+        return bool(capabilities["completion_chat"])
+    if isinstance(capabilities, list) and capabilities:
+        return "completion" in capabilities
+    if entry.get("type") in ("embedding", "rerank", "image", "moderation", "audio", "video"):
+        return False
+    modalities = dict_or_empty(entry.get("architecture")).get("output_modalities")
+    if isinstance(modalities, list) and "text" not in modalities:
+        return False
+    return not NOT_LLM.search(upstream_id)
+
+
+def dict_or_empty(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def first_number(fields: Json, names: Iterable[str]) -> int | None:
+    """The first positive whole number among the named fields."""
+    for name in names:
+        value = fields.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+class Registry:
+    """Models, aliases and tiers."""
+
+    def __init__(self, config: Config) -> None:
+        self.providers = {p.id: p for p in config.providers}
+        self.aliases = {alias.model_id: alias for alias in config.aliases}
+        self.tiers = dict(config.tiers)
+        self.lists: dict[str, list[Model]] = {}  # provider id -> its LLMs
+        self.problems: dict[str, str] = {}  # provider id -> what was wrong at the last asking
+        self._lock = threading.Lock()
+
+    def adopt(self, providers: Sequence[Provider]) -> None:
+        """Take in the providers found when none was configured; without any, the demo model."""
+        self.providers = {p.id: p for p in providers or [DEMO_PROVIDER]}
+
+    def learn(self, provider_id: str, models: list[Model] | None, problem: str) -> None:
+        """Take in what a provider's list said; None keeps the old list. Readers see a change as
+        a whole, since both tables are replaced and never altered."""
+        with self._lock:
+            if models is not None:
+                self.lists = {**self.lists, provider_id: models}
+            problems = {**self.problems, provider_id: problem}
+            self.problems = {k: v for k, v in problems.items() if v}
+
+    def models(self) -> list[Model]:
+        """All listed LLMs in the order of the providers."""
+        return [model for pid in self.providers for model in self.lists.get(pid, [])]
+
+    def first_model(self) -> Model | None:
+        """What `all`/`auto` means: the first LLM of the first provider that has one."""
+        return next(iter(self.models()), None)
+
+    def tier_model(self, tier: str) -> Model | None:
+        """The model a tier stands for, or None while there is none."""
+        try:
+            return self.resolve(f"claude-{tier}")
+        except OgxError:
+            return None
+
+    def resolve(self, model_id: str) -> Model:
+        """The model that serves an id; OgxError(404) when none does.
+
+        In this order: a listed id; an alias with a fixed target; a tier chosen by
+        ANTHROPIC_DEFAULT_*_MODEL; an alias for `auto`, and any `claude-*` id by its family, which
+        both mean the first LLM; `provider/anything`; an upstream's bare id where only one
+        provider has it.
+        """
+        wanted = re.sub(r"\[1m\]$", "", model_id.strip())
+        found = self._named(wanted) or self._by_tier(wanted) or self._automatic(wanted)
+        if found is None:
+            found = self._routed(wanted)
+        if found is None:
+            raise OgxError(404, self._not_found_words(model_id))
+        return replace(found, id=model_id)
+
+    def _named(self, wanted: str) -> Model | None:
+        for model in self.models():
+            if model.id == wanted:
+                return model
+        alias = self.aliases.get(wanted)
+        if alias and "auto" not in alias.provider_model_id and alias.provider_id != "all":
+            return self._routed(f"{alias.provider_id}/{alias.provider_model_id}")
+        return None
+
+    def _by_tier(self, wanted: str) -> Model | None:
+        tier = tier_of(wanted)
+        chosen = self.tiers.get(tier or "")
+        if not chosen or tier_of(chosen):  # a tier that names a tier would go in circles
+            return None
+        return self._named(chosen) or self._routed(chosen)
+
+    def _automatic(self, wanted: str) -> Model | None:
+        alias = self.aliases.get(wanted)
+        if alias is None and not tier_of(wanted) and not wanted.startswith("claude-"):
+            return None
+        if alias is None or alias.provider_id == "all":
+            candidates = self.models()
+        else:
+            candidates = self.lists.get(alias.provider_id, [])
+        if alias and alias.provider_model_id != "auto":
+            candidates = [m for m in candidates if m.upstream_id == alias.provider_model_id]
+        if not candidates:
+            reasons = "; ".join(f"{pid}: {why}" for pid, why in self.problems.items())
+            reasons = reasons or "no provider lists a model"
+            raise OgxError(404, f"no model to serve '{wanted}' ({reasons})")
+        return candidates[0]
+
+    def _routed(self, wanted: str) -> Model | None:
+        provider_id, slash, rest = wanted.partition("/")
+        if slash and rest and provider_id in self.providers:
+            listed = (m for m in self.lists.get(provider_id, []) if m.upstream_id == rest)
+            return next(listed, Model(wanted, self.providers[provider_id], rest))
+        same = [m for m in self.models() if m.upstream_id == wanted]
+        return same[0] if len(same) == 1 else None
+
+    def _not_found_words(self, model_id: str) -> str:
+        known = [m.id for m in self.models()] + list(self.aliases)
+        near = difflib.get_close_matches(model_id, known, 1, 0.5)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        return f"model '{model_id[:200]}' not found.{hint} GET /v1/models lists what there is."
+
+
+def tier_of(model_id: str) -> str | None:
+    """The tier in a Claude model's id of any version or date: claude-3-5-haiku-latest -> haiku."""
+    if model_id.startswith("claude-"):
+        return next((tier for tier in TIERS if tier in model_id), None)
+    return model_id if model_id in TIERS else None
+
+
+# ======== Requests ===========================================================================
+# What holds for a Messages request whatever the upstream speaks: its shape is checked once, its
+# history becomes turns that every provider accepts, odd blocks become text. Pure.
+
+ROLES = ("user", "assistant", "system")
+# Block types of Anthropic's OpenAPI (messages and its betas, November 2026). The text of a block
+# that no chat format has is made by block_text().
+BLOCK_TYPES = frozenset((
+    "text", "image", "document", "search_result", "thinking", "redacted_thinking", "tool_use",
+    "tool_result", "tool_reference", "tool_addition", "tool_removal", "server_tool_use",
+    "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
+    "bash_code_execution_tool_result", "text_editor_code_execution_tool_result",
+    "tool_search_tool_result", "advisor_tool_result", "mcp_tool_use", "mcp_tool_result",
+    "container_upload", "compaction",
+))  # fmt: skip
+BILLING_HEADER = "x-anthropic-billing-header:"  # varies per prompt and would spoil prefix caches
+NO_RESULT = "[No result: the tool call was interrupted before it answered.]"
+TOOL_ERROR = "[The tool reported an error]\n"
+
+
+def check_request(body: Any, counting: bool = False) -> None:
+    """Raise OgxError(400) with one sentence about the first wrong field of a Messages request.
+
+    Unknown fields are accepted. `counting` is for count_tokens, which has no max_tokens.
+    """
+    if not isinstance(body, dict):
+        raise OgxError(400, f"the request body: expected a JSON object, got {kind_of(body)}")
+    expect(body, "model", str, required=True)
+    if not body["model"].strip():
+        raise OgxError(400, "model: expected the id of a model, got an empty string")
+    expect(body, "messages", list, required=True)
+    if not counting:
+        expect(body, "max_tokens", int, required=True)
+        if body["max_tokens"] < 1:
+            raise OgxError(400, f"max_tokens: expected at least 1, got {body['max_tokens']}")
+    if not body["messages"]:
+        raise OgxError(400, "messages: expected at least one message")
+    for index, message in enumerate(body["messages"]):
+        check_message(message, f"messages.{index}")
+    if not isinstance(body.get("system") or "", str):
+        check_blocks(body["system"], "system")
+    check_options(body)
+
+
+def check_message(message: Any, where: str) -> None:
+    """One message: {"role": ..., "content": a string or a list of blocks}."""
+    if not isinstance(message, dict):
+        raise OgxError(400, f"{where}: expected an object, got {kind_of(message)}")
+    if message.get("role") not in ROLES:
+        role = json.dumps(message.get("role"))[:80]
+        raise OgxError(400, f"{where}.role: expected one of {', '.join(ROLES)}, got {role}")
+    if "content" not in message:
+        raise OgxError(400, f"{where}.content: field required")
+    if not isinstance(message["content"], str):
+        check_blocks(message["content"], f"{where}.content")
+
+
+def check_blocks(blocks: Any, where: str) -> None:
+    """A list of content blocks, tool results with their own blocks included."""
+    if not isinstance(blocks, list):
+        expected = "a string or a list of content blocks"
+        raise OgxError(400, f"{where}: expected {expected}, got {kind_of(blocks)}")
+    for index, block in enumerate(blocks):
+        here = f"{where}.{index}"
+        if not isinstance(block, dict):
+            raise OgxError(400, f"{here}: expected a content block, got {kind_of(block)}")
+        block_type = block.get("type")
+        if not isinstance(block_type, str) or block_type not in BLOCK_TYPES:
+            shown = json.dumps(block_type)[:80]
+            raise OgxError(400, f"{here}.type: {shown} is not a known type of content block")
+        for name, kind in BLOCK_FIELDS.get(block_type, ()):
+            expect(block, name, kind, required=True, where=f"{here}.")
+        if block_type == "tool_result" and not isinstance(block.get("content") or "", str):
+            check_blocks(block["content"], f"{here}.content")
+        elif block_type in ("image", "document"):
+            check_source(block["source"], f"{here}.source.")
+
+
+BLOCK_FIELDS: dict[str, tuple[tuple[str, type], ...]] = {  # what translation relies on
+    "text": (("text", str),),
+    "image": (("source", dict),),
+    "document": (("source", dict),),
+    "thinking": (("thinking", str),),
+    "tool_use": (("id", str), ("name", str), ("input", dict)),
+    "tool_result": (("tool_use_id", str),),
+}
+SOURCE_FIELDS: dict[str, tuple[tuple[str, type], ...]] = {
+    "base64": (("media_type", str), ("data", str)),
+    "url": (("url", str),),
+    "text": (("data", str),),
+    "file": (("file_id", str),),
+}
+
+
+def check_source(source: Json, where: str) -> None:
+    """The source of an image or a document."""
+    source_type = source.get("type")
+    if source_type == "content":
+        if not isinstance(source.get("content"), str):
+            check_blocks(source.get("content"), f"{where}content")
+    elif source_type not in SOURCE_FIELDS:
+        known = ", ".join((*SOURCE_FIELDS, "content"))
+        shown = json.dumps(source_type)[:80]
+        raise OgxError(400, f"{where}type: expected one of {known}, got {shown}")
+    for name, kind in SOURCE_FIELDS.get(str(source_type), ()):
+        expect(source, name, kind, required=True, where=where)
+
+
+def check_options(body: Json) -> None:
+    """The fields beside the messages."""
+    for name, kind in (("tools", list), ("tool_choice", dict), ("stop_sequences", list),
+                       ("stream", bool), ("temperature", float), ("top_p", float), ("top_k", int),
+                       ("thinking", dict), ("output_config", dict)):  # fmt: skip
+        expect(body, name, kind)
+    for index, tool in enumerate(body.get("tools") or ()):
+        if not isinstance(tool, dict):
+            raise OgxError(400, f"tools.{index}: expected an object, got {kind_of(tool)}")
+        expect(tool, "name", str, tool.get("type", "custom") == "custom", f"tools.{index}.")
+        expect(tool, "input_schema", dict, where=f"tools.{index}.")
+    for index, sequence in enumerate(body.get("stop_sequences") or ()):
+        if not isinstance(sequence, str) or not sequence:
+            raise OgxError(400, f"stop_sequences.{index}: expected a string that isn't empty")
+    choice = body.get("tool_choice") or {"type": "auto"}
+    if choice.get("type") not in ("auto", "any", "tool", "none"):
+        raise OgxError(400, "tool_choice.type: expected one of auto, any, tool, none")
+    if choice["type"] == "tool":
+        expect(choice, "name", str, required=True, where="tool_choice.")
+    check_output_config(body.get("output_config") or {})
+
+
+def check_output_config(config: Json) -> None:
+    """`output_config`: {"effort": ..., "format": {"type": "json_schema", "schema": {...}}}."""
+    effort = config.get("effort")
+    if effort is not None and effort not in EFFORTS:
+        raise OgxError(400, f"output_config.effort: expected one of {', '.join(EFFORTS)}")
+    expect(config, "format", dict, where="output_config.")
+    output_format = config.get("format")
+    if output_format:
+        if output_format.get("type") != "json_schema":
+            raise OgxError(400, 'output_config.format.type: expected "json_schema"')
+        expect(output_format, "schema", dict, required=True, where="output_config.format.")
+
+
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
+KIND_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
+              float: "a number", bool: "true or false", type(None): "null"}  # fmt: skip
+
+
+def kind_of(value: Any) -> str:
+    """A JSON value's kind in words."""
+    return KIND_NAMES.get(type(value), "something else")
+
+
+def expect(node: Json, name: str, kind: type, required: bool = False, where: str = "") -> None:
+    """Check one field's kind; null counts as absent."""
+    value = node.get(name)
+    if value is None:
+        if required:
+            raise OgxError(400, f"{where}{name}: field required")
+        return
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (kind in (int, float) and isinstance(value, bool)):
+        raise OgxError(400, f"{where}{name}: expected {KIND_NAMES[kind]}, got {kind_of(value)}")
+
+
+def refuse_untranslatable(body: Json) -> None:
+    """Refuse what only Anthropic can honour, in the words that the clients' recovery looks for.
+
+    The SDK's tool runner goes on without server-side threads when it reads this error code;
+    Claude Code checks tool calls by ordinary requests when a 400 names `safeguards`. A verdict
+    must never be made up, so ignoring the field is no option.
+    """
+    if body.get("thread"):
+        raise OgxError(
+            400,
+            "thread: server-side threads are not supported here; send the whole conversation",
+            details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
+        )
+    if body.get("safeguards"):
+        raise OgxError(400, "safeguards: not supported by translated models")
+
+
+def blocks_of(content: Any) -> list[Json]:
+    """Content as a list of blocks, without empty texts, which most providers refuse."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if content else []
+    return [b for b in content or () if b["type"] != "text" or b["text"]]
+
+
+def system_text(request: Json) -> str:
+    """The system prompt as one text, without Claude Code's billing header."""
+    texts = [block_text(b) for b in blocks_of(request.get("system"))]
+    return "\n\n".join(t for t in texts if not t.startswith(BILLING_HEADER))
+
+
+@dataclass
+class Turn:
+    """A step of the repaired history. `results` holds tool_result blocks, one for each tool_use
+    of the assistant turn before it and in that order."""
+
+    role: str  # assistant, results, user or system
+    blocks: list[Json]
+
+
+def turns_from_messages(messages: Sequence[Json]) -> list[Turn]:
+    """The history as turns in which every tool call is answered directly after it.
+
+    Results that come late (behind a system message, say) move up, missing ones are made up in
+    words, results without a call become text; consecutive messages of one role are merged.
+    """
+    turns: list[Turn] = []
+    rest: list[Turn] = []  # what came after the last assistant turn
+    results: dict[str, Json] = {}
+
+    def flush() -> None:
+        calls = turns[-1].blocks if turns and turns[-1].role == "assistant" else []
+        ids = [b["id"] for b in calls if b["type"] == "tool_use"]
+        if ids:
+            answered = [results.pop(i) if i in results else missing_result(i) for i in ids]
+            turns.append(Turn("results", answered))
+        orphans = [{"type": "text", "text": block_text(b)} for b in results.values()]
+        for turn in [Turn("user", orphans)] * bool(orphans) + rest:
+            add_turn(turns, turn)
+        rest.clear()
+        results.clear()
+
+    for message in messages:
+        blocks = blocks_of(message["content"])
+        if message["role"] == "assistant":
+            if rest or results:
+                flush()
+            add_turn(turns, Turn("assistant", blocks))
+            continue
+        for block in blocks:
+            if block["type"] == "tool_result" and block["tool_use_id"] not in results:
+                results[block["tool_use_id"]] = block
+            else:
+                add_turn(rest, Turn(message["role"], [block]))
+    flush()
+    return turns
+
+
+def add_turn(turns: list[Turn], turn: Turn) -> None:
+    """Append a turn; one of the same role as the last is merged into it, an empty one left out."""
+    if not turn.blocks:
+        return
+    if turns and turns[-1].role == turn.role:
+        turns[-1] = Turn(turn.role, turns[-1].blocks + turn.blocks)
+    else:
+        turns.append(turn)
+
+
+def missing_result(tool_use_id: str) -> Json:
+    return {"type": "tool_result", "tool_use_id": tool_use_id, "content": NO_RESULT}
+
+
+def block_text(block: Json) -> str:
+    """A block in words, for upstreams that have no such block; "" for what only models read."""
+    kind = block["type"]
+    if kind == "text":
+        return str(block["text"])
+    if kind in ("thinking", "redacted_thinking"):
+        return ""
+    if kind == "tool_result":
+        text = "\n".join(filter(None, map(block_text, blocks_of(block.get("content")))))
+        return f"[Result of tool call {block['tool_use_id']}]\n{text}"
+    if kind == "document":
+        return document_text(block)
+    if kind == "image":
+        return f"[An image was here: {source_words(block['source'])}]"
+    if kind == "tool_reference":
+        return f"[The tool {block.get('tool_name')} is now available.]"
+    if kind == "search_result":
+        text = "\n".join(map(block_text, blocks_of(block.get("content"))))
+        return f"[Search result: {block.get('title')} <{block.get('source')}>]\n{text}"
+    content = {k: v for k, v in block.items() if k not in ("type", "cache_control", "id")}
+    return f"[{kind}] {json.dumps(content, ensure_ascii=False)}"
+
+
+def document_text(block: Json) -> str:
+    """A document's text, or words that say which document could not be shown."""
+    source = block["source"]
+    title = str(block.get("title") or "document")
+    context = f"{block['context']}\n" if block.get("context") else ""
+    if source["type"] == "text":
+        text = source["data"]
+    elif source["type"] == "content":
+        text = "\n".join(map(block_text, blocks_of(source["content"])))
+    else:
+        return f"{context}[The document '{title}' could not be passed on to this model: " \
+               f"{source_words(source)}]"  # fmt: skip
+    return f"<document title={json.dumps(title, ensure_ascii=False)}>\n{context}{text}\n</document>"
+
+
+def source_words(source: Json) -> str:
+    """What a source is: `image/png, 12 kB`, a URL, a file id."""
+    if source["type"] == "base64":
+        return f"{source['media_type']}, {len(source['data']) * 3 // 4000 + 1} kB"
+    return str(source.get("url") or source.get("file_id") or source["type"])
+
+
+# ======== Events =============================================================================
+# Anthropic's side of a stream. Blocks never overlap: one is open, the others wait their turn, and
+# one method makes every transition. Also server-sent events, both ways, as bytes. Pure.
+
+
+def new_message(message_id: str, model: str, input_tokens: int) -> Json:
+    """A message at its start, with every field that Anthropic's OpenAPI requires."""
+    return {
+        "id": message_id,
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "stop_details": None,
+        "container": None,
+        "context_management": None,
+        "usage": {
+            "input_tokens": input_tokens,
+            "output_tokens": 0,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 0,
+            "cache_creation": None,
+            "server_tool_use": None,
+            "service_tier": "standard",
+            "inference_geo": None,
+            "iterations": None,
+            "speed": None,
+        },
+    }
+
+
+@dataclass
+class Usage:
+    """Tokens of one answer; input leaves out what was read from or written to a cache."""
+
+    input: int = 0
+    output: int = 0
+    cache_read: int = 0
+    cache_written: int = 0
+
+    def as_json(self) -> Json:
+        return {
+            "input_tokens": self.input,
+            "output_tokens": self.output,
+            "cache_creation_input_tokens": self.cache_written,
+            "cache_read_input_tokens": self.cache_read,
+            "server_tool_use": None,
+            "iterations": None,
+        }
+
+
+@dataclass
+class Block:
+    """A block that is open or waits: `pending` isn't written yet, `text` is all it holds."""
+
+    key: Any  # what fragments of it are recognised by
+    kind: str  # text, thinking or tool_use
+    id: str = ""
+    name: str = ""
+    pending: str = ""
+    text: str = ""
+
+    def may_close(self) -> bool:
+        """Whether another block may begin: a tool call only when its input is whole."""
+        return self.kind != "tool_use" or is_json(self.text + self.pending)
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+class MessageWriter:
+    """Writes one message as events; `take()` hands out those not taken yet.
+
+    Grammar: message_start; then per block start, deltas, stop, with indices from 0 and never two
+    open at once; message_delta, message_stop.
+    """
+
+    DELTAS: ClassVar[dict[str, tuple[str, str]]] = {
+        "text": ("text_delta", "text"),
+        "thinking": ("thinking_delta", "thinking"),
+        "tool_use": ("input_json_delta", "partial_json"),
+    }
+
+    def __init__(self, message: Json, used_ids: Iterable[str] = ()) -> None:
+        self._message: Json | None = message  # until it was started
+        self._used_ids = set(used_ids)  # of tool calls; Claude Code drops a call whose id recurs
+        self._events: list[Json] = []
+        self._open: Block | None = None
+        self._waiting: list[Block] = []
+        self._ended: set[Any] = set()  # keys of closed tool calls
+        self._index = -1
+        self.tools = 0
+        self.broken_input = False  # a tool call ended before its input was whole
+
+    def take(self) -> list[Json]:
+        events, self._events = self._events, []
+        return events
+
+    def start(self) -> None:
+        """Write message_start, once."""
+        if self._message is not None:
+            self._events.append({"type": "message_start", "message": self._message})
+            self._message = None
+
+    def text(self, text: str) -> None:
+        if text:
+            self._fragment("text", "text", text)
+
+    def thinking(self, text: str) -> None:
+        if text:
+            self._fragment("thinking", "thinking", text)
+
+    def tool(self, key: Any, call_id: str, name: str, fragment: str) -> None:
+        """A piece of a tool call; `key` tells calls apart, id and name may come later or never."""
+        if key not in self._ended:
+            self._fragment(key, "tool_use", fragment, call_id, name)
+
+    def finish(self, stop_reason: str, stop_sequence: str | None, usage: Usage) -> None:
+        """Write what waits, close, and end the message. A stop is `tool_use` whenever a call was
+        written, and `max_tokens` when a call's input broke off."""
+        self.start()
+        self._close()
+        while self._waiting:
+            block = self._waiting.pop(0)
+            if block.kind == "tool_use" and not block.name:
+                raise OgxError(502, "the upstream sent a tool call without a name")
+            self._begin(block)
+            self._close()
+        if self.broken_input:
+            stop_reason = "max_tokens"
+        elif self.tools and stop_reason in ("end_turn", "stop_sequence"):
+            stop_reason = "tool_use"
+        delta = {"stop_reason": stop_reason, "stop_sequence": stop_sequence, "stop_details": None,
+                 "container": None}  # fmt: skip
+        self._events.append({"type": "message_delta", "delta": delta, "usage": usage.as_json()})
+        self._events.append({"type": "message_stop"})
+
+    def _fragment(self, key: Any, kind: str, text: str, call_id: str = "", name: str = "") -> None:
+        block = self._open
+        if block is None or block.key != key:
+            block = next((b for b in self._waiting if b.key == key), None)
+            if block is None:
+                block = Block(key, kind)
+                self._waiting.append(block)
+        block.id = block.id or call_id
+        block.name = block.name or name
+        block.pending += text
+        if block is not self._open:
+            self._advance()
+        if block is self._open:
+            self._flush(block)
+
+    def _advance(self) -> None:
+        """Begin the first waiting block where the open one may close and the name is known."""
+        while self._waiting and (self._open is None or self._open.may_close()):
+            if self._waiting[0].kind == "tool_use" and not self._waiting[0].name:
+                return
+            self._close()
+            self._begin(self._waiting.pop(0))
+
+    def _begin(self, block: Block) -> None:
+        self.start()
+        self._open = block
+        self._index += 1
+        content: Json
+        if block.kind == "tool_use":
+            self.tools += 1
+            content = {"type": "tool_use", "id": self._fresh_id(block.id), "name": block.name,
+                       "input": {}, "caller": {"type": "direct"}}  # fmt: skip
+        elif block.kind == "thinking":
+            content = {"type": "thinking", "thinking": "", "signature": ""}
+        else:
+            content = {"type": "text", "text": "", "citations": None}
+        self._events.append(
+            {"type": "content_block_start", "index": self._index, "content_block": content}
+        )
+
+    def _flush(self, block: Block) -> None:
+        if block.pending:
+            kind, name = self.DELTAS[block.kind]
+            delta = {"type": kind, name: block.pending}
+            self._events.append(
+                {"type": "content_block_delta", "index": self._index, "delta": delta}
+            )
+            if block.kind == "tool_use":
+                block.text += block.pending
+            block.pending = ""
+
+    def _close(self) -> None:
+        block = self._open
+        if block is None:
+            return
+        if block.kind == "tool_use":
+            if not (block.text + block.pending).strip():
+                block.pending = "{}"
+            self._ended.add(block.key)
+        self._flush(block)
+        if block.kind == "tool_use" and not is_json(block.text):
+            self.broken_input = True
+        self._events.append({"type": "content_block_stop", "index": self._index})
+        self._open = None
+
+    def _fresh_id(self, call_id: str) -> str:
+        """An id of Anthropic's alphabet that the conversation doesn't have yet."""
+        call_id = re.sub(r"[^A-Za-z0-9_-]", "_", call_id)
+        if not call_id or call_id in self._used_ids:
+            call_id = f"toolu_{uuid.uuid4().hex[:24]}"
+        self._used_ids.add(call_id)
+        return call_id
+
+
+def message_from_events(events: Iterable[Json]) -> Json:
+    """The message that a complete stream of events amounts to."""
+    message: Json = {}
+    inputs: dict[int, str] = {}
+    for event in events:
+        kind = event["type"]
+        if kind == "message_start":
+            message = event["message"]
+        elif kind == "content_block_start":
+            message["content"].append(dict(event["content_block"]))
+        elif kind == "content_block_delta":
+            block, delta = message["content"][event["index"]], event["delta"]
+            if delta["type"] == "input_json_delta":
+                inputs[event["index"]] = inputs.get(event["index"], "") + delta["partial_json"]
+            else:
+                name = delta["type"].partition("_")[0]
+                block[name] += delta[name]
+        elif kind == "message_delta":
+            message.update(event["delta"])
+            message["usage"].update(event["usage"])
+    for index, text in inputs.items():
+        message["content"][index]["input"] = json.loads(text) if is_json(text) else {}
+    return message
+
+
+def sse_bytes(event: Json) -> bytes:
+    """One event as Anthropic sends it."""
+    data = json.dumps(event, separators=(",", ":"))
+    return f"event: {event['type']}\ndata: {data}\n\n".encode("ascii")
+
+
+class SseReader:
+    """Server-sent events from bytes cut anywhere: `feed` gives the data of each complete event.
+
+    CR, LF and CRLF end lines; comments and other fields are ignored; several data lines are
+    joined by LF (WHATWG HTML, 9.2). An event larger than `limit` bytes raises OgxError(502).
+    """
+
+    def __init__(self, limit: int = 16 * 1024 * 1024) -> None:
+        self._rest = b""
+        self._data: list[bytes] = []
+        self._limit = limit
+        self._size = 0
+        self._after_cr = False
+
+    def feed(self, data: bytes) -> list[bytes]:
+        if self._after_cr and data[:1] == b"\n":  # the second half of a CRLF that was cut
+            data = data[1:]
+        if not data:
+            return []
+        self._after_cr = data.endswith(b"\r")
+        lines = (self._rest + data).splitlines(keepends=True)
+        self._rest = b"" if lines[-1].endswith((b"\n", b"\r")) else lines.pop()
+        if len(self._rest) + self._size > self._limit:
+            raise OgxError(502, "the upstream sent an event that is too large")
+        events = []
+        for line in lines:
+            line = line.rstrip(b"\r\n")
+            if line.startswith(b"data:"):
+                self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+                self._size += len(line)
+            elif not line and self._data:
+                events.append(b"\n".join(self._data))
+                self._data, self._size = [], 0
+        return events
+
+    def end(self) -> list[bytes]:
+        """The event that the end of the stream completes, if any."""
+        return self.feed(b"\n\n") if self._rest or self._data else []
+
+
+# ======== Chat ===============================================================================
+# OpenAI's Chat Completions. chat_request() makes the request, ChatTranslator turns chunks into
+# events; a completion that wasn't streamed is one big chunk. Pure.
+
+
+# Models that take reasoning_effort; others may refuse it. By name, since lists don't tell.
+REASONS = re.compile(
+    r"(^|[/:_-])(o[134](-|$)|gpt-(5|6|oss)|deepseek-(r|v4|reasoner)|qwq|magistral)|"
+    r"thinking|reasoner|qwen3(?!.*(instruct|coder))",
+    re.I,
+)
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # OpenAI's rule; Anthropic allows 128 characters
+
+
+def chat_request(request: Json, model: Model) -> Json:
+    """The chat completion request for a checked Messages request."""
+    kind, names = model.provider.kind, ToolNames(request)
+    body: Json = {"model": model.upstream_id, "messages": chat_messages(request, kind, names)}
+    limit = request["max_tokens"]
+    body[kind.max_tokens_field] = min(limit, model.max_output) if model.max_output else limit
+    body.update(tool_fields(request, names))
+    for name in ("temperature", "top_p", "top_k") if kind.top_k else ("temperature", "top_p"):
+        if request.get(name) is not None:
+            body[name] = request[name]
+    if request.get("stop_sequences"):
+        body["stop"] = request["stop_sequences"][: kind.max_stop]
+    effort = reasoning_effort(request) if REASONS.search(model.upstream_id) else None
+    if effort:
+        body["reasoning_effort"] = effort
+    output_format = (request.get("output_config") or {}).get("format")
+    if output_format:
+        body["response_format"] = response_format(output_format["schema"])
+    if request.get("stream") or (kind.stream_above and limit > kind.stream_above):
+        body["stream"] = True
+        body["stream_options"] = {"include_usage": True}
+    return body
+
+
+class ToolNames:
+    """Tool names as a chat upstream takes them, and back: those that break OpenAI's rule get
+    their odd characters replaced and a hash of the whole name, so that none collide."""
+
+    def __init__(self, request: Json) -> None:
+        tools = request.get("tools") or ()
+        self._originals: dict[str, str] = {
+            self.there(t["name"]): t["name"] for t in tools if t.get("name")
+        }
+
+    def there(self, name: str) -> str:
+        if TOOL_NAME.fullmatch(name):
+            return name
+        digest = f"{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
+        return f"{re.sub('[^a-zA-Z0-9_-]', '_', name)[:55]}_{digest}"
+
+    def back(self, name: str) -> str:
+        return self._originals.get(name, name)
+
+
+def chat_messages(request: Json, kind: ProviderKind, names: ToolNames) -> list[Json]:
+    """The system prompt and the history as chat messages that strict providers accept."""
+    system = system_text(request)
+    note = unserved_tools_note(request)
+    head = "\n\n".join(filter(None, (system, note)))
+    messages: list[Json] = [{"role": "system", "content": head}] if head else []
+    for turn in turns_from_messages(request["messages"]):
+        if turn.role == "assistant":
+            messages.append(assistant_message(turn.blocks, kind, names))
+        elif turn.role == "results":
+            messages.extend(tool_messages(turn.blocks, kind))
+        elif turn.role == "system" and kind.system_anywhere:
+            text = "\n\n".join(map(block_text, turn.blocks))
+            messages.append({"role": "system", "content": text})
+        else:
+            messages.append({"role": "user", "content": user_parts(turn, kind)})
+    return [with_plain_content(m) for m in merged_user_messages(messages)]
+
+
+def unserved_tools_note(request: Json) -> str:
+    """Words for the model about tools that only Anthropic's servers run (web search, say)."""
+    names = [t["name"] for t in request.get("tools") or () if not is_client_tool(t)]
+    if not names:
+        return ""
+    return f"These tools are not available through this gateway: {', '.join(names)}. " \
+           "If one of them is needed, tell the user so plainly."  # fmt: skip
+
+
+def is_client_tool(tool: Json) -> bool:
+    """Whether the client runs the tool: custom tools, and Anthropic's with a schema of its own.
+
+    Claude Code's DeferredToolPlaceholder stands for tools to be found later; it is no tool.
+    """
+    if tool.get("name") == "DeferredToolPlaceholder":
+        return False
+    return tool.get("type", "custom") == "custom" or "input_schema" in tool
+
+
+def assistant_message(blocks: Sequence[Json], kind: ProviderKind, names: ToolNames) -> Json:
+    """An assistant turn: its texts, its tool calls, and its reasoning where that is due."""
+    text = "\n\n".join(filter(None, (block_text(b) for b in blocks if b["type"] != "tool_use")))
+    message: Json = {"role": "assistant", "content": text}
+    calls = [
+        {"id": b["id"], "type": "function",
+         "function": {"name": names.there(b["name"]), "arguments": json.dumps(b["input"])}}
+        for b in blocks if b["type"] == "tool_use"
+    ]  # fmt: skip
+    if calls:
+        message["tool_calls"] = calls
+        message["content"] = text or None
+    if kind.reasoning_echo:
+        thoughts = [b["thinking"] for b in blocks if b["type"] == "thinking"]
+        message[kind.reasoning_echo] = "\n".join(thoughts) or " "
+    return message
+
+
+def tool_messages(results: Sequence[Json], kind: ProviderKind) -> Iterator[Json]:
+    """One tool message per result, in order; then one user message with their images and
+    files, which tool messages can't hold."""
+    attachments: list[Json] = []
+    for result in results:
+        texts = [TOOL_ERROR] if result.get("is_error") else []
+        for block in blocks_of(result.get("content")):
+            part = attachment_part(block, kind)
+            if part is None:
+                texts.append(block_text(block))
+                continue
+            label = f"[{block['type']} {len(attachments) // 2 + 1} from tool call " \
+                    f"{result['tool_use_id']}]"  # fmt: skip
+            texts.append(f"{label} follows in the next user message.")
+            attachments += [text_part(f"{label}:"), part]
+        content = "\n".join(texts) or "(no output)"
+        yield {"role": "tool", "tool_call_id": result["tool_use_id"], "content": content}
+    if attachments:
+        yield {"role": "user", "content": attachments}
+
+
+def attachment_part(block: Json, kind: ProviderKind) -> Json | None:
+    """The chat part for an image or a PDF; None for what must become text."""
+    source = block.get("source") or {}
+    if block["type"] == "image" and source["type"] in ("base64", "url"):
+        return {"type": "image_url", "image_url": {"url": data_url(source)}}
+    if block["type"] == "document" and source["type"] == "base64" and kind.files:
+        name = str(block.get("title") or "document")
+        if not name.lower().endswith(".pdf"):  # OpenAI tells a file's type by its name
+            name += ".pdf"
+        return {"type": "file", "file": {"filename": name, "file_data": data_url(source)}}
+    return None
+
+
+def data_url(source: Json) -> str:
+    """The source's own URL, or its base64 data as a data: URL."""
+    if source["type"] == "url":
+        return str(source["url"])
+    return f"data:{source['media_type']};base64,{source['data']}"
+
+
+def text_part(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
+def user_parts(turn: Turn, kind: ProviderKind) -> list[Json]:
+    """The parts of a user turn. A system message in mid-conversation stays in its place, marked:
+    templates that refuse it there are many, and moving it would spoil prefix caches."""
+    if turn.role == "system":
+        text = "\n\n".join(map(block_text, turn.blocks))
+        return [text_part(f"<system-reminder>\n{text}\n</system-reminder>")]
+    return [attachment_part(block, kind) or text_part(block_text(block)) for block in turn.blocks]
+
+
+def merged_user_messages(messages: Sequence[Json]) -> list[Json]:
+    """The messages with neighbouring user messages in one, as strict templates demand."""
+    merged: list[Json] = []
+    for message in messages:
+        if message["role"] == "assistant" and not (
+            message["content"] or message.get("tool_calls")
+        ):  # it held thinking alone
+            continue
+        if merged and message["role"] == "user" == merged[-1]["role"]:
+            merged[-1] = {"role": "user", "content": merged[-1]["content"] + message["content"]}
+        else:
+            merged.append(message)
+    return merged
+
+
+def with_plain_content(message: Json) -> Json:
+    """The message with parts that are all text as one string: not every server takes a list."""
+    parts = message["content"]
+    if isinstance(parts, list) and all(part["type"] == "text" for part in parts):
+        return {**message, "content": "\n\n".join(part["text"] for part in parts)}
+    return message
+
+
+def tool_fields(request: Json, names: ToolNames) -> Json:
+    """`tools`, `tool_choice` and `parallel_tool_calls`, each only where there is a tool."""
+    tools = [chat_tool(t, names) for t in request.get("tools") or () if is_client_tool(t)]
+    if not tools:
+        return {}
+    fields: Json = {"tools": tools}
+    choice = request.get("tool_choice")
+    if choice:
+        known = {t["function"]["name"] for t in tools}
+        if choice["type"] != "tool":
+            fields["tool_choice"] = {"any": "required"}.get(choice["type"], choice["type"])
+        elif names.there(choice["name"]) in known:
+            function = {"name": names.there(choice["name"])}
+            fields["tool_choice"] = {"type": "function", "function": function}
+        if choice.get("disable_parallel_tool_use"):
+            fields["parallel_tool_calls"] = False
+    return fields
+
+
+def chat_tool(tool: Json, names: ToolNames) -> Json:
+    """A tool as a function; its schema's root is always an object with properties."""
+    schema = {k: v for k, v in (tool.get("input_schema") or {}).items() if k != "$schema"}
+    function: Json = {"name": names.there(tool["name"])}
+    if tool.get("description"):
+        function["description"] = tool["description"]
+    function["parameters"] = {**schema, "type": "object",
+                              "properties": schema.get("properties") or {}}  # fmt: skip
+    return {"type": "function", "function": function}
+
+
+def reasoning_effort(request: Json) -> str | None:
+    """OpenAI's effort: `output_config.effort` down to the three steps that every reasoning model
+    takes, else from the thinking budget; None leaves the model's default."""
+    effort = (request.get("output_config") or {}).get("effort")
+    if effort:
+        return "low" if effort == "low" else "medium" if effort == "medium" else "high"
+    thinking = request.get("thinking") or {}
+    budget = thinking.get("budget_tokens")
+    if thinking.get("type") != "enabled" or not isinstance(budget, int):
+        return None
+    return "low" if budget <= 2048 else "medium" if budget <= 8192 else "high"
+
+
+def response_format(schema: Json) -> Json:
+    """A JSON schema answer; `strict` only where the schema obeys OpenAI's rule for it."""
+    schema_field = {"name": "answer", "schema": schema, "strict": is_strict(schema)}
+    return {"type": "json_schema", "json_schema": schema_field}
+
+
+def is_strict(schema: Any) -> bool:
+    """Whether every object closes its properties and requires all of them (OpenAI's rule)."""
+    if isinstance(schema, list):
+        return all(map(is_strict, schema))
+    if not isinstance(schema, dict):
+        return True
+    properties = schema.get("properties")
+    if schema.get("type") == "object" or isinstance(properties, dict):
+        closed = schema.get("additionalProperties") is False
+        if not closed or set(schema.get("required") or ()) != set(properties or ()):
+            return False
+    return all(map(is_strict, schema.values()))
+
+
+STOP_REASONS = {  # finish_reason -> stop_reason
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "function_call": "tool_use",
+    "content_filter": "refusal",
+}
+
+
+class ChatTranslator:
+    """Chunks of one completion to the events of one message."""
+
+    def __init__(self, writer: MessageWriter, request: Json, origin: str) -> None:
+        self._writer = writer
+        self._names = ToolNames(request)
+        self._stops = request.get("stop_sequences") or ()
+        self._origin = origin
+        self._finish_reason: str | None = None
+        self._stop_sequence: str | None = None
+        self._refused = False
+        self._calls: list[ToolCall] = []
+        self.usage: Usage | None = None
+        self.done = False
+
+    def feed(self, data: bytes) -> list[Json]:
+        """The events for the data of one server-sent event."""
+        if data.strip() == b"[DONE]":
+            return self.end()
+        try:
+            chunk = json.loads(data)
+        except (ValueError, RecursionError):
+            words = data[:200].decode("utf-8", "replace")
+            raise OgxError(502, f"{self._origin} sent something that isn't JSON: {words}") from None
+        if not isinstance(chunk, dict):
+            raise OgxError(502, f"{self._origin} sent a chunk that isn't an object")
+        if chunk.get("error"):
+            raise self._error(data)
+        self._read_usage(chunk)
+        for choice in chunk.get("choices") or ():
+            self._read_choice(choice)
+        return self._writer.take()
+
+    def end(self) -> list[Json]:
+        """The last events; OgxError(502) where the upstream stopped without saying why."""
+        if self.done:
+            return []
+        if self._finish_reason is None:
+            raise OgxError(502, f"{self._origin} ended the answer before it was complete")
+        self.done = True
+        reason = STOP_REASONS.get(self._finish_reason, "end_turn")
+        if self._refused:
+            reason = "refusal"
+        elif self._stop_sequence is not None:
+            reason = "stop_sequence"
+        self._writer.finish(reason, self._stop_sequence, self.usage or Usage())
+        return self._writer.take()
+
+    def _error(self, data: bytes) -> OgxError:
+        """An error inside a stream; its `code` may be the status it would have had."""
+        refusal = refusal_from_body(500, data)
+        if refusal.code.isdigit() and 400 <= int(refusal.code) <= 599:
+            refusal = replace(refusal, status=int(refusal.code))
+        elif "rate_limit" in refusal.code:
+            refusal = replace(refusal, status=429)
+        return upstream_error(refusal, self._origin, {})
+
+    def _read_usage(self, chunk: Json) -> None:
+        usage = chunk.get("usage") or dict_or_empty(chunk.get("x_groq")).get("usage")
+        if isinstance(usage, dict):
+            self.usage = usage_from_chat(usage)
+
+    def _read_choice(self, choice: Json) -> None:
+        self._writer.start()
+        delta = choice.get("delta") or choice.get("message") or {}
+        reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+        if isinstance(reasoning, str):
+            self._writer.thinking(reasoning)
+        content = delta.get("content")
+        if content:
+            self._read_content(content)
+        if delta.get("refusal"):
+            self._refused = True
+            self._writer.text(delta["refusal"])
+        for fragment in delta.get("tool_calls") or ():
+            self._read_call(fragment)
+        if choice.get("finish_reason"):
+            self._finish_reason = choice["finish_reason"]
+        # vLLM and others name the sequence that stopped them beside the finish_reason.
+        if choice.get("stop_reason") in self._stops:
+            self._stop_sequence = choice["stop_reason"]
+
+    def _read_content(self, content: Any) -> None:
+        """Text, or Mistral's list of parts, whose thinking parts hold texts of their own."""
+        if isinstance(content, str):
+            self._writer.text(content)
+            return
+        for part in content if isinstance(content, list) else ():
+            if part.get("type") == "thinking":
+                thoughts = part.get("thinking") or ()
+                self._writer.thinking("".join(t.get("text", "") for t in thoughts))
+            elif isinstance(part.get("text"), str):
+                self._writer.text(part["text"])
+
+    def _read_call(self, fragment: Json) -> None:
+        function = fragment.get("function") or {}
+        call_id, name = fragment.get("id") or "", function.get("name") or ""
+        arguments = function.get("arguments") or ""
+        if isinstance(arguments, dict):  # some servers send the object itself
+            arguments = json.dumps(arguments)
+        call = self._call_of(fragment.get("index"), call_id, name)
+        call.id, call.name = call.id or call_id, call.name or name
+        call.arguments += arguments
+        self._writer.tool(id(call), call.id, self._names.back(call.name), arguments)
+
+    def _call_of(self, index: Any, call_id: str, name: str) -> ToolCall:
+        """The call a fragment belongs to, or a new one.
+
+        Servers leave out the index, the id or both, number every call 0, or repeat id and name
+        with each fragment. A new id begins a call; without ids, so does a new name, or the same
+        name when the call's arguments are whole.
+        """
+        found = None
+        for call in self._calls:
+            if call_id and call.id == call_id:
+                return call
+            if index is None or call.index == index:
+                found = call
+        fresh = bool(found and found.id and call_id)
+        if found and name and found.name and not call_id:
+            fresh = index is None or found.name != name or is_json(found.arguments)
+        if found is None or fresh:
+            found = ToolCall(index)
+            self._calls.append(found)
+        return found
+
+
+@dataclass
+class ToolCall:
+    """What has come of one tool call."""
+
+    index: Any
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+def usage_from_chat(usage: Json) -> Usage:
+    """Anthropic's usage from OpenAI's, whose prompt_tokens include those of the cache."""
+    details = dict_or_empty(usage.get("prompt_tokens_details"))
+    read = details.get("cached_tokens") or usage.get("prompt_cache_hit_tokens") or 0
+    written = details.get("cache_write_tokens") or 0
+    prompt, output = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    return Usage(max(0, prompt - read - written), output, read, written)
+
+
+# ======== Responses ==========================================================================
+# The table of dialects, and those besides chat: so far only that of the built-in demo model, which
+# answers a chat stream of its own making. OpenAI's Responses dialect belongs here.
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What an upstream speaks: where requests go, how they are made, how answers are read."""
+
+    path: str
+    request: Callable[[Json, Model], Json]
+    translator: Callable[[MessageWriter, Json, str], ChatTranslator]
+
+
+def demo_request(request: Json, model: Model) -> Json:
+    """The demo model's "request": the text it answers and the size of what it was sent."""
+    tokens = estimated_tokens(request)
+    text = (
+        f"This is ogx.py's built-in demo model; I received {len(request['messages'])} messages, "
+        f"{len(request.get('tools') or ())} tools, about {tokens:,} tokens. "
+        f"Set OPENAI_API_KEY, VLLM_URL or OLLAMA_URL and start `run` again to talk to a real model."
+    )
+    return {"model": model.upstream_id, "text": text, "prompt_tokens": tokens, "stream": True}
+
+
+def demo_stream(body: Json) -> Iterator[bytes]:
+    """The demo model's answer as a chat completion stream, a word at a time."""
+    words = re.findall(r"\S+\s*", body["text"])
+    for word in words:
+        yield chat_chunk({"choices": [{"index": 0, "delta": {"content": word}}]})
+    usage = {"prompt_tokens": body["prompt_tokens"], "completion_tokens": len(words)}
+    last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": usage}
+    yield chat_chunk(last) + b"data: [DONE]\n\n"
+
+
+def chat_chunk(chunk: Json) -> bytes:
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+DIALECTS = {
+    "chat": Dialect("/chat/completions", chat_request, ChatTranslator),
+    "demo": Dialect("", demo_request, ChatTranslator),
+}
+
+# ======== Tokens =============================================================================
+# Estimates, since providers count with vocabularies we don't have. Pure.
+
+IMAGE_TOKENS = 1_600  # Anthropic's upper bound for one image
+PDF_BYTES_PER_TOKEN = 40  # a page of 60 kB is about 1,500 tokens
+COUNTED_FIELDS = ("system", "messages", "tools", "output_config")
+
+
+def estimated_tokens(request: Json) -> int:
+    """About how many input tokens a request is: text, tools, images, documents."""
+    sizes = [0.0]
+    for name in COUNTED_FIELDS:
+        add_tokens(request.get(name), sizes)
+    return int(sizes[0]) + 4 * len(request["messages"]) + 3
+
+
+def add_tokens(node: Any, total: list[float]) -> None:
+    """Add a JSON value's tokens to total[0]: about 4 ASCII characters each, 3 bytes of others."""
+    if isinstance(node, str):
+        total[0] += len(node) / 4 if node.isascii() else len(node.encode("utf-8", "replace")) / 3
+    elif isinstance(node, dict):
+        source = node.get("source")
+        if isinstance(source, dict) and source.get("type") == "base64":
+            data = len(source.get("data") or "")
+            is_image = node.get("type") == "image"
+            total[0] += IMAGE_TOKENS if is_image else data * 3 / 4 / PDF_BYTES_PER_TOKEN
+            return
+        total[0] += 2 * len(node)
+        for value in node.values():
+            add_tokens(value, total)
+    elif isinstance(node, list):
+        for value in node:
+            add_tokens(value, total)
+    else:
+        total[0] += 1
+
+
+# ======== Remedies ===========================================================================
+# What an upstream's refusal teaches. A row of REMEDIES reads the words of a refused request and
+# gives a lesson, one change to the request's fields; the request is sent again with it. Patterns
+# are generic, since wordings change; each has its real texts as cases in the tests. Pure.
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One change to every request for a model: `clamp` a number field to a value, `rename` a
+    field to a value, `drop` it or `set` it. `field` is a key of the request's top level."""
+
+    action: str
+    field: str
+    value: Any = None
+    keep: bool = True  # False: it holds for this request only
+
+    def __str__(self) -> str:
+        value = "" if self.value is None else f" to {self.value}"
+        return f"{self.action} {self.field}{value}"
+
+
+def with_lessons(body: Json, lessons: Iterable[Lesson]) -> Json:
+    """The request body after what was learned."""
+    body = dict(body)
+    for lesson in lessons:
+        if lesson.action == "set":
+            body[lesson.field] = lesson.value
+        elif lesson.field not in body:
+            continue
+        elif lesson.action == "drop":
+            del body[lesson.field]
+        elif lesson.action == "rename":
+            body[lesson.value] = body.pop(lesson.field)
+        elif lesson.action == "clamp":
+            body[lesson.field] = min(body[lesson.field], lesson.value)
+    return body
+
+
+LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+# Fields a request can do without. An upstream that refuses another one must be told apart.
+OPTIONAL_FIELDS = ("temperature", "top_p", "top_k", "stop", "stream_options", "reasoning_effort",
+                   "parallel_tool_calls", "response_format", "tool_choice")  # fmt: skip
+RENAMED_LIMIT = re.compile(r"['`\"]?(max_\w*tokens)['`\"]?.{0,60}[Uu]se ['`\"]?(max_\w*tokens)")
+UNSUPPORTED = re.compile(
+    r"(unsupported|not supported|unrecognized|unknown|unexpected|not permitted|extra (fields|"
+    r"inputs)|does not support)", re.I
+)  # fmt: skip
+OUTPUT_LIMITS = tuple(map(re.compile, (
+    r"supports at most (\d+) (?:completion|output) tokens",  # OpenAI
+    r"\d+ > (\d+), which is the maximum allowed number of output tokens",  # Anthropic
+    r"max_tokens\D{0,80}less than or equal to `?(\d+)",  # Groq
+    r"model limit of (\d+)",  # Bedrock
+    r"max_tokens\D{0,60}\[1, ?(\d+)\]",  # DeepSeek
+    r"max_model_len=(\d+)",  # vLLM 0.33
+    r"expected a value <= (\d+)",  # Volcano
+)))  # fmt: skip
+# (limit, prompt, asked for): the prompt fits, prompt and output together don't.
+ROOM_LEFT = tuple(map(re.compile, (
+    r"context length is (?P<limit>\d+) tokens.*?\((?P<prompt>\d+) in the messages",
+    r"context length is (?P<limit>\d+) tokens and your request has (?P<prompt>\d+) input",
+    r"exceed context limit: (?P<prompt>\d+) \+ \d+ > (?P<limit>\d+)",
+    r"must be <= (?P<limit>\d+)\. Given: (?P<prompt>\d+) `inputs`",
+)))  # fmt: skip
+OVERFLOWS = tuple(map(re.compile, (
+    r"context length is (?P<limit>\d+) tokens\. However, your messages resulted in (?P<prompt>\d+)",
+    r"context length is (?P<limit>\d+) tokens\. However, your prompt contains (?:at least )?"
+    r"(?P<prompt>\d+) input tokens",
+    r"context length is (?P<limit>\d+) tokens.*?\((?P<prompt>\d+) in the messages",
+    r"Input length \((?P<prompt>\d+)\) exceeds model's maximum context length \((?P<limit>\d+)\)",
+    r"limit of (?P<limit>\d+) tokens\. Your messages resulted in (?P<prompt>\d+) tokens",
+    r"input token count \((?P<prompt>\d+)\) exceeds the maximum number of tokens allowed "
+    r"\((?P<limit>\d+)\)",
+    r"request \((?P<prompt>\d+) tokens\) exceeds the available context size \((?P<limit>\d+)",
+    r"Current length is (?P<prompt>\d+) while limit is (?P<limit>\d+)",
+    r"maximum prompt length is (?P<limit>\d+) but the request contains (?P<prompt>\d+)",
+    r"Prompt contains (?P<prompt>\d+) tokens.*?(?P<limit>\d+) maximum context length",
+    r"context_length_exceeded|exceeds the context window|[Ii]nput is too long|"
+    r"exceed_context_size|maximum context length|prompt is too long",
+)))  # fmt: skip
+
+
+def lesson_from_refusal(refusal: Refusal, body: Json) -> Lesson | None:
+    """What to change so that the same request is accepted; None when nothing is known to help."""
+    if refusal.status not in (400, 404, 413, 422):
+        return None
+    for remedy in REMEDIES:
+        lesson = remedy(refusal, body)
+        if lesson and with_lessons(body, [lesson]) != body:
+            return lesson
+    return None
+
+
+def renamed_limit(refusal: Refusal, body: Json) -> Lesson | None:
+    """`Unsupported parameter: 'max_tokens' ... Use 'max_completion_tokens' instead.`"""
+    match = RENAMED_LIMIT.search(refusal.message)
+    return Lesson("rename", match.group(1), match.group(2)) if match else None
+
+
+def clamped_limit(refusal: Refusal, body: Json) -> Lesson | None:
+    """`max_tokens is too large: 32000. This model supports at most 16384 completion tokens`"""
+    name = next((n for n in LIMIT_FIELDS if n in body), None)
+    words = f"{refusal.message} {refusal.param}"  # some gateways move the sentence into `param`
+    match = next((m for m in (p.search(words) for p in OUTPUT_LIMITS) if m), None)
+    if name is None or match is None:
+        return None
+    return Lesson("clamp", name, int(match.group(1)))
+
+
+def room_left(refusal: Refusal, body: Json) -> Lesson | None:
+    """The prompt fits, but not with the output asked for: ask for what is left, this once."""
+    name = next((n for n in LIMIT_FIELDS if n in body), None)
+    match = next((m for m in (p.search(refusal.message) for p in ROOM_LEFT) if m), None)
+    if name is None or match is None:
+        return None
+    left = int(match.group("limit")) - int(match.group("prompt"))
+    return Lesson("clamp", name, left, keep=False) if left >= 256 else None
+
+
+def no_reasoning_with_tools(refusal: Refusal, body: Json) -> Lesson | None:
+    """`Function tools with reasoning_effort are not supported for gpt-5.6-terra in
+    /v1/chat/completions. To use function tools, use /v1/responses or set ... to 'none'.`"""
+    if "Function tools with reasoning_effort" not in refusal.message:
+        return None
+    return Lesson("set", "reasoning_effort", "none")
+
+
+def dropped_field(refusal: Refusal, body: Json) -> Lesson | None:
+    """`Unsupported value: 'temperature' does not support 0.2`, `property 'x' is unsupported`."""
+    if not UNSUPPORTED.search(refusal.message + " " + refusal.code):
+        return None
+    named = refusal.param if refusal.param in OPTIONAL_FIELDS else next(
+        (n for n in OPTIONAL_FIELDS if re.search(rf"\b{n}\b", refusal.message)), None
+    )  # fmt: skip
+    if named is None and "think" in refusal.message:  # Ollama: `"m" does not support thinking`
+        named = "reasoning_effort"
+    return Lesson("drop", named) if named else None
+
+
+REMEDIES: tuple[Callable[[Refusal, Json], Lesson | None], ...] = (
+    renamed_limit,
+    clamped_limit,
+    room_left,
+    no_reasoning_with_tools,
+    dropped_field,
+)
+
+
+def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxError | None:
+    """Anthropic's error for a prompt that is too long, in the words that make Claude Code compact
+    and go on; None for a refusal of another kind. Numbers the upstream didn't tell are ours."""
+    if refusal.status not in (400, 413, 422, 500):
+        return None
+    words = f"{refusal.message} {refusal.code}"
+    match = next((m for m in (p.search(words) for p in OVERFLOWS) if m), None)
+    if match is None:
+        return None
+    found = match.groupdict()
+    prompt = int(found.get("prompt") or estimate)
+    maximum = int(found.get("limit") or limit or max(1, prompt - 1))
+    message = f"prompt is too long: {max(prompt, maximum + 1)} tokens > {maximum} maximum"
+    return OgxError(400, message)
+
+
+# ======== Above this line nothing does I/O ===================================================
+
+# ======== Store ==============================================================================
+# What was learned about models. It lives as long as the gateway; nothing is written to disk.
+
+
+class Lessons:
+    """Lessons by provider and upstream id; safe for threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lessons: dict[tuple[str, str], tuple[Lesson, ...]] = {}
+
+    def of(self, model: Model) -> tuple[Lesson, ...]:
+        return self._lessons.get((model.provider.id, model.upstream_id), ())
+
+    def add(self, model: Model, lesson: Lesson) -> None:
+        key = (model.provider.id, model.upstream_id)
+        with self._lock:
+            known = self._lessons.get(key, ())
+            if lesson.keep and lesson not in known:
+                self._lessons[key] = (*known, lesson)
+
+
+# ======== Upstream ===========================================================================
+# Connections to providers. http.client makes them (TLS, proxies); requests are written and replies
+# are read straight from the socket, so that silence can be told from data at any byte, a client
+# that left is noticed, and every piece is handed on as it comes.
+
+CONNECT_TIMEOUT = 10.0  # seconds
+FIRST_BYTE_TIMEOUT = 600.0
+IDLE_TIMEOUT = 300.0
+POOL_SECONDS = 50.0  # an idle connection is used no longer: many servers close them after 60
+POOL_SIZE = 64  # idle connections kept for one provider
+MAX_HEAD = 64 * 1024  # bytes of a status line and headers
+RECEIVE_SIZE = 64 * 1024
+LINE_END = re.compile(rb"\r?\n")
+HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+
+
+def headers_from_lines(lines: Iterable[bytes]) -> dict[str, str]:
+    """Header fields by lower-case name; fields that come twice are joined by a comma.
+
+    Raises OgxError(400) for what smuggles: continued lines, control characters, bad names.
+    """
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = HEADER_LINE.fullmatch(line.decode("latin-1"))
+        if not match:
+            raise OgxError(400, "malformed header line")
+        name, value = match.group(1).lower(), match.group(2).rstrip()
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+class ChunkedReader:
+    """The payload of a chunked body from bytes cut anywhere; `rest` is what came after it."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.rest = b""
+        self._buffer = b""
+        self._left = 0  # payload bytes of the current chunk still to come
+        self._state = "size"
+
+    def feed(self, data: bytes) -> bytes:
+        self._buffer += data
+        payload = []
+        while not self.done:
+            if self._state == "data":
+                piece = self._buffer[: self._left]
+                payload.append(piece)
+                self._buffer = self._buffer[len(piece):]
+                self._left -= len(piece)
+                if self._left:
+                    break
+                self._state = "end"
+            line, newline, rest = self._buffer.partition(b"\n")
+            if not newline:
+                if len(line) > MAX_HEAD:
+                    raise OgxError(400, "malformed chunked body: a line is too long")
+                break
+            self._buffer = rest
+            self._read_line(line[:-1] if line.endswith(b"\r") else line)
+        return b"".join(payload)
+
+    def _read_line(self, line: bytes) -> None:
+        if self._state == "end":  # of a chunk
+            if line:
+                raise OgxError(400, "malformed chunked body: a chunk is longer than it said")
+            self._state = "size"
+        elif self._state == "trailer":
+            if not line:
+                self.done, self.rest, self._buffer = True, self._buffer, b""
+        else:
+            digits = line.split(b";")[0].strip()
+            if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", digits):
+                raise OgxError(400, "malformed chunked body: a chunk size isn't hexadecimal")
+            self._left = int(digits, 16)
+            self._state = "data" if self._left else "trailer"
+
+
+class BodyReader:
+    """A reply's payload from its raw bytes: chunked, of known length or up to the end."""
+
+    def __init__(self, status: int, headers: Mapping[str, str]) -> None:
+        coding = headers.get("transfer-encoding", "").lower()
+        length = headers.get("content-length", "").split(",")[0].strip()
+        self._chunked = ChunkedReader() if coding.endswith("chunked") else None
+        self._left = int(length) if length.isdigit() and not self._chunked else None
+        self._unpacker = None
+        if headers.get("content-encoding", "").lower() in ("gzip", "deflate"):
+            self._unpacker = zlib.decompressobj(47)  # zlib or gzip, told by the data itself
+        if status in (204, 304):
+            self._left = 0
+        self.done = self._left == 0
+        self.reusable = headers.get("connection", "").lower() != "close"
+
+    def feed(self, data: bytes) -> bytes:
+        if self._chunked:
+            data = self._chunked.feed(data)
+            self.done = self._chunked.done
+        elif self._left is not None:
+            data = data[: self._left]
+            self._left -= len(data)
+            self.done = self._left == 0
+        return self._unpacker.decompress(data) if self._unpacker else data
+
+    def end(self) -> None:
+        """The connection ended: fine only for a body that has no other end."""
+        if not self.done and (self._chunked or self._left):
+            raise OgxError(502, "the upstream closed the connection in the middle of its answer")
+        self.done, self.reusable = True, False
+
+
+def wait_readable(sock: socket.socket, timeout: float, watch: socket.socket | None = None) -> bool:
+    """Whether the socket has bytes, or its end, within `timeout` seconds. Raises
+    OgxError(CLIENT_GONE) as soon as the `watch`ed connection, the client's, is closed."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+        return True
+    deadline = time.monotonic() + timeout
+    while True:
+        sockets = [sock] if watch is None else [sock, watch]
+        ready = readable_sockets(sockets, max(0.0, deadline - time.monotonic()))
+        if sock in ready:
+            return True
+        if not ready:
+            return False
+        if watch is not None and is_closed(watch):
+            raise OgxError(CLIENT_GONE, "the client closed the connection")
+        watch = None  # it sent its next request already
+
+
+def readable_sockets(sockets: Sequence[socket.socket], timeout: float) -> list[socket.socket]:
+    if not hasattr(select, "poll"):  # Windows
+        return select.select(sockets, [], [], timeout)[0]
+    poll = select.poll()  # unlike select, it takes descriptors above 1,023
+    for sock in sockets:
+        poll.register(sock, select.POLLIN)
+    ready = {descriptor for descriptor, _ in poll.poll(timeout * 1000)}
+    return [sock for sock in sockets if sock.fileno() in ready]
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """Whether a readable socket has come to its end."""
+    try:
+        return not sock.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine by its spelling, without asking DNS."""
+    host = host.strip("[]").lower().rstrip(".")
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def proxy_of(scheme: str, host: str) -> urllib.parse.SplitResult | None:
+    """The proxy that the environment names for a host; never for loopback."""
+    if is_loopback(host):
+        return None
+    import urllib.request  # only now: it costs a tenth of the start-up time
+
+    url = urllib.request.getproxies().get(scheme)
+    if not url or urllib.request.proxy_bypass(host):
+        return None
+    return urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+
+
+class Upstream:
+    """A pool of connections, by where they lead. Safe for threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: dict[str, list[tuple[float, socket.socket]]] = {}
+        self._tls: ssl.SSLContext | None = None
+
+    def send(self, provider: Provider, method: str, path: str, body: Json | None = None,
+             timeout: float = CONNECT_TIMEOUT) -> Reply:  # fmt: skip
+        """Send a request to a path below the provider's base URL; the reply is still to be read.
+
+        Raises OgxError 502 or 504, told for the user, when the provider can't be reached.
+        """
+        if provider.base_url == DEMO_KIND.base_url:
+            return DemoReply(body or {})
+        return SocketReply(self, provider, request_bytes(provider, method, path, body), timeout)
+
+    def get(self, provider: Provider, path: str, timeout: float) -> tuple[Reply, bytes]:
+        """The reply to a GET and its whole body; OgxError when it takes longer than `timeout`."""
+        deadline = time.monotonic() + timeout
+        reply = self.send(provider, "GET", path, timeout=timeout)
+        body = bytearray()
+        try:
+            data = b"" if reply.head(timeout) else None
+            while data is not None and len(body) < 32 * 1024 * 1024:
+                data = reply.read(max(0.0, deadline - time.monotonic()))
+                if data == b"":
+                    return reply, bytes(body)
+                body += data or b""
+        finally:
+            reply.release()
+        raise OgxError(504, f"no complete answer from {provider.base_url} within {timeout:g} s")
+
+    def json(self, provider: Provider, path: str, timeout: float) -> Any:
+        """The JSON that a GET answers with status 200; OgxError otherwise."""
+        reply, body = self.get(provider, path, timeout)
+        if reply.status != 200:
+            refusal = refusal_from_body(reply.status, body)
+            origin = f"{provider.base_url}{path}, HTTP {reply.status}"
+            raise upstream_error(refusal, origin, reply.headers, provider.api_key)
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError):
+            words = readable_text(body[:2000].decode("utf-8", "replace"))[:120]
+            origin = f"{provider.base_url}{path}"
+            raise OgxError(502, f"expected JSON from {origin}, got {words}") from None
+
+    def take(self, provider: Provider, timeout: float, fresh: bool) -> tuple[socket.socket, bool]:
+        """A connection to the provider, and whether it was used before."""
+        key = provider.base_url.partition("://")[2].partition("/")[0]
+        while not fresh:
+            with self._lock:
+                idle = self._idle.get(key)
+                since, sock = idle.pop() if idle else (0.0, None)
+            if sock is None:
+                break
+            # A readable idle connection has been closed by the other side, or is out of step.
+            if time.monotonic() - since < POOL_SECONDS and not readable_sockets([sock], 0):
+                return sock, True
+            sock.close()
+        return self._connected(provider, timeout), False
+
+    def give_back(self, provider: Provider, sock: socket.socket) -> None:
+        key = provider.base_url.partition("://")[2].partition("/")[0]
+        with self._lock:
+            idle = self._idle.setdefault(key, [])
+            if len(idle) < POOL_SIZE:
+                idle.append((time.monotonic(), sock))
+                return
+        sock.close()
+
+    def close(self) -> None:
+        with self._lock:
+            for idle in self._idle.values():
+                for _, sock in idle:
+                    sock.close()
+            self._idle.clear()
+
+    def _connected(self, provider: Provider, timeout: float) -> socket.socket:
+        parts = urllib.parse.urlsplit(provider.base_url)
+        host, secure = parts.hostname or "", parts.scheme == "https"
+        proxy = proxy_of(parts.scheme, host)
+        at = proxy or parts
+        port = at.port or (443 if secure and not proxy else 80)
+        try:
+            connection: http.client.HTTPConnection
+            if secure:
+                connection = http.client.HTTPSConnection(
+                    at.hostname or "", port, timeout=timeout, context=self._tls_context()
+                )
+            else:
+                connection = http.client.HTTPConnection(at.hostname or "", port, timeout=timeout)
+            if proxy and secure:
+                connection.set_tunnel(host, parts.port or 443, proxy_headers(proxy))
+            connection.connect()
+        except (OSError, http.client.HTTPException) as error:
+            raise unreachable(provider, error) from None
+        sock: socket.socket = connection.sock
+        sock.settimeout(IDLE_TIMEOUT)
+        return sock
+
+    def _tls_context(self) -> ssl.SSLContext:
+        with self._lock:
+            if self._tls is None:
+                self._tls = ssl.create_default_context()
+            return self._tls
+
+
+def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
+    """The proxy's credentials, from its URL."""
+    if not proxy.username:
+        return {}
+    import base64
+
+    pair = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
+
+
+def unreachable(provider: Provider, error: Exception) -> OgxError:
+    """Why a provider can't be reached, and what to look at."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        why = f"its TLS certificate was not accepted ({error.verify_message})"
+    elif isinstance(error, ssl.SSLError):
+        why = f"TLS failed ({error.reason or error}); is the URL's https right?"
+    elif isinstance(error, socket.gaierror):
+        why = "its host name can't be resolved"
+    elif isinstance(error, socket.timeout):  # TimeoutError's other name from 3.10 on
+        why = "connecting took too long"
+    elif isinstance(error, ConnectionRefusedError):
+        why = "connection refused; is the server running there?"
+    else:
+        why = str(error) or type(error).__name__
+    status = 504 if "too long" in why else 502
+    return OgxError(status, f"can't reach {provider.id} at {provider.base_url}: {why}")
+
+
+def request_bytes(provider: Provider, method: str, path: str, body: Json | None) -> bytes:
+    """A whole HTTP/1.1 request for the provider."""
+    parts = urllib.parse.urlsplit(provider.base_url)
+    target = parts.path + path
+    headers = {"Host": parts.netloc, "User-Agent": f"ogx.py/{__version__}",
+               "Accept": "application/json, text/event-stream",
+               "Accept-Encoding": "identity"}  # fmt: skip
+    proxy = proxy_of(parts.scheme, parts.hostname or "") if parts.scheme == "http" else None
+    if proxy:
+        target = f"http://{parts.netloc}{target}"
+        headers.update(proxy_headers(proxy))
+    if provider.api_key:
+        headers["Authorization"] = f"Bearer {provider.api_key}"
+    data = b""
+    if body is not None:
+        data = json.dumps(body, separators=(",", ":")).encode("ascii")
+        headers["Content-Type"] = "application/json"
+        headers["Content-Length"] = str(len(data))
+    lines = [f"{method} {target} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items()), "", ""]
+    return "\r\n".join(lines).encode("ascii") + data
+
+
+class Reply:
+    """An upstream's answer while it comes in; headers by lower-case name."""
+
+    def __init__(self, status: int = 0, headers: Mapping[str, str] | None = None) -> None:
+        self.status = status
+        self.headers: Mapping[str, str] = headers or {}
+
+    def head(self, timeout: float, watch: socket.socket | None = None) -> bool:
+        """Read status and headers; False when they haven't come within `timeout` seconds."""
+        raise NotImplementedError
+
+    def read(self, timeout: float, watch: socket.socket | None = None) -> bytes | None:
+        """The next piece of the body, b"" at its end, None after `timeout` seconds of silence."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Done with it: keep the connection where it is clean, else close it."""
+
+
+class DemoReply(Reply):
+    """The demo model's answer."""
+
+    def __init__(self, body: Json) -> None:
+        super().__init__(200, {"content-type": "text/event-stream"})
+        self._pieces = demo_stream(body)
+
+    def head(self, timeout: float, watch: socket.socket | None = None) -> bool:
+        return True
+
+    def read(self, timeout: float, watch: socket.socket | None = None) -> bytes | None:
+        return next(self._pieces, b"")
+
+
+class SocketReply(Reply):
+    """An answer over a connection. A request that met a dead pooled connection is sent again."""
+
+    def __init__(
+        self, upstream: Upstream, provider: Provider, request: bytes, timeout: float
+    ) -> None:
+        super().__init__()
+        self._upstream, self._provider = upstream, provider
+        self._request, self._timeout = request, timeout
+        self._buffer = b""
+        self._body: BodyReader | None = None
+        self._silence = 0.0  # seconds without a byte
+        self._connect(fresh=False)
+
+    def _connect(self, fresh: bool) -> None:
+        self._socket, self._reused = self._upstream.take(self._provider, self._timeout, fresh)
+        try:
+            self._socket.sendall(self._request)
+        except OSError as error:
+            self._socket.close()
+            if not self._reused:
+                raise self._broken(error) from None
+            self._connect(fresh=True)
+
+    def head(self, timeout: float, watch: socket.socket | None = None) -> bool:
+        while self._body is None:
+            data = self._receive(timeout, watch, FIRST_BYTE_TIMEOUT)
+            if data is None:
+                return False
+            if not data:
+                if not self._reused or self._buffer:
+                    raise self._broken(None)
+                self._socket.close()
+                self._connect(fresh=True)
+                continue
+            self._buffer += data
+            self._parse_head()
+        return True
+
+    def _parse_head(self) -> None:
+        """Take the head off the buffer once it is complete; skip 1xx heads."""
+        end = re.search(rb"\r?\n\r?\n", self._buffer)
+        if end is None:
+            if len(self._buffer) > MAX_HEAD:
+                raise OgxError(502, f"{self._provider.id} sent headers that are too large")
+            return
+        first, *lines = LINE_END.split(self._buffer[: end.start()])
+        status = re.match(rb"HTTP/1\.[01] ([1-5][0-9][0-9])", first)
+        if not status:
+            raise OgxError(502, f"{self._provider.id} at {self._provider.base_url} doesn't answer "
+                                "in HTTP")  # fmt: skip
+        self._buffer = self._buffer[end.end():]
+        if status.group(1).startswith(b"1"):
+            self._parse_head()
+            return
+        self.status = int(status.group(1))
+        try:
+            self.headers = headers_from_lines(lines)
+        except OgxError:
+            raise OgxError(502, f"{self._provider.id} sent malformed headers") from None
+        self._body = BodyReader(self.status, self.headers)
+        if first.startswith(b"HTTP/1.0"):
+            self._body.reusable = False
+
+    def read(self, timeout: float, watch: socket.socket | None = None) -> bytes | None:
+        body = self._body
+        assert body is not None, "head() comes before read()"
+        while not body.done:
+            data, self._buffer = self._buffer, b""
+            received = data or self._receive(timeout, watch, IDLE_TIMEOUT)
+            if received is None:
+                return None
+            try:
+                if not received:
+                    body.end()
+                    break
+                payload = body.feed(received)
+            except zlib.error:
+                raise OgxError(502, f"{self._provider.id} sent broken gzip data") from None
+            except OgxError as error:
+                raise OgxError(502, f"{error.message} ({self._provider.id})") from None
+            if payload:
+                return payload
+        return b""
+
+    def _receive(self, timeout: float, watch: socket.socket | None, limit: float) -> bytes | None:
+        if not wait_readable(self._socket, timeout, watch):
+            self._silence += timeout
+            if self._silence >= limit:
+                raise OgxError(504, f"{self._provider.id} sent nothing for {self._silence:g} s")
+            return None
+        self._silence = 0.0
+        try:
+            return self._socket.recv(RECEIVE_SIZE)
+        except OSError as error:
+            if self._reused and self._body is None and not self._buffer:
+                return b""
+            raise self._broken(error) from None
+
+    def _broken(self, error: OSError | None) -> OgxError:
+        why = (error and error.strerror) or "it closed the connection"
+        return OgxError(502, f"lost the connection to {self._provider.id} at "
+                             f"{self._provider.base_url}: {why}")  # fmt: skip
+
+    def release(self) -> None:
+        body = self._body
+        try:
+            # The end of a chunked body often comes a moment after the last event.
+            if body and not body.done and self.status == 200:
+                self.read(0.02)
+        except OgxError:
+            pass
+        if body and body.done and body.reusable and not self._buffer:
+            self._upstream.give_back(self._provider, self._socket)
+        else:
+            self._socket.close()
+
+
+# ======== Gateway ============================================================================
+# One method per endpoint. messages() is the one way through: resolve the model, translate, send,
+# learn from a refusal and send again, translate what comes back. Clients' keys stop here.
+
+MAX_REQUESTS = 5  # to the upstream for one request of a client
+TICK = 10.0  # seconds of silence after which the client gets a sign of life
+LIST_TIMEOUT = 5.0  # for a provider's model list
+REFRESH = 300.0  # seconds between model lists; a tenth of it where there was a problem
+
+
+@dataclass
+class Exchange:
+    """What the log tells about a request."""
+
+    request_id: str
+    asked: str = ""
+    served: str = ""
+    session: str = ""
+    stream: bool = False
+    started: float = field(default_factory=time.monotonic)
+    first_event: float | None = None
+    usage: Usage | None = None
+    error: str = ""
+
+
+class Gateway:
+    """The service behind the server. `tick` is the silence before a sign of life, in seconds."""
+
+    def __init__(
+        self, config: Config, upstream: Upstream | None = None, tick: float = TICK
+    ) -> None:
+        self.config = config
+        self.registry = Registry(config)
+        self.upstream = upstream or Upstream()
+        self.lessons = Lessons()
+        self.tick = tick
+        self.discovered = threading.Event()
+        self._stopped = threading.Event()
+
+    # -- messages
+
+    def messages(
+        self, request: Json, exchange: Exchange, watch: socket.socket | None = None
+    ) -> Iterator[list[Json] | None]:
+        """The answer's events in batches as they come; None for each tick of silence.
+
+        Raises OgxError: before the first batch it can still become an HTTP status. Closing the
+        iterator closes the upstream's connection.
+        """
+        model = self._resolved(request["model"])
+        exchange.asked, exchange.served = model.id, f"{model.provider.id}/{model.upstream_id}"
+        refuse_untranslatable(request)
+        dialect = DIALECTS[model.provider.kind.dialect]
+        body = with_lessons(dialect.request(request, model), self.lessons.of(model))
+        for attempt in range(1, MAX_REQUESTS + 1):
+            reply = self.upstream.send(model.provider, "POST", dialect.path, body)
+            try:
+                while not reply.head(self.tick, watch):
+                    yield None
+                if reply.status == 200:
+                    yield from self._translated(reply, request, model, exchange, watch)
+                    return
+                refusal = refusal_from_body(reply.status, whole_body(reply))
+            finally:
+                reply.release()
+            lesson = lesson_from_refusal(refusal, body) if attempt < MAX_REQUESTS else None
+            if lesson is None:
+                raise self._refused(refusal, request, model, reply.headers)
+            self.lessons.add(model, lesson)
+            body = with_lessons(body, [lesson])
+            log.info("%s refused: %s; sent again after: %s", exchange.served,
+                     refusal.message[:200], lesson)  # fmt: skip
+
+    def _resolved(self, model_id: str) -> Model:
+        """The model for an id; while the first lists are still on their way, wait for them."""
+        try:
+            return self.registry.resolve(model_id)
+        except OgxError:
+            if self.discovered.is_set():
+                raise
+        self.discovered.wait(LIST_TIMEOUT)
+        return self.registry.resolve(model_id)
+
+    def _translated(
+        self, reply: Reply, request: Json, model: Model, exchange: Exchange,
+        watch: socket.socket | None,
+    ) -> Iterator[list[Json] | None]:  # fmt: skip
+        message = new_message(
+            f"msg_{uuid.uuid4().hex[:24]}", request["model"], estimated_tokens(request)
+        )
+        writer = MessageWriter(message, used_tool_ids(request))
+        origin = f"{model.provider.id}, model {model.upstream_id}"
+        translator = DIALECTS[model.provider.kind.dialect].translator(writer, request, origin)
+        for item in upstream_items(reply, self.tick, watch):
+            if item is None:
+                yield None
+                continue
+            try:
+                events = translator.feed(item)
+            except OgxError:
+                yield writer.take()  # what came before the error is the client's
+                raise
+            if events:
+                yield events
+            if translator.done:
+                break
+        yield translator.end()
+        exchange.usage = translator.usage
+
+    def _refused(
+        self, refusal: Refusal, request: Json, model: Model, headers: Mapping[str, str]
+    ) -> OgxError:
+        overflow = overflow_error(refusal, estimated_tokens(request), model.context)
+        if overflow:
+            return overflow
+        origin = f"{model.provider.id}, model {model.upstream_id}"
+        error = upstream_error(refusal, origin, headers, model.provider.api_key)
+        if refusal.status == 401:
+            hint = " or ".join(model.provider.kind.key_vars) or "api_key"
+            error.message += f"; check {hint} where ogx.py runs"
+        return error
+
+    def count_tokens(self, request: Json) -> Json:
+        """{"input_tokens": N}, an estimate; the model must exist."""
+        self._resolved(request["model"])
+        count = estimated_tokens(request)
+        return {"input_tokens": count, "context_management": {"original_input_tokens": count}}
+
+    # -- models
+
+    def model_list(self, query: Mapping[str, str]) -> Json:
+        """One page that both SDKs read; without `limit` it holds all models."""
+        self.discovered.wait(LIST_TIMEOUT)
+        entries = [model_entry(m) for m in self.registry.models()]
+        entries += [self._alias_entry(alias_id) for alias_id in self.registry.aliases]
+        entries = [entry for entry in entries if entry]
+        ids = [entry["id"] for entry in entries]
+        after, before = query.get("after_id"), query.get("before_id")
+        for name, anchor in (("after_id", after), ("before_id", before)):
+            if anchor and anchor not in ids:
+                raise OgxError(400, f"{name}: no model has the id '{anchor[:200]}'")
+        start = ids.index(after) + 1 if after else 0
+        rest = entries[start : ids.index(before) if before else None]
+        limit = page_limit(query.get("limit"), len(entries))
+        page = rest[max(0, len(rest) - limit) :] if before else rest[:limit]
+        return {
+            "object": "list",
+            "data": page,
+            "has_more": len(page) < len(rest),
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "tiers": self.tiers(),
+        }
+
+    def tiers(self) -> dict[str, str]:
+        """The provider's model behind each tier that has one: {"haiku": "openai/gpt-...", ...}."""
+        models = ((tier, self.registry.tier_model(tier)) for tier in TIERS)
+        return {tier: f"{m.provider.id}/{m.upstream_id}" for tier, m in models if m}
+
+    def model(self, model_id: str) -> Json:
+        """One entry of the list, or of any id that can be asked."""
+        if model_id in self.registry.aliases:
+            entry = self._alias_entry(model_id)
+            if entry:
+                return entry
+        return model_entry(self._resolved(model_id))
+
+    def _alias_entry(self, alias_id: str) -> Json:
+        """The entry of an alias; {} while nothing serves it."""
+        try:
+            model = self.registry.resolve(alias_id)
+        except OgxError:
+            return {}
+        return model_entry(model, f"{model.provider.id}/{model.upstream_id}")
+
+    # -- discovery
+
+    def start_discovery(self) -> None:
+        """Ask every provider for its models, now and again from time to time, in the background;
+        `discovered` is set when each has answered or failed once."""
+        threading.Thread(target=self._discover, name="discovery", daemon=True).start()
+
+    def _discover(self) -> None:
+        due = dict.fromkeys(self.registry.providers, 0.0)
+        while not self._stopped.is_set():
+            now = time.monotonic()
+            asked = [pid for pid, when in due.items() if when <= now]
+            threads = [threading.Thread(target=self._list_models, args=(pid,), daemon=True)
+                       for pid in asked]  # fmt: skip
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.discovered.set()
+            for pid in asked:
+                pause = REFRESH / 10 if pid in self.registry.problems else REFRESH
+                due[pid] = time.monotonic() + pause
+            self._stopped.wait(max(1.0, min(due.values(), default=REFRESH) - time.monotonic()))
+
+    def _list_models(self, provider_id: str) -> None:
+        """Ask one provider; a failure keeps the old list and is noted."""
+        provider = self.registry.providers[provider_id]
+        models, before = None, self.registry.problems.get(provider_id, "")
+        try:
+            models = self._models_of(provider)
+            problem = "" if models else "its list holds no LLM"
+        except OgxError as error:
+            problem = error.message
+        except Exception:  # a list that no one foresaw must not take the others down
+            log.exception("reading the model list of %s", provider_id)
+            problem = "its model list could not be read"
+        if problem != before and self.discovered.is_set():
+            log.warning("%s: %s", provider_id, problem or "its models are listed again")
+        self.registry.learn(provider_id, models, problem)
+
+    def _models_of(self, provider: Provider) -> list[Model]:
+        if provider is DEMO_PROVIDER:
+            return [Model("demo/echo", provider, "echo")]
+        return models_from_list(provider, self.upstream.json(provider, "/models", LIST_TIMEOUT))
+
+    def close(self) -> None:
+        self._stopped.set()
+        self.upstream.close()
+
+
+def local_providers(upstream: Upstream, timeout: float = 0.2) -> list[Provider]:
+    """Servers at their usual loopback ports that identify themselves as what belongs there."""
+    found: dict[str, Provider] = {}
+
+    def look(kind: ProviderKind) -> None:
+        host = f"http://127.0.0.1:{kind.local_port}"
+        path, mark = kind.identity
+        try:
+            reply, body = upstream.get(Provider(kind.name, kind, host), path, timeout)
+        except OgxError:
+            return
+        if reply.status == 200 and mark.encode() in re.sub(rb'\s*([:,"])\s*', rb"\1", body):
+            found[kind.name] = Provider(kind.name, kind, f"{host}/v1")
+
+    kinds = [kind for kind in PROVIDER_KINDS.values() if kind.local_port]
+    threads = [threading.Thread(target=look, args=(kind,), daemon=True) for kind in kinds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout * 3)
+    return [found[kind.name] for kind in kinds if kind.name in found]
+
+
+def upstream_items(
+    reply: Reply, tick: float, watch: socket.socket | None
+) -> Iterator[bytes | None]:
+    """The data of each server-sent event, or a JSON body as one; None for a tick of silence."""
+    reader, whole = SseReader(), bytearray()
+    is_json_body: bool | None = None
+    while True:
+        data = reply.read(tick, watch)
+        if data is None:
+            yield None
+            continue
+        if not data:
+            break
+        if is_json_body is None:
+            is_json_body = "text/event-stream" not in reply.headers.get("content-type", "") and (
+                data.lstrip()[:1] in (b"{", b"[", b"<")
+            )
+        if is_json_body:
+            whole += data
+            if len(whole) > 64 * 1024 * 1024:
+                raise OgxError(502, "the upstream's answer is too large")
+            continue
+        yield from reader.feed(data)
+    yield from [bytes(whole)] if whole else reader.end()
+
+
+def whole_body(reply: Reply, limit: int = 1024 * 1024) -> bytes:
+    """The body of an error, as far as it comes within 10 s."""
+    parts, size = [], 0
+    while size < limit:
+        data = reply.read(10.0)
+        if not data:
+            break
+        parts.append(data)
+        size += len(data)
+    return b"".join(parts)
+
+
+def used_tool_ids(request: Json) -> Iterator[str]:
+    """The ids of the tool calls in the history."""
+    for message in request["messages"]:
+        if message["role"] == "assistant" and not isinstance(message["content"], str):
+            yield from (b["id"] for b in message["content"] if b["type"] == "tool_use")
+
+
+def model_entry(model: Model, alias_of: str = "") -> Json:
+    """A model as OpenAI's list and Anthropic's both have it; custom_metadata is OGX's."""
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.created))
+    metadata = {"model_type": "llm", "provider_id": model.provider.id,
+                "provider_resource_id": model.upstream_id}  # fmt: skip
+    if alias_of:
+        metadata["alias_of"] = alias_of
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": model.created,
+        "owned_by": model.provider.id,
+        "type": "model",
+        "display_name": model.id,
+        "created_at": created,
+        "lifecycle": "active",
+        "capabilities": None,
+        "max_input_tokens": model.context,
+        "max_tokens": model.max_output,
+        "custom_metadata": metadata,
+    }
+
+
+def page_limit(text: str | None, default: int) -> int:
+    """The `limit` of a list request: 1 to 1,000."""
+    if not text:
+        return default
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1000):
+        raise OgxError(400, f"limit: expected a number from 1 to 1000, got '{text[:40]}'")
+    return int(text)
+
+
+# ======== Server =============================================================================
+# HTTP for the clients: guard, read, route, write, log. Everything that can be wrong with a
+# request ends as one error in Anthropic's shape.
+
+MAX_BODY = 32 * 1024 * 1024  # bytes, counted after decompression
+CLIENT_TIMEOUT = 30.0  # seconds for a client to send its request
+KEEP_ALIVE = 300.0  # seconds an idle connection stays open
+DRAIN_TIMEOUT = 30.0  # seconds for running answers after a signal to stop
+ANTHROPIC_VERSION = "2023-06-01"
+PING = b'event: ping\ndata: {"type":"ping"}\n\n'
+SIGN_OF_LIFE = b": waiting for the model\n\n"  # before message_start only comments may come
+SIMPLE_TYPES = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A gateway on a listening socket; port 0 takes a free one. `url` tells where it listens."""
+
+    daemon_threads = True
+    request_queue_size = 128
+    allow_reuse_address = os.name != "nt"  # on Windows it would let two programs share the port
+
+    def __init__(self, gateway: Gateway, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT):
+        self.gateway = gateway
+        self.stopping = False
+        self._running = 0
+        self._idle = threading.Condition()
+        self.host = host.strip("[]")
+        if ":" in self.host:
+            self.address_family = socket.AF_INET6
+        try:
+            super().__init__((self.host, port), Handler)
+        except (OSError, OverflowError) as error:
+            raise OgxError(500, listen_problem(error, host, port)) from None
+
+    def server_bind(self) -> None:
+        """Bind without HTTPServer's reverse DNS query, which can stall for half a minute."""
+        super(http.server.HTTPServer, self).server_bind()
+        self.server_name, self.server_port = self.host, self.server_address[1]
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.server_port}"
+
+    def start(self) -> None:
+        """Serve in a thread of its own until stop()."""
+        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
+
+    def stop(self, drain: float = DRAIN_TIMEOUT) -> None:
+        """Accept no more, let running answers finish for `drain` seconds, close."""
+        self.stopping = True
+        self.shutdown()
+        self.server_close()
+        with self._idle:
+            self._idle.wait_for(lambda: self._running == 0, drain)
+        self.gateway.close()
+
+    def count(self, change: int) -> None:
+        """Count a running request in (1) or out (-1)."""
+        with self._idle:
+            self._running += change
+            self._idle.notify_all()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception("a connection failed unexpectedly")
+
+
+def listen_problem(error: Exception, host: str, port: int) -> str:
+    """Why a server can't listen, in one line."""
+    name = errno.errorcode.get(getattr(error, "errno", 0) or 0, "")
+    if isinstance(error, socket.gaierror) or name in ("EADDRNOTAVAIL", "EINVAL"):
+        return f"can't listen on {host}: it is no address of this machine (see --host)"
+    if name == "EADDRINUSE":
+        return f"port {port} on {host} is in use; choose another with --port, or stop what uses it"
+    if name in ("EACCES", "EPERM"):
+        return f"no permission to listen on port {port}; ports below 1024 are privileged"
+    return f"can't listen on {host}:{port}: {error}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One client connection."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Server
+    exchange: Exchange
+    request_headers: dict[str, str]
+
+    def handle_one_request(self) -> None:
+        self.close_connection = True
+        self.exchange = Exchange(f"req_{uuid.uuid4().hex[:24]}")
+        self.status, self.command, self.path, self.request_headers = 0, "", "", {}
+        self._unread = False
+        try:
+            self.connection.settimeout(KEEP_ALIVE)
+            head = self._read_head()
+            if head:
+                self.exchange.started = time.monotonic()
+                self.server.count(1)
+                try:
+                    self._answer(head)
+                finally:
+                    self.server.count(-1)
+        except (OSError, EOFError) as error:  # the client left or was too slow
+            self.close_connection = True
+            log.debug("%s: connection lost: %s", self.exchange.request_id, error)
+
+    def _read_head(self) -> list[bytes]:
+        """The lines of a request's head; [] when the client closed or was silent."""
+        lines: list[bytes] = []
+        size = 0
+        while True:
+            line = self.rfile.readline(MAX_HEAD)
+            size += len(line)
+            if not line.endswith(b"\n") or size > MAX_HEAD:
+                if size >= MAX_HEAD:
+                    self._send_error(OgxError(431, "the request's headers are too large"))
+                return []
+            line = line.rstrip(b"\r\n")
+            if not line and lines:
+                return lines
+            if line:
+                if not lines:
+                    self.connection.settimeout(CLIENT_TIMEOUT)
+                lines.append(line)
+
+    def _answer(self, head: list[bytes]) -> None:
+        try:
+            self._parse_head(head)
+            body = self._read_body()
+            self._guard()
+            self._route(body)
+        except OgxError as error:
+            self._send_error(error)
+        except (ConnectionError, socket.timeout):
+            self.close_connection = True
+            self.status = self.status or CLIENT_GONE
+        except Exception:
+            log.exception("%s: unexpected error", self.exchange.request_id)
+            self._send_error(OgxError(500, "internal error; the log of ogx.py has the trace"))
+        self._log()
+
+    def _parse_head(self, head: list[bytes]) -> None:
+        """Take in the request line and headers; OgxError(400) for anything malformed."""
+        match = re.fullmatch(rb"([A-Z]+) ([\x21-\x7e]+) HTTP/(1\.[01])", head[0])
+        if not match:
+            raise OgxError(400, "malformed request line")
+        self.command = match.group(1).decode()
+        self.path = match.group(2).decode()
+        self.request_version = "HTTP/" + match.group(3).decode()
+        headers = self.request_headers = headers_from_lines(head[1:])
+        self.exchange.session = headers.get("x-claude-code-session-id", "")[:64]
+        connection = headers.get("connection", "").lower()
+        self.close_connection = (
+            self.server.stopping
+            or "close" in connection
+            or (self.request_version == "HTTP/1.0" and "keep-alive" not in connection)
+        )
+
+    def _read_body(self) -> bytes:
+        """The request's body, unpacked. Both lengths at once, or two, are how requests are
+        smuggled past a proxy: refused, and the connection closed."""
+        headers = self.request_headers
+        length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+        if length is None and coding is None:
+            return b""
+        self._unread = True
+        if coding is not None:
+            if length is not None or coding.lower() != "chunked":
+                raise OgxError(400, "transfer-encoding: expected chunked alone, without a length")
+        elif not re.fullmatch(r"[0-9]{1,18}", length or ""):
+            raise OgxError(400, "content-length: expected one whole number")
+        elif int(length or 0) > MAX_BODY:
+            raise too_large()
+        if headers.get("expect", "").lower() == "100-continue":
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        data = self._read_chunked() if coding else self._read_exactly(int(length or 0))
+        self._unread = False
+        return unpacked(data, headers.get("content-encoding", "identity").lower())
+
+    def _read_exactly(self, size: int) -> bytes:
+        data = self.rfile.read(size)
+        if len(data) < size:
+            raise ConnectionResetError("the client closed in the middle of its request")
+        return data
+
+    def _read_chunked(self) -> bytes:
+        reader, body = ChunkedReader(), bytearray()
+        while not reader.done:
+            data = self.rfile.peek(RECEIVE_SIZE)  # type: ignore[attr-defined]
+            if not data:
+                raise ConnectionResetError("the client closed in the middle of its request")
+            body += reader.feed(data)
+            self.rfile.read(len(data) - len(reader.rest))
+            if len(body) > MAX_BODY:
+                raise too_large()
+        return bytes(body)
+
+    def _guard(self) -> None:
+        """Keep browsers out: a page that a user visits must not be able to spend their keys, by
+        its own name for 127.0.0.1 (DNS rebinding), across origins, or by a form."""
+        headers = self.request_headers
+        host = headers.get("host", "")
+        if not host_allowed(host, self.server.host):
+            raise OgxError(403, f"host '{host[:100]}' is not a name of this server")
+        origin = headers.get("origin")
+        if origin is not None and origin != f"http://{host}":
+            raise OgxError(403, "requests from web pages of another origin are refused")
+        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if self.command == "POST" and content_type in SIMPLE_TYPES:
+            raise OgxError(415, f"content-type: expected application/json, got {content_type}")
+
+    def _route(self, body: bytes) -> None:
+        path, _, query = re.sub(r"^https?://[^/]*", "", self.path).partition("?")
+        path = re.sub(r"/{2,}", "/", path)
+        routes = Handler.ROUTES.get(path)
+        if routes is None and path.startswith("/v1/models/"):
+            routes = {"GET": Handler._get_model}
+        if routes is None:
+            raise OgxError(404, not_served_words(path))
+        method = "GET" if self.command == "HEAD" else self.command
+        if method not in routes:
+            allowed = ", ".join([*routes, *["HEAD"] * ("GET" in routes)])
+            raise OgxError(405, f"{self.command} is not possible on {path}, only {allowed}",
+                           headers={"allow": allowed})  # fmt: skip
+        routes[method](self, path, query, body)
+
+    # -- endpoints
+
+    def _post_messages(self, path: str, query: str, body: bytes) -> None:
+        request = parsed_json(body)
+        check_request(request)
+        self.exchange.stream = bool(request.get("stream"))
+        batches = self.server.gateway.messages(request, self.exchange, self.connection)
+        try:
+            if self.exchange.stream:
+                self._stream(batches)
+                return
+            events = [event for batch in batches for event in batch or ()]
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+        self._send_json(200, message_from_events(events))
+
+    def _post_count_tokens(self, path: str, query: str, body: bytes) -> None:
+        request = parsed_json(body)
+        check_request(request, counting=True)
+        self._send_json(200, self.server.gateway.count_tokens(request))
+
+    def _get_models(self, path: str, query: str, body: bytes) -> None:
+        fields = dict(urllib.parse.parse_qsl(query, max_num_fields=20))
+        self._send_json(200, self.server.gateway.model_list(fields))
+
+    def _get_model(self, path: str, query: str, body: bytes) -> None:
+        model_id = urllib.parse.unquote(path[len("/v1/models/") :])
+        self._send_json(200, self.server.gateway.model(model_id))
+
+    def _get_root(self, path: str, query: str, body: bytes) -> None:
+        self._send_json(200, {"service": "ogx.py", "version": __version__, "status": "OK"})
+
+    ROUTES: ClassVar[dict[str, dict[str, Callable[[Handler, str, str, bytes], None]]]] = {
+        "/v1/messages": {"POST": _post_messages},
+        "/v1/messages/count_tokens": {"POST": _post_count_tokens},
+        "/v1/models": {"GET": _get_models},
+        "/v1/health": {"GET": _get_root},
+        "/api/hello": {"GET": _get_root},
+        "/": {"GET": _get_root},
+    }
+
+    # -- answers
+
+    def _stream(self, batches: Iterable[list[Json] | None]) -> None:
+        """Write events as they come; an error before the first one is the caller's to answer."""
+        begun = False  # message_start was written
+        try:
+            for batch in batches:
+                if batch is None:
+                    self._send_piece(PING if begun else SIGN_OF_LIFE)
+                elif batch:
+                    if not begun:
+                        self.exchange.first_event = time.monotonic()
+                    begun = True
+                    self._send_piece(b"".join(map(sse_bytes, batch)))
+        except OgxError as error:
+            if not self.status or error.status == CLIENT_GONE:
+                raise
+            self.exchange.error = f"the stream broke: {error.message}"
+            self._send_piece(sse_bytes(error.body(self.exchange.request_id)))
+        if self.request_version == "HTTP/1.1":
+            self.connection.sendall(b"0\r\n\r\n")
+
+    def _send_piece(self, data: bytes) -> None:
+        """One piece of a stream, as one chunk; the head goes with the first."""
+        chunked = self.request_version == "HTTP/1.1"
+        if chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if not self.status:
+            headers = {"content-type": "text/event-stream", "cache-control": "no-cache"}
+            if chunked:
+                headers["transfer-encoding"] = "chunked"
+            else:
+                self.close_connection = True
+            data = self._head(200, headers) + data
+        self.connection.sendall(data)
+
+    def _send_json(self, status: int, value: Json, headers: Mapping[str, str] = {}) -> None:
+        data = json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
+        fields = {"content-type": "application/json", "content-length": str(len(data)), **headers}
+        head = self._head(status, fields)
+        self.connection.sendall(head if self.command == "HEAD" else head + data)
+
+    def _send_error(self, error: OgxError) -> None:
+        """Answer with an error where an answer is still possible."""
+        if self.status or error.status == CLIENT_GONE:
+            self.close_connection = True
+            self.status = self.status or error.status
+            return
+        headers = dict(error.headers)
+        self.close_connection = self.close_connection or self._unread or not self.command
+        self.exchange.error = error.message
+        self._send_json(error.status, error.body(self.exchange.request_id), headers)
+        if self._unread:
+            self._linger()
+
+    def _linger(self) -> None:
+        """Read on for a moment: closing at once on unread data would reset the connection, and
+        the client would never see the answer."""
+        self.connection.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + 2.0
+        while time.monotonic() < deadline and wait_readable(self.connection, 0.5):
+            if not self.connection.recv(RECEIVE_SIZE):
+                return
+
+    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        """The head of an answer, as bytes; from here on the answer counts as sent."""
+        self.status = status
+        reason = http.client.responses.get(status, "Overloaded" if status == 529 else "Error")
+        fields = {
+            "date": self.date_time_string(),
+            "request-id": self.exchange.request_id,
+            "anthropic-version": ANTHROPIC_VERSION,
+            **headers,
+        }
+        if self.close_connection:
+            fields["connection"] = "close"
+        lines = [f"HTTP/1.1 {status} {reason}", *(f"{k}: {v}" for k, v in fields.items()), "", ""]
+        return "\r\n".join(lines).encode("latin-1", "replace")
+
+    def _log(self) -> None:
+        """One line per request; what clients ask all the time only at level DEBUG."""
+        exchange = self.exchange
+        now = time.monotonic()
+        parts = [exchange.request_id, self.command, self.path.partition("?")[0], str(self.status)]
+        if exchange.asked:
+            parts.append(f"{exchange.asked} -> {exchange.served}")
+        if exchange.first_event:
+            parts.append(f"first {exchange.first_event - exchange.started:.3f}s")
+        parts.append(f"total {now - exchange.started:.3f}s")
+        if exchange.usage:
+            usage = exchange.usage
+            parts.append(f"in {usage.input} cached {usage.cache_read} out {usage.output}")
+        if exchange.session:
+            parts.append(f"session {exchange.session}")
+        if exchange.error:
+            parts.append(f"error: {exchange.error}")
+        quiet = not exchange.error and not self.path.startswith("/v1/messages")
+        level = logging.DEBUG if quiet else logging.INFO
+        log.log(level, "%s", " ".join(parts))
+
+
+def too_large() -> OgxError:
+    return OgxError(413, f"the request is larger than {MAX_BODY // 1024 // 1024} MB")
+
+
+def unpacked(data: bytes, coding: str) -> bytes:
+    """A body without its content-encoding; gzip and deflate are known."""
+    if coding in ("", "identity"):
+        return data
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise OgxError(415, f"content-encoding: expected gzip or identity, got {coding[:40]}")
+    unpacker = zlib.decompressobj(47)
+    try:
+        plain = unpacker.decompress(data, MAX_BODY + 1)
+    except zlib.error:
+        raise OgxError(400, f"the body is not {coding}, as its content-encoding says") from None
+    if len(plain) > MAX_BODY:
+        raise too_large()
+    if not unpacker.eof:
+        raise OgxError(400, f"the {coding} body is cut off")
+    return plain
+
+
+def parsed_json(body: bytes) -> Any:
+    """The JSON of a request's body; OgxError(400) says where it breaks."""
+    if not body:
+        raise OgxError(400, "the request has no body; expected a JSON object")
+    try:
+        return json.loads(body)
+    except RecursionError:
+        raise OgxError(400, "the request's JSON is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise OgxError(400, "the request's body is not UTF-8") from None
+    except ValueError as error:
+        raise OgxError(400, f"the request's body is not JSON: {error}") from None
+
+
+def host_allowed(host: str, bound: str) -> bool:
+    """Whether a Host header may come in. Bound to loopback, only names of loopback may; bound
+    elsewhere, addresses and this machine's own name, which no foreign page can point here."""
+    name = re.sub(r":[0-9]*$", "", host).strip("[]").lower()
+    if not host or is_loopback(name) or name == bound.lower():  # every browser sends a Host
+        return True
+    if is_loopback(bound):
+        return False
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name == socket.gethostname().lower()
+    return True
+
+
+def not_served_words(path: str) -> str:
+    """Why a path is not served, and what to do."""
+    if path.startswith("/v1/v1/"):
+        return f"{path[:200]} not found: the base URL should end without /v1"
+    if path.startswith(("/v1/messages/batches", "/v1/files")):
+        return f"{path[:200]} not found: batches and files are not served by ogx.py"
+    return f"{path[:200]} not found; ogx.py serves {', '.join(Handler.ROUTES)}"
+
+
+# ======== Connect ============================================================================
+# `connect claude`: ask the server for its models, plan the environment (pure), then print it or
+# launch Claude Code. What to set and unset was verified with the real client (2.1.330).
+
+INSTALL_WORDS = "Failed to find 'claude' in PATH. Install it from https://claude.com/download"
+TOKEN = "ogx"  # a Bearer token; unlike an API key it needs no approval in Claude Code
+SMALL_WINDOW = 48_000  # tokens; below, the usual output reserve would compact on every turn
+# Each of these would send requests elsewhere, change how they are sent, or choose another model.
+# Variables that the user's own tools need inside Claude Code (AWS_*, GOOGLE_*) stay.
+UNSET = (
+    "CLAUDE_CODE_USE_VERTEX", "ANTHROPIC_VERTEX_PROJECT_ID", "CLAUDE_CODE_USE_BEDROCK",
+    "ANTHROPIC_BEDROCK_SESSION_TOKEN", "CLAUDE_CODE_USE_FOUNDRY", "CLAUDE_CODE_USE_MANTLE",
+    "CLAUDE_CODE_USE_ANTHROPIC_AWS", "CLAUDE_CODE_USE_ANTHROPIC_GOOGLE_CLOUD",
+    "CLAUDE_CODE_USE_GATEWAY", "ANTHROPIC_UNIX_SOCKET", "ANTHROPIC_API_KEY", "ANTHROPIC_MODEL",
+    "ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_CUSTOM_HEADERS", "CLAUDE_CODE_OAUTH_TOKEN",
+    "CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST", "CLAUDE_CODE_HOST_AUTH_ENV_VAR", "CLAUDECODE",
+    "CLAUDE_CODE_SUBAGENT_MODEL", "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
+    "CLAUDE_CODE_MAX_OUTPUT_TOKENS",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """The environment for Claude Code: variables to set, and to unset."""
+
+    set: Mapping[str, str]
+    unset: tuple[str, ...]
+
+    def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
+        kept = {k: v for k, v in environ.items() if k not in self.unset}
+        return {**kept, **self.set}
+
+
+def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> int:
+    """Launch Claude Code on the server's models, or print the environment; its exit code."""
+    claude = shutil.which("claude")
+    if not options.print_env and not claude:
+        raise OgxError(400, INSTALL_WORDS)
+    base_url = server_url(options, os.environ)
+    listing = model_listing(base_url)
+    plan = launch_plan(base_url, listing, options, os.environ)
+    if options.print_env:
+        print("\n".join(shell_lines(plan)))
+        return 0
+    for tier in TIERS:
+        variable = f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL"
+        print(f"  {tier:<7} {plan.set[variable]}", file=sys.stderr)
+    return exit_code_of([claude or "claude", *claude_args], plan.environment(os.environ))
+
+
+def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
+    """The server's URL without /v1: from --url, else --host (a name, an address or a URL) and
+    --port, else OGX_PORT."""
+    if options.url or "://" in options.host:
+        url = options.url or options.host
+        url = url if "://" in url else f"http://{url}"
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise OgxError(400, f"--url: expected a URL like http://localhost:8321, got '{url}'")
+        if options.port is not None and parts.port is None:
+            parts = parts._replace(netloc=f"{parts.netloc}:{options.port}")
+        return re.sub(r"/(v1/?)?$", "", urllib.parse.urlunsplit(parts))
+    port = options.port
+    if port is None:
+        port = port_number(environ.get("OGX_PORT") or DEFAULT_PORT, "OGX_PORT")
+    host = options.host.strip("[]")
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def model_listing(base_url: str) -> Json:
+    """The server's GET /v1/models; raises OgxError in the launcher's words."""
+    upstream = Upstream()
+    server = Provider("OGX", GENERIC_KIND, base_url, TOKEN)
+    try:
+        reply, body = upstream.get(server, "/v1/models", 10.0)
+    except OgxError as error:
+        why = error.message.partition(": ")[2] or error.message
+        raise OgxError(
+            502,
+            f"Failed to connect to OGX server at {base_url}: {why}\n"
+            f"Start the server first with: {command_name()} run",
+        ) from None
+    finally:
+        upstream.close()
+    if reply.status != 200:
+        words = f"Failed to query models from OGX server at {base_url} (HTTP {reply.status})"
+        raise OgxError(502, words)
+    try:
+        listing = json.loads(body)
+    except ValueError:
+        listing = None
+    if not isinstance(listing, dict) or not isinstance(listing.get("data"), list):
+        raise OgxError(502, f"Failed to query models from OGX server at {base_url}: "
+                            "it doesn't answer with a model list")  # fmt: skip
+    return listing
+
+
+def launch_plan(
+    base_url: str, listing: Json, options: argparse.Namespace, environ: Mapping[str, str]
+) -> LaunchPlan:
+    """What to set and unset so that Claude Code talks to the server and knows its models."""
+    models = {
+        m["id"]: m for m in listing["data"]
+        if isinstance(m, dict) and isinstance(m.get("id"), str) and is_listed_llm(m)
+    }  # fmt: skip
+    if not models:
+        raise OgxError(404, "Failed to find any LLM models on the OGX server.")
+    tiers = {tier: tier_choice(tier, options, models, listing) for tier in TIERS}
+    variables = {"ANTHROPIC_BASE_URL": base_url, "ANTHROPIC_AUTH_TOKEN": TOKEN}
+    for tier, model_id in tiers.items():
+        name = f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL"
+        variables.update({name: model_id, f"{name}_NAME": model_id,
+                          f"{name}_DESCRIPTION": f"{tier} tier, served by ogx.py"})  # fmt: skip
+    variables["CLAUDE_CODE_DISABLE_1M_CONTEXT"] = "1"
+    variables["CLAUDE_CODE_ATTRIBUTION_HEADER"] = "0"  # it would defeat prefix caches
+    variables.update(limit_variables([models.get(model_id, {}) for model_id in tiers.values()]))
+    host = urllib.parse.urlsplit(base_url).hostname or ""
+    for name in ("NO_PROXY", "no_proxy"):
+        if name == "NO_PROXY" or environ.get(name):
+            hosts = [h for h in environ.get(name, "").split(",") if h.strip()]
+            wanted = dict.fromkeys([host, "localhost", "127.0.0.1"])
+            variables[name] = ",".join(hosts + [h for h in wanted if h not in hosts])
+    return LaunchPlan(variables, tuple(name for name in UNSET if name not in variables))
+
+
+def is_listed_llm(entry: Json) -> bool:
+    """Whether a listed model is an LLM: by OGX's metadata, else by its id."""
+    kind = dict_or_empty(entry.get("custom_metadata")).get("model_type", "llm")
+    return kind == "llm" and not NOT_LLM.search(entry["id"])
+
+
+def tier_choice(
+    tier: str, options: argparse.Namespace, models: Mapping[str, Json], listing: Json
+) -> str:
+    """A tier's model: its flag, else --model, else the server's choice, else the first LLM in the
+    list that is no alias."""
+    wanted = getattr(options, f"{tier}_model") or options.model
+    if wanted:
+        if wanted not in models:
+            near = difflib.get_close_matches(wanted, models, 1, 0.5)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise OgxError(404, f"Failed to find model '{wanted}' on the OGX server.{hint}\n"
+                                f"Available models: {', '.join(models)}")  # fmt: skip
+        return str(wanted)
+    chosen = dict_or_empty(listing.get("tiers")).get(tier)
+    if isinstance(chosen, str):
+        return chosen
+    real = (m for m, e in models.items()
+            if not dict_or_empty(e.get("custom_metadata")).get("alias_of"))  # fmt: skip
+    return next(real, next(iter(models)))
+
+
+def limit_variables(entries: Sequence[Json]) -> dict[str, str]:
+    """Claude Code's window and output limit, in tokens: it knows one for all tiers, so the
+    smallest; nothing where the server doesn't know."""
+    contexts = [e["max_input_tokens"] for e in entries if e.get("max_input_tokens")]
+    outputs = [e["max_tokens"] for e in entries if e.get("max_tokens")]
+    limits = {}
+    if contexts:
+        limits["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(min(contexts))
+        if min(contexts) < SMALL_WINDOW:
+            outputs.append(max(1024, min(contexts) // 8))
+    if outputs:
+        limits["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(min(outputs))
+    return limits
+
+
+def shell_lines(plan: LaunchPlan) -> list[str]:
+    """`export` and `unset` lines that `eval` in a POSIX shell takes safely."""
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in plan.set.items()]
+    return exports + [f"unset {name}" for name in plan.unset]
+
+
+def exit_code_of(argv: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a program in this terminal and give its exit code, as a shell would."""
+    import subprocess
+
+    # Ctrl-C reaches the whole foreground group, and Claude Code decides what it means. A handler,
+    # unlike SIG_IGN, isn't inherited.
+    previous = signal.signal(signal.SIGINT, lambda *_: None) if in_main_thread() else None
+    try:
+        with subprocess.Popen(argv, env=environment) as child:
+            code = child.wait()
+    except OSError as error:
+        raise OgxError(500, f"Failed to start '{argv[0]}': {error.strerror}") from None
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGINT, previous)
+    return 128 - code if code < 0 else code
+
+
+def in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+# ======== Command line =======================================================================
+# One line per flag. Errors are one clear line on stderr and exit code 1.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    split = words.index("--") if "--" in words else len(words)
+    own, forwarded = words[:split], words[split + 1 :]
+    parser = argument_parser()
+    try:
+        options, extra = parser.parse_known_args(own)
+        if extra or (forwarded and options.command != "connect"):
+            hint = "; arguments for Claude Code go after --" if options.command == "connect" else ""
+            parser.error(f"unrecognized arguments: {' '.join(extra or forwarded)}{hint}")
+        if options.command == "connect":
+            return connect_claude(options, forwarded)
+        return run(options)
+    except SystemExit as stop:  # argparse, after its own words
+        return stop.code if isinstance(stop.code, int) else 1
+    except OgxError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=command_name(), description="Run Claude Code, and every Anthropic SDK program, on any "
+        "model.")  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"ogx.py {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    run_ = commands.add_parser("run", help="serve the Anthropic Messages API")
+    flag = run_.add_argument
+    flag("config", nargs="?", default="starter", help="'starter' (default) or a JSON file like it")
+    flag("--host", help=f"address to listen on (default {DEFAULT_HOST})")
+    flag("--port", type=port_argument, help=f"port (default OGX_PORT, else {DEFAULT_PORT})")
+    flag("--log-level", default="info", choices=("debug", "info", "warning", "error"),
+         help="how much to log (default info: a line per request)")  # fmt: skip
+
+    connect = commands.add_parser("connect", help="launch a client on a running server")
+    clients = connect.add_subparsers(dest="client", metavar="CLIENT", required=True)
+    claude = clients.add_parser("claude", help="Claude Code",
+                                usage="%(prog)s [options] [-- CLAUDE_ARGS...]")  # fmt: skip
+    flag = claude.add_argument
+    flag("--model", metavar="MODEL", help="model for all tiers (default: the server's choice)")
+    for tier in TIERS:
+        flag(f"--{tier}-model", metavar="MODEL", help=f"model for the {tier} tier")
+    flag("--host", default="localhost", help="server host, or its whole URL (default localhost)")
+    flag("--port", type=port_argument, help=f"server port (default OGX_PORT, else {DEFAULT_PORT})")
+    flag("--url", help="server URL, with or without /v1, instead of --host and --port")
+    flag("--print-env", action="store_true", help="print export and unset lines, launch nothing")
+    return parser
+
+
+def port_argument(text: str) -> int:
+    try:
+        return port_number(text, "port")
+    except OgxError:
+        message = f"expected a port from 0 to 65535, got '{text}'"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def command_name() -> str:
+    """How this program was called, to be typed again."""
+    path = sys.argv[0] if sys.argv else ""
+    if path.endswith(".py"):
+        return f"python3 {shlex.quote(path)}"
+    return os.path.basename(path) or "ogx"
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until a signal; the exit code."""
+    logging.basicConfig(format="%(asctime)s %(message)s", level=options.log_level.upper())
+    config = config_from_name(options.config, os.environ)
+    gateway = Gateway(config)
+    port = config.port if options.port is None else options.port
+    server = Server(gateway, options.host or config.host, port)
+    stopped = threading.Event()
+    if in_main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: leave(stopped))
+    if not is_loopback(server.host):
+        log.warning("listening on %s: everyone who reaches this port can use your providers' keys",
+                    server.host)  # fmt: skip
+    if not gateway.registry.providers:
+        gateway.registry.adopt(local_providers(gateway.upstream) if config.discover_local else [])
+    server.start()
+    gateway.start_discovery()
+    gateway.discovered.wait(1.0)
+    say(*summary_lines(gateway, server))
+    if not gateway.discovered.is_set():
+        gateway.discovered.wait()
+        say(*summary_lines(gateway, server))
+    while not stopped.wait(3600):  # a timeout lets Windows deliver Ctrl-C
+        pass
+    log.info("stopping; running answers have %g s to finish", DRAIN_TIMEOUT)
+    server.stop()
+    return 0
+
+
+def leave(stopped: threading.Event) -> None:
+    """Stop gently at the first signal, at once at the second."""
+    if stopped.is_set():
+        os._exit(130)
+    stopped.set()
+
+
+def config_from_name(name: str, environ: Mapping[str, str]) -> Config:
+    """The built-in configuration for `starter`, else that of a JSON file."""
+    if name == "starter":
+        return config_from_json(starter_config(), "starter", environ)
+    try:
+        with open(name, encoding="utf-8") as file:
+            tree = json.load(file)
+    except OSError as error:
+        expected = "'starter' or a JSON file"
+        raise OgxError(400, f"{name}: {error.strerror}; expected {expected}") from None
+    except (ValueError, RecursionError) as error:
+        raise OgxError(400, f"{name}: not JSON: {error}") from None
+    return config_from_json(tree, name, environ)
+
+
+def summary_lines(gateway: Gateway, server: Server) -> list[str]:
+    """What a person wants to know after the start: URL, providers, tiers, what to type next."""
+    registry = gateway.registry
+    lines = [f"ogx.py {__version__} serves {server.url}", ""]
+    width = max(map(len, [*registry.providers, "sonnet"]))
+    for provider_id in registry.providers:
+        count = len(registry.lists.get(provider_id, ()))
+        words = f"{count} model{'s' * (count != 1)}" if count else "no models"
+        problem = registry.problems.get(provider_id)
+        if provider_id not in registry.lists and not problem:
+            words = "still asking for its models"
+        lines.append(f"  {provider_id:<{width}}  {words}{': ' + problem if problem else ''}")
+    if DEMO_PROVIDER.id in registry.providers:
+        lines += ["", "No provider is configured: only the built-in demo model answers.",
+                  "For real models set one of these variables and start again:",
+                  *textwrap.wrap(", ".join(starter_variables()), 76, initial_indent="  ",
+                                 subsequent_indent="  ")]  # fmt: skip
+    tiers = gateway.tiers()
+    lines += ["", *(f"  {tier:<{width}}  {tiers.get(tier, 'no model')}" for tier in TIERS), ""]
+    port = "" if server.server_port == DEFAULT_PORT else f" --port {server.server_port}"
+    return [*lines, f"Next, in another terminal:  {command_name()} connect claude{port}", ""]
+
+
+def starter_variables() -> Iterator[str]:
+    """The variables that switch the starter's providers on."""
+    for kind in PROVIDER_KINDS.values():
+        yield (kind.url_vars if kind.enabled_by == "url" else kind.key_vars)[0]
+
+
+def say(*lines: str) -> None:
+    """Print lines; a closed stdout (`| head`) is no reason to stop serving."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+if __name__ == "__main__":
+    sys.exit(main())
