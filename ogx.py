@@ -23,10 +23,10 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
     Config         starter.json, or a file like it, and ${env.VAR:=default}
     Registry       models, aliases and tiers: which provider serves an id
     Requests       check a Messages request; what all dialects share
+    Tokens         estimate token counts
     Events         build, write, read and fold Anthropic events
     Chat           OpenAI Chat Completions: request there, chunks back
     Responses      the table of dialects
-    Tokens         estimate token counts
     Remedies       what an upstream's refusal teaches
     Store          what was learned, kept for the next request
     Upstream       connections to providers
@@ -984,6 +984,43 @@ def source_words(source: Json) -> str:
     return str(source.get("url") or source.get("file_id") or source["type"])
 
 
+# ======== Tokens =============================================================================
+# Estimates, since providers count with vocabularies we don't have. Pure.
+
+IMAGE_TOKENS = 1_600  # Anthropic's upper bound for one image
+PDF_BYTES_PER_TOKEN = 40  # a page of 60 kB is about 1,500 tokens
+COUNTED_FIELDS = ("system", "messages", "tools", "output_config")
+
+
+def estimated_tokens(request: Json) -> int:
+    """About how many input tokens a request is: text, tools, images, documents."""
+    sizes = [0.0]
+    for name in COUNTED_FIELDS:
+        add_tokens(request.get(name), sizes)
+    return int(sizes[0]) + 4 * len(request["messages"]) + 3
+
+
+def add_tokens(node: Any, total: list[float]) -> None:
+    """Add a JSON value's tokens to total[0]: about 4 ASCII characters each, 3 bytes of others."""
+    if isinstance(node, str):
+        total[0] += len(node) / 4 if node.isascii() else len(node.encode("utf-8", "replace")) / 3
+    elif isinstance(node, dict):
+        source = node.get("source")
+        if isinstance(source, dict) and source.get("type") == "base64":
+            data = len(source.get("data") or "")
+            is_image = node.get("type") == "image"
+            total[0] += IMAGE_TOKENS if is_image else data * 3 / 4 / PDF_BYTES_PER_TOKEN
+            return
+        total[0] += 2 * len(node)
+        for value in node.values():
+            add_tokens(value, total)
+    elif isinstance(node, list):
+        for value in node:
+            add_tokens(value, total)
+    else:
+        total[0] += 1
+
+
 # ======== Events =============================================================================
 # Anthropic's side of a stream. Blocks never overlap: one is open, the others wait their turn, and
 # one method makes every transition. Also server-sent events, both ways, as bytes. Pure.
@@ -1311,6 +1348,9 @@ def chat_request(request: Json, model: Model) -> Json:
     return body
 
 
+PLACEHOLDER = "DeferredToolPlaceholder"  # Claude Code's; stands for tools that may be found later
+
+
 class ToolNames:
     """Tool names as a chat upstream takes them, and back: those that break OpenAI's rule get
     their odd characters replaced and a hash of the whole name, so that none collide."""
@@ -1352,7 +1392,8 @@ def chat_messages(request: Json, kind: ProviderKind, names: ToolNames) -> list[J
 
 def unserved_tools_note(request: Json) -> str:
     """Words for the model about tools that only Anthropic's servers run (web search, say)."""
-    names = [t["name"] for t in request.get("tools") or () if not is_client_tool(t)]
+    tools = request.get("tools") or ()
+    names = [t["name"] for t in tools if not is_client_tool(t) and t["name"] != PLACEHOLDER]
     if not names:
         return ""
     return f"These tools are not available through this gateway: {', '.join(names)}. " \
@@ -1360,11 +1401,8 @@ def unserved_tools_note(request: Json) -> str:
 
 
 def is_client_tool(tool: Json) -> bool:
-    """Whether the client runs the tool: custom tools, and Anthropic's with a schema of its own.
-
-    Claude Code's DeferredToolPlaceholder stands for tools to be found later; it is no tool.
-    """
-    if tool.get("name") == "DeferredToolPlaceholder":
+    """Whether the client runs the tool: custom tools, and Anthropic's with a schema of its own."""
+    if tool.get("name") == PLACEHOLDER:
         return False
     return tool.get("type", "custom") == "custom" or "input_schema" in tool
 
@@ -1558,8 +1596,8 @@ class ChatTranslator:
         try:
             chunk = json.loads(data)
         except (ValueError, RecursionError):
-            words = data[:200].decode("utf-8", "replace")
-            raise OgxError(502, f"{self._origin} sent something that isn't JSON: {words}") from None
+            words = readable_text(data[:2000].decode("utf-8", "replace"))
+            raise OgxError(502, f"{self._origin} sent no JSON but {words}") from None
         if not isinstance(chunk, dict):
             raise OgxError(502, f"{self._origin} sent a chunk that isn't an object")
         if chunk.get("error"):
@@ -1726,43 +1764,6 @@ DIALECTS = {
     "demo": Dialect("", demo_request, ChatTranslator),
 }
 
-# ======== Tokens =============================================================================
-# Estimates, since providers count with vocabularies we don't have. Pure.
-
-IMAGE_TOKENS = 1_600  # Anthropic's upper bound for one image
-PDF_BYTES_PER_TOKEN = 40  # a page of 60 kB is about 1,500 tokens
-COUNTED_FIELDS = ("system", "messages", "tools", "output_config")
-
-
-def estimated_tokens(request: Json) -> int:
-    """About how many input tokens a request is: text, tools, images, documents."""
-    sizes = [0.0]
-    for name in COUNTED_FIELDS:
-        add_tokens(request.get(name), sizes)
-    return int(sizes[0]) + 4 * len(request["messages"]) + 3
-
-
-def add_tokens(node: Any, total: list[float]) -> None:
-    """Add a JSON value's tokens to total[0]: about 4 ASCII characters each, 3 bytes of others."""
-    if isinstance(node, str):
-        total[0] += len(node) / 4 if node.isascii() else len(node.encode("utf-8", "replace")) / 3
-    elif isinstance(node, dict):
-        source = node.get("source")
-        if isinstance(source, dict) and source.get("type") == "base64":
-            data = len(source.get("data") or "")
-            is_image = node.get("type") == "image"
-            total[0] += IMAGE_TOKENS if is_image else data * 3 / 4 / PDF_BYTES_PER_TOKEN
-            return
-        total[0] += 2 * len(node)
-        for value in node.values():
-            add_tokens(value, total)
-    elif isinstance(node, list):
-        for value in node:
-            add_tokens(value, total)
-    else:
-        total[0] += 1
-
-
 # ======== Remedies ===========================================================================
 # What an upstream's refusal teaches. A row of REMEDIES reads the words of a refused request and
 # gives a lesson, one change to the request's fields; the request is sent again with it. Patterns
@@ -1813,7 +1814,7 @@ UNSUPPORTED = re.compile(
 OUTPUT_LIMITS = tuple(map(re.compile, (
     r"supports at most (\d+) (?:completion|output) tokens",  # OpenAI
     r"\d+ > (\d+), which is the maximum allowed number of output tokens",  # Anthropic
-    r"max_tokens\D{0,80}less than or equal to `?(\d+)",  # Groq
+    r"max_tokens.{0,80}less than or equal to `?(\d+)",  # Groq
     r"model limit of (\d+)",  # Bedrock
     r"max_tokens\D{0,60}\[1, ?(\d+)\]",  # DeepSeek
     r"max_model_len=(\d+)",  # vLLM 0.33
@@ -1893,9 +1894,8 @@ def dropped_field(refusal: Refusal, body: Json) -> Lesson | None:
     """`Unsupported value: 'temperature' does not support 0.2`, `property 'x' is unsupported`."""
     if not UNSUPPORTED.search(refusal.message + " " + refusal.code):
         return None
-    named = refusal.param if refusal.param in OPTIONAL_FIELDS else next(
-        (n for n in OPTIONAL_FIELDS if re.search(rf"\b{n}\b", refusal.message)), None
-    )  # fmt: skip
+    words = re.findall(r"\w+", f"{refusal.param} {refusal.message}")
+    named = next((word for word in words if word in OPTIONAL_FIELDS), None)
     if named is None and "think" in refusal.message:  # Ollama: `"m" does not support thinking`
         named = "reasoning_effort"
     return Lesson("drop", named) if named else None
@@ -2655,7 +2655,9 @@ class Gateway:
         self.upstream.close()
 
 
-def local_providers(upstream: Upstream, timeout: float = 0.2) -> list[Provider]:
+def local_providers(
+    upstream: Upstream, kinds: Iterable[ProviderKind], timeout: float = 0.2
+) -> list[Provider]:
     """Servers at their usual loopback ports that identify themselves as what belongs there."""
     found: dict[str, Provider] = {}
 
@@ -2669,7 +2671,7 @@ def local_providers(upstream: Upstream, timeout: float = 0.2) -> list[Provider]:
         if reply.status == 200 and mark.encode() in re.sub(rb'\s*([:,"])\s*', rb"\1", body):
             found[kind.name] = Provider(kind.name, kind, f"{host}/v1")
 
-    kinds = [kind for kind in PROVIDER_KINDS.values() if kind.local_port]
+    kinds = [kind for kind in kinds if kind.local_port]
     threads = [threading.Thread(target=look, args=(kind,), daemon=True) for kind in kinds]
     for thread in threads:
         thread.start()
@@ -2681,9 +2683,9 @@ def local_providers(upstream: Upstream, timeout: float = 0.2) -> list[Provider]:
 def upstream_items(
     reply: Reply, tick: float, watch: socket.socket | None
 ) -> Iterator[bytes | None]:
-    """The data of each server-sent event, or a JSON body as one; None for a tick of silence."""
+    """The data of each server-sent event, or a whole body as one; None for a tick of silence."""
     reader, whole = SseReader(), bytearray()
-    is_json_body: bool | None = None
+    is_whole: bool | None = None
     while True:
         data = reply.read(tick, watch)
         if data is None:
@@ -2691,11 +2693,9 @@ def upstream_items(
             continue
         if not data:
             break
-        if is_json_body is None:
-            is_json_body = "text/event-stream" not in reply.headers.get("content-type", "") and (
-                data.lstrip()[:1] in (b"{", b"[", b"<")
-            )
-        if is_json_body:
+        if is_whole is None:  # told by the data, since content types lie; no stream begins so
+            is_whole = data.lstrip()[:1] in (b"{", b"[", b"<")
+        if is_whole:
             whole += data
             if len(whole) > 64 * 1024 * 1024:
                 raise OgxError(502, "the upstream's answer is too large")
@@ -2799,9 +2799,9 @@ class Server(http.server.ThreadingHTTPServer):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.server_port}"
 
-    def start(self) -> None:
-        """Serve in a thread of its own until stop()."""
-        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
+    def start(self, poll: float = 0.1) -> None:
+        """Serve in a thread of its own until stop(), which it notices within `poll` seconds."""
+        threading.Thread(target=self.serve_forever, args=(poll,), daemon=True).start()
 
     def stop(self, drain: float = DRAIN_TIMEOUT) -> None:
         """Accept no more, let running answers finish for `drain` seconds, close."""
@@ -3281,6 +3281,14 @@ def model_listing(base_url: str) -> Json:
     return listing
 
 
+def command_name() -> str:
+    """How this program was called, to be typed again."""
+    path = sys.argv[0] if sys.argv else ""
+    if path.endswith(".py"):
+        return f"python3 {shlex.quote(path)}"
+    return os.path.basename(path) or "ogx"
+
+
 def launch_plan(
     base_url: str, listing: Json, options: argparse.Namespace, environ: Mapping[str, str]
 ) -> LaunchPlan:
@@ -3444,14 +3452,6 @@ def port_argument(text: str) -> int:
         raise argparse.ArgumentTypeError(message) from None
 
 
-def command_name() -> str:
-    """How this program was called, to be typed again."""
-    path = sys.argv[0] if sys.argv else ""
-    if path.endswith(".py"):
-        return f"python3 {shlex.quote(path)}"
-    return os.path.basename(path) or "ogx"
-
-
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal; the exit code."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=options.log_level.upper())
@@ -3467,7 +3467,8 @@ def run(options: argparse.Namespace) -> int:
         log.warning("listening on %s: everyone who reaches this port can use your providers' keys",
                     server.host)  # fmt: skip
     if not gateway.registry.providers:
-        gateway.registry.adopt(local_providers(gateway.upstream) if config.discover_local else [])
+        kinds = PROVIDER_KINDS.values() if config.discover_local else ()
+        gateway.registry.adopt(local_providers(gateway.upstream, kinds))
     server.start()
     gateway.start_discovery()
     gateway.discovered.wait(1.0)

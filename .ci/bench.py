@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure what ogx.py adds between a client and an OpenAI-format upstream.
 
-    make bench                                  the whole table, about a minute
+    make bench                                  the whole table, about half a minute
     python3 .ci/bench.py --quick                a look, about ten seconds
     python3 .ci/bench.py --json figures.json    the figures of every round too, for a program
 
@@ -190,15 +190,15 @@ class Upstream(asyncio.Protocol):
             self.send(iter(stream_answer(int(wish[1]))), int(wish[2]) / 1000, time.monotonic())
 
     def send(self, chunks: Iterator[bytes], delay: float, due: float) -> None:
-        """Write what is due of a streamed answer, and come back for the rest."""
-        for chunk in chunks:
+        """Write one chunk, or ten where they aren't paced, and come back after the others' turn."""
+        turn = list(itertools.islice(chunks, 1 if delay else 10))
+        for chunk in turn:
             if self.transport.is_closing():
-                break
+                return
             self.transport.write(chunk.replace(NO_TIME, TIME.format(time.monotonic()).encode()))
-            if delay:
-                due += delay
-                asyncio.get_running_loop().call_at(due, self.send, chunks, delay, due)
-                break
+        if turn:
+            due += delay
+            asyncio.get_running_loop().call_at(due, self.send, chunks, delay, due)
 
 
 @functools.cache

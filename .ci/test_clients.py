@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import socket
-import socketserver
 import subprocess
 import sys
 import threading
@@ -23,17 +22,16 @@ import urllib.request
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, Union
+from typing import Any
 
 import anthropic
 import claude_agent_sdk as agent_sdk
 import openai
 import pydantic
 import pytest
-from pydantic import Field
+from scripted_upstream import KEY, Json, Reply, ScriptedUpstream, parts, text_of, tool_results
 
 pytestmark = pytest.mark.clients
 
@@ -41,373 +39,9 @@ ROOT = Path(__file__).resolve().parents[1]
 OGX = os.environ.get("OGX_FILE", str(ROOT / "ogx.py"))
 PYTHON = os.environ.get("OGX_PYTHON", sys.executable)
 CLAUDE_BIN = ROOT / ".clients/npm/node_modules/.bin"
-KEY = "test-key-1234"
 MODEL = "openai/scripted"
-UPSTREAM_MODELS = ["text-embedding-scripted", "scripted", "scripted-mini"]
 # Keeps Claude Code from talking to anyone but the gateway: updates, telemetry, feature flags.
 OFFLINE = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1"}
-Json = dict[str, Any]
-
-
-# ======== What the upstream says ==============================================================
-
-
-@dataclass
-class Reply:
-    """One turn of the scripted model, or an error status with a text."""
-
-    text: str = ""
-    reasoning: str = ""
-    calls: list[tuple[str, Json]] = field(default_factory=list)
-    status: int = 200
-    dies: int = 0  # so many times the connection breaks halfway
-    waits_for: Optional[threading.Event] = None  # set by the test once the first piece arrived
-
-    def message(self, turn: int) -> Json:
-        calls = [
-            {"id": f"call_{turn}_{place}", "type": "function",
-             "function": {"name": name, "arguments": json.dumps(arguments)}}
-            for place, (name, arguments) in enumerate(self.calls)
-        ]
-        return {"role": "assistant", "content": self.text or None,
-                **({"reasoning_content": self.reasoning} if self.reasoning else {}),
-                **({"tool_calls": calls} if calls else {})}
-
-    def deltas(self, turn: int) -> Iterator[Json]:
-        """The message in OpenAI's pieces: a call starts with id and name, its arguments dribble."""
-        yield {"role": "assistant", "content": ""}
-        yield from ({"reasoning_content": piece} for piece in pieces(self.reasoning))
-        yield from ({"content": piece} for piece in pieces(self.text))
-        for index, call in enumerate(self.message(turn).get("tool_calls", [])):
-            name, arguments = call["function"]["name"], call["function"]["arguments"]
-            start = {**call, "function": {"name": name, "arguments": ""}}
-            for part in [start, *({"function": {"arguments": piece}} for piece in pieces(arguments))]:
-                yield {"tool_calls": [{"index": index, **part}]}
-
-    @property
-    def finish_reason(self) -> str:
-        return "tool_calls" if self.calls else "stop"
-
-
-def pieces(text: str) -> list[str]:
-    return [text[at : at + 7] for at in range(0, len(text), 7)]
-
-
-USAGE = {
-    "prompt_tokens": 1234, "completion_tokens": 56, "total_tokens": 1290,
-    "prompt_tokens_details": {"cached_tokens": 1000},
-    "completion_tokens_details": {"reasoning_tokens": 0},
-}
-
-
-# ======== What the upstream refuses ===========================================================
-
-# Plain models of a chat request: OpenAI answers whatever doesn't fit them with a 400.
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-Image = Annotated[str, Field(pattern=r"^(https?://|data:image/(png|jpeg|gif|webp);base64,\w)")]
-Words = Annotated[str, Field(min_length=1)]
-
-
-class Strict(pydantic.BaseModel, extra="forbid", strict=True):
-    """No unknown fields, no null where nothing says so, no string for a number."""
-
-
-class ImageUrl(Strict):
-    url: Image
-    detail: Literal["auto", "low", "high"] = "auto"
-
-
-class File(Strict):
-    filename: Words
-    file_data: Annotated[str, Field(pattern=r"^data:application/pdf;base64,\w")]
-
-
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-class ImagePart(Strict):
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-class FilePart(Strict):
-    type: Literal["file"]
-    file: File
-
-
-class CalledFunction(Strict):
-    name: Name
-    arguments: pydantic.Json[dict[str, Any]]
-
-
-class Call(Strict):
-    id: Annotated[str, Field(min_length=1, max_length=40)]
-    type: Literal["function"]
-    function: CalledFunction
-
-
-Texts = Union[str, Annotated[list[TextPart], Field(min_length=1)]]
-Parts = Union[str, Annotated[list[Union[TextPart, ImagePart, FilePart]], Field(min_length=1)]]
-
-
-class System(Strict):
-    role: Literal["system", "developer"]
-    content: Texts
-
-
-class User(Strict):
-    role: Literal["user"]
-    content: Parts
-
-
-class Assistant(Strict):
-    role: Literal["assistant"]
-    content: Optional[Texts] = None
-    tool_calls: Annotated[list[Call], Field(min_length=1)] = []
-
-    @pydantic.model_validator(mode="after")
-    def says_something(self) -> "Assistant":
-        assert self.content is not None or self.tool_calls, "content is null without tool_calls"
-        return self
-
-
-class ToolResult(Strict):
-    role: Literal["tool"]
-    tool_call_id: str
-    content: Texts
-
-
-class Schema(pydantic.BaseModel, extra="allow"):
-    type: Literal["object"]
-
-    @pydantic.model_validator(mode="after")
-    def is_plain(self) -> "Schema":
-        unfit = {"oneOf", "anyOf", "allOf", "enum", "not"} & set(self.model_extra or {})
-        assert not unfit, f"schema must not have {unfit} at the top level"
-        return self
-
-
-class Function(Strict):
-    name: Name
-    description: str = ""
-    parameters: Schema = Schema(type="object")
-    strict: bool = False
-
-
-class Tool(Strict):
-    type: Literal["function"]
-    function: Function
-
-
-class ChosenFunction(Strict):
-    name: Name
-
-
-class ToolChoice(Strict):
-    type: Literal["function"]
-    function: ChosenFunction
-
-
-class JsonSchema(Strict):
-    name: Name
-    schema_: Json = Field(alias="schema")
-    strict: bool = False
-    description: str = ""
-
-
-class ResponseFormat(Strict):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: Optional[JsonSchema] = None
-
-
-class StreamOptions(Strict):
-    include_usage: bool = False
-
-
-class Chat(Strict):
-    model: Words
-    messages: Annotated[list[Union[System, User, Assistant, ToolResult]], Field(min_length=1)]
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] = []
-    tool_choice: Union[Literal["none", "auto", "required"], ToolChoice] = "auto"
-    parallel_tool_calls: bool = True
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    stop: Union[Words, Annotated[list[Words], Field(min_length=1, max_length=4)]] = "-"
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1
-    top_p: Annotated[float, Field(ge=0, le=1)] = 1
-    max_tokens: Annotated[int, Field(ge=1, le=128_000)] = 1
-    max_completion_tokens: Annotated[int, Field(ge=1, le=128_000)] = 1
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] = "none"
-    response_format: ResponseFormat = ResponseFormat(type="text")
-    metadata: dict[str, Annotated[str, Field(max_length=512)]] = {}
-    user: str = ""
-    prompt_cache_key: str = ""
-    store: bool = False
-
-    @pydantic.model_validator(mode="after")
-    def fits_together(self) -> "Chat":
-        names = [tool.function.name for tool in self.tools]
-        given = self.model_fields_set
-        assert len(set(names)) == len(names), f"tool names must be unique: {names}"
-        assert self.tools or not given & {"tool_choice", "parallel_tool_calls"}, "no 'tools'"
-        assert self.stream or "stream_options" not in given, "'stream_options' without 'stream'"
-        assert not {"max_tokens", "max_completion_tokens"} <= given, "two limits at once"
-        if isinstance(self.tool_choice, ToolChoice):
-            assert self.tool_choice.function.name in names, "'tool_choice' names no tool"
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def answers_every_call_at_once(self) -> "Chat":
-        waiting: list[str] = []
-        for message in [*self.messages, None]:
-            if isinstance(message, ToolResult):
-                assert message.tool_call_id in waiting, "a tool message must follow its tool_calls"
-                waiting.remove(message.tool_call_id)
-            else:
-                assert not waiting, f"tool_call_ids without response messages: {waiting}"
-                calls = message.tool_calls if isinstance(message, Assistant) else []
-                waiting = [call.id for call in calls]
-        return self
-
-
-# ======== The upstream ========================================================================
-
-
-class ScriptedUpstream(socketserver.ThreadingTCPServer):
-    """An OpenAI server. `script` maps a marker to replies: the last user message that holds a
-    marker counts, each assistant turn since then takes the next reply, the last one repeats."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), UpstreamHandler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-        self.script: dict[str, list[Reply]] = {}
-        self.requests: list[Json] = []
-        self.refusals: list[str] = []
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    def reply(self, messages: list[Json]) -> Reply:
-        turn = 0
-        for message in reversed(messages):
-            turn += message["role"] == "assistant"
-            for marker, replies in self.script.items():
-                if message["role"] == "user" and marker in text_of(message):
-                    return replies[min(turn, len(replies) - 1)]
-        return Reply("Nothing is scripted for this.")
-
-    def seen(self, marker: str) -> list[Json]:
-        """The requests in which the user says the marker, in order."""
-        return [body for body in self.requests if any(
-            one["role"] == "user" and marker in text_of(one) for one in body["messages"]
-        )]
-
-
-class UpstreamHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    server: ScriptedUpstream
-
-    def do_GET(self) -> None:
-        if self.path.rstrip("/") != "/v1/models":
-            return self.refuse(404, f"Unknown request URL: GET {self.path}")
-        models = [{"id": name, "object": "model", "created": 1, "owned_by": "test"}
-                  for name in UPSTREAM_MODELS]
-        return self.answer(200, {"object": "list", "data": models})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path != "/v1/chat/completions":
-            return self.refuse(404, f"Unknown request URL: POST {self.path}")
-        self.server.requests.append(body)
-        if self.headers["Authorization"] != f"Bearer {KEY}":
-            return self.refuse(401, "Incorrect API key provided.")
-        if body.get("model") not in UPSTREAM_MODELS:
-            return self.refuse(404, f"The model `{body.get('model')}` does not exist.")
-        try:
-            Chat.model_validate(body)
-        except pydantic.ValidationError as error:
-            self.server.refusals.append(str(error))
-            return self.refuse(400, str(error))
-        reply, turn = self.server.reply(body["messages"]), len(body["messages"])
-        if reply.status != 200:
-            return self.refuse(reply.status, reply.text)
-        if body.get("stream"):
-            return self.stream(body, reply, turn)
-        if reply.dies:
-            reply.dies -= 1
-            return self.hang_up()
-        choice = {"message": reply.message(turn), "finish_reason": reply.finish_reason}
-        head = self.head(body, "chat.completion")
-        return self.answer(200, {**head, "choices": [{"index": 0, **choice}], "usage": USAGE})
-
-    def stream(self, body: Json, reply: Reply, turn: int) -> None:
-        head = self.head(body, "chat.completion.chunk")
-        deltas = [*((delta, None) for delta in reply.deltas(turn)), ({}, reply.finish_reason)]
-        chunks = [{**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
-                  for delta, finish in deltas]
-        if body.get("stream_options", {}).get("include_usage"):
-            chunks = [{**chunk, "usage": None} for chunk in chunks]
-            chunks.append({**head, "choices": [], "usage": USAGE})
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for at, chunk in enumerate(chunks):
-            if at == 2 and reply.waits_for:
-                reply.waits_for.wait(10)
-            if at == len(deltas) // 2 and reply.dies:
-                reply.dies -= 1
-                return self.hang_up()
-            self.send_piece(b"data: " + json.dumps(chunk).encode() + b"\n\n")
-        self.send_piece(b"data: [DONE]\n\n")
-        return self.send_piece(b"")
-
-    def send_piece(self, data: bytes) -> None:
-        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-
-    def hang_up(self) -> None:
-        self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
-
-    def head(self, body: Json, kind: str) -> Json:
-        return {"id": "chatcmpl-1", "object": kind, "created": 1, "model": body["model"]}
-
-    def refuse(self, status: int, message: str) -> None:
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-        self.answer(status, {"error": error})
-
-    def answer(self, status: int, body: Json) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args: Any) -> None:
-        """Say nothing."""
-
-
-def text_of(message: Json) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "\n".join(p.get("text", "") for p in content)
-
-
-def tool_results(body: Json) -> dict[str, str]:
-    """What the request's tool messages say, by the arguments of the call that they answer."""
-    calls = [call for message in body["messages"] for call in message.get("tool_calls") or []]
-    asked = {call["id"]: call["function"]["arguments"] for call in calls}
-    answers = [message for message in body["messages"] if message["role"] == "tool"]
-    return {asked[answer["tool_call_id"]]: text_of(answer) for answer in answers}
-
-
-def parts(body: Json, kind: str) -> list[Json]:
-    """All content parts of one kind, in order, without their wrapping."""
-    lists = [one["content"] for one in body["messages"] if isinstance(one.get("content"), list)]
-    return [part[kind] for content in lists for part in content if part["type"] == kind]
 
 
 # ======== The gateway =========================================================================
@@ -504,7 +138,8 @@ class TestClaudeCode:
         (body,) = upstream.requests
         assert body["model"] == "scripted" and body["stream"] is True
         assert body["messages"][0]["role"] in ("system", "developer")
-        assert {"Bash", "Edit", "Read", "Write"} <= {one["function"]["name"] for one in body["tools"]}
+        tools = {one["function"]["name"] for one in body["tools"]}
+        assert {"Bash", "Edit", "Read", "Write"} <= tools
         assert "x-anthropic-billing-header" not in json.dumps(body)
 
     def test_takes_the_first_language_model_when_none_is_named(self, gateway, upstream):
@@ -514,10 +149,10 @@ class TestClaudeCode:
         assert upstream.requests[-1]["model"] == "scripted"
 
     @pytest.mark.parametrize(("name", "expected"), [
-        ("haiku", "scripted-mini"), ("claude-haiku-4-5-20251001", "scripted-mini"),
-        ("opus", "scripted"), ("claude-sonnet-4-5", "scripted"), (MODEL + "-mini", "scripted-mini"),
+        ("haiku", "scripted-mini"), ("opus", "scripted"), (MODEL + "-mini", "scripted-mini"),
+        ("claude-haiku-4-5-20251001", "scripted"), ("claude-sonnet-4-5", "scripted"),
     ])
-    def test_finds_a_model_under_claudes_names(self, gateway, upstream, name, expected):
+    def test_finds_a_model_under_any_name(self, gateway, upstream, name, expected):
         upstream.script = {"Hello": [Reply("Good day.")]}
         tiers = ["--model", MODEL, "--haiku-model", MODEL + "-mini"]
         done = gateway.connect(*tiers, "--", "--model", name, "-p", "Hello")
@@ -756,7 +391,8 @@ class TestAnthropicSdk:
         upstream.script = {"Hello": script}
         first = sdk.messages.create(**ASK, tools=[WEATHER], tool_choice={"type": "any"})
         (use,) = valid(first).content
-        assert (first.stop_reason, use.type, use.input) == ("tool_use", "tool_use", {"city": "Oslo"})
+        assert (first.stop_reason, use.name) == ("tool_use", "weather")
+        assert use.input == {"city": "Oslo"}
         result = {"type": "tool_result", "tool_use_id": use.id, "content": "rain"}
         turns = [{"role": "assistant", "content": first.content},
                  {"role": "user", "content": [result]}]
@@ -813,8 +449,8 @@ class TestAnthropicSdk:
         assert set(schema["properties"]) == {"name", "people"}
 
     def test_tells_the_gateways_refusals_by_class(self, sdk, upstream):
-        with pytest.raises(anthropic.NotFoundError, match="openai/nope") as unknown:
-            sdk.messages.create(**{**ASK, "model": "openai/nope"})
+        with pytest.raises(anthropic.NotFoundError, match="nope-9") as unknown:
+            sdk.messages.create(**{**ASK, "model": "nope-9"})
         assert unknown.value.request_id
         assert unknown.value.body["error"]["type"] == "not_found_error"
         for messages in ([], [{"role": "robot", "content": "x"}],
@@ -885,7 +521,8 @@ class TestOpenaiSdk:
         upstream.script = {"Hello": [Reply("One.", reasoning="Hm.", calls=[("f", {"x": 1})])]}
         answer = client.chat.completions.create(**ask)
         assert answer.choices[0].message.tool_calls[0].function.arguments == '{"x": 1}'
-        with client.chat.completions.stream(**ask, stream_options={"include_usage": True}) as stream:
+        ask["stream_options"] = {"include_usage": True}
+        with client.chat.completions.stream(**ask) as stream:
             streamed = stream.get_final_completion()
         assert streamed.choices[0].message.content == "One."
         assert streamed.choices[0].message.tool_calls[0].function.arguments == '{"x": 1}'

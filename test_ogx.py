@@ -1,0 +1,2484 @@
+"""The specification of ogx.py: one class per section of the file, in the same order.
+
+Upstreams are real loopback sockets (FakeUpstream), gateways are real servers on free ports. No
+test depends on time but for the limits that keep a broken one from hanging.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import gzip
+import http.client
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import ogx
+
+HERE = Path(__file__).resolve().parent
+SOURCE = (HERE / "ogx.py").read_text(encoding="utf-8")
+README = (HERE / "README.md").read_text(encoding="utf-8")
+SECTIONS = re.findall(r"^# ======== (.+?) =+$", SOURCE, re.M)
+IO_LINE = "Above this line nothing does I/O"
+
+
+# ---- helpers --------------------------------------------------------------------------------
+
+
+def refused(callable_, *args, **kwargs) -> ogx.OgxError:
+    """The OgxError that a call must raise."""
+    with pytest.raises(ogx.OgxError) as caught:
+        callable_(*args, **kwargs)
+    return caught.value
+
+
+def provider(kind="openai", url="http://127.0.0.1:9/v1", name=None, key="sk-secret-1234"):
+    return ogx.Provider(
+        name or kind, ogx.PROVIDER_KINDS.get(kind, ogx.GENERIC_KIND), url, key
+    )
+
+
+def model(kind="openai", upstream_id="gpt-x", **fields):
+    owner = provider(kind)
+    return ogx.Model(f"{owner.id}/{upstream_id}", owner, upstream_id, **fields)
+
+
+def request(*messages, **fields):
+    """A Messages request; a plain string is a user's message."""
+    turns = [{"role": "user", "content": m} if isinstance(m, str) else m for m in messages]
+    base = {"model": "openai/gpt-x", "max_tokens": 100, "messages": turns or [user("hi")]}
+    return {**base, **fields}
+
+
+def user(*content):
+    return {"role": "user", "content": content[0] if len(content) == 1 else list(content)}
+
+
+def assistant(*content):
+    return {"role": "assistant", "content": content[0] if len(content) == 1 else list(content)}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def call(call_id, name="Bash", **arguments):
+    return {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
+
+
+def result(call_id, content="ok", **fields):
+    return {"type": "tool_result", "tool_use_id": call_id, "content": content, **fields}
+
+
+def image(data="aW1n", media_type="image/png"):
+    source = {"type": "base64", "media_type": media_type, "data": data}
+    return {"type": "image", "source": source}
+
+
+def pdf(data="JVBERi0=", **fields):
+    source = {"type": "base64", "media_type": "application/pdf", "data": data}
+    return {"type": "document", "source": source, **fields}
+
+
+def tool(name="Bash", **schema):
+    return {"name": name, "description": "d", "input_schema": {"type": "object", **schema}}
+
+
+def delta(finish=None, usage=None, **fields):
+    """A chunk of a chat completion."""
+    chunk = {"id": "c", "choices": [{"index": 0, "delta": fields, "finish_reason": finish}]}
+    return {**chunk, "usage": usage} if usage else chunk
+
+
+def fragment(index=0, call_id=None, name=None, arguments=None):
+    """A piece of a tool call, with only the fields that are given."""
+    function = {k: v for k, v in (("name", name), ("arguments", arguments)) if v is not None}
+    piece = {"index": index, "id": call_id, "type": "function", "function": function}
+    return {k: v for k, v in piece.items() if v is not None}
+
+
+USAGE = {"prompt_tokens": 50, "completion_tokens": 7,
+         "prompt_tokens_details": {"cached_tokens": 20}}  # fmt: skip
+
+
+def sse(*chunks, done=True):
+    """Chunks as the bytes of a stream."""
+    data = b"".join(b"data: " + json.dumps(c).encode() + b"\n\n" for c in chunks)
+    return data + (b"data: [DONE]\n\n" if done else b"")
+
+
+def said(words="Hello.", finish="stop"):
+    """A whole, simple stream."""
+    return sse(delta(role="assistant", content=""), delta(content=words), delta(finish, USAGE))
+
+
+def translated(*chunks, body=None, used_ids=()):
+    """The events that chunks become, checked against Anthropic's grammar."""
+    writer = ogx.MessageWriter(ogx.new_message("msg_1", "m", 5), used_ids)
+    translator = ogx.ChatTranslator(writer, body or request(), "openai, model gpt-x")
+    events = [e for c in chunks for e in translator.feed(json.dumps(c).encode())]
+    events += translator.end()
+    check_grammar(events)
+    return events
+
+
+def folded(*chunks, **options):
+    return ogx.message_from_events(translated(*chunks, **options))
+
+
+def check_grammar(events):
+    """Anthropic's stream grammar: one start, blocks one after the other, one end."""
+    kinds = [e["type"] for e in events]
+    assert kinds[0] == "message_start" and kinds.count("message_start") == 1, kinds
+    assert kinds[-2:] == ["message_delta", "message_stop"], kinds
+    is_open, index = False, -1
+    for event in events[1:-2]:
+        if event["type"] == "content_block_start":
+            assert not is_open and event["index"] == index + 1, events
+            is_open, index = True, index + 1
+        else:
+            assert is_open and event["index"] == index, events
+            is_open = event["type"] != "content_block_stop"
+    assert not is_open
+
+
+def read_events(data):
+    """The events in the bytes of an SSE body."""
+    items = ogx.SseReader().feed(data)
+    return [json.loads(item) for item in items]
+
+
+class FakeUpstream:
+    """A provider on a real loopback socket: answers from a queue, remembers what it saw.
+
+    An answer is bytes (a stream), a dict (JSON), (status, dict or bytes[, headers]) or a function
+    of the connection, which then writes what it likes. Every GET lists `models`, or is answered
+    by them when they are (status, body).
+    """
+
+    def __init__(self, *answers, models=("gpt-x",)):
+        self.answers, self.models = list(answers), models
+        self.seen, self.heads = [], []
+        self.connections = 0
+        self.client_left = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/v1"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        # shutdown() wakes the accepting thread, close() alone would not
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self):
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        with connection, connection.makefile("rb") as reader, contextlib.suppress(OSError):
+            while True:
+                line = reader.readline().decode()
+                if not line:
+                    return
+                head = dict(
+                    h.decode().strip().lower().split(": ", 1)
+                    for h in iter(reader.readline, b"\r\n")
+                )
+                body = reader.read(int(head.get("content-length", 0)))
+                if line.startswith("GET"):
+                    status, listing = 200, {"data": [{"id": m} for m in self.models]}
+                    if isinstance(self.models[0], int):
+                        status, listing = self.models
+                    send(connection, status, json.dumps(listing).encode(), "application/json")
+                    continue
+                self.heads.append((line.split()[1], head))
+                self.seen.append(json.loads(body))
+                answer = self.answers.pop(0) if self.answers else said()
+                if callable(answer):
+                    answer(self, connection)
+                    return
+                self._answer(connection, answer)
+
+    @staticmethod
+    def _answer(connection, answer):
+        status, headers = 200, ""
+        if isinstance(answer, tuple):
+            status, answer, *rest = answer
+            headers = "".join(f"{k}: {v}\r\n" for k, v in (rest[0] if rest else {}).items())
+        if isinstance(answer, bytes):
+            kind = "text/event-stream" if status == 200 else "text/html"
+        else:
+            answer, kind = json.dumps(answer).encode(), "application/json"
+        send(connection, status, answer, kind, headers)
+
+
+def send(connection, status, body, content_type, headers=""):
+    head = f"HTTP/1.1 {status} X\r\ncontent-type: {content_type}\r\n{headers}"
+    connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def begin_stream(connection):
+    connection.sendall(CHUNKED)
+
+
+def send_chunk(connection, data):
+    connection.sendall(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+class Client:
+    """A keep-alive HTTP client of a gateway."""
+
+    def __init__(self, server):
+        self.port = server.server_port
+        self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+
+    def ask(self, method, path, body=None, **headers):
+        """(status, headers, body): a dict as JSON both ways, else bytes."""
+        fields = {k.replace("_", "-"): v for k, v in headers.items()}
+        if isinstance(body, dict):
+            body = json.dumps(body).encode()
+        if body is not None:
+            fields.setdefault("content-type", "application/json")
+        self.connection.request(method, path, body, fields)
+        answer = self.connection.getresponse()
+        data = answer.read()
+        if "json" in answer.headers.get("content-type", "") and data:
+            data = json.loads(data)
+        return answer.status, answer.headers, data
+
+    def post(self, body, path="/v1/messages", **headers):
+        return self.ask("POST", path, body, **headers)
+
+    def get(self, path, **headers):
+        return self.ask("GET", path, **headers)
+
+    def raw(self, data, shut=False):
+        """Everything a server answers to raw bytes until it closes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as sock:
+            sock.sendall(data)
+            if shut:
+                sock.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+def config(*providers, aliases=(), tiers=None):
+    return ogx.Config("test", "127.0.0.1", 0, providers, tuple(aliases), tiers or {})
+
+
+@contextlib.contextmanager
+def serving(*providers, tick=ogx.TICK, discover=True, **options):
+    """A client of a running gateway over the given providers."""
+    gateway = ogx.Gateway(config(*providers, **options), tick=tick)
+    server = ogx.Server(gateway, "127.0.0.1", 0)
+    server.start(poll=0.01)
+    if discover:
+        gateway.start_discovery()
+        assert gateway.discovered.wait(10)
+    client = Client(server)
+    client.gateway, client.server = gateway, server
+    try:
+        yield client
+    finally:
+        client.connection.close()
+        server.stop(drain=5)
+
+
+@contextlib.contextmanager
+def gateway_over(*answers, kind="openai", models=("gpt-x",), **options):
+    """(client, upstream): a running gateway over one fake provider."""
+    with FakeUpstream(*answers, models=models) as upstream, serving(
+        provider(kind, upstream.url), **options
+    ) as client:
+        yield client, upstream
+
+
+# ---- the file itself ------------------------------------------------------------------------
+
+
+class TestTheFile:
+    def test_imports_the_standard_library_alone(self):
+        tree = ast.parse(SOURCE)
+        names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        for name in {name.split(".")[0] for name in names}:
+            origin = importlib.util.find_spec(name).origin or "built-in"
+            stdlib = origin.startswith(sysconfig.get_path("stdlib"))
+            assert (stdlib or origin in ("built-in", "frozen")) and "-packages" not in origin, name
+
+    def test_index_banners_and_test_classes_agree(self):
+        index = re.findall(r"^    ([A-Z][a-z]+(?: [a-z]+)?)  +\S", ogx.__doc__, re.M)
+        sections = [s for s in SECTIONS if s != IO_LINE]
+        assert index == sections
+        classes = [n.name for n in ast.parse(Path(__file__).read_text()).body
+                   if isinstance(n, ast.ClassDef) and n.name.startswith("Test")]  # fmt: skip
+        expected = ["Test" + "".join(w.title() for w in s.split()) for s in sections]
+        assert [c for c in classes if c in expected] == expected
+
+    def test_sections_refer_only_upward(self):
+        tree = ast.parse(SOURCE)
+        banners = [i for i, line in enumerate(SOURCE.split("\n"), 1) if line.startswith("# ====")]
+
+        def section_of(line):
+            return sum(banner <= line for banner in banners)
+
+        homes = {}
+        for node in tree.body:
+            names = [getattr(node, "name", None)]
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            names += [n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)]
+            homes.update({name: section_of(node.lineno) for name in names if name})
+        downward = {
+            (node.id, node.lineno)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Name) and homes.get(node.id, 0) > section_of(node.lineno)
+        }
+        assert downward == set()
+
+    def test_nothing_above_the_line_does_io(self):
+        above = SOURCE.split(IO_LINE)[0]
+        tree = ast.parse(above)
+        used = {n.value.id for n in ast.walk(tree)
+                if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}  # fmt: skip
+        assert not used & {"os", "socket", "ssl", "select", "shutil", "signal", "sys", "time"}
+        assert not {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} & {"open", "print"}
+
+    def test_no_provider_is_named_below_its_section(self):
+        start = SOURCE.index("# ======== Config")
+        code = "\n".join(
+            ast.unparse(node) for node in strip_docstrings(ast.parse(SOURCE[start:])).body
+        )
+        named = {k for k in ogx.PROVIDER_KINDS if re.search(rf"['\"]{re.escape(k)}['\"]", code)}
+        assert named == set()
+
+    def test_importing_has_no_effect(self):
+        script = "import sys, logging, threading; before = set(sys.modules); import ogx; " \
+                 "assert not logging.getLogger().handlers and not ogx.log.handlers; " \
+                 "assert threading.active_count() == 1"  # fmt: skip
+        done = subprocess.run([sys.executable, "-B", "-c", script], cwd=HERE, capture_output=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+    def test_main_returns_an_int(self, capsys):
+        assert ogx.main(["run", "/no/such/file.json"]) == 1
+        assert ogx.main(["--no-such-flag"]) == 2
+        assert ogx.main(["--version"]) == 0
+        assert "Traceback" not in "".join(capsys.readouterr())
+
+    def test_a_copy_under_another_name_works(self, tmp_path):
+        copy = tmp_path / "vendored gateway.py"
+        copy.write_text(SOURCE, encoding="utf-8")
+        done = subprocess.run([sys.executable, str(copy), "--version"], capture_output=True,
+                              text=True, cwd="/")  # fmt: skip
+        assert (done.returncode, done.stdout.strip()) == (0, f"ogx.py {ogx.__version__}")
+
+    def test_every_command_in_the_readme_parses(self):
+        lines = re.findall(r"^\s*python3? ogx\.py (.+)$", README, re.M)
+        assert len(lines) >= 5
+        for line in lines:
+            words = shlex.split(line, comments=True)
+            own = words[: words.index("--")] if "--" in words else words
+            own = [w for w in own if w != "&"]
+            if own[-1] not in ("--help", "-h"):
+                ogx.argument_parser().parse_args(own)
+
+
+def strip_docstrings(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(
+            node
+        ):
+            node.body[0] = ast.Pass()
+    return tree
+
+
+# ---- one class per section ------------------------------------------------------------------
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("body", "words", "code"),
+        [
+            (b'{"error":{"message":"m","type":"t","code":"c"}}', "m", "c"),  # OpenAI
+            (b'{"error":{"message":"m","type":"t","code":null}}', "m", "t"),
+            (b'{"error":"Unauthorized"}', "Unauthorized", ""),  # vLLM
+            (b'{"object":"error","message":"m","type":"x","code":"3280"}', "m", "3280"),  # Mistral
+            (b'[{"error":{"code":400,"message":"m","status":"S"}}]', "m", "400"),  # Gemini
+            (b'{"detail":"Not Found"}', "Not Found", ""),  # FastAPI
+            (b'{"type":"error","error":{"type":"t","message":"m"}}', "m", "t"),  # Anthropic
+            (b'{"detail":[{"loc":["body"],"msg":"x"}]}', '[{"loc": ["body"], "msg": "x"}]', ""),
+            (b"404 page not found", "404 page not found", ""),  # Ollama
+            (b"", "Bad Gateway", ""),
+            (b"\xff\xfe", "\ufffd\ufffd", ""),
+            (b'"just words"', "just words", ""),
+        ],
+    )
+    def test_words_of_an_error_body_in_every_shape(self, body, words, code):
+        refusal = ogx.refusal_from_body(502, body)
+        assert (refusal.message, refusal.code) == (words, code)
+
+    def test_an_html_page_becomes_its_title(self):
+        page = b"<!DOCTYPE html><html><head><title>502 Bad\nGateway</title></head><body>x</body>"
+        assert ogx.refusal_from_body(502, page).message == "an HTML page: 502 Bad Gateway"
+
+    @pytest.mark.parametrize(
+        ("status", "error_type"),
+        [(400, "invalid_request_error"), (401, "authentication_error"), (402, "billing_error"),
+         (403, "permission_error"), (404, "not_found_error"), (413, "request_too_large"),
+         (422, "invalid_request_error"), (429, "rate_limit_error"), (500, "api_error"),
+         (502, "api_error"), (504, "timeout_error"), (529, "overloaded_error")],
+    )  # fmt: skip
+    def test_each_status_has_anthropics_type(self, status, error_type):
+        body = ogx.OgxError(status, "m").body("req_1")
+        assert body == {
+            "type": "error", "error": {"type": error_type, "message": "m"}, "request_id": "req_1",
+        }  # fmt: skip
+
+    def test_an_upstreams_words_and_status_stay_and_its_origin_is_told(self):
+        error = ogx.upstream_error(ogx.Refusal(429, "slow down"), "groq, model x",
+                                   {"retry-after": "7", "x-ratelimit-limit": "1"})  # fmt: skip
+        assert (error.status, error.message) == (429, "slow down (from groq, model x)")
+        assert error.headers == {"retry-after": "7"}
+
+    def test_what_cannot_get_better_tells_the_client_not_to_retry(self):
+        for refusal in (ogx.Refusal(401, "m"), ogx.Refusal(429, "m", "insufficient_quota")):
+            error = ogx.upstream_error(refusal, "o", {})
+            assert error.headers == {"x-should-retry": "false"}
+        assert error.type == "billing_error"
+
+    def test_a_key_that_an_upstream_quotes_is_hidden(self):
+        refusal = ogx.Refusal(401, "Incorrect API key provided: sk-secret-1234.")
+        assert "sk-secret" not in ogx.upstream_error(refusal, "o", {}, "sk-secret-1234").message
+
+
+class TestProviders:
+    def test_rows_are_complete(self):
+        for kind in ogx.PROVIDER_KINDS.values():
+            variables = kind.url_vars if kind.enabled_by == "url" else kind.key_vars
+            assert variables and kind.dialect in ogx.DIALECTS, kind.name
+            assert kind.base_url.startswith("http") or kind.enabled_by == "url"
+            assert bool(kind.local_port) == all(kind.identity)
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "provider_id", "base_url"),
+        [
+            ("OPENAI_API_KEY", "sk-1", "openai", "https://api.openai.com/v1"),
+            ("VLLM_URL", "http://localhost:8000/v1", "vllm", "http://localhost:8000/v1"),
+            ("VLLM_URL", "http://localhost:8000", "vllm", "http://localhost:8000/v1"),
+            ("VLLM_URL", "gpu-box:8000", "vllm", "http://gpu-box:8000/v1"),
+            ("OLLAMA_URL", "http://localhost:11434/", "ollama", "http://localhost:11434/v1"),
+            ("FIREWORKS_API_KEY", "k", "fireworks", "https://api.fireworks.ai/inference/v1"),
+            ("TOGETHER_API_KEY", "k", "together", "https://api.together.ai/v1"),
+            ("GROQ_API_KEY", "k", "groq", "https://api.groq.com/openai/v1"),
+            ("AWS_BEARER_TOKEN_BEDROCK", "k", "bedrock",
+             "https://bedrock-runtime.us-east-2.amazonaws.com/openai/v1"),
+            ("AWS_BEDROCK_BEARER_TOKEN", "k", "bedrock",
+             "https://bedrock-runtime.us-east-2.amazonaws.com/openai/v1"),
+            ("GEMINI_API_KEY", "k", "gemini",
+             "https://generativelanguage.googleapis.com/v1beta/openai"),
+            ("MISTRAL_API_KEY", "k", "mistral", "https://api.mistral.ai/v1"),
+            ("DEEPSEEK_API_KEY", "k", "deepseek", "https://api.deepseek.com"),
+            ("OPENROUTER_API_KEY", "k", "openrouter", "https://openrouter.ai/api/v1"),
+        ],
+    )  # fmt: skip
+    def test_a_variable_the_user_has_switches_its_provider_on(
+        self, variable, value, provider_id, base_url
+    ):
+        built = ogx.config_from_json(ogx.starter_config(), "starter", {variable: value})
+        assert [(p.id, p.base_url) for p in built.providers] == [(provider_id, base_url)]
+
+    def test_a_key_is_never_shown(self):
+        assert "sk-secret" not in repr(provider())
+
+
+class TestConfig:
+    def build(self, environ=None, **tree):
+        return ogx.config_from_json(tree, "my.json", environ or {})
+
+    def test_starter_json_holds_the_built_in_default(self):
+        on_disk = json.loads((HERE / "starter.json").read_text(encoding="utf-8"))
+        assert on_disk == ogx.starter_config()
+
+    def test_the_starter_without_variables_has_no_provider(self):
+        built = ogx.config_from_json(ogx.starter_config(), "starter", {})
+        assert (built.providers, built.host, built.port) == ((), "127.0.0.1", 8321)
+        assert len(built.aliases) == 3
+
+    @pytest.mark.parametrize(
+        ("template", "environ", "value"),
+        [
+            ("${env.A:=d}", {}, "d"),
+            ("${env.A:=d}", {"A": ""}, "d"),
+            ("${env.A:=d}", {"A": "x"}, "x"),
+            ("${env.A:=}", {}, ""),
+            ("${env.A:+v}", {}, ""),
+            ("${env.A:+v}", {"A": "x"}, "v"),
+            ("a-${env.A}-b", {"A": "x"}, "a-x-b"),
+            ("${env.A|B:=d}", {"B": "y"}, "y"),
+            ("${env.A:=x${env.B:=d}}", {}, "xd"),
+            ("${env.A:=http://h:1/v1}", {}, "http://h:1/v1"),
+        ],
+    )
+    def test_environment_references(self, template, environ, value):
+        assert ogx.expanded({"k": [template]}, environ, "f") == {"k": [value]}
+
+    def test_a_reference_without_default_must_be_set(self):
+        assert refused(ogx.expanded, {"k": ["${env.NOPE}"]}, {}, "f").message == (
+            "f.k[0]: the environment variable NOPE is not set"
+        )
+
+    @pytest.mark.parametrize(
+        ("tree", "words"),
+        [
+            ([], "my.json: expected an object, got []"),
+            ({"provider": {}}, "my.json: provider: unknown key, expected version"),
+            ({"providers": []}, "my.json: providers: expected an object, got []"),
+            ({"providers": {"inference": {}}},
+             "my.json: providers.inference: expected a list, got {}"),
+            ({"providers": {"inference": [{"provider_id": 5}]}},
+             "my.json: providers.inference[0].provider_id: expected a string, got 5"),
+            ({"providers": {"inference": [{"provider_id": "a", "provider_type": "remote::x"}]}},
+             "my.json: providers.inference[0].provider_type: expected one of remote::"),
+            ({"providers": {"inference": [{"provider_id": "a", "provider_type": "remote::vllm"}]}},
+             "my.json: providers.inference[0].config.base_url: expected a URL like"),
+            ({"providers": {"inference": [{"provider_id": "a", "provider_type": "remote::openai",
+                                           "config": {"base_url": "ftp://x"}}]}},
+             'config.base_url: expected a URL like http://localhost:8000/v1, got "ftp://x"'),
+            ({"providers": {"inference": [{"provider_id": "a", "provider_type": "remote::openai",
+                                           "config": {"api_key": "a\nb"}}]}},
+             "config.api_key: expected a key of printable ASCII"),
+            ({"registered_resources": {"models": [{"model_id": "m", "provider_id": "nope"}]}},
+             "models[0].provider_id: expected a configured provider (all), got \"nope\""),
+            ({"registered_resources": {"models": [{"model_id": "m", "model_type": "embedding"}]}},
+             'models[0].model_type: expected "llm"'),
+            ({"server": {"port": 70000}},
+             "my.json: server.port: expected a port from 0 to 65535, got 70000"),
+            ({"server": {"discover_local": 3}}, "server.discover_local: expected true or false"),
+        ],
+    )  # fmt: skip
+    def test_a_mistake_names_the_file_the_path_and_what_was_expected(self, tree, words):
+        error = refused(ogx.config_from_json, tree, "my.json", {})
+        assert words in error.message
+
+    def test_a_key_is_not_quoted_by_the_complaint_about_it(self):
+        entry = {"provider_id": "a", "provider_type": "remote::openai",
+                 "config": {"api_key": "sk-secret 1"}}  # fmt: skip
+        error = refused(self.build, providers={"inference": [entry]})
+        assert "sk-secret" not in error.message
+
+    def test_two_servers_of_one_kind(self):
+        entries = [{"provider_id": f"gpu{i}", "provider_type": "remote::vllm",
+                    "config": {"base_url": f"http://gpu{i}:8000/v1"}} for i in (1, 2)]  # fmt: skip
+        built = self.build(providers={"inference": entries})
+        assert [p.id for p in built.providers] == ["gpu1", "gpu2"]
+        error = refused(self.build, providers={"inference": [entries[0], entries[0]]})
+        assert "two providers have the provider_id 'gpu1'" in error.message
+
+    def test_ogx_port_goes_before_the_config(self):
+        assert self.build({"OGX_PORT": "9000"}, server={"port": 9001}).port == 9000
+        assert self.build({"OGX_PORT": ""}, server={"port": "9001"}).port == 9001
+        error = refused(self.build, {"OGX_PORT": "x"})
+        assert error.message == 'OGX_PORT: expected a port from 0 to 65535, got "x"'
+
+    def test_a_file_that_cannot_be_read_or_parsed_is_named(self, tmp_path, capsys):
+        broken = tmp_path / "broken.json"
+        broken.write_text('{"providers": ')
+        assert ogx.main(["run", str(broken)]) == 1
+        assert ogx.main(["run", "missing.json"]) == 1
+        first, second = capsys.readouterr().err.strip().split("\n")
+        assert first.startswith(f"{broken}: not JSON: Expecting value: line 1")
+        assert second == (
+            "missing.json: No such file or directory; expected 'starter' or a JSON file"
+        )
+
+
+class TestRegistry:
+    def registry(self, *aliases, tiers=None, lists=None):
+        lists = {"openai": ["gpt-x", "gpt-y"], "vllm": ["Qwen/Q3"]} if lists is None else lists
+        owners = [provider("openai"), provider("vllm")]
+        registry = ogx.Registry(config(*owners, aliases=aliases, tiers=tiers))
+        for owner in owners:
+            payload = {"data": [{"id": i} for i in lists.get(owner.id, ())]}
+            registry.learn(owner.id, ogx.models_from_list(owner, payload), "")
+        return registry
+
+    @pytest.mark.parametrize(
+        ("asked", "provider_id", "upstream_id"),
+        [
+            ("openai/gpt-y", "openai", "gpt-y"),
+            ("vllm/Qwen/Q3", "vllm", "Qwen/Q3"),
+            ("openai/not-listed", "openai", "not-listed"),
+            ("Qwen/Q3", "vllm", "Qwen/Q3"),  # a bare upstream id that only one provider has
+            ("openai/gpt-y[1m]", "openai", "gpt-y"),
+            ("claude-haiku-4-5-20251001", "openai", "gpt-x"),
+            ("claude-opus-9", "openai", "gpt-x"),
+            ("claude-sonnet-4-5[1m]", "openai", "gpt-x"),
+            ("claude-instant", "openai", "gpt-x"),
+        ],
+    )
+    def test_ids_resolve(self, asked, provider_id, upstream_id):
+        found = self.registry().resolve(asked)
+        assert (found.id, found.provider.id, found.upstream_id) == (
+            asked, provider_id, upstream_id,
+        )  # fmt: skip
+
+    def test_an_unknown_id_is_not_found_and_a_near_one_is_suggested(self):
+        error = refused(self.registry().resolve, "openai-gpt-y")
+        assert error.status == 404
+        assert "model 'openai-gpt-y' not found. Did you mean 'openai/gpt-y'?" in error.message
+
+    def test_a_variable_chooses_a_tier(self):
+        registry = self.registry(tiers={"haiku": "vllm/Qwen/Q3"})
+        assert registry.resolve("claude-3-5-haiku-latest").upstream_id == "Qwen/Q3"
+        assert registry.resolve("claude-opus-4").upstream_id == "gpt-x"
+
+    def test_a_tier_that_names_a_tier_does_not_go_in_circles(self):
+        registry = self.registry(tiers={"haiku": "claude-haiku-4-5-20251001"})
+        assert registry.resolve("claude-haiku-4-5-20251001").upstream_id == "gpt-x"
+
+    def test_a_registered_target_goes_before_the_tier_and_auto_after_it(self):
+        fixed = ogx.Alias("claude-haiku-9", "openai", "gpt-y")
+        auto = ogx.Alias("claude-haiku-8", "all", "auto")
+        registry = self.registry(fixed, auto, tiers={"haiku": "vllm/Qwen/Q3"})
+        assert registry.resolve("claude-haiku-9").upstream_id == "gpt-y"
+        assert registry.resolve("claude-haiku-8").upstream_id == "Qwen/Q3"
+
+    def test_all_means_the_next_provider_when_the_first_has_no_model(self):
+        auto = ogx.Alias("mine", "all", "auto")
+        registry = self.registry(auto, lists={"vllm": ["Qwen/Q3"]})
+        assert registry.resolve("mine").upstream_id == "Qwen/Q3"
+
+    def test_without_any_model_an_alias_says_why(self):
+        registry = self.registry(lists={})
+        registry.learn("vllm", None, "connection refused")
+        error = refused(registry.resolve, "claude-haiku-4-5")
+        assert error.message == (
+            "no model to serve 'claude-haiku-4-5' (vllm: connection refused)"
+        )
+
+    @pytest.mark.parametrize(
+        ("payload", "ids"),
+        [
+            ({"object": "list", "data": [{"id": "a"}, {"id": "b"}, {"id": "a"}]}, ["a", "b"]),
+            ([{"id": "a", "type": "chat"}, {"id": "b", "type": "embedding"}], ["a"]),  # Together
+            ({"data": [{"id": "models/gemini-3"}]}, ["gemini-3"]),
+            ({"models": [{"name": "a:8b", "capabilities": ["completion"]}]}, ["a:8b"]),
+            ({"data": [{"id": "a", "capabilities": {"completion_chat": True}},
+                       {"id": "b", "capabilities": {"completion_chat": False}}]}, ["a"]),
+            ({"data": [{"id": "a", "architecture": {"output_modalities": ["text"]}},
+                       {"id": "b", "architecture": {"output_modalities": ["image"]}}]}, ["a"]),
+            ({"data": [{"id": "text-embedding-3-large"}, {"id": "whisper-1"}, {"id": "gpt-x"},
+                       {"id": "bge-reranker"}, {"id": "dall-e-3"}, {"id": "omni-moderation"},
+                       {"id": "gpt-4o-audio-preview"}, {"id": "mistral-ocr-latest"}]}, ["gpt-x"]),
+            ({"data": ["a", None, {"id": 5}, {}]}, []),
+            ({}, []), ([], []), ("x", []), (None, []),
+        ],
+    )  # fmt: skip
+    def test_only_llms_are_listed_from_every_shape(self, payload, ids):
+        assert [m.upstream_id for m in ogx.models_from_list(provider(), payload)] == ids
+
+    @pytest.mark.parametrize(
+        ("entry", "context", "output"),
+        [
+            ({"max_model_len": 40960}, 40960, None),  # vLLM
+            ({"context_window": 131072, "max_completion_tokens": 8192}, 131072, 8192),  # Groq
+            ({"context_length": 9, "top_provider": {"max_completion_tokens": 5}}, 9, 5),
+            ({"meta": {"n_ctx": 16384}}, 16384, None),  # llama.cpp
+            ({"context_length": "9"}, None, None),
+        ],
+    )
+    def test_limits_are_kept_where_told(self, entry, context, output):
+        (found,) = ogx.models_from_list(provider(), [{"id": "a", **entry}])
+        assert (found.context, found.max_output) == (context, output)
+
+
+class TestRequests:
+    @pytest.mark.parametrize(
+        ("body", "words"),
+        [
+            ([], "the request body: expected a JSON object, got a list"),
+            ({}, "model: field required"),
+            ({"model": 5}, "model: expected a string, got a whole number"),
+            ({"model": " "}, "model: expected the id of a model, got an empty string"),
+            ({"model": "m"}, "messages: field required"),
+            ({"model": "m", "messages": {}}, "messages: expected a list, got an object"),
+            ({"model": "m", "messages": [user("x")]}, "max_tokens: field required"),
+            (request(max_tokens="9"), "max_tokens: expected a whole number, got a string"),
+            (request(max_tokens=True), "max_tokens: expected a whole number, got true or false"),
+            (request(max_tokens=0), "max_tokens: expected at least 1, got 0"),
+            (request(messages=[]), "messages: expected at least one message"),
+            (request(messages=["x"]), "messages.0: expected an object, got a string"),
+            (request({"role": "tool", "content": ""}),
+             'messages.0.role: expected one of user, assistant, system, got "tool"'),
+            (request({"role": "user"}), "messages.0.content: field required"),
+            (request(user(5)),
+             "messages.0.content: expected a string or a list of content blocks, got a whole"),
+            (request(user(["x"])), "messages.0.content.0: expected a content block, got a string"),
+            (request(user([{"type": "hologram"}])),
+             'messages.0.content.0.type: "hologram" is not a known type of content block'),
+            (request(user([{"type": "text"}])), "messages.0.content.0.text: field required"),
+            (request(user([{"type": "tool_result"}])),
+             "messages.0.content.0.tool_use_id: field required"),
+            (request(user([result("a", [{"type": "text", "text": 5}])])),
+             "messages.0.content.0.content.0.text: expected a string, got a whole number"),
+            (request(user([{"type": "image", "source": {"type": "x"}}])),
+             "messages.0.content.0.source.type: expected one of base64, url"),
+            (request(assistant([{"type": "tool_use", "id": "a", "name": "b"}])),
+             "messages.0.content.0.input: field required"),
+            (request(system=5), "system: expected a string or a list of content blocks"),
+            (request(stream="yes"), "stream: expected true or false, got a string"),
+            (request(tools={}), "tools: expected a list, got an object"),
+            (request(tools=[{"input_schema": {}}]), "tools.0.name: field required"),
+            (request(tool_choice={"type": "maybe"}), "tool_choice.type: expected one of auto"),
+            (request(tool_choice={"type": "tool"}), "tool_choice.name: field required"),
+            (request(stop_sequences=[""]), "stop_sequences.0: expected a string that isn't empty"),
+            (request(temperature="hot"), "temperature: expected a number, got a string"),
+            (request(output_config={"effort": "huge"}), "output_config.effort: expected one of"),
+            (request(output_config={"format": {"type": "xml"}}), "output_config.format.type"),
+        ],
+    )  # fmt: skip
+    def test_a_wrong_field_is_named_in_one_sentence(self, body, words):
+        error = refused(ogx.check_request, body)
+        assert (error.status, error.type) == (400, "invalid_request_error")
+        assert words in error.message and "\n" not in error.message
+
+    def test_unknown_fields_and_nulls_are_accepted(self):
+        ogx.check_request(request(context_management={"edits": []}, betas=["x"], tools=None,
+                                  system=None, stop_sequences=None, output_config=None,
+                                  metadata={"user_id": "x" * 500}, brand_new=1))  # fmt: skip
+
+    def test_counting_needs_no_max_tokens(self):
+        ogx.check_request({"model": "m", "messages": [user("x")], "tools": []}, counting=True)
+
+    def test_threads_are_refused_as_the_sdks_recovery_expects(self):
+        error = refused(ogx.refuse_untranslatable, request(thread={"type": "create"}))
+        assert error.status == 400
+        assert error.body("r")["error"]["details"] == {
+            "error_code": "thread_unsupported_request", "unsupported": ["thread"],
+        }  # fmt: skip
+
+    def test_safeguards_are_refused_by_name_and_never_judged(self):
+        body = request(safeguards=[{"type": "dangerous_tool_use"}])
+        assert "safeguards" in refused(ogx.refuse_untranslatable, body).message
+
+    def test_the_billing_header_is_no_part_of_the_system_prompt(self):
+        blocks = [text("x-anthropic-billing-header: cc_version=1;"), text("You are"), text("a bot")]
+        assert ogx.system_text({"system": blocks}) == "You are\n\na bot"
+        assert ogx.system_text({"system": "plain"}) == "plain"
+        assert ogx.system_text({}) == ""
+
+    @pytest.mark.parametrize(
+        ("messages", "turns"),
+        [
+            ([user("a"), user("b")], [("user", ["a", "b"])]),
+            ([assistant(call("1"), call("2")), user(result("2"), result("1"), text("t"))],
+             [("assistant", ["1", "2"]), ("results", ["1", "2"]), ("user", ["t"])]),
+            ([assistant(call("1")), {"role": "system", "content": "s"}, user([result("1")])],
+             [("assistant", ["1"]), ("results", ["1"]), ("system", ["s"])]),
+            ([assistant(call("1"), call("2")), user([result("1")]), assistant("x")],
+             [("assistant", ["1", "2"]), ("results", ["1", "2"]), ("assistant", ["x"])]),
+            ([assistant([call("1")]), assistant("x"), user([result("1")])],
+             [("assistant", ["1", "x"]), ("results", ["1"])]),
+            ([assistant([call("1")])], [("assistant", ["1"]), ("results", ["1"])]),
+            ([user(""), user(text(""), text("a"))], [("user", ["a"])]),
+            ([user("a"), assistant(""), user("b")], [("user", ["a", "b"])]),
+        ],
+    )  # fmt: skip
+    def test_every_tool_call_is_answered_directly_after_it(self, messages, turns):
+        def name(block):
+            return block.get("text") or block.get("id") or block.get("tool_use_id")
+
+        messages = [m if not isinstance(m["content"], dict) else {**m, "content": [m["content"]]}
+                    for m in messages]  # fmt: skip
+        made = ogx.turns_from_messages(messages)
+        assert [(t.role, [name(b) for b in t.blocks]) for t in made] == turns
+
+    def test_a_result_without_its_call_becomes_text(self):
+        (turn,) = ogx.turns_from_messages([user([result("gone", "the output")])])
+        assert turn.role == "user"
+        assert turn.blocks == [text("[Result of tool call gone]\nthe output")]
+
+    def test_a_missing_result_is_made_up_in_words(self):
+        made = ogx.turns_from_messages([assistant([call("1")]), user("go on")])
+        assert made[1].blocks[0]["content"] == ogx.NO_RESULT
+
+    @pytest.mark.parametrize(
+        ("block", "words"),
+        [
+            ({"type": "document", "source": {"type": "text", "data": "BODY"}, "title": "T"},
+             '<document title="T">\nBODY\n</document>'),
+            ({"type": "document", "source": {"type": "content", "content": [text("BODY")]}},
+             '<document title="document">\nBODY\n</document>'),
+            ({"type": "document", "source": {"type": "url", "url": "https://x/y.pdf"}},
+             "[The document 'document' could not be passed on to this model: https://x/y.pdf]"),
+            (pdf("A" * 4000), "'document' could not be passed on to this model: "
+                              "application/pdf, 4 kB]"),
+            (image(), "[An image was here: image/png, 1 kB]"),
+            ({"type": "tool_reference", "tool_name": "mcp__x"},
+             "[The tool mcp__x is now available.]"),
+            ({"type": "search_result", "title": "T", "source": "S", "content": [text("B")]},
+             "[Search result: T <S>]\nB"),
+            ({"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"q": "é"}},
+             '[server_tool_use] {"name": "web_search", "input": {"q": "é"}}'),
+            ({"type": "redacted_thinking", "data": "x"}, ""),
+        ],
+    )  # fmt: skip
+    def test_blocks_without_a_chat_form_become_words(self, block, words):
+        assert words in ogx.block_text(block) and bool(words) == bool(ogx.block_text(block))
+
+    def test_every_block_type_has_a_meaning(self):
+        filled = {"text": "t", "source": {"type": "url", "url": "u"}, "tool_use_id": "i",
+                  "content": [], "id": "i", "name": "n", "input": {}, "thinking": "t"}  # fmt: skip
+        for block_type in ogx.BLOCK_TYPES:
+            block = {**filled, "type": block_type}
+            ogx.check_blocks([block], "x")
+            assert isinstance(ogx.block_text(block), str)
+
+
+class TestTokens:
+    def test_text_is_about_four_characters_a_token(self):
+        assert 90 <= ogx.estimated_tokens(request("word " * 80)) <= 130
+
+    def test_system_tools_and_results_count(self):
+        small = ogx.estimated_tokens(request())
+        for fields in ({"system": "x" * 400}, {"tools": [tool(description="x" * 400)]}):
+            assert ogx.estimated_tokens(request(**fields)) >= small + 95
+        assert ogx.estimated_tokens(request(user([result("a", "x" * 400)]))) >= small + 90
+
+    def test_an_image_counts_as_an_image_and_not_as_its_bytes(self):
+        count = ogx.estimated_tokens(request(user([image("A" * 1_000_000)])))
+        assert 1_600 <= count <= 1_700
+
+    def test_other_scripts_count_by_their_bytes(self):
+        assert ogx.estimated_tokens(request("漢" * 300)) >= 300
+
+
+class TestEvents:
+    def writer(self, used_ids=()):
+        return ogx.MessageWriter(ogx.new_message("msg_1", "m", 5), used_ids)
+
+    def finished(self, writer, reason="end_turn"):
+        writer.finish(reason, None, ogx.Usage(1, 2))
+        events = writer.take()
+        check_grammar(events)
+        return ogx.message_from_events(events)
+
+    def test_a_message_holds_every_field_that_anthropic_requires(self):
+        message = self.finished(self.writer())
+        assert {"id", "type", "role", "content", "model", "stop_reason", "stop_sequence",
+                "stop_details", "usage", "container"} <= set(message)  # fmt: skip
+        assert {"cache_creation", "cache_creation_input_tokens", "cache_read_input_tokens",
+                "inference_geo", "input_tokens", "output_tokens", "server_tool_use",
+                "service_tier"} <= set(message["usage"])  # fmt: skip
+
+    def test_a_change_of_kind_closes_one_block_and_opens_the_next(self):
+        writer = self.writer()
+        for words in ("a", "b"):
+            writer.thinking(words)
+        writer.text("c")
+        writer.thinking("d")
+        message = self.finished(writer)
+        assert [(b["type"], b.get("text") or b.get("thinking")) for b in message["content"]] == [
+            ("thinking", "ab"), ("text", "c"), ("thinking", "d"),
+        ]  # fmt: skip
+
+    def test_interleaved_tool_calls_are_written_one_after_the_other(self):
+        writer = self.writer()
+        writer.tool(0, "a", "A", '{"x":')
+        writer.tool(1, "b", "B", '{"y":')
+        writer.text("meanwhile")
+        writer.tool(0, "", "", "1}")
+        writer.tool(1, "", "", "2}")
+        message = self.finished(writer)
+        assert [b.get("input") or b["text"] for b in message["content"]] == [
+            {"x": 1}, {"y": 2}, "meanwhile",
+        ]  # fmt: skip
+        assert message["stop_reason"] == "tool_use"
+
+    def test_a_whole_call_is_closed_when_the_next_begins(self):
+        writer = self.writer()
+        writer.tool(0, "a", "A", "{}")
+        writer.take()
+        writer.tool(1, "b", "B", "")
+        assert [e["type"] for e in writer.take()] == ["content_block_stop", "content_block_start"]
+
+    def test_a_tool_block_opens_only_when_its_name_is_known(self):
+        writer = self.writer()
+        writer.tool(0, "a", "", '{"x"')
+        assert writer.take() == []
+        writer.tool(0, "", "A", ":1}")
+        (block,) = self.finished(writer)["content"]
+        assert (block["name"], block["input"]) == ("A", {"x": 1})
+
+    def test_a_call_that_never_gets_a_name_is_an_error(self):
+        writer = self.writer()
+        writer.tool(0, "a", "", "{}")
+        error = refused(writer.finish, "tool_use", None, ogx.Usage())
+        assert error.message == "the upstream sent a tool call without a name"
+
+    def test_no_input_is_an_empty_object(self):
+        writer = self.writer()
+        writer.tool(0, "a", "A", "")
+        assert self.finished(writer)["content"][0]["input"] == {}
+
+    def test_input_that_breaks_off_ends_as_max_tokens(self):
+        writer = self.writer()
+        writer.tool(0, "a", "A", '{"x": "unfin')
+        assert self.finished(writer, "tool_use")["stop_reason"] == "max_tokens"
+
+    @pytest.mark.parametrize("call_id", ["", "call_0", "same"])
+    def test_an_id_that_the_conversation_has_is_replaced(self, call_id):
+        writer = self.writer(["call_0"])
+        writer.tool(0, "same", "A", "{}")
+        writer.tool(1, call_id, "B", "{}")
+        ids = [b["id"] for b in self.finished(writer)["content"]]
+        assert ids[0] == "same" and re.fullmatch("toolu_[0-9a-f]{24}", ids[1])
+
+    def test_ids_keep_to_anthropics_alphabet(self):
+        writer = self.writer()
+        writer.tool(0, "fc_9:8.7/x", "A", "{}")
+        assert self.finished(writer)["content"][0]["id"] == "fc_9_8_7_x"
+
+    def test_an_event_is_one_line_of_ascii_json(self):
+        data = ogx.sse_bytes({"type": "t", "text": "é\n\u2028\ud800"})
+        assert data == b'event: t\ndata: {"type":"t","text":"\\u00e9\\n\\u2028\\ud800"}\n\n'
+
+    SPELLINGS = (
+        b"data: one\n\ndata: two\n\n",
+        b"data: one\r\n\r\ndata: two\r\n\r\n",
+        b"data: one\r\rdata: two\r\r",
+        b"data:one\n\n\n\ndata:two\n\n",
+        b": comment\nevent: x\nid: 1\ndata: one\n\nretry: 5\n\ndata: two\n\n",
+    )
+
+    @pytest.mark.parametrize("stream", SPELLINGS)
+    def test_events_cut_anywhere(self, stream):
+        for cut in range(len(stream) + 1):
+            reader = ogx.SseReader()
+            items = reader.feed(stream[:cut]) + reader.feed(stream[cut:]) + reader.end()
+            assert items == [b"one", b"two"], cut
+        reader = ogx.SseReader()
+        assert [i for byte in stream for i in reader.feed(bytes([byte]))] == [b"one", b"two"]
+
+    @pytest.mark.parametrize("stream", SPELLINGS)
+    def test_a_complete_event_is_never_held_back(self, stream):
+        assert ogx.SseReader().feed(stream) == [b"one", b"two"]
+
+    def test_several_data_lines_are_one_event(self):
+        assert ogx.SseReader().feed(b"data: a\ndata:\ndata: b\n\n") == [b"a\n\nb"]
+
+    def test_the_end_of_a_stream_completes_its_last_event(self):
+        reader = ogx.SseReader()
+        assert reader.feed(b"data: last") == [] and reader.end() == [b"last"]
+
+    def test_an_event_without_end_is_bounded(self):
+        reader = ogx.SseReader(limit=1000)
+        assert reader.feed(b"data: " + b"x" * 900) == []
+        assert refused(reader.feed, b"x" * 200).status == 502
+
+
+def chat(body, kind="openai", **fields):
+    ogx.check_request(body)
+    return ogx.chat_request(body, model(kind, **fields))
+
+
+class TestChat:
+    # -- the request
+
+    def test_a_small_request(self):
+        body = chat(request("hi", system="be brief", temperature=0.5, top_p=0.9, top_k=5,
+                            stop_sequences=["a"], metadata={"user_id": "u"}))  # fmt: skip
+        assert body == {
+            "model": "gpt-x",
+            "messages": [{"role": "system", "content": "be brief"},
+                         {"role": "user", "content": "hi"}],
+            "max_completion_tokens": 100,
+            "temperature": 0.5, "top_p": 0.9, "stop": ["a"],
+        }  # fmt: skip
+
+    def test_rows_differ_where_providers_do(self):
+        body = chat(request("hi", top_k=5), "vllm")
+        assert (body["max_tokens"], body["top_k"]) == (100, 5)
+        assert "max_completion_tokens" not in body
+
+    def test_a_stream_asks_for_usage(self):
+        body = chat(request(stream=True))
+        assert (body["stream"], body["stream_options"]) == (True, {"include_usage": True})
+
+    def test_fireworks_is_streamed_above_its_limit(self):
+        assert "stream" not in chat(request(max_tokens=4096), "fireworks")
+        assert chat(request(max_tokens=4097), "fireworks")["stream"] is True
+
+    def test_a_known_output_limit_is_kept(self):
+        assert chat(request(max_tokens=32000), max_output=16384)["max_completion_tokens"] == 16384
+
+    MESSAGES = (
+        ("text parts become one string",
+         [user(text("a"), text("b"))], [{"role": "user", "content": "a\n\nb"}]),
+        ("an image by value and by URL",
+         [user(text("a"), image(), {"type": "image", "source": {"type": "url", "url": "http://i"}})],
+         [{"role": "user", "content": [
+             {"type": "text", "text": "a"},
+             {"type": "image_url", "image_url": {"url": "data:image/png;base64,aW1n"}},
+             {"type": "image_url", "image_url": {"url": "http://i"}}]}]),
+        ("a PDF",
+         [user(pdf(title="My paper"), text("a"))],
+         [{"role": "user", "content": [
+             {"type": "file", "file": {"filename": "My paper.pdf",
+                                       "file_data": "data:application/pdf;base64,JVBERi0="}},
+             {"type": "text", "text": "a"}]}]),
+        ("a tool call and its result",
+         [user("go"), assistant(text("ok"), call("c1", command="ls")), user([result("c1", "out")])],
+         [{"role": "user", "content": "go"},
+          {"role": "assistant", "content": "ok", "tool_calls": [
+              {"id": "c1", "type": "function",
+               "function": {"name": "Bash", "arguments": '{"command": "ls"}'}}]},
+          {"role": "tool", "tool_call_id": "c1", "content": "out"}]),
+        ("a call without text has null content",
+         [assistant([call("c1")]), user([result("c1", None)])],
+         [{"role": "assistant", "content": None, "tool_calls": [
+             {"id": "c1", "type": "function", "function": {"name": "Bash", "arguments": "{}"}}]},
+          {"role": "tool", "tool_call_id": "c1", "content": "(no output)"}]),
+        ("an error result says so",
+         [assistant([call("c1")]), user([result("c1", "boom", is_error=True)])],
+         [{"role": "assistant", "content": None, "tool_calls": [
+             {"id": "c1", "type": "function", "function": {"name": "Bash", "arguments": "{}"}}]},
+          {"role": "tool", "tool_call_id": "c1",
+           "content": "[The tool reported an error]\n\nboom"}]),
+        ("thinking in the history stays with its model",
+         [assistant({"type": "thinking", "thinking": "hm", "signature": ""}, text("a"))],
+         [{"role": "assistant", "content": "a"}]),
+        ("a turn of thinking alone is left out, and its neighbours join",
+         [user("a"), assistant([{"type": "thinking", "thinking": "hm"}]), user("b")],
+         [{"role": "user", "content": "a\n\nb"}]),
+        ("a system message in mid-conversation keeps its place",
+         [user("a"), {"role": "system", "content": "s"}, assistant("b"), user("c")],
+         [{"role": "user", "content": "a"}, {"role": "system", "content": "s"},
+          {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]),
+    )  # fmt: skip
+
+    @pytest.mark.parametrize(("messages", "expected"), [m[1:] for m in MESSAGES],
+                             ids=[m[0] for m in MESSAGES])  # fmt: skip
+    def test_messages(self, messages, expected):
+        assert chat(request(*messages))["messages"] == expected
+
+    def test_where_templates_are_strict_a_system_message_becomes_marked_user_text(self):
+        turns = [user("a"), {"role": "system", "content": [text("s")]}, assistant("b")]
+        assert chat(request(*turns), "vllm")["messages"] == [
+            {"role": "user", "content": "a\n\n<system-reminder>\ns\n</system-reminder>"},
+            {"role": "assistant", "content": "b"},
+        ]
+
+    def test_images_of_tool_results_follow_all_tool_messages(self):
+        turns = [assistant(call("c1"), call("c2")),
+                 user(result("c1", [text("see"), image()]), result("c2", [pdf()]), text("and?"))]
+        tool_1, tool_2, after = chat(request(*turns))["messages"][1:]
+        assert tool_1["content"] == "see\n[image 1 from tool call c1] follows in the next user " \
+                                    "message."  # fmt: skip
+        assert tool_2["role"] == "tool" and "[document 2 from tool call c2]" in tool_2["content"]
+        assert [p["type"] for p in after["content"]] == [
+            "text", "image_url", "text", "file", "text"
+        ]
+        assert after["content"][-1]["text"] == "and?"
+
+    def test_a_pdf_that_the_upstream_cannot_take_is_told_as_text(self):
+        (message,) = chat(request(user(pdf(title="P"), text("a"))), "vllm")["messages"]
+        assert message["content"].startswith("[The document 'P' could not be passed on")
+
+    def test_reasoning_goes_back_to_those_who_demand_it(self):
+        turns = [assistant({"type": "thinking", "thinking": "hm"}, call("c1")),
+                 user([result("c1")]), assistant("x")]  # fmt: skip
+        messages = chat(request(*turns), "deepseek")["messages"]
+        assert [m.get("reasoning_content") for m in messages] == ["hm", None, " "]
+
+    def test_tools(self):
+        schema = {"$schema": "s", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+        body = chat(request(tools=[{"name": "A", "description": "d", "input_schema": schema},
+                                   {"type": "custom", "name": "B", "input_schema": {}}]))
+        assert [t["function"] for t in body["tools"]] == [
+            {"name": "A", "description": "d",
+             "parameters": {"type": "object", "properties": {"a": {"type": "string"}},
+                            "required": ["a"]}},
+            {"name": "B", "parameters": {"type": "object", "properties": {}}},
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("choice", "fields"),
+        [
+            ({"type": "auto"}, {"tool_choice": "auto"}),
+            ({"type": "any"}, {"tool_choice": "required"}),
+            ({"type": "none"}, {"tool_choice": "none"}),
+            ({"type": "tool", "name": "Bash"},
+             {"tool_choice": {"type": "function", "function": {"name": "Bash"}}}),
+            ({"type": "tool", "name": "web_search"}, {}),
+            ({"type": "auto", "disable_parallel_tool_use": True},
+             {"tool_choice": "auto", "parallel_tool_calls": False}),
+            (None, {}),
+        ],
+    )  # fmt: skip
+    def test_tool_choice(self, choice, fields):
+        body = chat(request(tools=[tool()], tool_choice=choice))
+        assert {k: v for k, v in body.items() if k in ("tool_choice", "parallel_tool_calls")} == (
+            fields
+        )
+
+    def test_without_tools_there_is_no_choice(self):
+        body = chat(request(tools=[], tool_choice={"type": "auto"}))
+        assert "tools" not in body and "tool_choice" not in body
+
+    def test_a_tool_of_anthropics_servers_is_told_to_the_model(self):
+        body = chat(request(tools=[{"type": "web_search_20250305", "name": "web_search"}]))
+        assert "tools" not in body
+        assert "not available through this gateway: web_search" in body["messages"][0]["content"]
+
+    def test_the_placeholder_for_deferred_tools_is_dropped_in_silence(self):
+        tools = [{**tool("DeferredToolPlaceholder"), "defer_loading": True},
+                 {**tool("Found"), "defer_loading": True}]  # fmt: skip
+        body = chat(request(tools=tools))
+        assert [t["function"]["name"] for t in body["tools"]] == ["Found"]
+        assert body["messages"][0]["role"] == "user"
+
+    def test_odd_tool_names_are_mapped_both_ways_without_collision(self):
+        names = ["x" * 80 + "1", "x" * 80 + "2", "a.b", "a b", "plain"]
+        body = request(assistant([call("c1", names[0])]), user([result("c1")]),
+                       tools=[tool(n) for n in names])  # fmt: skip
+        sent = chat(body)
+        there = [t["function"]["name"] for t in sent["tools"]]
+        assert len(set(there)) == 5 and all(re.fullmatch("[A-Za-z0-9_-]{1,64}", n) for n in there)
+        assert sent["messages"][0]["tool_calls"][0]["function"]["name"] == there[0]
+        piece = fragment(0, "c2", there[1], "{}")
+        message = folded(delta(tool_calls=[piece]), delta("tool_calls"), body=body)
+        assert message["content"][0]["name"] == names[1]
+
+    @pytest.mark.parametrize(
+        ("upstream_id", "fields", "effort"),
+        [
+            ("gpt-5.4", {"output_config": {"effort": "low"}}, "low"),
+            ("gpt-5.4", {"output_config": {"effort": "max"}}, "high"),
+            ("o3", {"thinking": {"type": "enabled", "budget_tokens": 2048}}, "low"),
+            ("o3", {"thinking": {"type": "enabled", "budget_tokens": 8192}}, "medium"),
+            ("o3", {"thinking": {"type": "enabled", "budget_tokens": 31999}}, "high"),
+            ("o3", {"thinking": {"type": "adaptive"}}, None),
+            ("o3", {"thinking": {"type": "disabled"}}, None),
+            ("gpt-4o", {"output_config": {"effort": "high"}}, None),
+            ("openai/gpt-oss-120b", {"output_config": {"effort": "xhigh"}}, "high"),
+            ("Qwen/Qwen3-8B", {"output_config": {"effort": "low"}}, "low"),
+            ("Qwen/Qwen3-Coder-30B", {"output_config": {"effort": "low"}}, None),
+        ],
+    )
+    def test_effort_only_where_the_model_reasons(self, upstream_id, fields, effort):
+        body = chat(request(**fields), upstream_id=upstream_id)
+        assert body.get("reasoning_effort") == effort
+
+    @pytest.mark.parametrize(
+        ("schema", "strict"),
+        [
+            ({"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"],
+              "additionalProperties": False}, True),
+            ({"type": "object", "properties": {"a": {"type": "string"}},
+              "additionalProperties": False}, False),
+            ({"type": "object", "properties": {"a": {"type": "object"}}, "required": ["a"],
+              "additionalProperties": False}, False),
+        ],
+    )  # fmt: skip
+    def test_a_structured_answer(self, schema, strict):
+        body = chat(request(output_config={"format": {"type": "json_schema", "schema": schema}}))
+        assert body["response_format"] == {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": schema, "strict": strict},
+        }
+
+    # -- the answer
+
+    def test_text_and_usage(self):
+        message = folded(delta(role="assistant", content=""), delta(content="Hel"),
+                         delta(content="lo"), delta("stop"),
+                         {"choices": [], "usage": USAGE})  # fmt: skip
+        assert message["content"] == [{"type": "text", "text": "Hello", "citations": None}]
+        assert (message["stop_reason"], message["stop_sequence"]) == ("end_turn", None)
+        usage = message["usage"]
+        assert (usage["input_tokens"], usage["cache_read_input_tokens"], usage["output_tokens"]) \
+            == (30, 20, 7)  # fmt: skip
+
+    @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+    def test_reasoning_is_thinking(self, name):
+        message = folded(delta(**{name: "h"}), delta(**{name: "m"}), delta(content="ok"),
+                         delta("stop"))  # fmt: skip
+        assert message["content"][0] == {"type": "thinking", "thinking": "hm", "signature": ""}
+        assert message["content"][1]["text"] == "ok"
+
+    def test_a_completion_that_was_not_streamed(self):
+        choice = {"finish_reason": "tool_calls", "message": {
+            "role": "assistant", "content": "Look.", "reasoning_content": "hm",
+            "tool_calls": [{"id": "a", "type": "function",
+                            "function": {"name": "Bash", "arguments": '{"x":1}'}}]}}  # fmt: skip
+        message = folded({"choices": [choice], "usage": USAGE})
+        assert [b["type"] for b in message["content"]] == ["thinking", "text", "tool_use"]
+        assert message["content"][2]["input"] == {"x": 1}
+        assert message["usage"]["output_tokens"] == 7
+
+    CALLS = (
+        ("in pieces", [[fragment(0, "a", "A", "")], [fragment(0, arguments='{"x":')],
+                       [fragment(0, arguments="1}")]], [("a", "A", {"x": 1})]),
+        ("parallel", [[fragment(0, "a", "A", '{"x":1}')], [fragment(1, "b", "B", '{"y":2}')]],
+         [("a", "A", {"x": 1}), ("b", "B", {"y": 2})]),
+        ("parallel in one chunk without index",
+         [[fragment(None, "a", "A", '{"x":1}'), fragment(None, "b", "B", '{"y":2}')]],
+         [("a", "A", {"x": 1}), ("b", "B", {"y": 2})]),
+        ("interleaved", [[fragment(0, "a", "A", '{"x"'), fragment(1, "b", "B", '{"y"')],
+                         [fragment(1, arguments=":2}"), fragment(0, arguments=":1}")]],
+         [("a", "A", {"x": 1}), ("b", "B", {"y": 2})]),
+        ("every index 0", [[fragment(0, "a", "A", '{"x":1}')], [fragment(0, "b", "B", '{"y":2}')]],
+         [("a", "A", {"x": 1}), ("b", "B", {"y": 2})]),
+        ("id and name repeated with each piece",
+         [[fragment(0, "a", "A", '{"x"')], [fragment(0, "a", "A", ":1}")]],
+         [("a", "A", {"x": 1})]),
+        ("no ids, every index 0, the same tool twice",
+         [[fragment(0, None, "A", '{"x":1}')], [fragment(0, None, "A", '{"x":2}')]],
+         [(None, "A", {"x": 1}), (None, "A", {"x": 2})]),
+        ("no ids, no index", [[fragment(None, None, "A", '{"x"'), fragment(None, arguments=":1}")],
+                              [fragment(None, None, "B", "{}")]],
+         [(None, "A", {"x": 1}), (None, "B", {})]),
+        ("arguments as an object", [[{"index": 0, "id": "a",
+                                      "function": {"name": "A", "arguments": {"x": 1}}}]],
+         [("a", "A", {"x": 1})]),
+        ("no arguments at all", [[fragment(0, "a", "A")]], [("a", "A", {})]),
+        ("id in a later piece", [[fragment(0, None, "A", "")], [fragment(0, "a", None, "{}")]],
+         [(None, "A", {})]),
+    )  # fmt: skip
+
+    @pytest.mark.parametrize(("pieces", "calls"), [c[1:] for c in CALLS], ids=[c[0] for c in CALLS])
+    def test_tool_calls(self, pieces, calls):
+        message = folded(*(delta(tool_calls=p) for p in pieces), delta("tool_calls"))
+        made = [(b["id"], b["name"], b["input"]) for b in message["content"]]
+        assert [c[1:] for c in made] == [c[1:] for c in calls]
+        for (call_id, *_), (expected, *_) in zip(made, calls):
+            assert call_id == expected or (expected is None and call_id.startswith("toolu_"))
+        assert message["stop_reason"] == "tool_use"
+
+    @pytest.mark.parametrize(
+        ("finish", "reason"),
+        [("stop", "end_turn"), ("length", "max_tokens"), ("content_filter", "refusal"),
+         ("tool_calls", "tool_use"), ("brand_new", "end_turn")],
+    )  # fmt: skip
+    def test_stop_reasons(self, finish, reason):
+        assert folded(delta(content="x"), delta(finish))["stop_reason"] == reason
+
+    def test_a_stop_is_tool_use_whenever_a_tool_was_called(self):
+        piece = fragment(0, "a", "A", "{}")
+        assert folded(delta("stop", tool_calls=[piece]))["stop_reason"] == "tool_use"
+        assert folded(delta("length", tool_calls=[piece]))["stop_reason"] == "max_tokens"
+
+    def test_the_sequence_that_stopped_is_reported_where_told(self):
+        chunk = delta("stop", content="x")
+        chunk["choices"][0]["stop_reason"] = "END"  # vLLM
+        message = folded(chunk, body=request(stop_sequences=["END"]))
+        assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "END")
+
+    def test_a_refusal_is_shown_and_told(self):
+        message = folded(delta(refusal="I can't."), delta("stop"))
+        assert (message["content"][0]["text"], message["stop_reason"]) == ("I can't.", "refusal")
+
+    def test_content_in_parts(self):
+        parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                 {"type": "text", "text": "ok"}]  # Mistral's magistral
+        message = folded(delta(content=parts), delta("stop"))
+        assert [b.get("thinking") or b["text"] for b in message["content"]] == ["hm", "ok"]
+
+    def test_an_empty_answer_has_no_blocks(self):
+        assert folded(delta(role="assistant", content=""), delta("stop"))["content"] == []
+
+    def test_a_stream_that_just_ends_is_an_error(self):
+        error = refused(translated, delta(content="x"))
+        assert error.status == 502
+        assert error.message == "openai, model gpt-x ended the answer before it was complete"
+
+    @pytest.mark.parametrize(
+        ("data", "status", "words"),
+        [
+            (b'{"error":{"message":"busy","code":429}}', 429, "busy"),  # OpenRouter
+            (b'{"error":{"message":"slow","type":"rate_limit_exceeded"}}', 429, "slow"),
+            (b'{"error":"odd"}', 500, "odd"),
+            (b"<oops", 502, "o sent no JSON but <oops"),
+            (b"[1]", 502, "sent a chunk that isn't an object"),
+        ],
+    )
+    def test_errors_inside_a_stream(self, data, status, words):
+        writer = ogx.MessageWriter(ogx.new_message("m", "m", 1))
+        error = refused(ogx.ChatTranslator(writer, request(), "o").feed, data)
+        assert error.status == status and words in error.message
+
+
+class TestResponses:
+    def test_each_dialect_a_row_names_exists(self):
+        kinds = [*ogx.PROVIDER_KINDS.values(), ogx.GENERIC_KIND, ogx.DEMO_KIND]
+        assert {k.dialect for k in kinds} == set(ogx.DIALECTS)
+
+    def test_the_demo_model_answers_honestly(self):
+        with serving(ogx.DEMO_PROVIDER) as client:
+            body = request("hi", "there", model="demo/echo", tools=[tool()])
+            _, _, message = client.post(body)
+        words = message["content"][0]["text"]
+        assert re.match(
+            r"This is ogx.py's built-in demo model; I received 2 messages, 1 tools, "
+            r"about \d+ tokens\. Set OPENAI_API_KEY, VLLM_URL or OLLAMA_URL ", words
+        )  # fmt: skip
+        assert message["stop_reason"] == "end_turn" and message["usage"]["output_tokens"] > 10
+
+
+class TestRemedies:
+    LIMIT = {"max_tokens": 32000, "model": "m"}
+    CASES = (  # the upstream's words (facts: vLLM's, Bedrock's and OpenAI's seen live), the lesson
+        ("max_tokens is too large: 32000. This model supports at most 16384 completion tokens, "
+         "whereas you provided 32000.", LIMIT, "clamp max_tokens to 16384"),
+        ("max_tokens=64000 cannot be greater than max_model_len=40960. Please request fewer "
+         "output tokens.", {"max_tokens": 64000}, "clamp max_tokens to 40960"),
+        ("The maximum tokens you requested exceeds the model limit of 8192. Try again with a "
+         "maximum tokens value that is lower than 8192.", LIMIT, "clamp max_tokens to 8192"),
+        ("max_tokens for `llama-3.1-8b-instant` must be less than or equal to 8000", LIMIT,
+         "clamp max_tokens to 8000"),
+        ("`max_tokens` must be less than or equal to `8192`, the maximum value for `max_tokens` is "
+         "less than the `context_window` for this model", LIMIT, "clamp max_tokens to 8192"),
+        ("max_tokens: 100000 > 64000, which is the maximum allowed number of output tokens for X",
+         {"max_tokens": 100000}, "clamp max_tokens to 64000"),
+        ("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", LIMIT,
+         "clamp max_tokens to 8192"),
+        ("expected a value <= 12288, but got 32000 instead", LIMIT, "clamp max_tokens to 12288"),
+        ("Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+         "'max_completion_tokens' instead.", LIMIT, "rename max_tokens to max_completion_tokens"),
+        ("This model's maximum context length is 131072 tokens. However, you requested 131134 "
+         "tokens (122942 in the messages, 8192 in the completion).", {"max_tokens": 8192},
+         "clamp max_tokens to 8130"),
+        ("'max_tokens' or 'max_completion_tokens' is too large: 64000. This model's maximum "
+         "context length is 64001 tokens and your request has 24235 input tokens "
+         "(64000 > 64001 - 24235).", {"max_completion_tokens": 64000},
+         "clamp max_completion_tokens to 39766"),
+        ("`inputs` tokens + `max_new_tokens` must be <= 131073. Given: 130000 `inputs` tokens and "
+         "4000 `max_new_tokens`", {"max_tokens": 4000}, "clamp max_tokens to 1073"),
+        ("Unsupported value: 'temperature' does not support 0.2 with this model. Only the default "
+         "(1) value is supported.", {"temperature": 0.2}, "drop temperature"),
+        ("Unsupported parameter: 'stop' is not supported with this model.", {"stop": ["x"]},
+         "drop stop"),
+        ('"m" does not support thinking', {"reasoning_effort": "high"}, "drop reasoning_effort"),
+        ("property 'stream_options' is unsupported, did you mean 'stop'?",
+         {"stream_options": {}, "stop": ["x"]}, "drop stream_options"),
+        ("Function tools with reasoning_effort are not supported for gpt-5.6-terra in "
+         "/v1/chat/completions. To use function tools, use /v1/responses or set reasoning_effort "
+         "to 'none'.", {"reasoning_effort": "high"}, "set reasoning_effort to none"),
+        ("Function tools with reasoning_effort are not supported for gpt-5.6-terra in "
+         "/v1/chat/completions. To use function tools, use /v1/responses or set reasoning_effort "
+         "to 'none'.", {}, "set reasoning_effort to none"),
+        ("messages: something else entirely", LIMIT, "None"),
+    )  # fmt: skip
+
+    @pytest.mark.parametrize(("words", "body", "lesson"), CASES)
+    def test_what_a_refusal_teaches(self, words, body, lesson):
+        assert str(ogx.lesson_from_refusal(ogx.Refusal(400, words), body)) == lesson
+
+    def test_the_parameter_named_beside_the_words_counts(self):
+        refusal = ogx.Refusal(400, "Unsupported value.", "unsupported_value", "top_p")
+        assert str(ogx.lesson_from_refusal(refusal, {"top_p": 1, "stop": ["x"]})) == "drop top_p"
+
+    def test_a_lesson_that_changes_nothing_is_none(self):
+        refusal = ogx.Refusal(400, "Unsupported parameter: 'stop' is not supported")
+        assert ogx.lesson_from_refusal(refusal, {"model": "m"}) is None
+
+    def test_only_refusals_of_the_request_teach(self):
+        words = "This model supports at most 5 completion tokens"
+        assert ogx.lesson_from_refusal(ogx.Refusal(500, words), self.LIMIT) is None
+
+    def test_room_left_is_no_lesson_for_the_next_request(self):
+        words = self.CASES[9][0]
+        lesson = ogx.lesson_from_refusal(ogx.Refusal(400, words), {"max_tokens": 8192})
+        assert lesson.keep is False
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            ("This model's maximum context length is 4097 tokens. However, your messages resulted "
+             "in 4294 tokens. Please reduce the length of the messages.", (4294, 4097)),
+            ("This model's maximum context length is 40960 tokens. However, your prompt contains "
+             "at least 50000 input tokens, which exceeds this limit even without any output "
+             "tokens. Please reduce the length of the input prompt.", (50000, 40960)),
+            ("Input length (5000) exceeds model's maximum context length (4096).", (5000, 4096)),
+            ("Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in "
+             "289650 tokens. Please reduce the length of the messages.", (289650, 272000)),
+            ("The input token count (2845475) exceeds the maximum number of tokens allowed "
+             "(1048576).", (2845475, 1048576)),
+            ("request (20020 tokens) exceeds the available context size (16384 tokens), try "
+             "increasing it", (20020, 16384)),
+            ("Current length is 9000 while limit is 8192", (9000, 8192)),
+            ("This model's maximum prompt length is 131072 but the request contains 141107 "
+             "tokens.", (141107, 131072)),
+            ("Your input exceeds the context window of this model.", (777, 500)),
+            ("Input is too long for requested model.", (777, 500)),
+        ],
+    )  # fmt: skip
+    def test_a_prompt_too_long_is_told_in_words_that_make_the_client_compact(self, words, told):
+        error = ogx.overflow_error(ogx.Refusal(400, words), 777, 500)
+        assert (error.status, error.type) == (400, "invalid_request_error")
+        assert error.message == f"prompt is too long: {told[0]} tokens > {told[1]} maximum"
+
+    def test_other_refusals_are_no_overflow(self):
+        assert ogx.overflow_error(ogx.Refusal(400, "bad request"), 1, None) is None
+        assert ogx.overflow_error(ogx.Refusal(429, "context_length_exceeded"), 1, None) is None
+
+
+class TestStore:
+    def test_lessons_are_kept_by_model(self):
+        lessons = ogx.Lessons()
+        clamp = ogx.Lesson("clamp", "max_tokens", 5)
+        for lesson in (clamp, clamp, ogx.Lesson("drop", "stop", keep=False)):
+            lessons.add(model(), lesson)
+        assert lessons.of(model()) == (clamp,)
+        assert lessons.of(model(upstream_id="other")) == ()
+
+
+class TestUpstream:
+    def open(self, upstream, url, body=None, **fields):
+        reply = upstream.send(provider(url=url, **fields), "POST", "/chat/completions", body or {})
+        assert reply.head(5)
+        return reply
+
+    def read_all(self, reply):
+        return b"".join(iter(lambda: reply.read(5), b""))
+
+    def test_a_key_goes_as_bearer_and_a_body_as_json(self):
+        with FakeUpstream({"a": 1}) as fake:
+            reply = self.open(ogx.Upstream(), fake.url, {"é": 1})
+            assert json.loads(self.read_all(reply)) == {"a": 1}
+        path, head = fake.heads[0]
+        assert path == "/v1/chat/completions"
+        assert head["authorization"] == "bearer sk-secret-1234"
+        assert head["content-type"] == "application/json"
+        assert fake.seen == [{"é": 1}]
+
+    def test_connections_are_used_again(self):
+        upstream = ogx.Upstream()
+        with FakeUpstream({"a": 1}, {"a": 2}, said()) as fake:
+            for _ in range(3):
+                reply = self.open(upstream, fake.url)
+                self.read_all(reply)
+                reply.release()
+        assert fake.connections == 1
+
+    def test_a_connection_with_an_unread_answer_is_not(self):
+        upstream = ogx.Upstream()
+        with FakeUpstream(said("x" * 200_000), {"a": 2}) as fake:
+            self.open(upstream, fake.url).release()
+            self.open(upstream, fake.url).release()
+        assert fake.connections == 2
+
+    @pytest.mark.parametrize("when", ["before", "at the next request"])
+    def test_a_request_that_meets_a_dead_connection_is_sent_again(self, when):
+        def answer_and_close(fake, connection):
+            send(connection, 200, b"{}", "application/json")
+            if when != "before":
+                connection.recv(65536)  # the next request comes, and is never answered
+
+        upstream = ogx.Upstream()
+        with FakeUpstream(answer_and_close, {"a": 2}) as fake:
+            reply = self.open(upstream, fake.url)
+            assert self.read_all(reply) == b"{}"
+            reply.release()
+            if when == "before":
+                time.sleep(0.05)
+            assert json.loads(self.read_all(self.open(upstream, fake.url))) == {"a": 2}
+        assert fake.connections == 2
+
+    def test_a_fresh_connection_that_dies_is_an_error(self):
+        with FakeUpstream(lambda fake, connection: None) as fake:
+            reply = ogx.Upstream().send(provider(url=fake.url), "POST", "/x", {})
+            error = refused(reply.head, 5)
+        assert error.status == 502
+        assert error.message.startswith(f"lost the connection to openai at {fake.url}: ")
+
+    BODIES = (
+        (b"transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n6;x=y\r\n world\r\n0\r\na: b\r\n\r\n"),
+        (b"content-length: 11\r\n\r\nhello world"),
+        (b"connection: close\r\n\r\nhello world"),
+        (b"content-encoding: gzip\r\nconnection: close\r\n\r\n" + gzip.compress(b"hello world")),
+    )
+
+    @pytest.mark.parametrize("rest", BODIES)
+    def test_bodies_of_every_framing_cut_anywhere(self, rest):
+        data = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n" + rest
+        for cut in range(0, len(data), 7):
+            def answer(fake, connection, cut=cut):
+                connection.sendall(data[:cut])
+                time.sleep(0.001)
+                connection.sendall(data[cut:])
+
+            with FakeUpstream(answer) as fake:
+                assert self.read_all(self.open(ogx.Upstream(), fake.url)) == b"hello world"
+
+    @pytest.mark.parametrize(
+        ("answer", "words"),
+        [
+            (b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\nhello", "in the middle of its answer"),
+            (CHUNKED + b"5\r\nhel", "in the middle"),
+            (CHUNKED + b"zz\r\nhel", "isn't hexadecimal"),
+            (CHUNKED + b"2\r\nhello\r\n", "longer than it"),
+            (b"SSH-2.0-OpenSSH_9\r\n\r\n", "doesn't answer in HTTP"),
+            (b"HTTP/1.1 200 OK\r\nbad header\r\n\r\n", "malformed headers"),
+            (b"HTTP/1.1 200 OK\r\nx: " + b"y" * 70_000, "headers that are too large"),
+            (b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n\r\nplain", "broken gzip"),
+        ],
+    )  # fmt: skip
+    def test_broken_answers_are_one_clear_error(self, answer, words):
+        def write(fake, connection):
+            connection.sendall(answer)
+
+        with FakeUpstream(write) as fake:
+            error = refused(lambda: self.read_all(self.open(ogx.Upstream(), fake.url)))
+        assert error.status == 502 and words in error.message
+
+    def test_silence_is_told_from_data(self):
+        def answer(fake, connection):
+            begin_stream(connection)
+            fake.client_left.wait(5)
+
+        with FakeUpstream(answer) as fake:
+            reply = self.open(ogx.Upstream(), fake.url)
+            assert reply.read(0.01) is None
+            fake.client_left.set()
+
+    def test_a_refused_connection_says_what_to_look_at(self):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        url = f"http://127.0.0.1:{port}/v1"
+        error = refused(ogx.Upstream().send, provider(url=url), "GET", "/")
+        assert (error.status, error.message) == (
+            502, f"can't reach openai at {url}: connection refused; "
+                 "is the server running there?",
+        )  # fmt: skip
+
+    def test_https_to_a_server_without_tls_says_so(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=lambda: listener.accept()[0].sendall(b"HTTP/1.1 400 X\r\n"),
+                             daemon=True).start()  # fmt: skip
+            url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
+            error = refused(ogx.Upstream().send, provider(url=url), "GET", "/")
+        assert error.status == 502 and "is the URL's https right?" in error.message
+
+    def test_loopback_never_goes_through_a_proxy(self, monkeypatch):
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        monkeypatch.delenv("no_proxy", raising=False)
+        assert ogx.proxy_of("http", "127.0.0.1") is ogx.proxy_of("http", "localhost") is None
+        assert ogx.proxy_of("http", "example.com").netloc == "127.0.0.1:9"
+        monkeypatch.setenv("no_proxy", "example.com")
+        assert ogx.proxy_of("http", "example.com") is None
+
+    def test_plain_http_goes_through_a_proxy_by_its_whole_url(self, monkeypatch):
+        with FakeUpstream({"a": 1}) as proxy:
+            address = proxy.url[len("http://") : -len("/v1")]
+            monkeypatch.setenv("http_proxy", f"http://me:pa%40ss@{address}")
+            monkeypatch.delenv("no_proxy", raising=False)
+            reply = self.open(ogx.Upstream(), "http://models.test:81/v1")
+            assert reply.status == 200
+        path, head = proxy.heads[0]
+        assert path == "http://models.test:81/v1/chat/completions"
+        assert head["proxy-authorization"] == "basic bwu6cgfac3m=" and head["host"] == (
+            "models.test:81"
+        )
+
+    @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.8.8", "::1", "[::1]",
+                                      "LOCALHOST", "a.localhost"])  # fmt: skip
+    def test_loopback_by_its_spelling(self, host):
+        assert ogx.is_loopback(host)
+
+    @pytest.mark.parametrize("host", ["128.0.0.1", "localhost.evil.com", "::2", "evil", ""])
+    def test_other_hosts_are_not(self, host):
+        assert not ogx.is_loopback(host)
+
+    def test_headers(self):
+        assert ogx.headers_from_lines([b"A-b:  c ", b"X:1", b"x: 2"]) == {"a-b": "c", "x": "1, 2"}
+        for bad in (b" folded: x", b"no colon", b"a b: c", b"a: \x00", b": x", b"a\t: b"):
+            assert refused(ogx.headers_from_lines, [bad]).status == 400
+
+
+class TestGateway:
+    def test_an_answer_that_is_not_streamed(self):
+        answer = {"choices": [{"finish_reason": "stop", "message": {"content": "Hi."}}],
+                  "usage": USAGE}  # fmt: skip
+        with gateway_over(answer) as (client, upstream):
+            status, headers, message = client.post(request())
+        assert status == 200 and headers["content-type"] == "application/json"
+        assert message["content"] == [{"type": "text", "text": "Hi.", "citations": None}]
+        assert message["model"] == "openai/gpt-x" and message["role"] == "assistant"
+        assert re.fullmatch("msg_[0-9a-f]{24}", message["id"])
+        assert upstream.seen[0]["model"] == "gpt-x" and "stream" not in upstream.seen[0]
+
+    def test_a_streamed_answer_folds_to_the_same_message(self):
+        answer = {"choices": [{"finish_reason": "stop", "message": {"content": "Hello."}}],
+                  "usage": USAGE}  # fmt: skip
+        with gateway_over(answer, said()) as (client, _):
+            whole = client.post(request())[2]
+            streamed = ogx.message_from_events(read_events(client.post(request(stream=True))[2]))
+        assert {**whole, "id": 0} == {**streamed, "id": 0}
+
+    @pytest.mark.parametrize(
+        ("content_type", "streamed"),
+        [("text/event-stream", True), ("text/event-stream; charset=utf-8", True), ("", True),
+         ("application/octet-stream", True), ("application/json", False), ("", False),
+         ("text/plain", False)],
+    )  # fmt: skip
+    def test_an_upstream_may_answer_either_way(self, content_type, streamed):
+        whole = {"choices": [{"finish_reason": "stop", "message": {"content": "Hello."}}]}
+        body = said() if streamed else json.dumps(whole).encode()
+
+        def answer(fake, connection):
+            send(connection, 200, body, content_type)
+
+        with gateway_over(answer) as (client, _):
+            assert client.post(request())[2]["content"][0]["text"] == "Hello."
+
+    def test_each_event_goes_out_when_its_chunk_comes_in(self):
+        gates = [threading.Event() for _ in range(4)]
+
+        def answer(fake, connection):
+            begin_stream(connection)
+            for number, gate in enumerate(gates):
+                assert gate.wait(5)
+                send_chunk(connection, sse(delta(content=f"<{number}>"), done=False))
+            send_chunk(connection, sse(delta("stop")))
+            connection.sendall(b"0\r\n\r\n")
+
+        with gateway_over(answer) as (client, _):
+            client.connection.request("POST", "/v1/messages", json.dumps(request(stream=True)),
+                                      {"content-type": "application/json"})  # fmt: skip
+            gates[0].set()
+            stream = client.connection.getresponse()
+            seen = b""
+            for number, gate in enumerate(gates):
+                gate.set()
+                while f"<{number}>".encode() not in seen:
+                    seen += stream.read1(65536)
+                assert f"<{number + 1}>".encode() not in seen
+            seen += stream.read()
+        check_grammar(read_events(seen))
+
+    def test_every_split_of_a_stream_gives_the_same_events(self):
+        stream = sse(delta(role="assistant", content=""), delta(reasoning="hm"),
+                     delta(content="é\n\"漢"), delta(tool_calls=[fragment(0, "a", "A", '{"x')]),
+                     delta(tool_calls=[fragment(0, arguments='":1}')]), delta("tool_calls"),
+                     {"choices": [], "usage": USAGE})  # fmt: skip
+        expected = None
+        for cut in range(len(stream) + 1):
+            reader = ogx.SseReader()
+            items = reader.feed(stream[:cut]) + reader.feed(stream[cut:])
+            chunks = [json.loads(i) for i in items if i != b"[DONE]"]
+            expected = expected or translated(*chunks)
+            assert translated(*chunks) == expected
+
+    def test_silence_is_bridged_by_comments_and_pings(self):
+        def answer(fake, connection):
+            time.sleep(0.2)
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="a"), done=False))
+            time.sleep(0.2)
+            send_chunk(connection, sse(delta("stop")))
+
+        with gateway_over(answer, tick=0.05) as (client, _):
+            status, _, data = client.post(request(stream=True))
+        assert status == 200
+        before, after = data.split(b"event: message_start", 1)
+        assert before.count(ogx.SIGN_OF_LIFE) >= 2 and b"event:" not in before
+        assert after.count(b"event: ping") >= 2
+        check_grammar([e for e in read_events(data) if e["type"] != "ping"])
+
+    def test_an_error_after_the_first_sign_of_life_is_an_event(self):
+        def answer(fake, connection):
+            time.sleep(0.15)
+            send(connection, 429, b'{"error":{"message":"slow down"}}', "application/json")
+
+        with gateway_over(answer, tick=0.05) as (client, _):
+            status, headers, data = client.post(request(stream=True))
+        (event,) = read_events(data)
+        assert status == 200 and event["type"] == "error"
+        assert event["error"] == {"type": "rate_limit_error",
+                                  "message": "slow down (from openai, model gpt-x)"}  # fmt: skip
+        assert event["request_id"] == headers["request-id"]
+
+    @pytest.mark.parametrize("stream", [True, False])
+    @pytest.mark.parametrize(
+        ("answer", "status", "words"),
+        [
+            ((429, {"error": {"message": "slow"}}), 429, "slow (from openai, model gpt-x)"),
+            ((500, {"error": {"message": "oops"}}), 500, "oops (from openai, model gpt-x)"),
+            ((503, b"<html><title>Down</title></html>"), 503, "an HTML page: Down (from openai"),
+            ((404, {"error": {"message": "no model"}}), 404, "no model (from openai"),
+            ((301, b""), 502, "Moved Permanently (from openai"),
+            ((200, b"<html><title>Log in</title></html>"), 502, "but an HTML page: Log in"),
+            ({"error": {"message": "busy", "code": 503}}, 503, "busy (from openai"),
+            (sse({"error": {"message": "busy", "code": 503}}), 503, "busy (from openai"),
+            (sse(done=False), 502, "ended the answer before it was complete"),
+            (sse(), 502, "ended the answer before it was complete"),
+        ],
+    )  # fmt: skip
+    def test_an_upstreams_failure_before_the_first_event_is_an_http_status(
+        self, stream, answer, status, words
+    ):
+        with gateway_over(answer) as (client, _):
+            got, headers, body = client.post(request(stream=stream))
+            assert got == status and body["type"] == "error"
+            assert words in body["error"]["message"]
+            assert body["request_id"] == headers["request-id"]
+            assert client.get("/v1/health")[0] == 200
+
+    def test_a_wrong_key_names_the_variable_and_stops_retries(self):
+        refusal = (401, {"error": {"message": "Incorrect API key provided: sk-secret-1234."}})
+        with gateway_over(refusal) as (client, _):
+            status, headers, body = client.post(request())
+        assert (status, headers["x-should-retry"]) == (401, "false")
+        assert body["error"]["message"] == (
+            "Incorrect API key provided: ***. (from openai, model gpt-x); "
+            "check OPENAI_API_KEY where ogx.py runs"
+        )
+
+    def test_retry_after_is_passed_on(self):
+        refusal = (429, {"error": {"message": "slow"}}, {"retry-after": "12"})
+        with gateway_over(refusal) as (client, _):
+            assert client.post(request())[1]["retry-after"] == "12"
+
+    def test_a_stream_that_dies_never_looks_complete(self):
+        def answer(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="a"), done=False))
+
+        with gateway_over(answer) as (client, _):
+            status, _, data = client.post(request(stream=True))
+        events = read_events(data)
+        assert status == 200 and [e["type"] for e in events] == [
+            "message_start", "content_block_start", "content_block_delta", "error",
+        ]  # fmt: skip
+        assert "in the middle of its answer" in events[-1]["error"]["message"]
+
+    def test_text_before_an_error_in_one_packet_still_arrives(self):
+        answer = sse(delta(content="kept"), {"error": {"message": "busy"}}, done=False)
+        with gateway_over(answer) as (client, _):
+            data = client.post(request(stream=True))[2]
+        assert b'"text":"kept"' in data and b'"message":"busy' in data
+
+    def test_a_finish_reason_without_done_is_fine(self):
+        answer = sse(delta(content="a"), delta("stop"), done=False)
+        with gateway_over(answer) as (client, _):
+            assert client.post(request())[2]["stop_reason"] == "end_turn"
+
+    def test_a_client_that_leaves_takes_its_upstream_along(self):
+        left = threading.Event()
+
+        def answer(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="a"), done=False))
+            connection.settimeout(10)
+            if connection.recv(1) == b"":
+                left.set()
+
+        with gateway_over(answer) as (client, _):
+            body = json.dumps(request(stream=True)).encode()
+            head = f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-type: " \
+                   f"application/json\r\ncontent-length: {len(body)}\r\n\r\n"  # fmt: skip
+            with socket.create_connection(("127.0.0.1", client.port)) as sock:
+                sock.sendall(head.encode() + body)
+                assert sock.recv(65536)
+            assert left.wait(5)
+
+    def test_a_refusal_teaches_and_the_next_request_is_right_the_first_time(self):
+        words = "max_tokens is too large: 32000. This model supports at most 16384 completion " \
+                "tokens, whereas you provided 32000."  # fmt: skip
+        refusal = (400, {"error": {"message": words, "param": "max_tokens"}})
+        with gateway_over(refusal) as (client, upstream):
+            for _ in range(2):
+                assert client.post(request(max_tokens=32000))[0] == 200
+        limits = [body["max_completion_tokens"] for body in upstream.seen]
+        assert limits == [32000, 16384, 16384]
+
+    def test_lessons_end_after_five_requests(self):
+        fields = ("temperature", "top_p", "stop", "tool_choice", "parallel_tool_calls")
+        refusals = [(400, {"error": {"message": f"Unsupported parameter: '{name}'"}})
+                    for name in fields]  # fmt: skip
+        body = request(temperature=1, top_p=1, stop_sequences=["x"], tools=[tool()],
+                       tool_choice={"type": "any", "disable_parallel_tool_use": True})  # fmt: skip
+        with gateway_over(*refusals) as (client, upstream):
+            status, _, answer = client.post(body)
+        assert (status, len(upstream.seen)) == (400, 5)
+        assert "'parallel_tool_calls'" in answer["error"]["message"]
+
+    def test_a_prompt_too_long_is_anthropics_error(self):
+        refusal = (400, {"error": {"code": 400, "type": "exceed_context_size_error", "message":
+                         "request (20020 tokens) exceeds the available context size (16384 "
+                         "tokens), try increasing it"}})  # llama.cpp, seen live
+        with gateway_over(refusal) as (client, _):
+            status, _, body = client.post(request())
+        assert status == 400
+        assert body["error"]["message"] == "prompt is too long: 20020 tokens > 16384 maximum"
+
+    def test_count_tokens(self):
+        with gateway_over() as (client, upstream):
+            body = {"model": "openai/gpt-x", "messages": [user("foo")], "tools": []}
+            status, _, counted = client.post(body, "/v1/messages/count_tokens?beta=true")
+            assert status == 200 and 1 <= counted["input_tokens"] <= 20
+            assert client.post({**body, "model": "no"}, "/v1/messages/count_tokens")[0] == 404
+        assert upstream.seen == []
+
+    # -- models
+
+    def test_one_list_reads_as_openais_and_as_anthropics(self):
+        with gateway_over(models=["gpt-x", "text-embedding-3"]) as (client, _):
+            _, _, listing = client.get("/v1/models")
+        (entry,) = listing["data"]
+        assert listing["object"] == "list" and not listing["has_more"]
+        assert (listing["first_id"], listing["last_id"]) == ("openai/gpt-x", "openai/gpt-x")
+        assert {k: entry[k] for k in ("id", "object", "owned_by", "type", "display_name")} == {
+            "id": "openai/gpt-x", "object": "model", "owned_by": "openai",
+            "type": "model", "display_name": "openai/gpt-x",
+        }  # fmt: skip
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", entry["created_at"])
+        assert entry["custom_metadata"]["model_type"] == "llm"
+
+    @pytest.mark.parametrize(
+        ("query", "ids", "has_more"),
+        [
+            ("", "abcde", False), ("?limit=2", "ab", True), ("?limit=5", "abcde", False),
+            ("?limit=2&after_id=openai/b", "cd", True), ("?after_id=openai%2Fe", "", False),
+            ("?limit=2&before_id=openai/d", "bc", True),
+            ("?limit=9&before_id=openai/b", "a", False),
+        ],
+    )  # fmt: skip
+    def test_pages(self, query, ids, has_more):
+        with gateway_over(models="abcde") as (client, _):
+            _, _, listing = client.get("/v1/models" + query)
+        assert [e["id"] for e in listing["data"]] == [f"openai/{i}" for i in ids]
+        assert listing["has_more"] is has_more
+
+    @pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=1001", "after_id=nope"])
+    def test_a_wrong_page_is_told(self, query):
+        with gateway_over() as (client, _):
+            assert client.get(f"/v1/models?{query}")[0] == 400
+
+    def test_one_model_with_its_slash_encoded_or_not(self):
+        mine = ogx.Alias("mine", "all", "auto")
+        with gateway_over(models=["a/b"], aliases=[mine]) as (client, _):
+            for path in ("openai%2Fa%2Fb", "openai/a/b", "openai%2fa/b?x=1"):
+                assert client.get(f"/v1/models/{path}")[2]["id"] == "openai/a/b"
+            alias = client.get("/v1/models/mine")[2]
+            assert (alias["id"], alias["custom_metadata"]["alias_of"]) == ("mine", "openai/a/b")
+            assert client.get("/v1/models")[2]["data"][1]["id"] == "mine"
+            assert client.get("/v1/models/nope")[0] == 404
+
+    def test_the_list_tells_what_each_tier_means(self):
+        with gateway_over(models=["a", "b"], tiers={"haiku": "openai/b"}) as (client, _):
+            tiers = client.get("/v1/models")[2]["tiers"]
+        assert tiers == {"haiku": "openai/b", **dict.fromkeys(("sonnet", "opus", "fable"),
+                                                              "openai/a")}  # fmt: skip
+
+    def test_a_dead_provider_costs_nothing_but_its_own_line(self):
+        with FakeUpstream(models=["m"]) as alive, socket.create_server(("127.0.0.1", 0)) as free:
+            dead = provider("vllm", f"http://127.0.0.1:{free.getsockname()[1]}/v1")
+            free.close()
+            with serving(dead, provider("openai", alive.url)) as client:
+                assert [e["id"] for e in client.get("/v1/models")[2]["data"]] == ["openai/m"]
+                assert "connection refused" in client.gateway.registry.problems["vllm"]
+                assert client.post(request(model="claude-haiku-4-5"))[0] == 200
+                status, _, body = client.post(request(model="vllm/m"))
+        assert status == 502 and "can't reach vllm" in body["error"]["message"]
+
+    def test_a_request_that_comes_before_the_lists_waits_for_them(self):
+        with gateway_over(discover=False) as (client, _):
+            client.gateway.start_discovery()
+            assert client.post(request(model="claude-opus-4"))[0] == 200
+
+    def test_local_servers_are_known_by_what_they_say(self):
+        def kind(name, identity, port):
+            return ogx.ProviderKind(name, local_port=port, identity=identity)
+
+        with FakeUpstream() as fake:
+            port = int(fake.url.split(":")[2].split("/")[0])
+            kinds = [kind("right", ("/", '"id":"gpt-x"'), port),
+                     kind("wrong", ("/", "Ollama is running"), port), kind("gone", ("/", "x"), 9)]
+            found = ogx.local_providers(ogx.Upstream(), kinds, 2.0)
+        assert [(p.id, p.base_url, p.api_key) for p in found] == [
+            ("right", f"http://127.0.0.1:{port}/v1", "")
+        ]
+
+
+class TestServer:
+    def test_every_path_carries_request_id_and_version(self):
+        with gateway_over() as (client, _):
+            for method, path, status in (
+                ("GET", "/", 200), ("HEAD", "/", 200), ("HEAD", "/api/hello", 200),
+                ("GET", "/v1/health", 200), ("GET", "/v1/models", 200), ("GET", "/nope", 404),
+                ("PUT", "/v1/models", 405), ("OPTIONS", "/v1/messages", 405),
+                ("GET", "/v1/messages", 405), ("HEAD", "/v1/models", 200),
+            ):  # fmt: skip
+                got, headers, body = client.ask(method, path)
+                assert got == status, (method, path)
+                assert re.fullmatch("req_[0-9a-f]{24}", headers["request-id"])
+                assert headers["anthropic-version"] == "2023-06-01"
+                if got >= 400:
+                    assert body["type"] == "error" and body["request_id"] == headers["request-id"]
+                if method == "HEAD":
+                    assert body == b""
+            assert client.ask("PUT", "/v1/models")[1]["allow"] == "GET, HEAD"
+
+    @pytest.mark.parametrize(
+        ("path", "status", "words"),
+        [
+            ("/v1/v1/messages", 404, "the base URL should end without /v1"),
+            ("/v1/messages/batches", 404, "batches and files are not served"),
+            ("/v1/files", 404, "batches and files are not served"),
+            ("/v1/complete", 404, "/v1/complete not found; ogx.py serves /v1/messages"),
+        ],
+    )
+    def test_what_is_not_served_says_what_is(self, path, status, words):
+        with gateway_over() as (client, _):
+            got, _, body = client.post(request(), path)
+        assert got == status and words in body["error"]["message"]
+
+    def test_paths_match_without_their_query_and_with_any_beta(self):
+        with gateway_over() as (client, _):
+            for path in ("/v1/messages?beta=true", "//v1/messages", "http://localhost/v1/messages"):
+                headers = {"anthropic_beta": "brand-new-2030-01-01", "anthropic_version": "2030"}
+                assert client.post(request(), path, **headers)[0] == 200
+
+    def test_a_connection_lives_on_after_a_stream_and_after_an_error(self):
+        with gateway_over() as (client, _):
+            client.get("/")
+            first = client.connection.sock
+            for body in (request(stream=True), request(max_tokens=0), request()):
+                client.post(body)
+                assert client.connection.sock is first
+
+    def test_an_old_client_gets_a_stream_that_ends_with_the_connection(self):
+        body = json.dumps(request(stream=True)).encode()
+        head = f"POST /v1/messages HTTP/1.0\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        with gateway_over() as (client, _):
+            answer = client.raw(head + body)
+        head, _, data = answer.partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head and b"connection: close" in head
+        check_grammar(read_events(data))
+
+    def test_two_requests_in_one_packet_are_answered_in_turn(self):
+        one = b"GET /v1/health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        last = b"GET /nope HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+        with gateway_over() as (client, _):
+            answer = client.raw(one + last)
+        assert re.findall(rb"HTTP/1\.1 (\d+)", answer) == [b"200", b"404"]
+
+    def test_a_body_in_chunks_and_packed(self):
+        body = gzip.compress(json.dumps(request()).encode())
+        cut = len(body) // 2
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in (body[:cut], body[cut:], b""))
+        head = b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n" \
+               b"content-encoding: gzip\r\n\r\n"  # fmt: skip
+        last = b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+        with gateway_over() as (client, _):
+            answer = client.raw(head + chunks + last)
+        assert re.findall(rb"HTTP/1\.1 (\d+)", answer) == [b"200", b"200"]
+
+    def test_expect_100_continue(self):
+        body = json.dumps(request()).encode()
+        head = f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\n" \
+               f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"  # fmt: skip
+        with gateway_over() as (client, _):
+            answer = client.raw(head.encode() + body)
+        assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+
+    @pytest.mark.parametrize(
+        ("body", "words"),
+        [
+            (b"", "the request has no body"),
+            (b"{", "the request's body is not JSON: Expecting property name"),
+            (b"\xff\xfe{}", "the request's body is not"),
+            (b"[" * 100_000, "nested too deeply"),
+            (b"[]", "expected a JSON object, got a list"),
+            (b'"x"', "expected a JSON object, got a string"),
+            (b"9" * 5000, "the request"),
+        ],
+    )
+    def test_bad_json_is_a_400_and_never_a_trace(self, body, words, caplog):
+        with gateway_over() as (client, _):
+            status, _, answer = client.post(body)
+            assert client.post(request())[0] == 200
+        assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+        assert words in answer["error"]["message"] and not caplog.records
+
+    def test_what_a_gzip_body_may_not_be(self):
+        with gateway_over() as (client, _):
+            for data, coding, status in ((b"plain", "gzip", 400), (gzip.compress(b"{}")[:-4],
+                                         "gzip", 400), (b"x", "br", 415)):  # fmt: skip
+                assert client.post(data, content_encoding=coding)[0] == status
+            bomb = gzip.compress(b" " * (ogx.MAX_BODY + 1))
+            assert client.post(bomb, content_encoding="gzip")[0] == 413
+
+    def test_a_body_too_large_is_refused_before_it_is_read(self):
+        head = f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: " \
+               f"{ogx.MAX_BODY + 1}\r\n\r\n"  # fmt: skip
+        with gateway_over() as (client, _):
+            answer = client.raw(head.encode() + b"x" * 100_000, shut=True)
+        assert answer.startswith(b"HTTP/1.1 413 ") and b'"request_too_large"' in answer
+
+    @pytest.mark.parametrize(
+        "head",
+        [
+            "POST / HTTP/1.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked",
+            "POST / HTTP/1.1\r\ncontent-length: 5\r\ncontent-length: 6",
+            "POST / HTTP/1.1\r\ncontent-length: +5",
+            "POST / HTTP/1.1\r\ntransfer-encoding: gzip, chunked",
+            "POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0x5",
+            "GET / HTTP/1.1\r\nx: a\r\n folded",
+            "GET / HTTP/1.1\r\nx: a\x00b",
+            "GET / HTTP/1.1\r\nno colon",
+            "GET / HTTP/2.0",
+            "GET /a b HTTP/1.1",
+            "get / HTTP/1.1",
+            "nonsense",
+            "\x16\x03\x01\x02",
+        ],
+    )
+    def test_what_could_smuggle_a_request_is_a_400_and_the_end(self, head):
+        second = "GET /v1/health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        with gateway_over() as (client, _):
+            answer = client.raw(f"{head}\r\n\r\n{second}".encode())
+        assert re.findall(rb"HTTP/1\.1 (\d+)", answer) == [b"400"]
+        assert b"connection: close" in answer and b'"type":"error"' in answer
+
+    def test_headers_without_end_are_bounded(self):
+        with gateway_over() as (client, _):
+            answer = client.raw(b"GET / HTTP/1.1\r\nx: " + b"y" * 70_000 + b"\r\n\r\n", shut=True)
+        assert answer.startswith(b"HTTP/1.1 431 ")
+
+    @pytest.mark.parametrize(
+        ("headers", "status"),
+        [
+            ({"host": "localhost:1"}, 200),
+            ({"host": "127.0.0.1"}, 200),
+            ({"host": "[::1]:8321"}, 200),
+            ({"host": "evil.example"}, 403),
+            ({"host": "127.0.0.1.evil.example"}, 403),
+            ({"host": "localhost:1", "origin": "http://localhost:1"}, 200),
+            ({"host": "localhost:1", "origin": "http://evil.example"}, 403),
+            ({"host": "localhost:1", "origin": "null"}, 403),
+            ({"host": "localhost", "content-type": "text/plain"}, 415),
+            ({"host": "localhost", "content-type": "application/x-www-form-urlencoded"}, 415),
+        ],
+    )
+    def test_a_web_page_cannot_come_in(self, headers, status):
+        with gateway_over() as (client, upstream):
+            got, answer_headers, _ = client.ask("POST", "/v1/messages", request(), **headers)
+        assert got == status and len(upstream.seen) == (status == 200)
+        assert not [name for name in answer_headers if name.startswith("access-control")]
+
+    def test_bound_to_another_address_only_addresses_are_names(self):
+        assert ogx.host_allowed("192.168.1.5:8321", "0.0.0.0")
+        assert ogx.host_allowed("gpu-box:8321", "gpu-box")
+        assert not ogx.host_allowed("rebound.example", "0.0.0.0")
+        assert not ogx.host_allowed("192.168.1.5", "127.0.0.1")
+
+    def test_a_clients_credentials_never_reach_an_upstream(self):
+        with gateway_over() as (client, upstream):
+            client.post(request(), authorization="Bearer client-secret", x_api_key="client-secret")
+        assert "client-secret" not in json.dumps([upstream.heads, upstream.seen])
+
+    def test_an_unexpected_error_is_a_500_with_the_trace_in_the_log_alone(self, caplog):
+        with gateway_over() as (client, _):
+            client.gateway.count_tokens = lambda request: 1 / 0
+            body = {"model": "m", "messages": [user("x")]}
+            status, _, answer = client.post(body, "/v1/messages/count_tokens")
+            assert client.get("/v1/health")[0] == 200
+        assert status == 500 and "division" not in json.dumps(answer)
+        assert "ZeroDivisionError" in caplog.text
+
+    def test_one_log_line_per_request(self, caplog):
+        caplog.set_level("INFO", "ogx")
+        with gateway_over() as (client, _):
+            client.post(request(stream=True), x_claude_code_session_id="s-1")
+            client.get("/v1/health")
+            client.post(request(max_tokens=0))
+        first, second = [record.getMessage() for record in caplog.records]
+        assert re.fullmatch(
+            r"req_\w+ POST /v1/messages 200 openai/gpt-x -> openai/gpt-x first [\d.]+s "
+            r"total [\d.]+s in 30 cached 20 out 7 session s-1", first,
+        )  # fmt: skip
+        assert "400" in second and "error: max_tokens: expected at least 1, got 0" in second
+        assert "sk-secret" not in caplog.text
+
+    def test_starting_asks_no_dns(self, monkeypatch):
+        def no_dns(*args):
+            raise AssertionError("a reverse lookup stalls where no resolver answers")
+
+        monkeypatch.setattr(socket, "getfqdn", no_dns)
+        with gateway_over() as (client, _):
+            assert client.get("/v1/health")[0] == 200
+
+    def test_two_gateways_in_one_process(self):
+        with gateway_over(models=["a"]) as (one, _), gateway_over(models=["b"]) as (two, _):
+            assert one.get("/v1/models")[2]["first_id"] == "openai/a"
+            assert two.get("/v1/models")[2]["first_id"] == "openai/b"
+
+    def test_stopping_lets_a_running_answer_finish(self):
+        begun, finish = threading.Event(), threading.Event()
+
+        def answer(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="a"), done=False))
+            begun.set()
+            finish.wait(5)
+            send_chunk(connection, sse(delta("stop")))
+
+        with gateway_over(answer) as (client, _):
+            answers = []
+            asking = threading.Thread(target=lambda: answers.append(client.post(
+                request(stream=True))))  # fmt: skip
+            asking.start()
+            assert begun.wait(5)
+            stopping = threading.Thread(target=client.server.stop)
+            stopping.start()
+            finish.set()
+            for thread in (asking, stopping):
+                thread.join(5)
+            with pytest.raises(OSError):
+                socket.create_connection(("127.0.0.1", client.port), timeout=1)
+        check_grammar(read_events(answers[0][2]))
+
+    @pytest.mark.parametrize(
+        ("host", "port", "words"),
+        [("127.0.0.1", None, "is in use; choose another with --port"),
+         ("203.0.113.7", 0, "can't listen on 203.0.113.7: it is no address of this machine"),
+         ("no such host", 0, "can't listen on no such host: it is no address")],
+    )  # fmt: skip
+    def test_where_it_cannot_listen_it_says_why(self, host, port, words):
+        gateway = ogx.Gateway(config())
+        with ogx.Server(gateway, "127.0.0.1", 0) as taken:
+            port = taken.server_port if port is None else port
+            error = refused(ogx.Server, gateway, host, port)
+        assert words in error.message and "\n" not in error.message
+
+    def test_a_privileged_port_is_called_so(self):
+        error = PermissionError(13, "Permission denied")
+        assert ogx.listen_problem(error, "127.0.0.1", 80) == (
+            "no permission to listen on port 80; ports below 1024 are privileged"
+        )
+
+    def test_ipv6_loopback(self):
+        gateway = ogx.Gateway(config(ogx.DEMO_PROVIDER))
+        server = ogx.Server(gateway, "::1", 0)
+        server.start()
+        try:
+            assert server.url == f"http://[::1]:{server.server_port}"
+            connection = http.client.HTTPConnection("::1", server.server_port, timeout=5)
+            connection.request("GET", "/v1/health")
+            assert connection.getresponse().status == 200
+            connection.close()
+        finally:
+            server.stop()
+
+
+def options(**given):
+    flags = [word for name, value in given.items() if name != "print_env"
+             for word in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
+    flags += ["--print-env"] if given.get("print_env") else []
+    return ogx.argument_parser().parse_args(["connect", "claude", *flags])
+
+
+class TestConnect:
+    def listing(self, *ids, tiers=None, **fields):
+        entries = [{"id": i, "custom_metadata": {"model_type": "llm"}, **fields} for i in ids]
+        return {"data": entries, "tiers": tiers or {}}
+
+    def plan(self, listing, environ=None, **given):
+        return ogx.launch_plan("http://localhost:8321", listing, options(**given), environ or {})
+
+    def tiers(self, plan):
+        return [plan.set[f"ANTHROPIC_DEFAULT_{t.upper()}_MODEL"] for t in ogx.TIERS]
+
+    def test_the_variables_of_the_design_document(self):
+        plan = self.plan(self.listing("openai/a", "openai/b"))
+        assert plan.set["ANTHROPIC_BASE_URL"] == "http://localhost:8321"
+        assert plan.set["ANTHROPIC_AUTH_TOKEN"] == "ogx"
+        assert self.tiers(plan) == ["openai/a"] * 4
+        assert {"CLAUDE_CODE_USE_VERTEX", "ANTHROPIC_VERTEX_PROJECT_ID", "CLAUDE_CODE_USE_BEDROCK",
+                "ANTHROPIC_BEDROCK_SESSION_TOKEN"} <= set(plan.unset)  # fmt: skip
+
+    def test_a_tier_is_its_flag_else_model_else_the_servers_choice_else_the_first(self):
+        listing = self.listing("a", "b", "c", "d", tiers={"haiku": "b", "opus": "b"})
+        assert self.tiers(self.plan(listing)) == ["b", "a", "b", "a"]
+        assert self.tiers(self.plan(listing, model="c")) == ["c"] * 4
+        plan = self.plan(listing, model="c", haiku_model="d", fable_model="a")
+        assert self.tiers(plan) == ["d", "c", "c", "a"]
+
+    def test_embeddings_rerankers_and_aliases_are_no_default(self):
+        listing = {"data": [
+            {"id": "openai/embed-x", "custom_metadata": {"model_type": "llm"}},
+            {"id": "e", "custom_metadata": {"model_type": "embedding"}},
+            {"id": "openai/bge-reranker"}, {"id": "alias", "custom_metadata": {"alias_of": "b"}},
+            {"id": "b"},
+        ]}  # fmt: skip
+        assert self.tiers(self.plan(listing)) == ["b"] * 4
+
+    def test_no_llm_at_all(self):
+        for data in ([], [{"id": "bge-reranker"}], ["x", {}]):
+            error = refused(self.plan, {"data": data})
+            assert error.message == "Failed to find any LLM models on the OGX server."
+
+    def test_an_unknown_model_lists_what_there_is(self):
+        error = refused(self.plan, self.listing("openai/gpt-5", "vllm/q"), opus_model="gpt-5")
+        assert error.message == (
+            "Failed to find model 'gpt-5' on the OGX server. Did you mean 'openai/gpt-5'?\n"
+            "Available models: openai/gpt-5, vllm/q"
+        )
+
+    def test_claude_code_learns_the_true_window(self):
+        plan = self.plan(self.listing("a", max_input_tokens=131072, max_tokens=8192))
+        assert plan.set["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "131072"
+        assert plan.set["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "8192"
+        assert plan.set["CLAUDE_CODE_DISABLE_1M_CONTEXT"] == "1"
+
+    def test_a_small_window_gets_a_small_output(self):
+        plan = self.plan(self.listing("a", max_input_tokens=32768))
+        assert plan.set["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "4096"
+
+    def test_an_unknown_window_is_not_made_up(self):
+        plan = self.plan(self.listing("a"))
+        assert "CLAUDE_CODE_MAX_CONTEXT_TOKENS" in plan.unset
+
+    def test_the_users_environment_stays_but_for_what_would_lead_elsewhere(self):
+        environ = {"PATH": "/bin", "AWS_REGION": "eu", "CLAUDE_CODE_USE_BEDROCK": "1",
+                   "ANTHROPIC_API_KEY": "sk", "NO_PROXY": "a.test,localhost"}  # fmt: skip
+        plan = self.plan(self.listing("a"), environ)
+        made = plan.environment(environ)
+        assert (made["PATH"], made["AWS_REGION"]) == ("/bin", "eu")
+        assert "CLAUDE_CODE_USE_BEDROCK" not in made and "ANTHROPIC_API_KEY" not in made
+        assert made["NO_PROXY"] == "a.test,localhost,127.0.0.1"
+
+    def test_the_printed_lines_are_safe_to_eval(self, tmp_path):
+        odd = "a/$(touch x) 'b' \"c\" `d`;\n{e}"
+        lines = ogx.shell_lines(self.plan(self.listing(odd)))
+        script = "\n".join([*lines, "python3 -c 'import os; print(repr(os.environ"
+                            "[\"ANTHROPIC_DEFAULT_OPUS_MODEL\"]))'"])  # fmt: skip
+        environ = {**os.environ, "CLAUDE_CODE_USE_VERTEX": "1"}
+        for shell in ("sh", "bash"):
+            done = subprocess.run([shell, "-c", script], capture_output=True, text=True,
+                                  cwd=tmp_path, env=environ, check=True)  # fmt: skip
+            assert done.stdout.strip() == repr(odd)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("given", "url"),
+        [
+            ({}, "http://localhost:8321"),
+            ({"port": 9000}, "http://localhost:9000"),
+            ({"host": "192.168.1.100", "port": 9000}, "http://192.168.1.100:9000"),
+            ({"host": "::1"}, "http://[::1]:8321"),
+            ({"host": "https://gw.test/x"}, "https://gw.test/x"),
+            ({"host": "http://gw.test", "port": 90}, "http://gw.test:90"),
+            ({"url": "http://localhost:8321/v1"}, "http://localhost:8321"),
+            ({"url": "http://localhost:8321/v1/"}, "http://localhost:8321"),
+            ({"url": "localhost:99"}, "http://localhost:99"),
+        ],
+    )
+    def test_where_the_server_is(self, given, url):
+        assert ogx.server_url(options(**given), {}) == url
+
+    def test_ogx_port_is_read(self):
+        assert ogx.server_url(options(), {"OGX_PORT": "9000"}) == "http://localhost:9000"
+        assert ogx.server_url(options(port=1), {"OGX_PORT": "9000"}) == "http://localhost:1"
+
+    # -- as a command
+
+    @pytest.fixture
+    def claude(self, tmp_path, monkeypatch):
+        """A program named claude that tells its arguments and environment, and exits with 7."""
+        script = tmp_path / "claude"
+        script.write_text(
+            f"#!{sys.executable}\nimport json, os, sys\n"
+            "print(json.dumps([sys.argv[1:], dict(os.environ)]))\nsys.exit(7)\n"
+        )
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.delenv("OGX_PORT", raising=False)
+
+    def test_it_launches_with_arguments_environment_and_exit_code(self, claude, capfd):
+        with gateway_over() as (client, _):
+            code = ogx.main(["connect", "claude", "--port", str(client.port), "--",
+                             "-p", "hi", "--", "x"])  # fmt: skip
+        out, err = capfd.readouterr()
+        arguments, environ = json.loads(out)
+        assert (code, arguments) == (7, ["-p", "hi", "--", "x"])
+        assert environ["ANTHROPIC_DEFAULT_OPUS_MODEL"] == "openai/gpt-x"
+        assert environ["ANTHROPIC_BASE_URL"] == f"http://localhost:{client.port}"
+        assert "opus" in err
+
+    def test_print_env_launches_nothing_and_needs_no_claude(self, monkeypatch, capfd):
+        monkeypatch.setenv("PATH", "")
+        with gateway_over() as (client, _):
+            assert ogx.main(["connect", "claude", "--port", str(client.port), "--print-env"]) == 0
+        out, err = capfd.readouterr()
+        assert err == "" and f"export ANTHROPIC_BASE_URL=http://localhost:{client.port}" in out
+        assert all(re.match("(export|unset) [A-Za-z_]+", line) for line in out.splitlines())
+
+    def test_without_claude_it_says_where_to_get_it_before_it_asks_the_server(
+        self, monkeypatch, capsys
+    ):
+        monkeypatch.setenv("PATH", "")
+        assert ogx.main(["connect", "claude", "--port", "1"]) == 1
+        assert capsys.readouterr().err == (
+            "Failed to find 'claude' in PATH. Install it from https://claude.com/download\n"
+        )
+
+    def test_without_a_server_it_says_how_to_start_one(self, claude, capsys):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        assert ogx.main(["connect", "claude", "--host", "127.0.0.1", "--port", str(port)]) == 1
+        first, second = capsys.readouterr().err.splitlines()
+        assert first.startswith(f"Failed to connect to OGX server at http://127.0.0.1:{port}: ")
+        assert second.startswith("Start the server first with: ") and second.endswith(" run")
+
+    @pytest.mark.parametrize(
+        ("answer", "words"),
+        [((404, "no"), "(HTTP 404)"), ((200, [1]), ": it doesn't answer with a model list"),
+         ((200, {"data": []}), "Failed to find any LLM models on the OGX server.")],
+    )  # fmt: skip
+    def test_a_server_of_another_kind_is_told(self, claude, capsys, answer, words):
+        with FakeUpstream(models=answer) as fake:
+            assert ogx.main(["connect", "claude", "--url", fake.url]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith("Failed to ") and told.endswith(words + "\n")
+
+    def test_a_forgotten_double_dash_is_explained(self, capsys):
+        assert ogx.main(["connect", "claude", "-p", "hi"]) == 2
+        assert "arguments for Claude Code go after --" in capsys.readouterr().err
+
+
+class TestCommandLine:
+    @contextlib.contextmanager
+    def running(self, *flags, env=None, stdout=subprocess.PIPE):
+        """`run` as a process; env replaces all variables that could name a provider."""
+        environ = {k: v for k, v in os.environ.items() if k in ("PATH", "SYSTEMROOT")}
+        process = subprocess.Popen(
+            [sys.executable, "-B", str(HERE / "ogx.py"), "run", "--port", "0", *flags],
+            stdout=stdout, stderr=subprocess.PIPE, text=True, env={**environ, **(env or {})},
+        )  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdout, process.stderr):
+                if pipe:
+                    pipe.close()
+
+    def summary(self, process):
+        """What `run` prints, up to the line to type next."""
+        lines = []
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            if line.startswith("Next, in another terminal:"):
+                return lines
+        raise AssertionError(f"{lines} {process.stderr.read()}")
+
+    @pytest.fixture
+    def bare(self, tmp_path):
+        """A configuration without providers that looks for no local servers."""
+        path = tmp_path / "bare.json"
+        path.write_text(json.dumps({"server": {"discover_local": False}}))
+        return str(path)
+
+    def test_with_no_provider_the_demo_model_serves_and_says_so(self, bare):
+        with self.running(bare) as process:
+            lines = self.summary(process)
+            port = int(re.search(r"127\.0\.0\.1:(\d+)$", lines[0]).group(1))
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            body = json.dumps(request(model="claude-opus-4"))
+            connection.request("POST", "/v1/messages", body, {"content-type": "application/json"})
+            answer = json.loads(connection.getresponse().read())
+            connection.close()
+        told = "\n".join(lines)
+        assert "only the built-in demo model answers" in told and "OPENAI_API_KEY" in told
+        assert re.search(r"opus +demo/echo", told)
+        assert lines[-1].endswith(f"connect claude --port {port}")
+        assert answer["content"][0]["text"].startswith("This is ogx.py's built-in demo model")
+
+    def test_it_tells_each_provider_and_tier(self):
+        with FakeUpstream(models=["gpt-a", "gpt-b"]) as fake, self.running(
+            env={"OPENAI_API_KEY": "sk-secret-1234", "OPENAI_BASE_URL": fake.url,
+                 "VLLM_URL": "http://127.0.0.1:9/v1",
+                 "ANTHROPIC_DEFAULT_HAIKU_MODEL": "openai/gpt-b"}
+        ) as process:  # fmt: skip
+            told = "\n".join(self.summary(process))
+        assert re.search(r"openai +2 models$", told, re.M)
+        assert re.search(r"vllm +no models: can't reach vllm at .*connection refused", told)
+        assert re.search(r"haiku +openai/gpt-b$", told, re.M)
+        assert re.search(r"opus +openai/gpt-a$", told, re.M)
+        assert "sk-secret" not in told
+
+    def test_a_provider_that_hangs_does_not_delay_the_start(self):
+        with socket.create_server(("127.0.0.1", 0)) as hanging, self.running(
+            env={"VLLM_URL": f"http://127.0.0.1:{hanging.getsockname()[1]}"}
+        ) as process:
+            told = "\n".join(self.summary(process))
+        assert "still asking for its models" in told
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_stops_it_with_exit_code_0(self, bare, number):
+        with self.running(bare) as process:
+            self.summary(process)
+            process.send_signal(number)
+            assert process.wait(10) == 0
+            assert "Traceback" not in process.stderr.read()
+
+    def test_a_closed_stdout_is_no_reason_to_stop(self, bare):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with self.running(bare, "--log-level", "debug", stdout=writer) as process:
+            os.close(writer)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.7)
+
+    def test_a_port_in_use_is_one_line_and_exit_code_1(self, bare):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            with self.running(bare, "--port", port) as process:
+                assert process.wait(10) == 1
+                assert process.stderr.read() == (
+                    f"port {port} on 127.0.0.1 is in use; choose another with --port, "
+                    "or stop what uses it\n"
+                )
+
+    def test_a_port_is_a_number_that_a_port_can_be(self):
+        parser = ogx.argument_parser()
+        assert parser.parse_args(["run", "--port", "5"]).port == 5
+        assert parser.parse_args(["run"]).port is None
+        for wrong in ("x", "-1", "65536", "٣"):
+            with pytest.raises(SystemExit):
+                parser.parse_args(["run", "--port", wrong])
+
+    def test_a_wrong_command_shows_the_right_ones(self, capsys):
+        assert ogx.main([]) == 2
+        assert ogx.main(["connect"]) == 2
+        assert ogx.main(["serve"]) == 2
+        assert "choose from" in capsys.readouterr().err
