@@ -244,7 +244,7 @@ PROVIDER_KINDS = {
         ProviderKind("sambanova", "https://api.sambanova.ai/v1", ("SAMBANOVA_API_KEY",)),
     )
 }  # fmt: skip
-GENERIC_KIND = ProviderKind("remote::openai")  # any other server of OpenAI's format, by URL
+GENERIC_KIND = ProviderKind("openai-compatible")  # any other server of OpenAI's format, by URL
 DEMO_KIND = ProviderKind("demo", "demo:", dialect="demo")
 
 
@@ -434,8 +434,7 @@ def provider_from_node(node: Node) -> Provider | None:
     if not re.fullmatch(r"[A-Za-z0-9._-]+", provider_id):
         raise node.wrong("provider_id", "letters, digits, '.', '_' or '-'", provider_id)
     type_name = node.text("provider_type")
-    known = {f"remote::{k}": v for k, v in PROVIDER_KINDS.items()}
-    known[GENERIC_KIND.name] = known.get(GENERIC_KIND.name, GENERIC_KIND)
+    known = {f"remote::{k.name}": k for k in (*PROVIDER_KINDS.values(), GENERIC_KIND)}
     kind = known.get(type_name)
     if kind is None:
         raise node.wrong("provider_type", "one of " + ", ".join(known), type_name)

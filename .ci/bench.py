@@ -11,10 +11,10 @@
 
 A fake upstream and the gateway run as processes of their own, this process is the client, and all
 traffic stays on 127.0.0.1. Each round starts a fresh gateway and measures every case directly
-against the upstream (Chat Completions) and through each proxy (Messages), one right after the
-other; the table shows medians of the rounds. The client keeps what comes in with its time and
-reads it after the clock has stopped: an answer whose text or end isn't right counts as bad, and
-any bad answer makes the exit status 1. A timing never does.
+against the upstream (which answers the same bytes in Chat Completions, whatever their format) and
+through each proxy, one right after the other; the table shows medians of the rounds. The client
+keeps what comes in with its time and reads it after the clock has stopped: an answer whose text or
+end isn't right counts as bad, and any bad answer makes the exit status 1. A timing never does.
 """
 import argparse
 import asyncio
