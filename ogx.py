@@ -109,6 +109,12 @@ class OgxError(Exception):
         self.headers = dict(headers or {})
         self.details = details
 
+    def without(self, secret: str) -> OgxError:
+        """This error with a key hidden that an upstream may have quoted."""
+        if secret:
+            self.message = self.message.replace(secret, "***")
+        return self
+
     def body(self, request_id: str) -> Json:
         """Anthropic's error object: {"type": "error", "error": {...}, "request_id": ...}."""
         error: Json = {"type": self.type, "message": self.message}
@@ -144,6 +150,7 @@ def refusal_from_body(status: int, body: bytes) -> Refusal:
     words = fields.get("message") or fields.get("detail") or inner or text
     if not isinstance(words, str):
         words = json.dumps(words)
+    words = words[:2000]
     code = fields.get("code") or fields.get("type") or ""
     return Refusal(status, words, str(code), str(fields.get("param") or ""))
 
@@ -157,13 +164,10 @@ def readable_text(text: str) -> str:
     return " ".join(text.split())[:500]
 
 
-def upstream_error(
-    refusal: Refusal, origin: str, headers: Mapping[str, str], secret: str = ""
-) -> OgxError:
+def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) -> OgxError:
     """The error a client gets for an upstream's refusal: same status, the upstream's own words,
-    then `(from ORIGIN)`. The secret never appears; `retry-after` is passed on; what can't get
-    better by itself says so, since Claude Code would retry it for minutes."""
-    words = refusal.message.replace(secret, "***") if secret else refusal.message
+    then `(from ORIGIN)`. `retry-after` is passed on; what can't get better by itself says so,
+    since Claude Code would retry it for minutes."""
     told = {k: headers[k] for k in ("retry-after",) if k in headers}
     status, kind = refusal.status, ""
     if status == 429 and "quota" in refusal.code:
@@ -172,7 +176,7 @@ def upstream_error(
         told["x-should-retry"] = "false"
     if status < 400:
         status = 502
-    return OgxError(status, f"{words} (from {origin})", kind, told)
+    return OgxError(status, f"{refusal.message} (from {origin})", kind, told)
 
 
 # ======== Providers ==========================================================================
@@ -518,6 +522,11 @@ class Model:
     context: int | None = None  # tokens
     max_output: int | None = None  # tokens
 
+    @property
+    def origin(self) -> str:
+        """Where its answers come from, in words."""
+        return f"{self.provider.id}, model {self.upstream_id}"
+
 
 def models_from_list(provider: Provider, payload: Any) -> list[Model]:
     """The LLMs of a provider's model list: {"data": [...]}, {"models": [...]} or a bare list."""
@@ -582,6 +591,7 @@ class Registry:
         self.tiers = dict(config.tiers)
         self.lists: dict[str, list[Model]] = {}  # provider id -> its LLMs
         self.problems: dict[str, str] = {}  # provider id -> what was wrong at the last asking
+        self._by_id: dict[str, Model] = {}
         self._lock = threading.Lock()
 
     def adopt(self, providers: Sequence[Provider]) -> None:
@@ -594,16 +604,13 @@ class Registry:
         with self._lock:
             if models is not None:
                 self.lists = {**self.lists, provider_id: models}
+                self._by_id = {model.id: model for model in self.models()}
             problems = {**self.problems, provider_id: problem}
             self.problems = {k: v for k, v in problems.items() if v}
 
     def models(self) -> list[Model]:
         """All listed LLMs in the order of the providers."""
         return [model for pid in self.providers for model in self.lists.get(pid, [])]
-
-    def first_model(self) -> Model | None:
-        """What `all`/`auto` means: the first LLM of the first provider that has one."""
-        return next(iter(self.models()), None)
 
     def tier_model(self, tier: str) -> Model | None:
         """The model a tier stands for, or None while there is none."""
@@ -629,9 +636,8 @@ class Registry:
         return replace(found, id=model_id)
 
     def _named(self, wanted: str) -> Model | None:
-        for model in self.models():
-            if model.id == wanted:
-                return model
+        if wanted in self._by_id:
+            return self._by_id[wanted]
         alias = self.aliases.get(wanted)
         if alias and "auto" not in alias.provider_model_id and alias.provider_id != "all":
             return self._routed(f"{alias.provider_id}/{alias.provider_model_id}")
@@ -799,8 +805,10 @@ def check_options(body: Json) -> None:
     for index, tool in enumerate(body.get("tools") or ()):
         if not isinstance(tool, dict):
             raise OgxError(400, f"tools.{index}: expected an object, got {kind_of(tool)}")
-        expect(tool, "name", str, tool.get("type", "custom") == "custom", f"tools.{index}.")
         expect(tool, "input_schema", dict, where=f"tools.{index}.")
+        for name in ("type", "description"):
+            expect(tool, name, str, where=f"tools.{index}.")
+        expect(tool, "name", str, is_client_tool(tool), f"tools.{index}.")
     for index, sequence in enumerate(body.get("stop_sequences") or ()):
         if not isinstance(sequence, str) or not sequence:
             raise OgxError(400, f"stop_sequences.{index}: expected a string that isn't empty")
@@ -810,6 +818,16 @@ def check_options(body: Json) -> None:
     if choice["type"] == "tool":
         expect(choice, "name", str, required=True, where="tool_choice.")
     check_output_config(body.get("output_config") or {})
+
+
+PLACEHOLDER = "DeferredToolPlaceholder"  # Claude Code's; stands for tools that may be found later
+
+
+def is_client_tool(tool: Json) -> bool:
+    """Whether the client runs the tool: custom tools, and Anthropic's with a schema of its own."""
+    if tool.get("name") == PLACEHOLDER:
+        return False
+    return tool.get("type") in (None, "custom") or "input_schema" in tool
 
 
 def check_output_config(config: Json) -> None:
@@ -1265,8 +1283,20 @@ def message_from_events(events: Iterable[Json]) -> Json:
 
 def sse_bytes(event: Json) -> bytes:
     """One event as Anthropic sends it."""
+    if event["type"] == "content_block_delta" and event["delta"]["type"] in DELTA_FIELDS:
+        # Nearly all events are these: the same bytes as below at a sixth of the time.
+        kind, name = event["delta"]["type"], DELTA_FIELDS[event["delta"]["type"]]
+        text = json.encoder.encode_basestring_ascii(event["delta"][name])
+        return (DELTA_EVENT % (event["index"], kind, name, text)).encode("ascii")
     data = json.dumps(event, separators=(",", ":"))
     return f"event: {event['type']}\ndata: {data}\n\n".encode("ascii")
+
+
+DELTA_FIELDS = dict(MessageWriter.DELTAS.values())  # type of delta -> its field
+DELTA_EVENT = (
+    'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
+    '"delta":{"type":"%s","%s":%s}}\n\n'
+)
 
 
 class SseReader:
@@ -1347,9 +1377,6 @@ def chat_request(request: Json, model: Model) -> Json:
     return body
 
 
-PLACEHOLDER = "DeferredToolPlaceholder"  # Claude Code's; stands for tools that may be found later
-
-
 class ToolNames:
     """Tool names as a chat upstream takes them, and back: those that break OpenAI's rule get
     their odd characters replaced and a hash of the whole name, so that none collide."""
@@ -1392,18 +1419,12 @@ def chat_messages(request: Json, kind: ProviderKind, names: ToolNames) -> list[J
 def unserved_tools_note(request: Json) -> str:
     """Words for the model about tools that only Anthropic's servers run (web search, say)."""
     tools = request.get("tools") or ()
-    names = [t["name"] for t in tools if not is_client_tool(t) and t["name"] != PLACEHOLDER]
+    names = [t.get("name") or t["type"] for t in tools if not is_client_tool(t)]
+    names = [name for name in names if name != PLACEHOLDER]
     if not names:
         return ""
     return f"These tools are not available through this gateway: {', '.join(names)}. " \
            "If one of them is needed, tell the user so plainly."  # fmt: skip
-
-
-def is_client_tool(tool: Json) -> bool:
-    """Whether the client runs the tool: custom tools, and Anthropic's with a schema of its own."""
-    if tool.get("name") == PLACEHOLDER:
-        return False
-    return tool.get("type", "custom") == "custom" or "input_schema" in tool
 
 
 def assistant_message(blocks: Sequence[Json], kind: ProviderKind, names: ToolNames) -> Json:
@@ -1577,7 +1598,7 @@ class ChatTranslator:
     """Chunks of one completion to the events of one message."""
 
     def __init__(self, writer: MessageWriter, request: Json, origin: str) -> None:
-        self._writer = writer
+        self.writer = writer
         self._names = ToolNames(request)
         self._stops = request.get("stop_sequences") or ()
         self._origin = origin
@@ -1588,28 +1609,32 @@ class ChatTranslator:
         self.usage: Usage | None = None
         self.done = False
 
-    def feed(self, data: bytes) -> list[Json]:
-        """The events for the data of one server-sent event."""
+    def feed(self, data: bytes) -> None:
+        """Write the events for the data of one server-sent event."""
+        if self.done:
+            return
         if data.strip() == b"[DONE]":
-            return self.end()
+            self.end()
+            return
         try:
             chunk = json.loads(data)
         except (ValueError, RecursionError):
             words = readable_text(data[:2000].decode("utf-8", "replace"))
             raise OgxError(502, f"{self._origin} sent no JSON but {words}") from None
-        if not isinstance(chunk, dict):
-            raise OgxError(502, f"{self._origin} sent a chunk that isn't an object")
-        if chunk.get("error"):
-            raise self._error(data)
-        self._read_usage(chunk)
-        for choice in chunk.get("choices") or ():
-            self._read_choice(choice)
-        return self._writer.take()
+        try:
+            if chunk.get("error"):
+                raise self._error(data)
+            self._read_usage(chunk)
+            for choice in chunk.get("choices") or ():
+                self._read_choice(choice)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            words = data[:200].decode("utf-8", "replace")
+            raise OgxError(502, f"{self._origin} sent a chunk of unknown shape: {words}") from None
 
-    def end(self) -> list[Json]:
-        """The last events; OgxError(502) where the upstream stopped without saying why."""
+    def end(self) -> None:
+        """Write the last events; OgxError(502) where the upstream stopped without saying why."""
         if self.done:
-            return []
+            return
         if self._finish_reason is None:
             raise OgxError(502, f"{self._origin} ended the answer before it was complete")
         self.done = True
@@ -1618,8 +1643,7 @@ class ChatTranslator:
             reason = "refusal"
         elif self._stop_sequence is not None:
             reason = "stop_sequence"
-        self._writer.finish(reason, self._stop_sequence, self.usage or Usage())
-        return self._writer.take()
+        self.writer.finish(reason, self._stop_sequence, self.usage or Usage())
 
     def _error(self, data: bytes) -> OgxError:
         """An error inside a stream; its `code` may be the status it would have had."""
@@ -1636,17 +1660,17 @@ class ChatTranslator:
             self.usage = usage_from_chat(usage)
 
     def _read_choice(self, choice: Json) -> None:
-        self._writer.start()
+        self.writer.start()
         delta = choice.get("delta") or choice.get("message") or {}
         reasoning = delta.get("reasoning_content") or delta.get("reasoning")
         if isinstance(reasoning, str):
-            self._writer.thinking(reasoning)
+            self.writer.thinking(reasoning)
         content = delta.get("content")
         if content:
             self._read_content(content)
         if delta.get("refusal"):
             self._refused = True
-            self._writer.text(delta["refusal"])
+            self.writer.text(delta["refusal"])
         for fragment in delta.get("tool_calls") or ():
             self._read_call(fragment)
         if choice.get("finish_reason"):
@@ -1658,14 +1682,14 @@ class ChatTranslator:
     def _read_content(self, content: Any) -> None:
         """Text, or Mistral's list of parts, whose thinking parts hold texts of their own."""
         if isinstance(content, str):
-            self._writer.text(content)
+            self.writer.text(content)
             return
         for part in content if isinstance(content, list) else ():
             if part.get("type") == "thinking":
                 thoughts = part.get("thinking") or ()
-                self._writer.thinking("".join(t.get("text", "") for t in thoughts))
+                self.writer.thinking("".join(t.get("text", "") for t in thoughts))
             elif isinstance(part.get("text"), str):
-                self._writer.text(part["text"])
+                self.writer.text(part["text"])
 
     def _read_call(self, fragment: Json) -> None:
         function = fragment.get("function") or {}
@@ -1676,7 +1700,7 @@ class ChatTranslator:
         call = self._call_of(fragment.get("index"), call_id, name)
         call.id, call.name = call.id or call_id, call.name or name
         call.arguments += arguments
-        self._writer.tool(id(call), call.id, self._names.back(call.name), arguments)
+        self.writer.tool(id(call), call.id, self._names.back(call.name), arguments)
 
     def _call_of(self, index: Any, call_id: str, name: str) -> ToolCall:
         """The call a fragment belongs to, or a new one.
@@ -1991,24 +2015,26 @@ class ChunkedReader:
         self._state = "size"
 
     def feed(self, data: bytes) -> bytes:
-        self._buffer += data
-        payload = []
+        # An index moves over the buffer: slicing it for every chunk would be quadratic.
+        buffer, at = self._buffer + data, 0
+        payload: list[bytes] = []
         while not self.done:
             if self._state == "data":
-                piece = self._buffer[: self._left]
+                piece = buffer[at : at + self._left]
                 payload.append(piece)
-                self._buffer = self._buffer[len(piece):]
+                at += len(piece)
                 self._left -= len(piece)
                 if self._left:
                     break
                 self._state = "end"
-            line, newline, rest = self._buffer.partition(b"\n")
-            if not newline:
-                if len(line) > MAX_HEAD:
+            end = buffer.find(b"\n", at)
+            if end < 0:
+                if len(buffer) - at > MAX_HEAD:
                     raise OgxError(400, "malformed chunked body: a line is too long")
                 break
-            self._buffer = rest
+            line, at = buffer[at:end], end + 1
             self._read_line(line[:-1] if line.endswith(b"\r") else line)
+        self._buffer, self.rest = (b"", buffer[at:]) if self.done else (buffer[at:], b"")
         return b"".join(payload)
 
     def _read_line(self, line: bytes) -> None:
@@ -2017,8 +2043,7 @@ class ChunkedReader:
                 raise OgxError(400, "malformed chunked body: a chunk is longer than it said")
             self._state = "size"
         elif self._state == "trailer":
-            if not line:
-                self.done, self.rest, self._buffer = True, self._buffer, b""
+            self.done = not line
         else:
             digits = line.split(b";")[0].strip()
             if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", digits):
@@ -2159,7 +2184,7 @@ class Upstream:
         if reply.status != 200:
             refusal = refusal_from_body(reply.status, body)
             origin = f"{provider.base_url}{path}, HTTP {reply.status}"
-            raise upstream_error(refusal, origin, reply.headers, provider.api_key)
+            raise upstream_error(refusal, origin, reply.headers)
         try:
             return json.loads(body)
         except (ValueError, RecursionError):
@@ -2169,7 +2194,7 @@ class Upstream:
 
     def take(self, provider: Provider, timeout: float, fresh: bool) -> tuple[socket.socket, bool]:
         """A connection to the provider, and whether it was used before."""
-        key = provider.base_url.partition("://")[2].partition("/")[0]
+        key = origin_of(provider)
         while not fresh:
             with self._lock:
                 idle = self._idle.get(key)
@@ -2183,9 +2208,8 @@ class Upstream:
         return self._connected(provider, timeout), False
 
     def give_back(self, provider: Provider, sock: socket.socket) -> None:
-        key = provider.base_url.partition("://")[2].partition("/")[0]
         with self._lock:
-            idle = self._idle.setdefault(key, [])
+            idle = self._idle.setdefault(origin_of(provider), [])
             if len(idle) < POOL_SIZE:
                 idle.append((time.monotonic(), sock))
                 return
@@ -2226,6 +2250,11 @@ class Upstream:
             if self._tls is None:
                 self._tls = ssl.create_default_context()
             return self._tls
+
+
+def origin_of(provider: Provider) -> str:
+    """Scheme, host and port: what connections to a provider may be shared by."""
+    return "/".join(provider.base_url.split("/")[:3])
 
 
 def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
@@ -2436,6 +2465,7 @@ class SocketReply(Reply):
 MAX_REQUESTS = 5  # to the upstream for one request of a client
 TICK = 10.0  # seconds of silence after which the client gets a sign of life
 LIST_TIMEOUT = 5.0  # for a provider's model list
+MAX_ANSWER = 64 * 1024 * 1024  # bytes of an answer that isn't streamed
 REFRESH = 300.0  # seconds between model lists; a tenth of it where there was a problem
 
 
@@ -2478,29 +2508,60 @@ class Gateway:
         Raises OgxError: before the first batch it can still become an HTTP status. Closing the
         iterator closes the upstream's connection.
         """
+        exchange.asked = request["model"][:200]
         model = self._resolved(request["model"])
-        exchange.asked, exchange.served = model.id, f"{model.provider.id}/{model.upstream_id}"
+        exchange.served = f"{model.provider.id}/{model.upstream_id}"
         refuse_untranslatable(request)
+        try:
+            yield from self._answer(model, request, exchange, watch)
+        except OgxError as error:
+            raise error.without(model.provider.api_key) from None
+
+    def _answer(
+        self, model: Model, request: Json, exchange: Exchange, watch: socket.socket | None
+    ) -> Iterator[list[Json] | None]:
         dialect = DIALECTS[model.provider.kind.dialect]
         body = with_lessons(dialect.request(request, model), self.lessons.of(model))
         for attempt in range(1, MAX_REQUESTS + 1):
             reply = self.upstream.send(model.provider, "POST", dialect.path, body)
             try:
+                # Made while the upstream works: counting takes a while for a long conversation.
+                translator = new_translator(request, model)
                 while not reply.head(self.tick, watch):
                     yield None
                 if reply.status == 200:
-                    yield from self._translated(reply, request, model, exchange, watch)
+                    yield from self._translated(reply, translator, watch)
+                    exchange.usage = translator.usage
                     return
                 refusal = refusal_from_body(reply.status, whole_body(reply))
             finally:
                 reply.release()
             lesson = lesson_from_refusal(refusal, body) if attempt < MAX_REQUESTS else None
             if lesson is None:
-                raise self._refused(refusal, request, model, reply.headers)
+                raise refused_error(refusal, request, model, reply.headers)
             self.lessons.add(model, lesson)
             body = with_lessons(body, [lesson])
             log.info("%s refused: %s; sent again after: %s", exchange.served,
                      refusal.message[:200], lesson)  # fmt: skip
+
+    def _translated(
+        self, reply: Reply, translator: ChatTranslator, watch: socket.socket | None
+    ) -> Iterator[list[Json] | None]:
+        for items in upstream_items(reply, self.tick, watch):
+            if items is None:
+                yield None
+                continue
+            try:
+                for item in items:
+                    translator.feed(item)
+            finally:  # what came before an error is the client's
+                events = translator.writer.take()
+                if events:
+                    yield events
+            if translator.done:
+                return
+        translator.end()
+        yield translator.writer.take()
 
     def _resolved(self, model_id: str) -> Model:
         """The model for an id; while the first lists are still on their way, wait for them."""
@@ -2512,45 +2573,6 @@ class Gateway:
         self.discovered.wait(LIST_TIMEOUT)
         return self.registry.resolve(model_id)
 
-    def _translated(
-        self, reply: Reply, request: Json, model: Model, exchange: Exchange,
-        watch: socket.socket | None,
-    ) -> Iterator[list[Json] | None]:  # fmt: skip
-        message = new_message(
-            f"msg_{uuid.uuid4().hex[:24]}", request["model"], estimated_tokens(request)
-        )
-        writer = MessageWriter(message, used_tool_ids(request))
-        origin = f"{model.provider.id}, model {model.upstream_id}"
-        translator = DIALECTS[model.provider.kind.dialect].translator(writer, request, origin)
-        for item in upstream_items(reply, self.tick, watch):
-            if item is None:
-                yield None
-                continue
-            try:
-                events = translator.feed(item)
-            except OgxError:
-                yield writer.take()  # what came before the error is the client's
-                raise
-            if events:
-                yield events
-            if translator.done:
-                break
-        yield translator.end()
-        exchange.usage = translator.usage
-
-    def _refused(
-        self, refusal: Refusal, request: Json, model: Model, headers: Mapping[str, str]
-    ) -> OgxError:
-        overflow = overflow_error(refusal, estimated_tokens(request), model.context)
-        if overflow:
-            return overflow
-        origin = f"{model.provider.id}, model {model.upstream_id}"
-        error = upstream_error(refusal, origin, headers, model.provider.api_key)
-        if refusal.status == 401:
-            hint = " or ".join(model.provider.kind.key_vars) or "api_key"
-            error.message += f"; check {hint} where ogx.py runs"
-        return error
-
     def count_tokens(self, request: Json) -> Json:
         """{"input_tokens": N}, an estimate; the model must exist."""
         self._resolved(request["model"])
@@ -2561,7 +2583,7 @@ class Gateway:
 
     def model_list(self, query: Mapping[str, str]) -> Json:
         """One page that both SDKs read; without `limit` it holds all models."""
-        self.discovered.wait(LIST_TIMEOUT)
+        self.discovered.wait(2.0)  # Claude Code waits 3 s for this list
         entries = [model_entry(m) for m in self.registry.models()]
         entries += [self._alias_entry(alias_id) for alias_id in self.registry.aliases]
         entries = [entry for entry in entries if entry]
@@ -2636,7 +2658,7 @@ class Gateway:
             models = self._models_of(provider)
             problem = "" if models else "its list holds no LLM"
         except OgxError as error:
-            problem = error.message
+            problem = error.without(provider.api_key).message
         except Exception:  # a list that no one foresaw must not take the others down
             log.exception("reading the model list of %s", provider_id)
             problem = "its model list could not be read"
@@ -2679,10 +2701,33 @@ def local_providers(
     return [found[kind.name] for kind in kinds if kind.name in found]
 
 
+def new_translator(request: Json, model: Model) -> ChatTranslator:
+    """The translator of the model's dialect, ready for the answer to a request."""
+    message_id = f"msg_{uuid.uuid4().hex[:24]}"
+    message = new_message(message_id, request["model"], estimated_tokens(request))
+    writer = MessageWriter(message, used_tool_ids(request))
+    return DIALECTS[model.provider.kind.dialect].translator(writer, request, model.origin)
+
+
+def refused_error(
+    refusal: Refusal, request: Json, model: Model, headers: Mapping[str, str]
+) -> OgxError:
+    """The error for a refusal that nothing helps against."""
+    overflow = overflow_error(refusal, estimated_tokens(request), model.context)
+    if overflow:
+        return overflow
+    error = upstream_error(refusal, model.origin, headers)
+    if refusal.status == 401:
+        hint = " or ".join(model.provider.kind.key_vars) or "api_key"
+        error.message += f"; check {hint} where ogx.py runs"
+    return error
+
+
 def upstream_items(
     reply: Reply, tick: float, watch: socket.socket | None
-) -> Iterator[bytes | None]:
-    """The data of each server-sent event, or a whole body as one; None for a tick of silence."""
+) -> Iterator[list[bytes] | None]:
+    """The data of the server-sent events that came together, or a whole body as one; None for a
+    tick of silence."""
     reader, whole = SseReader(), bytearray()
     is_whole: bool | None = None
     while True:
@@ -2694,13 +2739,13 @@ def upstream_items(
             break
         if is_whole is None:  # told by the data, since content types lie; no stream begins so
             is_whole = data.lstrip()[:1] in (b"{", b"[", b"<")
-        if is_whole:
-            whole += data
-            if len(whole) > 64 * 1024 * 1024:
-                raise OgxError(502, "the upstream's answer is too large")
+        if not is_whole:
+            yield reader.feed(data)
             continue
-        yield from reader.feed(data)
-    yield from [bytes(whole)] if whole else reader.end()
+        whole += data
+        if len(whole) > MAX_ANSWER:
+            raise OgxError(502, "the upstream's answer is too large")
+    yield [bytes(whole)] if whole else reader.end()
 
 
 def whole_body(reply: Reply, limit: int = 1024 * 1024) -> bytes:
@@ -2772,7 +2817,7 @@ class Server(http.server.ThreadingHTTPServer):
     """A gateway on a listening socket; port 0 takes a free one. `url` tells where it listens."""
 
     daemon_threads = True
-    request_queue_size = 128
+    request_queue_size = 1024  # with fewer, a burst of clients loses SYNs and waits a second
     allow_reuse_address = os.name != "nt"  # on Windows it would let two programs share the port
 
     def __init__(self, gateway: Gateway, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT):
@@ -2891,6 +2936,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (ConnectionError, socket.timeout):
             self.close_connection = True
             self.status = self.status or CLIENT_GONE
+        except RecursionError:
+            self._send_error(OgxError(400, "the request's JSON is nested too deeply"))
         except Exception:
             log.exception("%s: unexpected error", self.exchange.request_id)
             self._send_error(OgxError(500, "internal error; the log of ogx.py has the trace"))
@@ -3107,7 +3154,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         now = time.monotonic()
         parts = [exchange.request_id, self.command, self.path.partition("?")[0], str(self.status)]
         if exchange.asked:
-            parts.append(f"{exchange.asked} -> {exchange.served}")
+            parts.append(f"{exchange.asked} -> {exchange.served or 'nothing'}")
         if exchange.first_event:
             parts.append(f"first {exchange.first_event - exchange.started:.3f}s")
         parts.append(f"total {now - exchange.started:.3f}s")
@@ -3117,7 +3164,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if exchange.session:
             parts.append(f"session {exchange.session}")
         if exchange.error:
-            parts.append(f"error: {exchange.error}")
+            parts.append(f"error: {' '.join(exchange.error.split())[:500]}")
         quiet = not exchange.error and not self.path.startswith("/v1/messages")
         level = logging.DEBUG if quiet else logging.INFO
         log.log(level, "%s", " ".join(parts))
