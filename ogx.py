@@ -1130,6 +1130,7 @@ class MessageWriter:
 
     def __init__(self, message: Json, used_ids: Iterable[str] = ()) -> None:
         self._message: Json | None = message  # until it was started
+        self.input_tokens: int = message["usage"]["input_tokens"]
         self._used_ids = set(used_ids)  # of tool calls; Claude Code drops a call whose id recurs
         self._events: list[Json] = []
         self._open: Block | None = None
@@ -1606,6 +1607,7 @@ class ChatTranslator:
         self._stop_sequence: str | None = None
         self._refused = False
         self._calls: list[ToolCall] = []
+        self._chunks = 0
         self.usage: Usage | None = None
         self.done = False
 
@@ -1624,6 +1626,7 @@ class ChatTranslator:
         try:
             if chunk.get("error"):
                 raise self._error(data)
+            self._chunks += 1
             self._read_usage(chunk)
             for choice in chunk.get("choices") or ():
                 self._read_choice(choice)
@@ -1643,7 +1646,9 @@ class ChatTranslator:
             reason = "refusal"
         elif self._stop_sequence is not None:
             reason = "stop_sequence"
-        self.writer.finish(reason, self._stop_sequence, self.usage or Usage())
+        if self.usage is None:  # not told: our estimate, and about a token a chunk
+            self.usage = Usage(self.writer.input_tokens, self._chunks)
+        self.writer.finish(reason, self._stop_sequence, self.usage)
 
     def _error(self, data: bytes) -> OgxError:
         """An error inside a stream; its `code` may be the status it would have had."""
@@ -2611,20 +2616,23 @@ class Gateway:
         return {tier: f"{m.provider.id}/{m.upstream_id}" for tier, m in models if m}
 
     def model(self, model_id: str) -> Json:
-        """One entry of the list, or of any id that can be asked."""
-        if model_id in self.registry.aliases:
-            entry = self._alias_entry(model_id)
-            if entry:
-                return entry
-        return model_entry(self._resolved(model_id))
+        """The entry of a listed model, an alias or a tier's id. Other ids of a provider are routed
+        when asked, but whether they exist only the provider knows."""
+        return self._entry(self._resolved(model_id))
+
+    def _entry(self, model: Model) -> Json:
+        listed = self.registry.lists.get(model.provider.id, [])
+        known = next((m for m in listed if m.upstream_id == model.upstream_id), None)
+        if known is None:
+            raise OgxError(404, f"model '{model.id[:200]}' is not listed by {model.provider.id}")
+        return model_entry(model, "" if model.id == known.id else known.id)
 
     def _alias_entry(self, alias_id: str) -> Json:
         """The entry of an alias; {} while nothing serves it."""
         try:
-            model = self.registry.resolve(alias_id)
+            return self._entry(self.registry.resolve(alias_id))
         except OgxError:
             return {}
-        return model_entry(model, f"{model.provider.id}/{model.upstream_id}")
 
     # -- discovery
 

@@ -1239,6 +1239,10 @@ class TestChat:
         assert (usage["input_tokens"], usage["cache_read_input_tokens"], usage["output_tokens"]) \
             == (30, 20, 7)  # fmt: skip
 
+    def test_usage_that_is_not_told_is_estimated(self):
+        usage = folded(delta(content="Hel"), delta(content="lo"), delta("stop"))["usage"]
+        assert (usage["input_tokens"], usage["output_tokens"]) == (5, 3)
+
     @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
     def test_reasoning_is_thinking(self, name):
         message = folded(delta(**{name: "h"}), delta(**{name: "m"}), delta(content="ok"),
@@ -1907,7 +1911,9 @@ class TestGateway:
             alias = client.get("/v1/models/mine")[2]
             assert (alias["id"], alias["custom_metadata"]["alias_of"]) == ("mine", "openai/a/b")
             assert client.get("/v1/models")[2]["data"][1]["id"] == "mine"
-            assert client.get("/v1/models/nope")[0] == 404
+            assert client.get("/v1/models/claude-opus-9")[2]["id"] == "claude-opus-9"
+            for path in ("nope", "openai/not-listed"):
+                assert client.get(f"/v1/models/{path}")[0] == 404
 
     def test_the_list_tells_what_each_tier_means(self):
         with gateway_over(models=["a", "b"], tiers={"haiku": "openai/b"}) as (client, _):

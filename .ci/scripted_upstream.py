@@ -7,6 +7,7 @@ import json
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -30,6 +31,7 @@ class Reply:
     reasoning: str = ""
     calls: list[tuple[str, Json]] = field(default_factory=list)
     status: int = 200
+    silence: float = 0  # seconds before it says anything
     dies: int = 0  # so many times the connection breaks halfway
     waits_for: Optional[threading.Event] = None  # set by the test once the first piece arrived
 
@@ -192,6 +194,7 @@ class ScriptedUpstream(socketserver.ThreadingTCPServer):
         self.script: dict[str, list[Reply]] = {}
         self.requests: list[Json] = []
         self.refusals: list[str] = []
+        self.most_tokens = 128_000
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def reply(self, messages: list[Json]) -> Reply:
@@ -231,12 +234,17 @@ class UpstreamHandler(BaseHTTPRequestHandler):
             return self.refuse(401, "Incorrect API key provided.")
         if body.get("model") not in MODELS:
             return self.refuse(404, f"The model `{body.get('model')}` does not exist.")
+        asked, most = body.get("max_completion_tokens", 0), self.server.most_tokens
+        if asked > most:
+            return self.refuse(400, f"max_tokens is too large: {asked}. This model supports at most "
+                               f"{most} completion tokens, whereas you provided {asked}.")
         try:
             check(body)
         except ValueError as error:
             self.server.refusals.append(str(error))
             return self.refuse(400, str(error))
         reply, turn = self.server.reply(body["messages"]), len(body["messages"])
+        time.sleep(reply.silence)
         if reply.status != 200:
             return self.refuse(reply.status, reply.text)
         if body.get("stream"):

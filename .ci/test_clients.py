@@ -276,6 +276,18 @@ class TestClaudeCode:
         assert "Your key was revoked on Tuesday." in done.stdout + done.stderr
         assert len(upstream.requests) <= 2 and time.monotonic() - began < 20
 
+    def test_waits_for_a_slow_model(self, gateway, upstream):
+        upstream.script = {"Hello": [Reply("At last.", silence=12)]}
+        assert gateway.ask("Hello")["result"] == "At last."
+        assert len(upstream.requests) == 1
+
+    def test_asks_a_small_model_for_less(self, gateway, upstream):
+        upstream.most_tokens = 16_384
+        upstream.script = {"Hello": [Reply("Good day.")]}
+        assert gateway.ask("Hello")["result"] == "Good day."
+        limits = [body["max_completion_tokens"] for body in upstream.requests]
+        assert limits[0] > limits[1] == 16_384 and len(limits) == 2
+
     def test_does_not_take_a_broken_answer_for_a_whole_one(self, gateway, upstream):
         gateway.environment["CLAUDE_CODE_MAX_RETRIES"] = "2"  # instead of 10, which take minutes
         upstream.script = {"Tell me": [Reply("This breaks off in the middle of it.", dies=99)]}
