@@ -26,9 +26,10 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
     Tokens         estimate token counts
     Events         build, write, read and fold Anthropic events
     Chat           OpenAI Chat Completions: request there, chunks back
+    Messages       Anthropic's own format, for upstreams that speak it
     Responses      the table of dialects
     Remedies       what an upstream's refusal teaches
-    Store          what was learned, kept for the next request
+    Store          what must outlive a request, or the process
     Upstream       connections to providers
     Gateway        one function per endpoint, from request to reply
     Server         HTTP for the clients
@@ -62,7 +63,7 @@ import urllib.parse
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Callable, ClassVar
 
 __version__ = "0.1.0"
@@ -99,6 +100,7 @@ class OgxError(Exception):
         error_type: str = "",
         headers: Mapping[str, str] | None = None,
         details: Json | None = None,
+        raw: bytes = b"",
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -108,11 +110,13 @@ class OgxError(Exception):
         )
         self.headers = dict(headers or {})
         self.details = details
+        self.raw = raw  # the body as an upstream that speaks Messages wrote it
 
     def without(self, secret: str) -> OgxError:
         """This error with a key hidden that an upstream may have quoted."""
         if secret:
             self.message = self.message.replace(secret, "***")
+            self.raw = self.raw.replace(secret.encode(), b"***")
         return self
 
     def body(self, request_id: str) -> Json:
@@ -155,6 +159,15 @@ def refusal_from_body(status: int, body: bytes) -> Refusal:
     return Refusal(status, words, str(code), str(fields.get("param") or ""))
 
 
+def is_anthropic_error(body: bytes) -> bool:
+    """Whether an error body has Anthropic's shape."""
+    try:
+        node = json.loads(body)
+        return node["type"] == "error" and {"type", "message"} <= set(node["error"])
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return False
+
+
 def readable_text(text: str) -> str:
     """Plain words of an error page: the title of an HTML page, else the text, in 500 characters."""
     if "<html" in text[:1000].lower() or text[:9].lower() == "<!doctype":
@@ -186,70 +199,123 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
 
 @dataclass(frozen=True)
 class ProviderKind:
-    """A kind of provider; the defaults describe the OpenAI format as most servers speak it."""
+    """A kind of provider; the defaults describe the OpenAI format as most servers speak it.
+
+    Paths of requests are below the base URL; one that begins with ~ is below the server's root.
+    """
 
     name: str
     base_url: str = ""  # with the version segment; empty: the user must give one
     key_vars: tuple[str, ...] = ()  # environment variables with the key; the first set one counts
     url_vars: tuple[str, ...] = ()
     enabled_by: str = "key"  # "key" or "url": the variable that switches the starter's line on
-    dialect: str = "chat"
+    default_path: str = "/v1"  # for a user's URL without a path, where base_url has none either
+    key_header: str = "authorization"  # which takes "Bearer KEY"; others take the bare key
+    headers: tuple[tuple[str, str], ...] = ()  # sent with every request
+    # How its models are found, and what tells about them.
+    list_path: str = "/models"
+    loaded_path: str = ""  # lists the models in memory with the context they have there
+    context_hint: str = ""  # how to give a model more context
+    local_port: int = 0  # where `run` looks for it when nothing is configured
+    identity: tuple[str, str] = ("", "")  # a path, and what only this server answers there
+    # What it speaks. With both, one free probe tells whether this server has "messages".
+    dialects: tuple[str, ...] = ("chat",)
+    messages_path: str = "/messages"
+    native_gaps: tuple[str, ...] = ()  # what its Messages API refuses or loses: see lost_natively()
+    native_repair: bool = False  # its event stream breaks the grammar and is written anew
+    keeps_billing_header: bool = False  # wants Claude Code's first system block
+    # Quirks of its chat completions.
     max_tokens_field: str = "max_tokens"
     system_anywhere: bool = False  # takes a system message after the first user message
     files: bool = False  # takes `file` parts (PDF)
     top_k: bool = False
+    cache_key: bool = False  # takes prompt_cache_key
     reasoning_echo: str = ""  # field of assistant messages that must carry the reasoning back
     stream_above: int = 0  # refuses larger output limits unless streamed
     max_stop: int = 4
-    local_port: int = 0  # where `run` looks for it when nothing is configured
-    identity: tuple[str, str] = ("", "")  # a path, and what only this server answers there
 
 
+BOTH = ("messages", "chat")
 PROVIDER_KINDS = {
     kind.name: kind
     for kind in (
         ProviderKind("ollama", "http://localhost:11434/v1", ("OLLAMA_API_KEY",), ("OLLAMA_URL",),
-                     enabled_by="url", local_port=11434, identity=("/", "Ollama is running")),
+                     enabled_by="url", list_path="~/api/tags", loaded_path="~/api/ps",
+                     context_hint="restart it with OLLAMA_CONTEXT_LENGTH=64000 ollama serve",
+                     local_port=11434, identity=("~/", "Ollama is running"), dialects=BOTH,
+                     native_gaps=("document", "url_image", "tool_choice", "search_result",
+                                  "is_error")),
         ProviderKind("vllm", "", ("VLLM_API_TOKEN",), ("VLLM_URL",), enabled_by="url",
-                     top_k=True, local_port=8000, identity=("/v1/models", '"owned_by":"vllm"')),
+                     local_port=8000, identity=("/models", '"owned_by":"vllm"'), dialects=BOTH,
+                     native_gaps=("document", "search_result", "server_tool"), top_k=True),
         ProviderKind("lm-studio", "http://localhost:1234/v1", ("LM_STUDIO_API_KEY",),
-                     ("LM_STUDIO_URL",), enabled_by="url", local_port=1234,
-                     identity=("/lmstudio-greeting", '"lmstudio":true')),
+                     ("LM_STUDIO_URL",), enabled_by="url", list_path="~/api/v0/models",
+                     local_port=1234, identity=("~/lmstudio-greeting", '"lmstudio":true'),
+                     dialects=BOTH, native_gaps=("document", "search_result", "server_tool")),
         ProviderKind("llama-cpp", "http://localhost:8080/v1", ("LLAMA_API_KEY",),
-                     ("LLAMA_CPP_URL",), enabled_by="url", top_k=True, local_port=8080,
-                     identity=("/v1/models", '"owned_by":"llamacpp"')),
+                     ("LLAMA_CPP_URL",), enabled_by="url", local_port=8080,
+                     identity=("/models", '"owned_by":"llamacpp"'), dialects=BOTH,
+                     native_gaps=("document", "search_result", "server_tool", "tool_choice",
+                                  "text_after_result", "url_image"),
+                     native_repair=True, top_k=True),
+        ProviderKind("sglang", "http://localhost:30000/v1", ("SGLANG_API_KEY",), ("SGLANG_URL",),
+                     enabled_by="url", dialects=BOTH,
+                     native_gaps=("document", "search_result", "server_tool"), top_k=True),
         ProviderKind("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",),
                      ("OPENAI_BASE_URL",), max_tokens_field="max_completion_tokens",
-                     system_anywhere=True, files=True),
+                     system_anywhere=True, files=True, cache_key=True),
+        ProviderKind("anthropic", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",),
+                     key_header="x-api-key", headers=(("anthropic-version", "2023-06-01"),),
+                     list_path="/models?limit=1000", dialects=("messages",),
+                     keeps_billing_header=True),
         ProviderKind("fireworks", "https://api.fireworks.ai/inference/v1",
-                     ("FIREWORKS_API_KEY",), ("FIREWORKS_BASE_URL",), top_k=True,
-                     stream_above=4096),
+                     ("FIREWORKS_API_KEY",), ("FIREWORKS_BASE_URL",), dialects=BOTH,
+                     native_gaps=("server_tool",), top_k=True, stream_above=4096),
         ProviderKind("together", "https://api.together.ai/v1", ("TOGETHER_API_KEY",),
                      ("TOGETHER_BASE_URL",), top_k=True),
-        ProviderKind("groq", "https://api.groq.com/openai/v1", ("GROQ_API_KEY",)),
+        ProviderKind("groq", "https://api.groq.com/openai/v1", ("GROQ_API_KEY",),
+                     ("GROQ_BASE_URL",)),
         ProviderKind("bedrock",
                      "https://bedrock-runtime.${env.AWS_REGION|AWS_DEFAULT_REGION:=us-east-2}"
                      ".amazonaws.com/openai/v1",
                      ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN")),
+        ProviderKind("azure", "", ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
+                     ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
+                     default_path="/openai/v1", key_header="api-key",
+                     max_tokens_field="max_completion_tokens", system_anywhere=True, files=True,
+                     cache_key=True),
         ProviderKind("gemini", "https://generativelanguage.googleapis.com/v1beta/openai",
                      ("GEMINI_API_KEY", "GOOGLE_API_KEY")),
         ProviderKind("mistral", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",)),
         ProviderKind("deepseek", "https://api.deepseek.com", ("DEEPSEEK_API_KEY",),
+                     default_path="", dialects=BOTH, messages_path="~/anthropic/v1/messages",
+                     native_gaps=("image", "document", "search_result", "server_tool"),
                      reasoning_echo="reasoning_content"),
         ProviderKind("moonshot", "https://api.moonshot.ai/v1", ("MOONSHOT_API_KEY",),
+                     dialects=BOTH, messages_path="~/anthropic/v1/messages",
+                     native_gaps=("document", "search_result", "server_tool"),
                      reasoning_echo="reasoning_content"),
         ProviderKind("openrouter", "https://openrouter.ai/api/v1", ("OPENROUTER_API_KEY",),
-                     top_k=True, files=True),
+                     dialects=BOTH, top_k=True, files=True),
+        ProviderKind("zai", "https://api.z.ai/api/paas/v4", ("ZAI_API_KEY",), dialects=BOTH,
+                     messages_path="~/api/anthropic/v1/messages",
+                     native_gaps=("document", "search_result", "server_tool")),
+        ProviderKind("minimax", "https://api.minimax.io/v1", ("MINIMAX_API_KEY",), dialects=BOTH,
+                     messages_path="~/anthropic/v1/messages",
+                     native_gaps=("document", "search_result", "server_tool")),
         ProviderKind("cerebras", "https://api.cerebras.ai/v1", ("CEREBRAS_API_KEY",),
-                     ("CEREBRAS_BASE_URL",), max_tokens_field="max_completion_tokens"),
+                     ("CEREBRAS_BASE_URL",), list_path="/models?format=openrouter",
+                     max_tokens_field="max_completion_tokens"),
         ProviderKind("xai", "https://api.x.ai/v1", ("XAI_API_KEY",)),
         ProviderKind("nvidia", "https://integrate.api.nvidia.com/v1", ("NVIDIA_API_KEY",),
                      ("NVIDIA_BASE_URL",)),
         ProviderKind("sambanova", "https://api.sambanova.ai/v1", ("SAMBANOVA_API_KEY",)),
+        # Any other server, by its URL.
+        ProviderKind("openai-compatible"),
+        ProviderKind("messages", dialects=("messages",)),
     )
 }  # fmt: skip
-GENERIC_KIND = ProviderKind("openai-compatible")  # any other server of OpenAI's format, by URL
-DEMO_KIND = ProviderKind("demo", "demo:", dialect="demo")
+DEMO_KIND = ProviderKind("demo", "demo:", dialects=("demo",))
 
 
 @dataclass(frozen=True)
@@ -260,6 +326,15 @@ class Provider:
     kind: ProviderKind
     base_url: str
     api_key: str = field(default="", repr=False)
+    dialect: str = "auto"  # or the one dialect to speak
+    verify: bool = True  # its TLS certificate
+    ca_file: str = ""  # of a private certificate authority
+
+    def url(self, path: str) -> str:
+        """The URL of a path below the base URL or, after a ~, below the server's root."""
+        if path.startswith("~"):
+            return "/".join(self.base_url.split("/")[:3]) + path[1:]
+        return self.base_url + path
 
 
 DEMO_PROVIDER = Provider("demo", DEMO_KIND, DEMO_KIND.base_url)
@@ -303,7 +378,12 @@ def starter_config() -> Json:
     return {
         "version": 2,
         "distro_name": "starter",
-        "providers": {"inference": [starter_line(kind) for kind in PROVIDER_KINDS.values()]},
+        "providers": {
+            "inference": [
+                starter_line(kind) for kind in PROVIDER_KINDS.values()
+                if kind.key_vars or kind.url_vars
+            ]
+        },
         "registered_resources": {
             "models": [
                 {"model_id": model_id, "provider_id": "all", "provider_model_id": "auto",
@@ -438,24 +518,30 @@ def provider_from_node(node: Node) -> Provider | None:
     if not re.fullmatch(r"[A-Za-z0-9._-]+", provider_id):
         raise node.wrong("provider_id", "letters, digits, '.', '_' or '-'", provider_id)
     type_name = node.text("provider_type")
-    known = {f"remote::{k.name}": k for k in (*PROVIDER_KINDS.values(), GENERIC_KIND)}
-    kind = known.get(type_name)
+    kind = PROVIDER_KINDS.get(type_name.partition("remote::")[2])
     if kind is None:
-        raise node.wrong("provider_type", "one of " + ", ".join(known), type_name)
+        known = ", ".join(f"remote::{name}" for name in PROVIDER_KINDS)
+        raise node.wrong("provider_type", f"one of {known}", type_name)
     settings = node.child("config")
-    settings.only("base_url", "api_key")
-    url = settings.text("base_url", "") or kind.base_url
+    settings.only("base_url", "api_key", "dialect", "verify", "ca_file")
     api_key = settings.text("api_key", "")
     if re.search(r"[^\x21-\x7e]", api_key):
         place = settings.path("api_key")
         raise OgxError(400, f"{place}: expected a key of printable ASCII without spaces")
-    return Provider(provider_id, kind, checked_base_url(url, settings, bool(kind.local_port)),
-                    api_key)  # fmt: skip
+    dialect = settings.text("dialect", "auto")
+    if dialect not in ("auto", *BOTH):
+        raise settings.wrong("dialect", '"auto", "messages" or "chat"', dialect)
+    return Provider(
+        provider_id, kind, checked_base_url(settings, kind), api_key, dialect,
+        settings.flag("verify", True), settings.text("ca_file", ""),
+    )  # fmt: skip
 
 
-def checked_base_url(url: str, node: Node, local: bool) -> str:
-    """The URL without a trailing slash; a local server's bare host gets `http://` and `/v1`."""
-    if local and "://" not in url:
+def checked_base_url(node: Node, kind: ProviderKind) -> str:
+    """The URL without a trailing slash. A bare host gets `http://` where servers are local, and a
+    URL without a path the usual one."""
+    url = node.text("base_url", "") or kind.base_url
+    if kind.enabled_by == "url" and url and "://" not in url:
         url = "http://" + url
     try:
         parts = urllib.parse.urlsplit(url)
@@ -464,8 +550,9 @@ def checked_base_url(url: str, node: Node, local: bool) -> str:
         usable = False
     if not usable or parts.username is not None or re.search(r"[^\x21-\x7e]", url):
         raise node.wrong("base_url", "a URL like http://localhost:8000/v1", url)
-    path = re.sub(r"(/chat/completions)?/*$", "", parts.path)
-    return f"{parts.scheme}://{parts.netloc}{path or ('/v1' if local else '')}"
+    path = re.sub(r"(/chat/completions|/messages)?/*$", "", parts.path)
+    usual = urllib.parse.urlsplit(kind.base_url).path or kind.default_path
+    return f"{parts.scheme}://{parts.netloc}{path or usual}"
 
 
 def alias_from_node(node: Node, provider_ids: set[str]) -> Alias:
@@ -504,11 +591,16 @@ NOT_LLM = re.compile(
     r"computer-use|deep-research|search-(api|preview)",
     re.I,
 )
-# Fields of list entries with the context window and the output limit, in tokens, by provider:
-# Anthropic, vLLM, Groq, Together and OpenRouter, Mistral, Cerebras, Fireworks.
+# Fields of list entries with the context window and the output limit, in tokens: Anthropic, vLLM,
+# Groq, Together and OpenRouter, LM Studio, Mistral, Fireworks, llama.cpp.
 CONTEXT_FIELDS = ("max_input_tokens", "max_model_len", "context_window", "context_length",
-                  "max_context_length", "contextLength")  # fmt: skip
+                  "loaded_context_length", "max_context_length", "contextLength",
+                  "n_ctx")  # fmt: skip
 OUTPUT_FIELDS = ("max_completion_tokens", "max_output_length", "max_tokens")
+
+
+NOT_LLM_TYPES = ("embedding", "embeddings", "rerank", "image", "moderation", "audio", "video",
+                 "transcribe", "tts")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -521,6 +613,7 @@ class Model:
     created: int = 0  # seconds since 1970
     context: int | None = None  # tokens
     max_output: int | None = None  # tokens
+    warning: str = ""  # what keeps it from working well
 
     @property
     def origin(self) -> str:
@@ -547,7 +640,7 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
             provider,
             upstream_id,
             created if isinstance(created, int) else 0,
-            first_number(limits, (*CONTEXT_FIELDS, "n_ctx")),
+            first_number(limits, CONTEXT_FIELDS),
             first_number(limits, OUTPUT_FIELDS),
         )
         models.setdefault(model.id, model)
@@ -561,7 +654,7 @@ def is_llm(upstream_id: str, entry: Json) -> bool:
         return bool(capabilities["completion_chat"])
     if isinstance(capabilities, list) and capabilities:
         return "completion" in capabilities
-    if entry.get("type") in ("embedding", "rerank", "image", "moderation", "audio", "video"):
+    if entry.get("type") in NOT_LLM_TYPES or entry.get("supports_chat") is False:
         return False
     modalities = dict_or_empty(entry.get("architecture")).get("output_modalities")
     if isinstance(modalities, list) and "text" not in modalities:
@@ -591,8 +684,19 @@ class Registry:
         self.tiers = dict(config.tiers)
         self.lists: dict[str, list[Model]] = {}  # provider id -> its LLMs
         self.problems: dict[str, str] = {}  # provider id -> what was wrong at the last asking
+        self.native: dict[str, bool] = {}  # provider id -> whether it has a Messages API
+        self.counts: dict[str, bool] = {}  # provider id -> whether it counts tokens there
         self._by_id: dict[str, Model] = {}
         self._lock = threading.Lock()
+
+    def register(self, alias: Alias) -> None:
+        """Add an alias, or replace the one of the same id."""
+        with self._lock:
+            self.aliases = {**self.aliases, alias.model_id: alias}
+
+    def unregister(self, model_id: str) -> None:
+        with self._lock:
+            self.aliases = {k: v for k, v in self.aliases.items() if k != model_id}
 
     def adopt(self, providers: Sequence[Provider]) -> None:
         """Take in the providers found when none was configured; without any, the demo model."""
@@ -612,6 +716,10 @@ class Registry:
         """All listed LLMs in the order of the providers."""
         return [model for pid in self.providers for model in self.lists.get(pid, [])]
 
+    def _usable_models(self) -> list[Model]:
+        """All listed LLMs, those of providers that were down at the last asking at the end."""
+        return sorted(self.models(), key=lambda model: model.provider.id in self.problems)
+
     def tier_model(self, tier: str) -> Model | None:
         """The model a tier stands for, or None while there is none."""
         try:
@@ -628,6 +736,10 @@ class Registry:
         provider has it.
         """
         wanted = re.sub(r"\[1m\]$", "", model_id.strip())
+        alias = self.aliases.get(wanted)
+        if alias and alias.provider_id not in (*self.providers, "all"):
+            gone = alias.provider_id
+            raise OgxError(404, f"the provider '{gone}' of model '{wanted}' is not configured")
         found = self._named(wanted) or self._by_tier(wanted) or self._automatic(wanted)
         if found is None:
             found = self._routed(wanted)
@@ -655,7 +767,7 @@ class Registry:
         if alias is None and not tier_of(wanted) and not wanted.startswith("claude-"):
             return None
         if alias is None or alias.provider_id == "all":
-            candidates = self.models()
+            candidates = self._usable_models()
         else:
             candidates = self.lists.get(alias.provider_id, [])
         if alias and alias.provider_model_id != "auto":
@@ -800,7 +912,8 @@ def check_options(body: Json) -> None:
     """The fields beside the messages."""
     for name, kind in (("tools", list), ("tool_choice", dict), ("stop_sequences", list),
                        ("stream", bool), ("temperature", float), ("top_p", float), ("top_k", int),
-                       ("thinking", dict), ("output_config", dict)):  # fmt: skip
+                       ("thinking", dict), ("output_config", dict),
+                       ("metadata", dict)):  # fmt: skip
         expect(body, name, kind)
     for index, tool in enumerate(body.get("tools") or ()):
         if not isinstance(tool, dict):
@@ -880,6 +993,29 @@ def refuse_untranslatable(body: Json) -> None:
         )
     if body.get("safeguards"):
         raise OgxError(400, "safeguards: not supported by translated models")
+
+
+def registered_alias(body: Any, registry: Registry) -> Alias:
+    """The alias that a POST /v1/models asks for; OgxError 400 or 409."""
+    if not isinstance(body, dict):
+        raise OgxError(400, f"the request body: expected a JSON object, got {kind_of(body)}")
+    for name in ("model_id", "provider_id", "provider_model_id", "model_type"):
+        expect(body, name, str, required=name == "model_id")
+    model_id = body["model_id"]
+    if not re.fullmatch(r"[^\s\x00-\x1f\x7f-\x9f](.{0,254}\S)?", model_id) or re.search(
+        r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", model_id
+    ):
+        raise OgxError(400, "model_id: expected 1 to 256 characters without control characters or "
+                            "outer spaces")  # fmt: skip
+    if (body.get("model_type") or "llm") != "llm":
+        raise OgxError(400, 'model_type: expected "llm"')
+    provider_id = body.get("provider_id") or "all"
+    if provider_id != "all" and provider_id not in registry.providers:
+        known = ", ".join(registry.providers)
+        raise OgxError(400, f"provider_id: no provider '{provider_id[:100]}'; there is: {known}")
+    if any(model.id == model_id for model in registry.models()):
+        raise OgxError(409, f"model_id: '{model_id}' is a provider's own id")
+    return Alias(model_id, provider_id, body.get("provider_model_id") or "auto")
 
 
 def blocks_of(content: Any) -> list[Json]:
@@ -1183,6 +1319,12 @@ class MessageWriter:
         self._events.append({"type": "message_delta", "delta": delta, "usage": usage.as_json()})
         self._events.append({"type": "message_stop"})
 
+    def break_off(self) -> None:
+        """The answer ends in an error: close an open text, since Claude Code then keeps it and
+        goes on from there. A tool call stays open, or half of one would count as whole."""
+        if self._open and self._open.kind == "text":
+            self._close()
+
     def _fragment(self, key: Any, kind: str, text: str, call_id: str = "", name: str = "") -> None:
         block = self._open
         if block is None or block.key != key:
@@ -1366,6 +1508,8 @@ def chat_request(request: Json, model: Model) -> Json:
             body[name] = request[name]
     if request.get("stop_sequences"):
         body["stop"] = request["stop_sequences"][: kind.max_stop]
+    if kind.cache_key and conversation_key(request):
+        body["prompt_cache_key"] = conversation_key(request)
     effort = reasoning_effort(request) if REASONS.search(model.upstream_id) else None
     if effort:
         body["reasoning_effort"] = effort
@@ -1551,6 +1695,19 @@ def chat_tool(tool: Json, names: ToolNames) -> Json:
     function["parameters"] = {**schema, "type": "object",
                               "properties": schema.get("properties") or {}}  # fmt: skip
     return {"type": "function", "function": function}
+
+
+def conversation_key(request: Json) -> str:
+    """What keeps a conversation's requests on one cache: Claude Code's session, which it writes
+    as JSON into metadata.user_id, or else a digest of that; at most 64 characters."""
+    user_id = str((request.get("metadata") or {}).get("user_id") or "")
+    try:
+        session = json.loads(user_id).get("session_id")
+    except (ValueError, RecursionError, AttributeError):
+        session = None
+    if isinstance(session, str) and 0 < len(session) <= 64:
+        return session
+    return uuid.uuid5(uuid.NAMESPACE_OID, user_id).hex if user_id else ""
 
 
 def reasoning_effort(request: Json) -> str | None:
@@ -1748,18 +1905,210 @@ def usage_from_chat(usage: Json) -> Usage:
     return Usage(max(0, prompt - read - written), output, read, written)
 
 
+# ======== Messages ===========================================================================
+# Upstreams that speak Anthropic's format: the client's bytes go there and theirs come back, but for
+# the model's id and what a row of PROVIDER_KINDS says the server can't take. Pure.
+
+MAX_HEAD = 64 * 1024  # bytes of a head: a stream's first event, or a status line and headers
+CORE_BLOCKS = ("text", "image", "document", "search_result", "thinking", "redacted_thinking",
+               "tool_use", "tool_result", "tool_reference")  # fmt: skip
+MODEL_FIELD = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
+
+
+def lost_natively(request: Json, kind: ProviderKind) -> set[str]:
+    """What in a request a server of this kind would refuse, or lose in silence: such a request is
+    translated instead. The names are those of ProviderKind.native_gaps."""
+    if not kind.native_gaps:
+        return set()
+    used: set[str] = set()
+    if (request.get("tool_choice") or {"type": "auto"}) != {"type": "auto"}:
+        used.add("tool_choice")
+    if not all(is_client_tool(tool) for tool in request.get("tools") or ()):
+        used.add("server_tool")
+    for message in request["messages"]:
+        blocks = blocks_of(message["content"])
+        kinds = {block["type"] for block in blocks}
+        if "tool_result" in kinds and len(kinds) > 1:
+            used.add("text_after_result")
+        inner = [b for x in blocks if x["type"] == "tool_result" for b in
+                 blocks_of(x.get("content"))]  # fmt: skip
+        for block in blocks + inner:
+            used.update(block_features(block))
+    return used & set(kind.native_gaps)
+
+
+def block_features(block: Json) -> Iterator[str]:
+    """The names of what a block asks of a server."""
+    yield block["type"] if block["type"] in CORE_BLOCKS else "server_tool"
+    if block["type"] == "image" and block["source"]["type"] != "base64":
+        yield "url_image"
+    if block.get("is_error"):
+        yield "is_error"
+
+
+def messages_request(request: Json, model: Model) -> Json:
+    """The request as it goes to an upstream that speaks Messages: every field as it came."""
+    body = {**request, "model": model.upstream_id}
+    system = request.get("system")
+    if isinstance(system, list) and not model.provider.kind.keeps_billing_header:
+        kept = [b for b in system if not block_text(b).startswith(BILLING_HEADER)]
+        if len(kept) < len(system):
+            body["system"] = kept
+    return body
+
+
+def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
+    """The client's own bytes with another model's id, where nothing else differs and the id comes
+    first, as Claude Code and the SDKs write it; None where the body must be written anew."""
+    same = all(value is request.get(name) for name, value in body.items() if name != "model")
+    match = MODEL_FIELD.match(raw, raw.find(b'"'))
+    if not same or len(body) != len(request) or not match or raw[: match.start()].strip() != b"{":
+        return None
+    if json.loads(raw[match.end(1) : match.end()]) != request["model"]:
+        return None  # the field comes twice
+    return raw[: match.end(1)] + json.dumps(body["model"]).encode() + raw[match.end() :]
+
+
+class MessagesTranslator:
+    """Events of a server that breaks the grammar (llama.cpp leaves blocks open and overlaps them,
+    and starts tool calls without an input) to Anthropic's; a whole message is written as events."""
+
+    def __init__(self, writer: MessageWriter, request: Json, origin: str) -> None:
+        self.writer = writer
+        self.usage: Usage | None = None
+        self.done = False
+        self._origin = origin
+        self._tools: dict[Any, tuple[str, str]] = {}  # index -> id and name
+        self._delta: Json = {}
+
+    def feed(self, data: bytes) -> None:
+        try:
+            event = json.loads(data)
+            kind = event.get("type")
+            if self.done:
+                return
+            if kind == "message":
+                self._read_message(event)
+            elif not re.match("message_|content_block_|ping", str(kind)):
+                raise upstream_error(refusal_from_body(500, data), self._origin, {})
+            else:
+                self._read_event(event)
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            words = data[:200].decode("utf-8", "replace")
+            raise OgxError(502, f"{self._origin} sent an event of unknown shape: {words}") from None
+
+    def _read_message(self, message: Json) -> None:
+        self._read_event({"type": "message_start", "message": message})
+        for index, block in enumerate(message["content"]):
+            start = {"type": "content_block_start", "index": index, "content_block": block}
+            self._read_event(start)
+            if block["type"] == "tool_use":
+                self.writer.tool(index, block["id"], block["name"], json.dumps(block["input"]))
+        self._delta = {**message, "usage": None}
+        self.end()
+
+    def _read_event(self, event: Json) -> None:
+        kind, index = event["type"], event.get("index")
+        if kind == "message_start":
+            self.writer.start()
+            self._read_usage(event["message"].get("usage"))
+        elif kind == "content_block_start":
+            block = event["content_block"]
+            if block["type"] == "tool_use":
+                self._tools[index] = (block["id"], block["name"])
+                self.writer.tool(index, block["id"], block["name"], "")
+            self.writer.thinking(block.get("thinking") or "")
+            self.writer.text(block.get("text") or "")
+        elif kind == "content_block_delta":
+            delta = event["delta"]
+            self.writer.thinking(delta.get("thinking") or "")
+            self.writer.text(delta.get("text") or "")
+            if "partial_json" in delta:
+                self.writer.tool(index, *self._tools[index], delta["partial_json"])
+        elif kind == "message_delta":
+            self._delta = event["delta"]
+            self._read_usage(event.get("usage"))
+        elif kind == "message_stop":
+            self.end()
+
+    def _read_usage(self, usage: Json | None) -> None:
+        known = self.usage or Usage(self.writer.input_tokens)
+        usage = usage or {}
+        self.usage = Usage(
+            usage.get("input_tokens", known.input),
+            usage.get("output_tokens", known.output),
+            usage.get("cache_read_input_tokens", known.cache_read),
+            usage.get("cache_creation_input_tokens", known.cache_written),
+        )
+
+    def end(self) -> None:
+        if self.done:
+            return
+        if not self._delta.get("stop_reason"):
+            raise OgxError(502, f"{self._origin} ended the answer before it was complete")
+        self.done = True
+        reason, sequence = self._delta["stop_reason"], self._delta.get("stop_sequence")
+        self.writer.finish(reason, sequence, self.usage or Usage())
+
+
+class NativeStream:
+    """A native stream's bytes with the model's id that the client asked for; tells when it is
+    complete and what it used. `feed` gives the bytes to hand on."""
+
+    def __init__(self, model_id: str) -> None:
+        self._model = rb"\1" + json.dumps(model_id).encode().replace(b"\\", rb"\\")
+        self._held: bytes | None = b""  # until the first event, which names the model, is whole
+        self._tail = b""
+
+    def feed(self, data: bytes) -> bytes:
+        if self._held is not None:
+            data = self._held + data
+            if len(data) < MAX_HEAD and not FIRST_EVENT.search(data):
+                self._held = data
+                return b""
+            self._held = None
+            data = MODEL_FIELD.sub(self._model, data, count=1)
+        self._tail = (self._tail + data)[-2000:]
+        return data
+
+    def end(self) -> bytes:
+        """What is left to hand on when the upstream closed."""
+        held, self._held = self._held, None
+        return held or b""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last event came: message_stop, or an error."""
+        return bool(LAST_EVENT.search(self._tail))
+
+    @property
+    def done(self) -> bool:
+        return self._tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")) and self.ended
+
+    @property
+    def usage(self) -> Usage | None:
+        """The tokens that the last events told, for the log."""
+        found = dict(re.findall(rb'"(\w+_tokens)"\s*:\s*(\d+)', self._tail))
+        names = (b"input_tokens", b"output_tokens", b"cache_read_input_tokens")
+        return Usage(*(int(found.get(name, 0)) for name in names)) if found else None
+
+
+# A line break in a text is escaped, so what follows one is no text of the model's.
+FIRST_EVENT = re.compile(rb"(?m)^data:.*(message_start|\"error\")(.|[\r\n])*?(\r?\n\r?\n|\r\r)")
+LAST_EVENT = re.compile(rb'(?m)^(event: ?(message_stop|error)\b|data: ?\{"type": ?"message_stop")')
+
 # ======== Responses ==========================================================================
-# The table of dialects, and those besides chat: so far only that of the built-in demo model, which
-# answers a chat stream of its own making. OpenAI's Responses dialect belongs here.
+# The table of dialects, and that of the built-in demo model, which answers a chat stream of its
+# own making. OpenAI's Responses dialect belongs here.
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """What an upstream speaks: where requests go, how they are made, how answers are read."""
+    """What an upstream speaks: how requests are made and answers are read."""
 
-    path: str
     request: Callable[[Json, Model], Json]
-    translator: Callable[[MessageWriter, Json, str], ChatTranslator]
+    translator: Callable[[MessageWriter, Json, str], ChatTranslator | MessagesTranslator]
+    native: bool = False  # Anthropic's own format: bytes and headers are handed on
 
 
 def demo_request(request: Json, model: Model) -> Json:
@@ -1788,9 +2137,16 @@ def chat_chunk(chunk: Json) -> bytes:
 
 
 DIALECTS = {
-    "chat": Dialect("/chat/completions", chat_request, ChatTranslator),
-    "demo": Dialect("", demo_request, ChatTranslator),
+    "chat": Dialect(chat_request, ChatTranslator),
+    "messages": Dialect(messages_request, MessagesTranslator, native=True),
+    "demo": Dialect(demo_request, ChatTranslator),
 }
+
+
+def request_path(dialect: str, kind: ProviderKind) -> str:
+    """Where requests of a dialect go, below the provider's base URL."""
+    return kind.messages_path if dialect == "messages" else "/chat/completions"
+
 
 # ======== Remedies ===========================================================================
 # What an upstream's refusal teaches. A row of REMEDIES reads the words of a refused request and
@@ -1957,11 +2313,88 @@ def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxErr
 # ======== Above this line nothing does I/O ===================================================
 
 # ======== Store ==============================================================================
-# What was learned about models. It lives as long as the gateway; nothing is written to disk.
+# What must outlive the process: models registered over the API, in a sqlite file of one table. It
+# never stops serving: where the file can't be used, things are kept in memory and the log says so.
+
+
+class Store:
+    """JSON values by kind and key, in a file or, for an empty path, in memory. Safe for threads."""
+
+    def __init__(self, path: str = "") -> None:
+        import sqlite3  # only here: it costs start-up time, and `connect` needs none
+
+        self.path = path
+        self._lock = threading.Lock()
+        self._errors = (sqlite3.Error, OSError)
+        try:
+            self._database = self._opened(sqlite3, path or ":memory:")
+        except sqlite3.DatabaseError as error:
+            if "malformed" not in str(error) and "not a database" not in str(error):
+                self._keep_in_memory(sqlite3, error)
+                return
+            aside = f"{path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
+            os.replace(path, aside)
+            log.warning("the state file %s was corrupt; it is now %s", path, aside)
+            self._database = self._opened(sqlite3, path)
+        except OSError as error:
+            self._keep_in_memory(sqlite3, error)
+
+    def _opened(self, sqlite3: Any, path: str) -> Any:
+        if path != ":memory:":
+            os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        database = sqlite3.connect(path, timeout=2.0, check_same_thread=False)
+        try:
+            database.execute("CREATE TABLE IF NOT EXISTS facts (kind TEXT, key TEXT, value TEXT, "
+                             "at REAL, PRIMARY KEY (kind, key))")  # fmt: skip
+            database.execute("PRAGMA quick_check")
+            database.commit()
+        except sqlite3.Error:
+            database.close()
+            raise
+        return database
+
+    def _keep_in_memory(self, sqlite3: Any, error: Exception) -> None:
+        log.warning("can't use the state file %s (%s); registered models are forgotten at the end",
+                    self.path, error)  # fmt: skip
+        self._database = self._opened(sqlite3, ":memory:")
+
+    def all(self, kind: str) -> dict[str, Any]:
+        """All values of a kind by key, oldest first."""
+        with self._lock:
+            query = "SELECT key, value FROM facts WHERE kind = ? ORDER BY at"
+            return {key: json.loads(value) for key, value in self._database.execute(query, (kind,))}
+
+    def put(self, kind: str, key: str, value: Any) -> None:
+        self._write("REPLACE INTO facts VALUES (?, ?, ?, ?)",
+                    (kind, key, json.dumps(value), time.time()))  # fmt: skip
+
+    def delete(self, kind: str, key: str) -> None:
+        self._write("DELETE FROM facts WHERE kind = ? AND key = ?", (kind, key))
+
+    def _write(self, statement: str, values: tuple[Any, ...]) -> None:
+        """Write and commit; a full disk or a locked file is told in the log alone."""
+        with self._lock:
+            try:
+                with self._database:
+                    self._database.execute(statement, values)
+            except self._errors as error:
+                log.warning("can't write the state file %s: %s", self.path, error)
+
+    def close(self) -> None:
+        with self._lock:
+            self._database.close()
+
+
+def default_state_path(environ: Mapping[str, str]) -> str:
+    """The state file in the user's own directory for such things."""
+    home = os.path.expanduser("~")
+    base = environ.get("XDG_STATE_HOME") or environ.get("LOCALAPPDATA")
+    return os.path.join(base or os.path.join(home, ".local", "state"), "ogx", "state.sqlite")
 
 
 class Lessons:
-    """Lessons by provider and upstream id; safe for threads."""
+    """Lessons by provider and upstream id, for the life of the process; safe for threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -1988,7 +2421,6 @@ FIRST_BYTE_TIMEOUT = 600.0
 IDLE_TIMEOUT = 300.0
 POOL_SECONDS = 50.0  # an idle connection is used no longer: many servers close them after 60
 POOL_SIZE = 64  # idle connections kept for one provider
-MAX_HEAD = 64 * 1024  # bytes of a status line and headers
 RECEIVE_SIZE = 64 * 1024
 LINE_END = re.compile(rb"\r?\n")
 HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
@@ -2153,49 +2585,59 @@ class Upstream:
     """A pool of connections, by where they lead. Safe for threads."""
 
     def __init__(self) -> None:
+        self.instance = uuid.uuid4().hex  # goes with every request, to recognise our own
         self._lock = threading.Lock()
         self._idle: dict[str, list[tuple[float, socket.socket]]] = {}
-        self._tls: ssl.SSLContext | None = None
+        self._tls: dict[tuple[bool, str], ssl.SSLContext] = {}
 
-    def send(self, provider: Provider, method: str, path: str, body: Json | None = None,
-             timeout: float = CONNECT_TIMEOUT) -> Reply:  # fmt: skip
-        """Send a request to a path below the provider's base URL; the reply is still to be read.
+    def send(
+        self, provider: Provider, method: str, path: str, body: bytes | None = None,
+        headers: Mapping[str, str] | None = None, timeout: float = CONNECT_TIMEOUT,
+    ) -> Reply:  # fmt: skip
+        """Send a request to one of the provider's paths; the reply is still to be read.
 
         Raises OgxError 502 or 504, told for the user, when the provider can't be reached.
         """
-        if provider.base_url == DEMO_KIND.base_url:
-            return DemoReply(body or {})
-        return SocketReply(self, provider, request_bytes(provider, method, path, body), timeout)
+        if provider.kind is DEMO_KIND:
+            return DemoReply(json.loads(body or b"{}"))
+        own = {"x-ogx-instance": self.instance, **(headers or {})}
+        data = request_bytes(provider, method, path, body, own)
+        return SocketReply(self, provider, data, timeout)
 
-    def get(self, provider: Provider, path: str, timeout: float) -> tuple[Reply, bytes]:
-        """The reply to a GET and its whole body; OgxError when it takes longer than `timeout`."""
+    def ask(
+        self, provider: Provider, path: str, timeout: float, body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[Reply, bytes]:  # fmt: skip
+        """The reply to a GET, or to a POST where there is a body, and what it holds; OgxError
+        when that takes longer than `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        reply = self.send(provider, "GET", path, timeout=timeout)
-        body = bytearray()
+        method = "GET" if body is None else "POST"
+        reply = self.send(provider, method, path, body, headers, timeout)
+        answer = bytearray()
         try:
             data = b"" if reply.head(timeout) else None
-            while data is not None and len(body) < 32 * 1024 * 1024:
+            while data is not None and len(answer) < 32 * 1024 * 1024:
                 data = reply.read(max(0.0, deadline - time.monotonic()))
                 if data == b"":
-                    return reply, bytes(body)
-                body += data or b""
+                    return reply, bytes(answer)
+                answer += data or b""
         finally:
             reply.release()
         raise OgxError(504, f"no complete answer from {provider.base_url} within {timeout:g} s")
 
     def json(self, provider: Provider, path: str, timeout: float) -> Any:
         """The JSON that a GET answers with status 200; OgxError otherwise."""
-        reply, body = self.get(provider, path, timeout)
+        reply, body = self.ask(provider, path, timeout)
         if reply.status != 200:
             refusal = refusal_from_body(reply.status, body)
-            origin = f"{provider.base_url}{path}, HTTP {reply.status}"
+            origin = f"{provider.url(path)}, HTTP {reply.status}"
             raise upstream_error(refusal, origin, reply.headers)
         try:
             return json.loads(body)
         except (ValueError, RecursionError):
             words = readable_text(body[:2000].decode("utf-8", "replace"))[:120]
-            origin = f"{provider.base_url}{path}"
-            raise OgxError(502, f"expected JSON from {origin}, got {words}") from None
+            url = provider.url(path)
+            raise OgxError(502, f"expected JSON from {url}, got {words}") from None
 
     def take(self, provider: Provider, timeout: float, fresh: bool) -> tuple[socket.socket, bool]:
         """A connection to the provider, and whether it was used before."""
@@ -2237,7 +2679,7 @@ class Upstream:
             connection: http.client.HTTPConnection
             if secure:
                 connection = http.client.HTTPSConnection(
-                    at.hostname or "", port, timeout=timeout, context=self._tls_context()
+                    at.hostname or "", port, timeout=timeout, context=self._context(provider)
                 )
             else:
                 connection = http.client.HTTPConnection(at.hostname or "", port, timeout=timeout)
@@ -2250,16 +2692,21 @@ class Upstream:
         sock.settimeout(IDLE_TIMEOUT)
         return sock
 
-    def _tls_context(self) -> ssl.SSLContext:
+    def _context(self, provider: Provider) -> ssl.SSLContext:
+        """The TLS settings for a provider; SSL_CERT_FILE is honoured by the ssl module."""
+        key = (provider.verify, provider.ca_file)
         with self._lock:
-            if self._tls is None:
-                self._tls = ssl.create_default_context()
-            return self._tls
+            if key not in self._tls:
+                context = ssl.create_default_context(cafile=provider.ca_file or None)
+                if not provider.verify:
+                    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                self._tls[key] = context
+            return self._tls[key]
 
 
 def origin_of(provider: Provider) -> str:
-    """Scheme, host and port: what connections to a provider may be shared by."""
-    return "/".join(provider.base_url.split("/")[:3])
+    """Scheme, host, port and trust: what connections to a provider may be shared by."""
+    return f"{provider.url('~')} {provider.verify} {provider.ca_file}"
 
 
 def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
@@ -2290,26 +2737,32 @@ def unreachable(provider: Provider, error: Exception) -> OgxError:
     return OgxError(status, f"can't reach {provider.id} at {provider.base_url}: {why}")
 
 
-def request_bytes(provider: Provider, method: str, path: str, body: Json | None) -> bytes:
+def request_bytes(
+    provider: Provider, method: str, path: str, body: bytes | None, extra: Mapping[str, str]
+) -> bytes:
     """A whole HTTP/1.1 request for the provider."""
-    parts = urllib.parse.urlsplit(provider.base_url)
-    target = parts.path + path
+    parts = urllib.parse.urlsplit(provider.url(path))
+    target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
     headers = {"Host": parts.netloc, "User-Agent": f"ogx.py/{__version__}",
                "Accept": "application/json, text/event-stream",
-               "Accept-Encoding": "identity"}  # fmt: skip
+               "Accept-Encoding": "identity", **dict(provider.kind.headers), **extra}  # fmt: skip
     proxy = proxy_of(parts.scheme, parts.hostname or "") if parts.scheme == "http" else None
     if proxy:
         target = f"http://{parts.netloc}{target}"
         headers.update(proxy_headers(proxy))
     if provider.api_key:
-        headers["Authorization"] = f"Bearer {provider.api_key}"
-    data = b""
+        name = provider.kind.key_header
+        bearer = "Bearer " if name == "authorization" else ""
+        headers[name] = f"{bearer}{provider.api_key}"
     if body is not None:
-        data = json.dumps(body, separators=(",", ":")).encode("ascii")
         headers["Content-Type"] = "application/json"
-        headers["Content-Length"] = str(len(data))
+        headers["Content-Length"] = str(len(body))
     lines = [f"{method} {target} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items()), "", ""]
-    return "\r\n".join(lines).encode("ascii") + data
+    return "\r\n".join(lines).encode("latin-1") + (body or b"")
+
+
+def json_bytes(value: Json) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
 
 
 class Reply:
@@ -2471,7 +2924,8 @@ MAX_REQUESTS = 5  # to the upstream for one request of a client
 TICK = 10.0  # seconds of silence after which the client gets a sign of life
 LIST_TIMEOUT = 5.0  # for a provider's model list
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of an answer that isn't streamed
-REFRESH = 300.0  # seconds between model lists; a tenth of it where there was a problem
+MIN_CONTEXT = 32_000  # tokens; Claude Code's own prompt and tools take 15,000 of them
+REFRESH = 300.0  # seconds between model lists; a 20th for local servers and after a problem
 
 
 @dataclass
@@ -2487,16 +2941,22 @@ class Exchange:
     first_event: float | None = None
     usage: Usage | None = None
     error: str = ""
+    dialect: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)  # for upstreams that speak Messages
 
 
 class Gateway:
     """The service behind the server. `tick` is the silence before a sign of life, in seconds."""
 
     def __init__(
-        self, config: Config, upstream: Upstream | None = None, tick: float = TICK
-    ) -> None:
+        self, config: Config, upstream: Upstream | None = None, tick: float = TICK,
+        store: Store | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
+        self.store = store or Store()
         self.registry = Registry(config)
+        for fields in self.store.all("alias").values():
+            self.registry.register(Alias(**fields))
         self.upstream = upstream or Upstream()
         self.lessons = Lessons()
         self.tick = tick
@@ -2506,67 +2966,128 @@ class Gateway:
     # -- messages
 
     def messages(
-        self, request: Json, exchange: Exchange, watch: socket.socket | None = None
-    ) -> Iterator[list[Json] | None]:
-        """The answer's events in batches as they come; None for each tick of silence.
+        self, request: Json, raw: bytes, exchange: Exchange, watch: socket.socket | None = None
+    ) -> Iterator[bytes | None]:
+        """The answer's bytes as they come: server-sent events, or one JSON object where no stream
+        was asked for. None when there was nothing to hand on for a tick.
 
-        Raises OgxError: before the first batch it can still become an HTTP status. Closing the
+        Raises OgxError: before the first bytes it can still become an HTTP status. Closing the
         iterator closes the upstream's connection.
         """
         exchange.asked = request["model"][:200]
         model = self._resolved(request["model"])
         exchange.served = f"{model.provider.id}/{model.upstream_id}"
-        refuse_untranslatable(request)
+        since = time.monotonic()
         try:
-            yield from self._answer(model, request, exchange, watch)
+            for piece in self._answer(model, request, raw, exchange, watch):
+                now = time.monotonic()
+                if piece or now - since >= self.tick * 0.9:
+                    yield piece or None
+                    since = now
         except OgxError as error:
             raise error.without(model.provider.api_key) from None
 
     def _answer(
-        self, model: Model, request: Json, exchange: Exchange, watch: socket.socket | None
-    ) -> Iterator[list[Json] | None]:
-        dialect = DIALECTS[model.provider.kind.dialect]
+        self, model: Model, request: Json, raw: bytes, exchange: Exchange,
+        watch: socket.socket | None,
+    ) -> Iterator[bytes | None]:  # fmt: skip
+        provider, name = model.provider, self._dialect_of(model, request)
+        dialect, path = DIALECTS[name], request_path(name, model.provider.kind)
+        exchange.dialect = name
+        if not dialect.native:
+            refuse_untranslatable(request)
         body = with_lessons(dialect.request(request, model), self.lessons.of(model))
         for attempt in range(1, MAX_REQUESTS + 1):
-            reply = self.upstream.send(model.provider, "POST", dialect.path, body)
+            data = with_model(raw, request, body) if dialect.native else None
+            headers = exchange.headers if dialect.native else {}
+            reply = self.upstream.send(provider, "POST", path, data or json_bytes(body), headers)
             try:
                 # Made while the upstream works: counting takes a while for a long conversation.
-                translator = new_translator(request, model)
+                translator = new_translator(dialect, request, model)
                 while not reply.head(self.tick, watch):
                     yield None
                 if reply.status == 200:
-                    yield from self._translated(reply, translator, watch)
+                    if dialect.native and not provider.kind.native_repair:
+                        yield from self._handed_on(reply, request, exchange, watch)
+                        return
+                    events = self._translated(reply, translator, watch)
+                    yield from answer_bytes(events, exchange.stream)
                     exchange.usage = translator.usage
                     return
-                refusal = refusal_from_body(reply.status, whole_body(reply))
+                answer = whole_body(reply)
             finally:
                 reply.release()
+            refusal = refusal_from_body(reply.status, answer)
             lesson = lesson_from_refusal(refusal, body) if attempt < MAX_REQUESTS else None
             if lesson is None:
-                raise refused_error(refusal, request, model, reply.headers)
+                raise refused_error(refusal, request, model, reply.headers,
+                                    answer if dialect.native else b"")  # fmt: skip
             self.lessons.add(model, lesson)
             body = with_lessons(body, [lesson])
             log.info("%s refused: %s; sent again after: %s", exchange.served,
                      refusal.message[:200], lesson)  # fmt: skip
 
     def _translated(
-        self, reply: Reply, translator: ChatTranslator, watch: socket.socket | None
-    ) -> Iterator[list[Json] | None]:
-        for items in upstream_items(reply, self.tick, watch):
-            if items is None:
-                yield None
-                continue
-            try:
-                for item in items:
+        self, reply: Reply, translator: ChatTranslator | MessagesTranslator,
+        watch: socket.socket | None,
+    ) -> Iterator[list[Json] | None]:  # fmt: skip
+        """The answer's events in batches, each what came together; None for a tick of silence."""
+        try:
+            for items in upstream_items(reply, self.tick, watch):
+                for item in items or ():
                     translator.feed(item)
-            finally:  # what came before an error is the client's
-                events = translator.writer.take()
-                if events:
-                    yield events
-            if translator.done:
-                return
-        translator.end()
-        yield translator.writer.take()
+                yield translator.writer.take() if items is not None else None
+                if translator.done:
+                    return
+            translator.end()
+            yield translator.writer.take()
+        except OgxError:  # what came before the error is the client's
+            translator.writer.break_off()
+            yield translator.writer.take()
+            raise
+
+    def _dialect_of(self, model: Model, request: Json) -> str:
+        """The dialect for a request: the configured one, else Messages where the server has it
+        and loses nothing of this request, else the other one of its kind."""
+        provider, kinds = model.provider, model.provider.kind.dialects
+        if provider.dialect != "auto" or len(kinds) == 1:
+            return kinds[0] if provider.dialect == "auto" else provider.dialect
+        if provider.id not in self.registry.native:
+            self.discovered.wait(LIST_TIMEOUT)
+        native = self.registry.native.get(provider.id, False)
+        return "messages" if native and not lost_natively(request, provider.kind) else kinds[-1]
+
+    def _handed_on(
+        self, reply: Reply, request: Json, exchange: Exchange, watch: socket.socket | None
+    ) -> Iterator[bytes | None]:
+        """A native answer's bytes, but for the model's id."""
+        stream, whole = NativeStream(request["model"]), bytearray()
+        while not stream.done:
+            data = reply.read(self.tick, watch)
+            if data is None:
+                yield None
+            elif not data:
+                break
+            elif exchange.stream:
+                yield stream.feed(data)
+            else:
+                whole += data
+                if len(whole) > MAX_ANSWER:
+                    raise OgxError(502, "the upstream's answer is too large")
+        if exchange.stream:
+            yield stream.end()
+            exchange.usage = stream.usage
+            if not stream.ended:
+                origin = exchange.served
+                raise OgxError(502, f"{origin} ended the answer before it was complete")
+            return
+        try:
+            message = json.loads(whole)
+            exchange.usage = usage_from_message(message)
+            yield json_bytes({**message, "model": request["model"]})
+        except (ValueError, RecursionError, TypeError, AttributeError):
+            words = readable_text(whole[:2000].decode("utf-8", "replace"))
+            raise OgxError(502, f"{exchange.served} sent no message but {words}") from None
 
     def _resolved(self, model_id: str) -> Model:
         """The model for an id; while the first lists are still on their way, wait for them."""
@@ -2578,9 +3099,22 @@ class Gateway:
         self.discovered.wait(LIST_TIMEOUT)
         return self.registry.resolve(model_id)
 
-    def count_tokens(self, request: Json) -> Json:
-        """{"input_tokens": N}, an estimate; the model must exist."""
-        self._resolved(request["model"])
+    def count_tokens(self, request: Json, exchange: Exchange) -> Json:
+        """{"input_tokens": N}: by the upstream where it counts for free, else an estimate."""
+        model = self._resolved(request["model"])
+        name = self._dialect_of(model, request)
+        if DIALECTS[name].native and self.registry.counts.get(model.provider.id, True):
+            path = request_path(name, model.provider.kind) + "/count_tokens"
+            data = json_bytes(messages_request(request, model))
+            try:
+                reply, body = self.upstream.ask(model.provider, path, 30.0, data, exchange.headers)
+                if reply.status == 200 and isinstance(json.loads(body)["input_tokens"], int):
+                    counted: Json = json.loads(body)
+                    return counted
+                if reply.status in (404, 405, 501):
+                    self.registry.counts[model.provider.id] = False
+            except (OgxError, ValueError, KeyError, TypeError):
+                log.debug("%s did not count tokens; estimating", model.provider.id)
         count = estimated_tokens(request)
         return {"input_tokens": count, "context_management": {"original_input_tokens": count}}
 
@@ -2620,6 +3154,26 @@ class Gateway:
         when asked, but whether they exist only the provider knows."""
         return self._entry(self._resolved(model_id))
 
+    def register(self, body: Any) -> Json:
+        """Register a model id of the user's own, or register it anew; its entry."""
+        self.discovered.wait(LIST_TIMEOUT)
+        alias = registered_alias(body, self.registry)
+        self.registry.register(alias)
+        self.store.put("alias", alias.model_id, asdict(alias))
+        metadata = {"model_type": "llm", "provider_id": alias.provider_id,
+                    "provider_resource_id": alias.provider_model_id}  # fmt: skip
+        return self._alias_entry(alias.model_id) or {
+            "id": alias.model_id, "object": "model", "type": "model", "custom_metadata": metadata,
+        }  # fmt: skip
+
+    def unregister(self, model_id: str) -> Json:
+        """Forget a registered id."""
+        if model_id not in self.registry.aliases:
+            raise OgxError(404, f"no model '{model_id[:200]}' is registered here")
+        self.registry.unregister(model_id)
+        self.store.delete("alias", model_id)
+        return {"id": model_id, "object": "model", "deleted": True}
+
     def _entry(self, model: Model) -> Json:
         listed = self.registry.lists.get(model.provider.id, [])
         known = next((m for m in listed if m.upstream_id == model.upstream_id), None)
@@ -2654,8 +3208,9 @@ class Gateway:
                 thread.join()
             self.discovered.set()
             for pid in asked:
-                pause = REFRESH / 10 if pid in self.registry.problems else REFRESH
-                due[pid] = time.monotonic() + pause
+                host = urllib.parse.urlsplit(self.registry.providers[pid].base_url).hostname
+                soon = is_loopback(host or "") or pid in self.registry.problems
+                due[pid] = time.monotonic() + (REFRESH / 20 if soon else REFRESH)
             self._stopped.wait(max(1.0, min(due.values(), default=REFRESH) - time.monotonic()))
 
     def _list_models(self, provider_id: str) -> None:
@@ -2665,6 +3220,8 @@ class Gateway:
         try:
             models = self._models_of(provider)
             problem = "" if models else "its list holds no LLM"
+            if provider_id not in self.registry.native or before:  # it may be another version now
+                self._probe(provider)
         except OgxError as error:
             problem = error.without(provider.api_key).message
         except Exception:  # a list that no one foresaw must not take the others down
@@ -2675,13 +3232,31 @@ class Gateway:
         self.registry.learn(provider_id, models, problem)
 
     def _models_of(self, provider: Provider) -> list[Model]:
-        if provider is DEMO_PROVIDER:
+        if provider.kind is DEMO_KIND:
             return [Model("demo/echo", provider, "echo")]
-        return models_from_list(provider, self.upstream.json(provider, "/models", LIST_TIMEOUT))
+        kind = provider.kind
+        models = models_from_list(
+            provider, self.upstream.json(provider, kind.list_path, LIST_TIMEOUT)
+        )
+        if not kind.loaded_path:
+            return models
+        loaded = self.upstream.json(provider, kind.loaded_path, LIST_TIMEOUT)
+        return [with_loaded_context(model, loaded) for model in models]
+
+    def _probe(self, provider: Provider) -> None:
+        """Learn whether a server has a Messages API from what it says to an empty request, which
+        costs nothing: only one that knows the path complains about the body."""
+        if provider.kind.dialects != BOTH or provider.dialect != "auto":
+            return
+        reply, _ = self.upstream.ask(provider, provider.kind.messages_path, LIST_TIMEOUT, b"{}")
+        if reply.status in (400, 404, 405, 422, 500, 501):
+            self.registry.native[provider.id] = reply.status in (400, 422, 500)
+            self.registry.counts.pop(provider.id, None)
 
     def close(self) -> None:
         self._stopped.set()
         self.upstream.close()
+        self.store.close()
 
 
 def local_providers(
@@ -2691,14 +3266,14 @@ def local_providers(
     found: dict[str, Provider] = {}
 
     def look(kind: ProviderKind) -> None:
-        host = f"http://127.0.0.1:{kind.local_port}"
+        provider = Provider(kind.name, kind, f"http://127.0.0.1:{kind.local_port}/v1")
         path, mark = kind.identity
         try:
-            reply, body = upstream.get(Provider(kind.name, kind, host), path, timeout)
+            reply, body = upstream.ask(provider, path, timeout)
         except OgxError:
             return
         if reply.status == 200 and mark.encode() in re.sub(rb'\s*([:,"])\s*', rb"\1", body):
-            found[kind.name] = Provider(kind.name, kind, f"{host}/v1")
+            found[kind.name] = provider
 
     kinds = [kind for kind in kinds if kind.local_port]
     threads = [threading.Thread(target=look, args=(kind,), daemon=True) for kind in kinds]
@@ -2709,23 +3284,52 @@ def local_providers(
     return [found[kind.name] for kind in kinds if kind.name in found]
 
 
-def new_translator(request: Json, model: Model) -> ChatTranslator:
-    """The translator of the model's dialect, ready for the answer to a request."""
+def new_translator(
+    dialect: Dialect, request: Json, model: Model
+) -> ChatTranslator | MessagesTranslator:
+    """The dialect's translator, ready for the answer to a request."""
     message_id = f"msg_{uuid.uuid4().hex[:24]}"
     message = new_message(message_id, request["model"], estimated_tokens(request))
     writer = MessageWriter(message, used_tool_ids(request))
-    return DIALECTS[model.provider.kind.dialect].translator(writer, request, model.origin)
+    return dialect.translator(writer, request, model.origin)
+
+
+def answer_bytes(
+    batches: Iterable[list[Json] | None], stream: bool
+) -> Iterator[bytes | None]:
+    """Batches of events as server-sent events or, at the end, as one message."""
+    events: list[Json] = []
+    for batch in batches:
+        if batch is None:
+            yield None
+        elif stream:
+            yield b"".join(map(sse_bytes, batch))
+        else:
+            events += batch
+    if not stream:
+        yield json_bytes(message_from_events(events))
+
+
+def usage_from_message(message: Json) -> Usage:
+    """What a message's `usage` tells, for the log."""
+    usage = dict_or_empty(message.get("usage"))
+    names = ("input_tokens", "output_tokens", "cache_read_input_tokens")
+    return Usage(*(usage.get(name) or 0 for name in names))
 
 
 def refused_error(
-    refusal: Refusal, request: Json, model: Model, headers: Mapping[str, str]
+    refusal: Refusal, request: Json, model: Model, headers: Mapping[str, str], native: bytes
 ) -> OgxError:
-    """The error for a refusal that nothing helps against."""
-    overflow = overflow_error(refusal, estimated_tokens(request), model.context)
-    if overflow:
-        return overflow
+    """The error for a refusal that nothing helps against. `native` is the body of an upstream that
+    speaks Messages: in Anthropic's shape it is handed on, since clients read its wording."""
+    if "prompt is too long" not in refusal.message:
+        overflow = overflow_error(refusal, estimated_tokens(request), model.context)
+        if overflow:
+            return overflow
     error = upstream_error(refusal, model.origin, headers)
-    if refusal.status == 401:
+    if native and is_anthropic_error(native):
+        error.raw = native
+    elif refusal.status == 401:
         hint = " or ".join(model.provider.kind.key_vars) or "api_key"
         error.message += f"; check {hint} where ogx.py runs"
     return error
@@ -2782,6 +3386,8 @@ def model_entry(model: Model, alias_of: str = "") -> Json:
                 "provider_resource_id": model.upstream_id}  # fmt: skip
     if alias_of:
         metadata["alias_of"] = alias_of
+    if model.warning:
+        metadata["warning"] = model.warning
     return {
         "id": model.id,
         "object": "model",
@@ -2796,6 +3402,23 @@ def model_entry(model: Model, alias_of: str = "") -> Json:
         "max_tokens": model.max_output,
         "custom_metadata": metadata,
     }
+
+
+def with_loaded_context(model: Model, loaded: Any) -> Model:
+    """The model with the context it has in its server's memory, and a warning if that is small.
+
+    Ollama cuts prompts that are longer than it in silence, from the front.
+    """
+    entries = loaded.get("models") if isinstance(loaded, dict) else None
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, dict) and model.upstream_id in (entry.get("name"), entry.get("model")):
+            context = first_number(entry, ("context_length",))
+            warning = ""
+            if context and context < MIN_CONTEXT:
+                hint = model.provider.kind.context_hint
+                warning = f"a context of {context:,} tokens is too small for Claude Code; {hint}"
+            return replace(model, context=context or model.context, warning=warning)
+    return model
 
 
 def page_limit(text: str | None, default: int) -> int:
@@ -2961,6 +3584,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.request_version = "HTTP/" + match.group(3).decode()
         headers = self.request_headers = headers_from_lines(head[1:])
         self.exchange.session = headers.get("x-claude-code-session-id", "")[:64]
+        names = ("anthropic-version", "anthropic-beta")
+        self.exchange.headers = {k: headers[k] for k in names if k in headers}
         connection = headers.get("connection", "").lower()
         self.close_connection = (
             self.server.stopping
@@ -3014,6 +3639,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         host = headers.get("host", "")
         if not host_allowed(host, self.server.host):
             raise OgxError(403, f"host '{host[:100]}' is not a name of this server")
+        if headers.get("x-ogx-instance") == self.server.gateway.upstream.instance:
+            raise OgxError(400, "a provider's base_url points back at ogx.py itself",
+                           headers={"x-should-retry": "false"})  # fmt: skip
         origin = headers.get("origin")
         if origin is not None and origin != f"http://{host}":
             raise OgxError(403, "requests from web pages of another origin are refused")
@@ -3026,7 +3654,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = re.sub(r"/{2,}", "/", path)
         routes = Handler.ROUTES.get(path)
         if routes is None and path.startswith("/v1/models/"):
-            routes = {"GET": Handler._get_model}
+            routes = {"GET": Handler._get_model, "DELETE": Handler._delete_model}
         if routes is None:
             raise OgxError(404, not_served_words(path))
         method = "GET" if self.command == "HEAD" else self.command
@@ -3042,20 +3670,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = parsed_json(body)
         check_request(request)
         self.exchange.stream = bool(request.get("stream"))
-        batches = self.server.gateway.messages(request, self.exchange, self.connection)
+        pieces = self.server.gateway.messages(request, body, self.exchange, self.connection)
         try:
             if self.exchange.stream:
-                self._stream(batches)
-                return
-            events = [event for batch in batches for event in batch or ()]
+                self._stream(pieces)
+            else:
+                self._send(200, b"".join(piece or b"" for piece in pieces))
         finally:
-            batches.close()  # type: ignore[attr-defined]
-        self._send_json(200, message_from_events(events))
+            pieces.close()  # type: ignore[attr-defined]
 
     def _post_count_tokens(self, path: str, query: str, body: bytes) -> None:
         request = parsed_json(body)
         check_request(request, counting=True)
-        self._send_json(200, self.server.gateway.count_tokens(request))
+        self._send_json(200, self.server.gateway.count_tokens(request, self.exchange))
 
     def _get_models(self, path: str, query: str, body: bytes) -> None:
         fields = dict(urllib.parse.parse_qsl(query, max_num_fields=20))
@@ -3065,13 +3692,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         model_id = urllib.parse.unquote(path[len("/v1/models/") :])
         self._send_json(200, self.server.gateway.model(model_id))
 
+    def _post_models(self, path: str, query: str, body: bytes) -> None:
+        self._send_json(200, self.server.gateway.register(parsed_json(body)))
+
+    def _delete_model(self, path: str, query: str, body: bytes) -> None:
+        model_id = urllib.parse.unquote(path[len("/v1/models/") :])
+        self._send_json(200, self.server.gateway.unregister(model_id))
+
     def _get_root(self, path: str, query: str, body: bytes) -> None:
         self._send_json(200, {"service": "ogx.py", "version": __version__, "status": "OK"})
 
     ROUTES: ClassVar[dict[str, dict[str, Callable[[Handler, str, str, bytes], None]]]] = {
         "/v1/messages": {"POST": _post_messages},
         "/v1/messages/count_tokens": {"POST": _post_count_tokens},
-        "/v1/models": {"GET": _get_models},
+        "/v1/models": {"GET": _get_models, "POST": _post_models},
         "/v1/health": {"GET": _get_root},
         "/api/hello": {"GET": _get_root},
         "/": {"GET": _get_root},
@@ -3079,18 +3713,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- answers
 
-    def _stream(self, batches: Iterable[list[Json] | None]) -> None:
-        """Write events as they come; an error before the first one is the caller's to answer."""
-        begun = False  # message_start was written
+    def _stream(self, pieces: Iterable[bytes | None]) -> None:
+        """Write a stream as it comes; an error before its first piece is the caller's to answer."""
         try:
-            for batch in batches:
-                if batch is None:
-                    self._send_piece(PING if begun else SIGN_OF_LIFE)
-                elif batch:
-                    if not begun:
-                        self.exchange.first_event = time.monotonic()
-                    begun = True
-                    self._send_piece(b"".join(map(sse_bytes, batch)))
+            for piece in pieces:
+                if piece and not self.exchange.first_event:
+                    self.exchange.first_event = time.monotonic()
+                self._send_piece(piece or (PING if self.exchange.first_event else SIGN_OF_LIFE))
         except OgxError as error:
             if not self.status or error.status == CLIENT_GONE:
                 raise
@@ -3113,8 +3742,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             data = self._head(200, headers) + data
         self.connection.sendall(data)
 
-    def _send_json(self, status: int, value: Json, headers: Mapping[str, str] = {}) -> None:
-        data = json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
+    def _send_json(self, status: int, value: Json) -> None:
+        self._send(status, json_bytes(value) + b"\n")
+
+    def _send(self, status: int, data: bytes, headers: Mapping[str, str] = {}) -> None:
         fields = {"content-type": "application/json", "content-length": str(len(data)), **headers}
         head = self._head(status, fields)
         self.connection.sendall(head if self.command == "HEAD" else head + data)
@@ -3125,10 +3756,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             self.status = self.status or error.status
             return
-        headers = dict(error.headers)
         self.close_connection = self.close_connection or self._unread or not self.command
         self.exchange.error = error.message
-        self._send_json(error.status, error.body(self.exchange.request_id), headers)
+        body = error.raw or json_bytes(error.body(self.exchange.request_id)) + b"\n"
+        self._send(error.status, body, error.headers)
         if self._unread:
             self._linger()
 
@@ -3162,7 +3793,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         now = time.monotonic()
         parts = [exchange.request_id, self.command, self.path.partition("?")[0], str(self.status)]
         if exchange.asked:
-            parts.append(f"{exchange.asked} -> {exchange.served or 'nothing'}")
+            served = f"{exchange.served} by {exchange.dialect}" if exchange.served else "nothing"
+            parts.append(f"{exchange.asked} -> {served}")
         if exchange.first_event:
             parts.append(f"first {exchange.first_event - exchange.started:.3f}s")
         parts.append(f"total {now - exchange.started:.3f}s")
@@ -3310,9 +3942,9 @@ def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
 def model_listing(base_url: str) -> Json:
     """The server's GET /v1/models; raises OgxError in the launcher's words."""
     upstream = Upstream()
-    server = Provider("OGX", GENERIC_KIND, base_url, TOKEN)
+    server = Provider("OGX", ProviderKind("OGX"), base_url, TOKEN)
     try:
-        reply, body = upstream.get(server, "/v1/models", 10.0)
+        reply, body = upstream.ask(server, "/v1/models", 10.0)
     except OgxError as error:
         why = error.message.partition(": ")[2] or error.message
         raise OgxError(
@@ -3423,17 +4055,26 @@ def exit_code_of(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a program in this terminal and give its exit code, as a shell would."""
     import subprocess
 
-    # Ctrl-C reaches the whole foreground group, and Claude Code decides what it means. A handler,
-    # unlike SIG_IGN, isn't inherited.
-    previous = signal.signal(signal.SIGINT, lambda *_: None) if in_main_thread() else None
+    # Ctrl-C reaches the whole foreground group, and Claude Code decides what it means: a handler
+    # that does nothing, since SIG_IGN would be inherited. Other signals to end are passed on.
+    child: subprocess.Popen[bytes] | None = None
+    handlers: dict[int, Any] = {}
+    if in_main_thread():
+        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number:
+                handlers[number] = signal.signal(
+                    number, lambda got, _: child.send_signal(got) if child else None
+                )
     try:
-        with subprocess.Popen(argv, env=environment) as child:
-            code = child.wait()
+        child = subprocess.Popen(argv, env=environment)
+        code = child.wait()
     except OSError as error:
         raise OgxError(500, f"Failed to start '{argv[0]}': {error.strerror}") from None
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGINT, previous)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 128 - code if code < 0 else code
 
 
@@ -3480,6 +4121,8 @@ def argument_parser() -> argparse.ArgumentParser:
     flag("config", nargs="?", default="starter", help="'starter' (default) or a JSON file like it")
     flag("--host", help=f"address to listen on (default {DEFAULT_HOST})")
     flag("--port", type=port_argument, help=f"port (default OGX_PORT, else {DEFAULT_PORT})")
+    flag("--state", metavar="FILE", help="where registered models are kept (default OGX_STATE, "
+         "else ogx/state.sqlite in the user's state directory)")  # fmt: skip
     flag("--log-level", default="info", choices=("debug", "info", "warning", "error"),
          help="how much to log (default info: a line per request)")  # fmt: skip
 
@@ -3510,7 +4153,8 @@ def run(options: argparse.Namespace) -> int:
     """Serve until a signal; the exit code."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=options.log_level.upper())
     config = config_from_name(options.config, os.environ)
-    gateway = Gateway(config)
+    state = options.state or os.environ.get("OGX_STATE") or default_state_path(os.environ)
+    gateway = Gateway(config, store=Store(state))
     port = config.port if options.port is None else options.port
     server = Server(gateway, options.host or config.host, port)
     stopped = threading.Event()
@@ -3571,6 +4215,9 @@ def summary_lines(gateway: Gateway, server: Server) -> list[str]:
         if provider_id not in registry.lists and not problem:
             words = "still asking for its models"
         lines.append(f"  {provider_id:<{width}}  {words}{': ' + problem if problem else ''}")
+        for model in registry.lists.get(provider_id, ()):
+            if model.warning:
+                lines.append(f"  {'':<{width}}  {model.upstream_id}: {model.warning}")
     if DEMO_PROVIDER.id in registry.providers:
         lines += ["", "No provider is configured: only the built-in demo model answers.",
                   "For real models set one of these variables and start again:",
@@ -3585,7 +4232,8 @@ def summary_lines(gateway: Gateway, server: Server) -> list[str]:
 def starter_variables() -> Iterator[str]:
     """The variables that switch the starter's providers on."""
     for kind in PROVIDER_KINDS.values():
-        yield (kind.url_vars if kind.enabled_by == "url" else kind.key_vars)[0]
+        if kind.key_vars or kind.url_vars:
+            yield (kind.url_vars if kind.enabled_by == "url" else kind.key_vars)[0]
 
 
 def say(*lines: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import gzip
 import http.client
 import importlib.util
@@ -17,6 +18,7 @@ import re
 import shlex
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import sysconfig
@@ -46,9 +48,7 @@ def refused(callable_, *args, **kwargs) -> ogx.OgxError:
 
 
 def provider(kind="openai", url="http://127.0.0.1:9/v1", name=None, key="sk-secret-1234"):
-    return ogx.Provider(
-        name or kind, ogx.PROVIDER_KINDS.get(kind, ogx.GENERIC_KIND), url, key
-    )
+    return ogx.Provider(name or kind, ogx.PROVIDER_KINDS[kind], url, key)
 
 
 def model(kind="openai", upstream_id="gpt-x", **fields):
@@ -168,12 +168,13 @@ class FakeUpstream:
 
     An answer is bytes (a stream), a dict (JSON), (status, dict or bytes[, headers]) or a function
     of the connection, which then writes what it likes. Every GET lists `models`, or is answered
-    by them when they are (status, body).
+    by them when they are (status, body). An empty request to /messages is answered as a server
+    does that has a Messages API, or has none.
     """
 
-    def __init__(self, *answers, models=("gpt-x",)):
-        self.answers, self.models = list(answers), models
-        self.seen, self.heads = [], []
+    def __init__(self, *answers, models=("gpt-x",), native=False):
+        self.answers, self.models, self.native = list(answers), models, native
+        self.seen, self.raw, self.heads = [], [], []
         self.connections = 0
         self.client_left = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -215,7 +216,11 @@ class FakeUpstream:
                         status, listing = self.models
                     send(connection, status, json.dumps(listing).encode(), "application/json")
                     continue
+                if body == b"{}" and line.split()[1].endswith("/messages"):
+                    send(connection, 400 if self.native else 404, b"{}", "application/json")
+                    continue
                 self.heads.append((line.split()[1], head))
+                self.raw.append(body)
                 self.seen.append(json.loads(body))
                 answer = self.answers.pop(0) if self.answers else said()
                 if callable(answer):
@@ -288,14 +293,26 @@ class Client:
             return b"".join(iter(lambda: sock.recv(65536), b""))
 
 
+def native_stream(words="Hello."):
+    """A whole stream of a server that speaks Messages."""
+    writer = ogx.MessageWriter(ogx.new_message("msg_native", "their/name", 5))
+    writer.text(words)
+    writer.finish("end_turn", None, ogx.Usage(5, 2))
+    return b"".join(map(ogx.sse_bytes, writer.take()))
+
+
+def native_message(words="Hello."):
+    return ogx.message_from_events(read_events(native_stream(words)))
+
+
 def config(*providers, aliases=(), tiers=None):
     return ogx.Config("test", "127.0.0.1", 0, providers, tuple(aliases), tiers or {})
 
 
 @contextlib.contextmanager
-def serving(*providers, tick=ogx.TICK, discover=True, **options):
+def serving(*providers, tick=ogx.TICK, discover=True, store=None, **options):
     """A client of a running gateway over the given providers."""
-    gateway = ogx.Gateway(config(*providers, **options), tick=tick)
+    gateway = ogx.Gateway(config(*providers, **options), tick=tick, store=store)
     server = ogx.Server(gateway, "127.0.0.1", 0)
     server.start(poll=0.01)
     if discover:
@@ -311,9 +328,9 @@ def serving(*providers, tick=ogx.TICK, discover=True, **options):
 
 
 @contextlib.contextmanager
-def gateway_over(*answers, kind="openai", models=("gpt-x",), **options):
+def gateway_over(*answers, kind="openai", models=("gpt-x",), native=False, **options):
     """(client, upstream): a running gateway over one fake provider."""
-    with FakeUpstream(*answers, models=models) as upstream, serving(
+    with FakeUpstream(*answers, models=models, native=native) as upstream, serving(
         provider(kind, upstream.url), **options
     ) as client:
         yield client, upstream
@@ -375,7 +392,7 @@ class TestTheFile:
             ast.unparse(node) for node in strip_docstrings(ast.parse(SOURCE[start:])).body
         )
         named = {k for k in ogx.PROVIDER_KINDS if re.search(rf"['\"]{re.escape(k)}['\"]", code)}
-        assert named == set()
+        assert named <= set(ogx.DIALECTS)  # a kind may be called by what it speaks
 
     def test_importing_has_no_effect(self):
         script = "import sys, logging, threading; before = set(sys.modules); import ogx; " \
@@ -481,8 +498,8 @@ class TestProviders:
     def test_rows_are_complete(self):
         for kind in ogx.PROVIDER_KINDS.values():
             variables = kind.url_vars if kind.enabled_by == "url" else kind.key_vars
-            assert variables and kind.dialect in ogx.DIALECTS, kind.name
-            assert kind.base_url.startswith("http") or kind.enabled_by == "url"
+            assert set(kind.dialects) <= set(ogx.DIALECTS), kind.name
+            assert variables or (not kind.base_url and not kind.key_vars)
             assert bool(kind.local_port) == all(kind.identity)
 
     @pytest.mark.parametrize(
@@ -1031,7 +1048,22 @@ class TestChat:
                          {"role": "user", "content": "hi"}],
             "max_completion_tokens": 100,
             "temperature": 0.5, "top_p": 0.9, "stop": ["a"],
+            "prompt_cache_key": "80d38f3485035386838a95b1dbe4670c",
         }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("user_id", "key"),
+        [
+            ('{"device_id":"d","session_id":"s-1"}', "s-1"),  # Claude Code
+            ("x" * 500, "23f24cc7c2a75fbb8b0c1b1c5d2e7c11"),
+            ('{"session_id":5}', ""), (None, ""), ("", ""),
+        ],
+    )  # fmt: skip
+    def test_a_conversation_keeps_to_one_cache(self, user_id, key):
+        made = ogx.conversation_key(request(metadata={"user_id": user_id}))
+        assert len(made) <= 64 and bool(made) == bool(user_id)
+        assert made == key or len(made) == 32
+        assert "prompt_cache_key" not in chat(request(metadata={"user_id": "u"}), "vllm")
 
     def test_rows_differ_where_providers_do(self):
         body = chat(request("hi", top_k=5), "vllm")
@@ -1355,10 +1387,159 @@ class TestChat:
         assert error.status == status and words in error.message
 
 
+class TestMessages:
+    def raw(self, body, **options):
+        return json.dumps(body, **options).encode()
+
+    @pytest.mark.parametrize("options", [{}, {"indent": 1}, {"separators": (",", ":")}])
+    def test_the_clients_own_bytes_go_on_with_another_models_id(self, options):
+        body = request(user([text('say "model": "x"')]), new_field={"model": "y"})
+        raw = self.raw(body, **options)
+        sent = ogx.with_model(raw, body, ogx.messages_request(body, model("vllm", 'q"8')))
+        assert sent == raw.replace(b"openai/gpt-x", b'q\\"8', 1)
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            b'{"max_tokens": 1, "model": "m", "messages": []}',
+            b'{"model": "x", "messages": [], "model": "m"}',
+            b'[{"model": "m"}]',
+        ],
+    )
+    def test_where_the_id_is_not_plainly_first_the_body_is_written_anew(self, raw):
+        body = {"model": "m", "messages": [], "max_tokens": 1}
+        assert ogx.with_model(raw, body, {**body, "model": "n"}) is None
+
+    def test_a_changed_request_is_written_anew(self):
+        body = request(system=[text("x-anthropic-billing-header: a"), text("b")])
+        sent = ogx.messages_request(body, model("vllm"))
+        assert sent["system"] == [text("b")]
+        assert ogx.with_model(self.raw(body), body, sent) is None
+
+    def test_anthropic_keeps_the_billing_header(self):
+        body = request(system=[text("x-anthropic-billing-header: a"), text("b")])
+        assert ogx.messages_request(body, model("anthropic"))["system"] == body["system"]
+
+    @pytest.mark.parametrize(
+        ("kind", "fields", "lost"),
+        [
+            ("vllm", {"messages": [user([pdf()])]}, {"document"}),
+            ("vllm", {"messages": [user([result("a", [pdf()])])]}, {"document"}),
+            ("vllm", {"messages": [user([image()])], "tools": [tool()]}, set()),
+            ("vllm", {"tools": [{"type": "web_search_20250305", "name": "w"}]}, {"server_tool"}),
+            ("vllm", {"messages": [assistant([{"type": "mcp_tool_use"}])]}, {"server_tool"}),
+            ("ollama", {"tool_choice": {"type": "any"}}, {"tool_choice"}),
+            ("ollama", {"tool_choice": {"type": "auto"}}, set()),
+            ("ollama", {"messages": [user([{"type": "image", "source": {"type": "url",
+                                                                        "url": "u"}}])]},
+             {"url_image"}),
+            ("ollama", {"messages": [user([result("a", "x", is_error=True)])]}, {"is_error"}),
+            ("llama-cpp", {"messages": [user(result("a"), text("and"))]}, {"text_after_result"}),
+            ("llama-cpp", {"messages": [user([result("a")])]}, set()),
+            ("anthropic", {"messages": [user(result("a"), pdf())]}, set()),
+        ],
+    )  # fmt: skip
+    def test_what_a_server_would_lose_is_known(self, kind, fields, lost):
+        assert ogx.lost_natively(request(**fields), ogx.PROVIDER_KINDS[kind]) == lost
+
+    STREAM = (
+        b'event: message_start\ndata: {"type":"message_start","message":{"id":"m","model":"up/x",'
+        b'"usage":{"input_tokens":9}}}\n\nevent: ping\ndata: {"type":"ping"}\n\n'
+        b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":'
+        b'{"type":"text_delta","text":"\\nevent: message_stop \\"model\\":\\"x\\""}}\n\n'
+        b'event: message_delta\ndata: {"type":"message_delta","delta":{},"usage":'
+        b'{"input_tokens":9,"output_tokens":7}}\n\n'
+        b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    )
+
+    def test_a_native_stream_passes_but_for_the_models_id(self):
+        for cut in range(len(self.STREAM) + 1):
+            stream = ogx.NativeStream('a\\1"b')
+            seen = stream.feed(self.STREAM[:cut]) + stream.feed(self.STREAM[cut:])
+            assert seen == self.STREAM.replace(b"up/x", b'a\\\\1\\"b', 1), cut
+            assert stream.done and (stream.usage.input, stream.usage.output) == (9, 7)
+
+    def test_a_native_stream_is_done_only_at_its_last_event(self):
+        stream = ogx.NativeStream("m")
+        for index in range(len(self.STREAM) - 1):
+            stream.feed(self.STREAM[index : index + 1])
+            assert not stream.done
+        stream.feed(self.STREAM[-1:])
+        assert stream.done
+
+    def test_an_error_event_is_an_end_too(self):
+        stream = ogx.NativeStream("m")
+        error = b'event: error\ndata: {"type":"error","error":{"type":"x","message":"y"}}\n\n'
+        assert stream.feed(error) == error and stream.done
+
+    LLAMA = (  # seen live: tool_use without input, blocks left open and overlapping
+        {"type": "message_start", "message": {"usage": {"cache_read_input_tokens": 4,
+                                                        "input_tokens": 6}}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking",
+                                                                      "thinking": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta",
+                                                              "thinking": "hm"}},
+        {"type": "content_block_start", "index": 1, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 1, "delta": {"type": "text_delta", "text": "ok"}},
+        {"type": "content_block_start", "index": 2, "content_block": {"type": "tool_use",
+                                                                      "id": "t", "name": "A"}},
+        {"type": "content_block_delta", "index": 2, "delta": {"type": "input_json_delta",
+                                                              "partial_json": '{"x":1}'}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta",
+                                                              "signature": ""}},
+        {"type": "content_block_stop", "index": 0}, {"type": "content_block_stop", "index": 1},
+        {"type": "content_block_stop", "index": 2},
+        {"type": "message_delta", "delta": {"stop_reason": "tool_use"},
+         "usage": {"output_tokens": 3}},
+        {"type": "message_stop"},
+    )  # fmt: skip
+
+    def repaired(self, *events):
+        writer = ogx.MessageWriter(ogx.new_message("m", "m", 5))
+        translator = ogx.MessagesTranslator(writer, request(), "llama")
+        for event in events:
+            translator.feed(json.dumps(event).encode())
+        translator.end()
+        made = writer.take()
+        check_grammar(made)
+        return ogx.message_from_events(made)
+
+    def test_a_stream_that_breaks_the_grammar_is_written_anew(self):
+        message = self.repaired(*self.LLAMA)
+        assert [b.get("thinking") or b.get("text") or b["input"] for b in message["content"]] == [
+            "hm", "ok", {"x": 1}
+        ]
+        usage = message["usage"]
+        assert (usage["input_tokens"], usage["cache_read_input_tokens"], usage["output_tokens"]) \
+            == (6, 4, 3)  # fmt: skip
+
+    def test_a_whole_message_too(self):
+        message = self.repaired({
+            "type": "message", "content": [{"type": "text", "text": "a"},
+                                           {"type": "tool_use", "id": "t", "name": "A",
+                                            "input": {"x": 1}}],
+            "stop_reason": "tool_use", "usage": {"input_tokens": 6, "output_tokens": 3},
+        })  # fmt: skip
+        assert (message["content"][1]["input"], message["stop_reason"]) == ({"x": 1}, "tool_use")
+
+    @pytest.mark.parametrize(
+        ("event", "words"),
+        [({"code": 500, "message": "oops", "type": "server_error"}, "oops (from llama)"),
+         ({"type": "error", "error": {"message": "bad"}}, "bad (from llama)"),
+         ({"type": "content_block_delta", "index": 7, "delta": {"partial_json": "x"}},
+          "unknown shape"), (5, "unknown shape")],
+    )  # fmt: skip
+    def test_errors_of_such_a_stream(self, event, words):
+        assert words in refused(self.repaired, event).message
+
+    def test_such_a_stream_that_just_ends_is_an_error(self):
+        assert "before it was complete" in refused(self.repaired, *self.LLAMA[:5]).message
+
+
 class TestResponses:
     def test_each_dialect_a_row_names_exists(self):
-        kinds = [*ogx.PROVIDER_KINDS.values(), ogx.GENERIC_KIND, ogx.DEMO_KIND]
-        assert {k.dialect for k in kinds} == set(ogx.DIALECTS)
+        kinds = [*ogx.PROVIDER_KINDS.values(), ogx.DEMO_KIND]
+        assert {name for kind in kinds for name in kind.dialects} == set(ogx.DIALECTS)
 
     def test_the_demo_model_answers_honestly(self):
         with serving(ogx.DEMO_PROVIDER) as client:
@@ -1471,6 +1652,48 @@ class TestRemedies:
 
 
 class TestStore:
+    def test_values_survive_in_a_file_of_the_users_alone(self, tmp_path):
+        path = str(tmp_path / "deep" / "state.sqlite")
+        store = ogx.Store(path)
+        store.put("alias", "b", {"x": 1})
+        store.put("alias", "a", {"x": 2})
+        store.put("alias", "a", {"x": 3})
+        store.put("other", "c", [])
+        store.delete("alias", "b")  # not closed: a killed process doesn't close either
+        assert ogx.Store(path).all("alias") == {"a": {"x": 3}}
+        assert os.stat(path).st_mode & 0o777 == 0o600
+        assert os.stat(os.path.dirname(path)).st_mode & 0o777 == 0o700
+
+    @pytest.mark.parametrize("content", [b"this is no database" * 100,
+                                         b"SQLite format 3\0" + b"\xff" * 5000])  # fmt: skip
+    def test_a_corrupt_file_is_set_aside_with_a_message(self, tmp_path, caplog, content):
+        path = tmp_path / "state.sqlite"
+        path.write_bytes(content)
+        store = ogx.Store(str(path))
+        store.put("alias", "a", 1)
+        assert store.all("alias") == {"a": 1}
+        (aside,) = tmp_path.glob("state.sqlite.corrupt-*")
+        assert aside.read_bytes() == content and str(aside) in caplog.text
+
+    def test_where_the_file_cannot_be_used_things_are_kept_in_memory(self, tmp_path, caplog):
+        (tmp_path / "file").write_text("")
+        store = ogx.Store(str(tmp_path / "file" / "state.sqlite"))
+        store.put("alias", "a", 1)
+        assert store.all("alias") == {"a": 1} and "can't use the state file" in caplog.text
+
+    def test_a_write_that_fails_is_told_and_nothing_else(self, tmp_path, caplog):
+        path = str(tmp_path / "state.sqlite")
+        store, other = ogx.Store(path), sqlite3.connect(path)
+        store._database.execute("PRAGMA busy_timeout = 10")
+        other.execute("BEGIN EXCLUSIVE")
+        store.put("alias", "a", 1)
+        assert "can't write the state file" in caplog.text
+        other.close()
+
+    def test_where_the_file_is_by_default(self):
+        assert ogx.default_state_path({"XDG_STATE_HOME": "/x"}) == "/x/ogx/state.sqlite"
+        assert ogx.default_state_path({}).endswith("/.local/state/ogx/state.sqlite")
+
     def test_lessons_are_kept_by_model(self):
         lessons = ogx.Lessons()
         clamp = ogx.Lesson("clamp", "max_tokens", 5)
@@ -1482,7 +1705,8 @@ class TestStore:
 
 class TestUpstream:
     def open(self, upstream, url, body=None, **fields):
-        reply = upstream.send(provider(url=url, **fields), "POST", "/chat/completions", body or {})
+        data = json.dumps(body or {}).encode()
+        reply = upstream.send(provider(url=url, **fields), "POST", "/chat/completions", data)
         assert reply.head(5)
         return reply
 
@@ -1534,7 +1758,7 @@ class TestUpstream:
 
     def test_a_fresh_connection_that_dies_is_an_error(self):
         with FakeUpstream(lambda fake, connection: None) as fake:
-            reply = ogx.Upstream().send(provider(url=fake.url), "POST", "/x", {})
+            reply = ogx.Upstream().send(provider(url=fake.url), "POST", "/x", b"{}")
             error = refused(reply.head, 5)
         assert error.status == 502
         assert error.message.startswith(f"lost the connection to openai at {fake.url}: ")
@@ -1795,8 +2019,10 @@ class TestGateway:
         with gateway_over(answer) as (client, _):
             status, _, data = client.post(request(stream=True))
         events = read_events(data)
+        # The open text is closed: Claude Code then keeps it and goes on from there.
         assert status == 200 and [e["type"] for e in events] == [
-            "message_start", "content_block_start", "content_block_delta", "error",
+            "message_start", "content_block_start", "content_block_delta", "content_block_stop",
+            "error",
         ]  # fmt: skip
         assert "in the middle of its answer" in events[-1]["error"]["message"]
 
@@ -1868,7 +2094,213 @@ class TestGateway:
             assert client.post({**body, "model": "no"}, "/v1/messages/count_tokens")[0] == 404
         assert upstream.seen == []
 
+    # -- native passthrough
+
+    def native(self, *answers, kind="vllm", **options):
+        return gateway_over(*answers, kind=kind, native=True, **options)
+
+    def test_bytes_pass_both_ways_where_the_upstream_speaks_messages(self):
+        body = {"model": "vllm/gpt-x", "max_tokens": 9, "messages": [user("hi")], "stream": True,
+                "brand_new": {"a": [1, 2]}}  # fmt: skip
+        raw = json.dumps(body, indent=1).encode()
+        with self.native(native_stream()) as (client, upstream):
+            headers = {"anthropic_beta": "b-2030", "authorization": "Bearer client-secret"}
+            _, _, data = client.post(raw, anthropic_version="2030-01-01", **headers)
+        assert upstream.raw[0] == raw.replace(b"vllm/gpt-x", b"gpt-x")
+        path, head = upstream.heads[0]
+        assert path == "/v1/messages" and head["authorization"] == "bearer sk-secret-1234"
+        assert (head["anthropic-beta"], head["anthropic-version"]) == ("b-2030", "2030-01-01")
+        assert data == native_stream().replace(b"their/name", b"vllm/gpt-x")
+
+    def test_a_message_passes_with_the_name_that_was_asked_for(self):
+        with self.native(native_message()) as (client, upstream):
+            message = client.post(request(model="claude-haiku-4-5"))[2]
+        assert message == {**native_message(), "model": "claude-haiku-4-5"}
+        assert upstream.seen[0]["model"] == "gpt-x"
+
+    def test_anthropic_itself_is_asked_with_its_own_header(self):
+        with self.native(native_message(), kind="anthropic") as (client, upstream):
+            assert client.post(request(model="anthropic/gpt-x"))[0] == 200
+        head = upstream.heads[0][1]
+        assert head["x-api-key"] == "sk-secret-1234" and "authorization" not in head
+        assert head["anthropic-version"] == "2023-06-01"
+
+    def test_a_server_without_messages_is_translated(self):
+        with gateway_over(said(), kind="vllm") as (client, upstream):
+            assert client.post(request(model="vllm/gpt-x"))[2]["content"][0]["text"] == "Hello."
+        assert upstream.heads[0][0] == "/v1/chat/completions"
+
+    @pytest.mark.parametrize("forced", ["chat", "messages"])
+    def test_the_user_can_force_a_dialect(self, forced):
+        answer = {"chat": said(), "messages": native_message()}[forced]
+        with FakeUpstream(answer, native=forced == "chat") as upstream, serving(
+            dataclasses.replace(provider("vllm", upstream.url), dialect=forced)
+        ) as client:
+            assert client.post(request(model="vllm/gpt-x"))[0] == 200
+        assert upstream.heads[0][0] == {"chat": "/v1/chat/completions",
+                                        "messages": "/v1/messages"}[forced]  # fmt: skip
+
+    def test_a_request_that_would_lose_something_is_translated(self):
+        with self.native(said(), native_message()) as (client, upstream):
+            client.post(request(user([pdf(title="P")]), model="vllm/gpt-x"))
+            client.post(request(model="vllm/gpt-x"))
+        assert [path for path, _ in upstream.heads] == ["/v1/chat/completions", "/v1/messages"]
+        assert "The document 'P' could not be passed on" in upstream.raw[0].decode()
+
+    def test_a_native_stream_that_dies_ends_in_an_error_event(self):
+        with self.native(native_stream()[:-40]) as (client, _):
+            data = client.post(request(model="vllm/gpt-x", stream=True))[2]
+        events = read_events(data)
+        assert events[-1]["type"] == "error" and events[-2]["type"] != "message_stop"
+
+    def test_a_native_stream_is_repaired_where_the_row_says_so(self):
+        events = b"".join(map(ogx.sse_bytes, TestMessages.LLAMA))
+        with self.native(events, kind="llama-cpp") as (client, _):
+            check_grammar(read_events(client.post(request(model="llama-cpp/x", stream=True))[2]))
+
+    def test_an_error_in_anthropics_shape_passes_as_it_is(self):
+        theirs = {"type": "error", "error": {"type": "rate_limit_error", "message": "slow",
+                                             "extra": 1}, "request_id": "req_theirs"}  # fmt: skip
+        refusal = (429, theirs, {"retry-after": "3", "anthropic-ratelimit-requests-limit": "5"})
+        with self.native(refusal) as (client, _):
+            status, headers, body = client.post(request(model="vllm/gpt-x"))
+        assert (status, body, headers["retry-after"]) == (429, theirs, "3")
+        assert not [h for h in headers if "ratelimit" in h]
+
+    @pytest.mark.parametrize(
+        ("answer", "status", "words"),
+        [
+            ((401, {"error": "Unauthorized"}), 401, "Unauthorized (from vllm, model gpt-x); check"),
+            ((500, {"error": {"code": 500, "message": "oops"}}), 500, "oops (from vllm"),
+            ((400, {"type": "error", "error": {"type": "invalid_request_error", "message":
+              "This model's maximum context length is 40960 tokens. However, your prompt contains "
+              "at least 50000 input tokens, which exceeds this limit."}}), 400,
+             "prompt is too long: 50000 tokens > 40960 maximum"),
+            (b"<html><title>Hi</title></html>", 502, "sent no message but an HTML page: Hi"),
+        ],
+    )  # fmt: skip
+    def test_other_errors_are_rebuilt(self, answer, status, words):
+        with self.native(answer) as (client, _):
+            got, _, body = client.post(request(model="vllm/gpt-x"))
+        assert got == status and words in body["error"]["message"]
+
+    def test_a_key_in_a_passed_error_is_hidden(self):
+        theirs = {"type": "error", "error": {"type": "x", "message": "bad sk-secret-1234"}}
+        with self.native((403, theirs)) as (client, _):
+            assert client.post(request(model="vllm/gpt-x"))[2]["error"]["message"] == "bad ***"
+
+    def test_tokens_are_counted_by_who_can(self):
+        with self.native({"input_tokens": 77}) as (client, upstream):
+            body = {"model": "vllm/gpt-x", "messages": [user("x")]}
+            assert client.post(body, "/v1/messages/count_tokens")[2] == {"input_tokens": 77}
+            assert upstream.heads[0][0] == "/v1/messages/count_tokens"
+            assert upstream.seen[0]["model"] == "gpt-x"
+
+    def test_a_server_that_cannot_count_is_asked_once(self):
+        with self.native((404, {})) as (client, upstream):
+            for _ in range(2):
+                body = {"model": "vllm/gpt-x", "messages": [user("x")]}
+                assert 1 <= client.post(body, "/v1/messages/count_tokens")[2]["input_tokens"] < 20
+        assert len(upstream.seen) == 1
+
+    def test_comments_of_an_upstream_are_no_reason_to_leave_the_client_waiting(self):
+        def answer(fake, connection):
+            begin_stream(connection)
+            for _ in range(20):
+                send_chunk(connection, b": PROCESSING\n\n")
+                time.sleep(0.02)
+            send_chunk(connection, sse(delta(content="a"), delta("stop")))
+
+        with gateway_over(answer, tick=0.1) as (client, _):
+            data = client.post(request(stream=True))[2]
+        assert data.count(ogx.SIGN_OF_LIFE) >= 2
+
+    def test_a_provider_that_is_this_gateway_is_refused(self):
+        with serving(discover=False) as client:
+            url = f"http://127.0.0.1:{client.port}/v1"
+            client.gateway.registry.adopt([provider("openai", url)])
+            client.gateway.start_discovery()
+            assert client.gateway.discovered.wait(5)
+            problem = client.gateway.registry.problems["openai"]
+            status, _, body = client.post(request())
+        assert "a provider's base_url points back at ogx.py itself" in problem
+        assert (status, "points back" in body["error"]["message"]) == (400, True)
+
     # -- models
+
+    def test_registered_models_are_listed_replaced_and_survive(self, tmp_path):
+        path = str(tmp_path / "state.sqlite")
+        body = {"model_id": "claude-haiku-4-5-20251001", "provider_id": "openai",
+                "provider_model_id": "b", "model_type": "llm"}  # the design document's
+        with gateway_over(models="ab", store=ogx.Store(path)) as (client, upstream):
+            assert client.post({**body, "provider_model_id": "a"}, "/v1/models")[0] == 200
+            status, _, made = client.post(body, "/v1/models")
+            assert (status, made["id"]) == (200, "claude-haiku-4-5-20251001")
+            assert made["custom_metadata"]["alias_of"] == "openai/b"
+            client.post(request(model="claude-haiku-4-5-20251001"))
+            assert upstream.seen[0]["model"] == "b"
+        with gateway_over(models="ab", store=ogx.Store(path)) as (client, _):
+            ids = [e["id"] for e in client.get("/v1/models")[2]["data"]]
+            assert ids == ["openai/a", "openai/b", "claude-haiku-4-5-20251001"]
+            assert client.ask("DELETE", "/v1/models/claude-haiku-4-5-20251001")[2]["deleted"]
+            assert client.ask("DELETE", "/v1/models/claude-haiku-4-5-20251001")[0] == 404
+        with gateway_over(models="ab", store=ogx.Store(path)) as (client, _):
+            assert len(client.get("/v1/models")[2]["data"]) == 2
+
+    @pytest.mark.parametrize(
+        ("body", "status", "words"),
+        [
+            ([], 400, "expected a JSON object"),
+            ({}, 400, "model_id: field required"),
+            ({"model_id": " a"}, 400, "model_id: expected 1 to 256 characters"),
+            ({"model_id": "a\n"}, 400, "model_id: expected"),
+            ({"model_id": "\ud800"}, 400, "model_id: expected"),
+            ({"model_id": "a" * 257}, 400, "model_id: expected"),
+            ({"model_id": "a", "provider_id": "x"}, 400, "no provider 'x'; there is: openai"),
+            ({"model_id": "a", "model_type": "embedding"}, 400, 'model_type: expected "llm"'),
+            ({"model_id": "openai/gpt-x"}, 409, "is a provider's own id"),
+            ({"model_id": "a" * 256}, 200, ""),
+            ({"model_id": "ein Name/mit: Zeichen é"}, 200, ""),
+        ],
+    )  # fmt: skip
+    def test_what_may_be_registered(self, body, status, words):
+        with gateway_over() as (client, _):
+            got, _, answer = client.post(json.dumps(body).encode(), "/v1/models")
+            assert got == status and words in json.dumps(answer).replace('\\"', '"')
+
+    def test_an_alias_whose_provider_is_gone_says_so(self):
+        alias = ogx.Alias("mine", "vllm", "x")
+        with gateway_over(aliases=[alias]) as (client, _):
+            status, _, body = client.post(request(model="mine"))
+            assert [e["id"] for e in client.get("/v1/models")[2]["data"]] == ["openai/gpt-x"]
+        assert status == 404
+        assert body["error"]["message"] == "the provider 'vllm' of model 'mine' is not configured"
+
+    def test_auto_goes_past_a_provider_that_is_down(self):
+        auto = ogx.Alias("mine", "all", "auto")
+        with FakeUpstream() as one, FakeUpstream() as two, serving(
+            provider("openai", one.url), provider("groq", two.url), aliases=[auto]
+        ) as client:
+            client.post(request(model="mine"))
+            client.gateway.registry.learn("openai", None, "connection refused")
+            client.post(request(model="mine"))
+            client.gateway.registry.learn("openai", None, "")
+            client.post(request(model="mine"))
+        assert (len(one.seen), len(two.seen)) == (2, 1)
+
+    def test_a_small_loaded_context_is_told_with_what_fixes_it(self):
+        found = ogx.Model("ollama/m:8b", provider("ollama"), "m:8b")
+        loaded = {"models": [{"name": "m:8b", "context_length": 4096}]}
+        small = ogx.with_loaded_context(found, loaded)
+        assert (small.context, small.warning) == (
+            4096, "a context of 4,096 tokens is too small for Claude Code; restart it with "
+                  "OLLAMA_CONTEXT_LENGTH=64000 ollama serve",
+        )  # fmt: skip
+        assert ogx.model_entry(small)["custom_metadata"]["warning"] == small.warning
+        loaded["models"][0]["context_length"] = 65536
+        assert ogx.with_loaded_context(found, loaded).warning == ""
+        for odd in (None, [], {"models": 5}, {"models": [5]}, {"models": []}):
+            assert ogx.with_loaded_context(found, odd) == found
 
     def test_one_list_reads_as_openais_and_as_anthropics(self):
         with gateway_over(models=["gpt-x", "text-embedding-3"]) as (client, _):
@@ -1968,7 +2400,7 @@ class TestServer:
                     assert body["type"] == "error" and body["request_id"] == headers["request-id"]
                 if method == "HEAD":
                     assert body == b""
-            assert client.ask("PUT", "/v1/models")[1]["allow"] == "GET, HEAD"
+            assert client.ask("PUT", "/v1/models")[1]["allow"] == "GET, POST, HEAD"
 
     @pytest.mark.parametrize(
         ("path", "status", "words"),
@@ -2138,7 +2570,7 @@ class TestServer:
 
     def test_an_unexpected_error_is_a_500_with_the_trace_in_the_log_alone(self, caplog):
         with gateway_over() as (client, _):
-            client.gateway.count_tokens = lambda request: 1 / 0
+            client.gateway.count_tokens = lambda *_: 1 / 0
             body = {"model": "m", "messages": [user("x")]}
             status, _, answer = client.post(body, "/v1/messages/count_tokens")
             assert client.get("/v1/health")[0] == 200
@@ -2153,7 +2585,7 @@ class TestServer:
             client.post(request(max_tokens=0))
         first, second = [record.getMessage() for record in caplog.records]
         assert re.fullmatch(
-            r"req_\w+ POST /v1/messages 200 openai/gpt-x -> openai/gpt-x first [\d.]+s "
+            r"req_\w+ POST /v1/messages 200 openai/gpt-x -> openai/gpt-x by chat first [\d.]+s "
             r"total [\d.]+s in 30 cached 20 out 7 session s-1", first,
         )  # fmt: skip
         assert "400" in second and "error: max_tokens: expected at least 1, got 0" in second

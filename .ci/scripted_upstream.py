@@ -236,8 +236,8 @@ class UpstreamHandler(BaseHTTPRequestHandler):
             return self.refuse(404, f"The model `{body.get('model')}` does not exist.")
         asked, most = body.get("max_completion_tokens", 0), self.server.most_tokens
         if asked > most:
-            return self.refuse(400, f"max_tokens is too large: {asked}. This model supports at most "
-                               f"{most} completion tokens, whereas you provided {asked}.")
+            return self.refuse(400, f"max_tokens is too large: {asked}. This model supports at "
+                               f"most {most} completion tokens, whereas you provided {asked}.")
         try:
             check(body)
         except ValueError as error:

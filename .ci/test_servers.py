@@ -1,0 +1,413 @@
+"""Real upstream servers behind ogx.py: llama.cpp's llama-server and `transformers serve`.
+
+    make test-servers       installs them (.ci/servers-install) and runs this file
+
+Both serve the same tiny model (.ci/tiny_model.py), which says fixed things: what it says shows
+what reached it. One gateway stands before them: llama.cpp translated (`chat`), native (`messages`)
+and as found out (`auto`), transformers as found out. The real Claude Code and SDKs are the clients.
+OGX_PYTHON names another Python to run the gateway with, OGX_FILE another copy of it.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import anthropic
+import openai
+import pytest
+
+pytestmark = pytest.mark.servers
+
+ROOT = Path(__file__).resolve().parents[1]
+OGX = os.environ.get("OGX_FILE", str(ROOT / "ogx.py"))
+PYTHON = os.environ.get("OGX_PYTHON", sys.executable)
+SERVERS = ROOT / ".servers"
+CLAUDE_BIN = ROOT / ".clients/npm/node_modules/.bin"
+CONTEXT = 65_536
+LLAMA = ["chat/tiny", "messages/tiny", "auto/tiny"]
+MODELS = [*LLAMA, "transformers/ogx/tiny"]
+HELLO = "Hello from a tiny model \U0001f600 with bytes."
+Json = dict[str, Any]
+
+every_model = pytest.mark.parametrize("model", MODELS)
+every_llama = pytest.mark.parametrize("model", LLAMA)
+
+
+# ======== Servers and the gateway ============================================================
+
+
+class Server:
+    """A process that serves HTTP on a free loopback port, the same one whenever it is started."""
+
+    def __init__(self, folder: Path, name: str, *command: object, alive: str, **environment: str):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.command = [str(word).replace("PORT", str(self.port)) for word in command]
+        self.log, self.alive, self.folder = folder / f"{name}.log", self.url + alive, folder
+        self.environment = {**base_environment(folder), **environment}
+        self.process: Optional[subprocess.Popen[bytes]] = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                self.command, cwd=self.folder, env=self.environment, stdout=out,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+
+    def wait(self, seconds: float = 60) -> None:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        give_up = time.monotonic() + seconds
+        while True:
+            try:
+                return opener.open(self.alive, timeout=2).close()
+            except OSError:
+                hopeful = self.process.poll() is None and time.monotonic() < give_up
+                assert hopeful, f"{self.command[0]} doesn't serve:\n{self.log.read_text()[-4000:]}"
+                time.sleep(0.05)
+
+    def stop(self, how: int = signal.SIGTERM) -> None:
+        self.process.send_signal(how)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(10)
+
+    def __enter__(self) -> "Server":
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+
+def base_environment(folder: Path) -> dict[str, str]:
+    """Nothing of the developer's own, and no word to anyone but the gateway."""
+    (folder / "home").mkdir(exist_ok=True)
+    return {
+        "PATH": f"{CLAUDE_BIN}:{os.environ['PATH']}", "HOME": str(folder / "home"),
+        "LANG": "C.UTF-8", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "DISABLE_AUTOUPDATER": "1", "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }  # fmt: skip
+
+
+def llama_server(folder: Path) -> Server:
+    return Server(
+        folder, "llama", SERVERS / "llama-server", "-m", SERVERS / "tiny.gguf", "--alias", "tiny",
+        "--host", "127.0.0.1", "--port", "PORT", "--jinja", "-c", CONTEXT, "-np", 1, "--no-warmup",
+        alive="/health",
+    )  # fmt: skip
+
+
+def transformers_server(folder: Path) -> Server:
+    return Server(
+        folder, "transformers", SERVERS / "venv/bin/transformers", "serve", "ogx/tiny",
+        "--host", "127.0.0.1", "--port", "PORT", "--device", "cpu",
+        alive="/health", HF_HUB_CACHE=str(SERVERS / "hub"),
+    )  # fmt: skip
+
+
+def gateway_server(folder: Path, providers: list[Json]) -> Server:
+    config = {"version": 2, "providers": {"inference": providers}}
+    (folder / "config.json").write_text(json.dumps(config))
+    run = [PYTHON, OGX, "run", folder / "config.json", "--port", "PORT"]
+    return Server(folder, "gateway", *run, alive="/v1/health")
+
+
+def provider(provider_id: str, kind: str, server: Server, dialect: str) -> Json:
+    config = {"base_url": server.url + "/v1", "dialect": dialect}
+    return {"provider_id": provider_id, "provider_type": f"remote::{kind}", "config": config}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_settings_of_the_developer() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if re.match(r"(?i)anthropic|openai|claude|.*_proxy$", name):
+                patch.delenv(name)
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Iterator[Server]:
+    with llama_server(tmp_path_factory.mktemp("llama")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory, llama) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("gateway")
+    with transformers_server(folder) as transformers:
+        llama.wait()
+        transformers.wait(120)
+        providers = [provider(name, "llama-cpp", llama, name)
+                     for name in ("chat", "messages", "auto")]
+        other = provider("transformers", "openai-compatible", transformers, "auto")
+        with gateway_server(folder, [*providers, other]) as server:
+            server.wait()
+            yield server
+        assert "Traceback" not in server.log.read_text(), server.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def sdk(gateway) -> Iterator[anthropic.Anthropic]:
+    with sdk_for(gateway) as client:
+        yield client
+
+
+def sdk_for(gateway: Server) -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=gateway.url, api_key="any", max_retries=0, timeout=60)
+
+
+# ======== Messages ===========================================================================
+
+
+def tool(name: str, **properties: str) -> Json:
+    schema = {"type": "object", "required": list(properties),
+              "properties": {one: {"type": kind} for one, kind in properties.items()}}
+    return {"name": name, "description": "What it says.", "input_schema": schema}
+
+
+WEATHER, LOOKUP = tool("weather", city="string"), tool("lookup", q="string", n="integer")
+
+
+def ask(model: str, content: Any, max_tokens: int = 200, **more: Any) -> Json:
+    messages = [{"role": "user", "content": content}]
+    return {"model": model, "max_tokens": max_tokens, "messages": messages, **more}
+
+
+def streamed(sdk: anthropic.Anthropic, request: Json) -> tuple[anthropic.types.Message, list[Any]]:
+    """The message and its events, which are in Anthropic's order: no block overlaps another."""
+    with sdk.messages.stream(**request) as stream:
+        events = [event for event in stream if event.type.startswith(("message_", "content_"))]
+        message = stream.get_final_message()
+    kinds = " ".join(re.sub("content_block_", "", event.type) for event in events)
+    assert re.fullmatch("message_start( start( delta)* stop)* message_delta message_stop", kinds)
+    indices = [event.index for event in events if hasattr(event, "index")]
+    assert indices == sorted(indices) and set(indices) == set(range(len(message.content)))
+    return message, events
+
+
+def both_ways(sdk: anthropic.Anthropic, request: Json) -> anthropic.types.Message:
+    """The message, which is the same streamed and not, save ids and what a cache changes."""
+    message, (other, _) = sdk.messages.create(**request), streamed(sdk, request)
+    assert said(message) == said(other) and message.stop_reason == other.stop_reason
+    assert message.model == other.model == request["model"]
+    assert prompt_tokens(message) == prompt_tokens(other) > 0 < other.usage.output_tokens
+    return message
+
+
+def said(message: anthropic.types.Message) -> list[Any]:
+    """Its blocks: ("text", ...), ("thinking", ...) or (name of a tool, input). Spaces around text
+    are the servers' own affair."""
+    read = {"text": lambda b: ("text", b.text.strip()), "tool_use": lambda b: (b.name, b.input),
+            "thinking": lambda b: ("thinking", b.thinking.strip())}
+    return [read[block.type](block) for block in message.content]
+
+
+def prompt_tokens(message: anthropic.types.Message) -> int:
+    return message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
+
+
+class TestMessages:
+    @every_model
+    def test_answers_and_streams(self, sdk, model):
+        message = both_ways(sdk, ask(model, "Hello", system="Be brief."))
+        assert (said(message), message.stop_reason) == ([("text", HELLO)], "end_turn")
+        assert message.usage.output_tokens == 9
+        _, events = streamed(sdk, ask(model, "Hello"))
+        assert len([event for event in events if event.type == "content_block_delta"]) >= 3
+
+    @every_model
+    def test_shows_the_thinking_before_the_text(self, sdk, model):
+        message = both_ways(sdk, ask(model, "THINK-FIRST"))
+        assert said(message) == [("thinking", "Let me ponder this."), ("text", "Thought through.")]
+
+    @every_model
+    def test_calls_a_tool_and_reads_what_it_says(self, sdk, model):
+        request = ask(model, "ASK-WEATHER", tools=[WEATHER])
+        first = both_ways(sdk, request)
+        assert said(first) == [("text", "I look."), ("weather", {"city": "Oslo"})]
+        assert first.stop_reason == "tool_use"
+        for result, answer in (("rain", "The tool has answered."),
+                               ("42-from-the-shell", "The shell says 42.")):
+            block = {"type": "tool_result", "tool_use_id": first.content[-1].id, "content": result}
+            turns = [{"role": "assistant", "content": first.content},
+                     {"role": "user", "content": [block]}]
+            last = {**request, "messages": request["messages"] + turns}
+            assert said(both_ways(sdk, last)) == [("text", answer)]
+
+    @every_model
+    def test_shows_text_after_the_tool_results_it_follows(self, sdk, model):
+        call = {"type": "tool_use", "id": "call_1", "name": "weather", "input": {"city": "Oslo"}}
+        result = {"type": "tool_result", "tool_use_id": "call_1", "content": "rain"}
+        turns = [{"role": "assistant", "content": [call]},
+                 {"role": "user", "content": [result, {"type": "text", "text": "THINK-FIRST"}]}]
+        request = ask(model, "ASK-WEATHER", tools=[WEATHER])
+        message = sdk.messages.create(**{**request, "messages": request["messages"] + turns})
+        assert said(message)[-1] == ("text", "Thought through.")
+
+    @every_llama
+    @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "lookup"}])
+    def test_makes_the_call_that_is_demanded(self, sdk, model, choice):
+        tools = [LOOKUP] if choice["type"] == "any" else [WEATHER, LOOKUP]
+        request = ask(model, "Hello", max_tokens=500, tools=tools, tool_choice=choice)
+        message = both_ways(sdk, request)
+        assert said(message) == [("text", HELLO), ("lookup", {"q": "", "n": 0})]
+        assert message.stop_reason == "tool_use"
+
+    @every_llama
+    def test_makes_no_call_when_none_is_wanted(self, sdk, model):
+        request = ask(model, "ASK-WEATHER", tools=[WEATHER], tool_choice={"type": "none"})
+        message = sdk.messages.create(**request)
+        assert message.stop_reason == "end_turn", message
+        assert [block.type for block in message.content] == ["text"]
+
+    @every_model
+    def test_stops_at_the_limit_and_at_a_stop_sequence(self, sdk, model):
+        message = both_ways(sdk, ask(model, "TALK-ON", max_tokens=6))
+        assert (message.stop_reason, message.usage.output_tokens) == ("max_tokens", 6)
+        message = sdk.messages.create(**ask(model, "TALK-ON", stop_sequences=[", then"]))
+        assert said(message)[0][1].startswith("on and on and on and on")
+        assert message.usage.output_tokens < 10 and message.stop_reason != "max_tokens"
+
+    @every_model
+    def test_shows_a_text_document(self, sdk, model):
+        source = {"type": "text", "media_type": "text/plain", "data": "It says THINK-FIRST."}
+        content = [{"type": "document", "source": source}, {"type": "text", "text": "Hello"}]
+        assert said(sdk.messages.create(**ask(model, content)))[-1] == ("text", "Thought through.")
+
+    @every_llama
+    def test_says_that_it_sees_no_images(self, sdk, model):
+        png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVO" \
+              "RK5CYII="
+        source = {"type": "base64", "media_type": "image/png", "data": png}
+        with pytest.raises(anthropic.BadRequestError, match="image"):
+            sdk.messages.create(**ask(model, [{"type": "image", "source": source}]))
+
+    @every_model
+    def test_counts_tokens(self, sdk, model):
+        request = {key: value for key, value in ask(model, "Hello there").items()
+                   if key != "max_tokens"}
+        few = sdk.messages.count_tokens(**request).input_tokens
+        many = sdk.messages.count_tokens(**request, tools=[WEATHER, LOOKUP]).input_tokens
+        assert 1 < few < 50 < many < 500
+        if model in ("messages/tiny", "auto/tiny"):  # it has the real numbers
+            assert few == prompt_tokens(sdk.messages.create(**ask(model, "Hello there")))
+
+    @every_llama
+    def test_words_a_prompt_that_is_too_long_for_claude_code(self, sdk, model):
+        request = ask(model, "zq " * CONTEXT)
+        for call in (sdk.messages.create, lambda **one: streamed(sdk, one)):
+            with pytest.raises(anthropic.BadRequestError) as caught:
+                call(**request)
+            words = rf"prompt is too long: (\d+) tokens > {CONTEXT} maximum"
+            found = re.search(words, caught.value.message)
+            assert found and int(found[1]) > 2 * CONTEXT, caught.value.message
+
+    @every_llama
+    def test_frees_the_server_when_the_client_leaves(self, sdk, model):
+        with sdk.messages.stream(**ask(model, "TALK-ON", max_tokens=60_000)) as stream:
+            next(iter(stream.text_stream))
+        began = time.monotonic()
+        sdk.messages.create(**ask(model, "Hello"))
+        assert time.monotonic() - began < 5, "its only slot was still busy"
+
+
+# ======== Models =============================================================================
+
+
+class TestModels:
+    def test_lists_models_with_their_context(self, sdk):
+        listed = {model.id: model.max_input_tokens for model in sdk.models.list()}
+        assert listed == {**dict.fromkeys(LLAMA, CONTEXT), "transformers/ogx/tiny": None}
+        assert sdk.models.retrieve(MODELS[-1]).id == MODELS[-1]
+
+    def test_lists_models_for_openai(self, gateway):
+        with openai.OpenAI(base_url=gateway.url + "/v1", api_key="any", max_retries=0) as client:
+            assert {model.id for model in client.models.list()} == set(MODELS)
+            assert client.models.retrieve("chat/tiny").owned_by == "chat"
+
+    @pytest.mark.parametrize(("model", "path"), [
+        ("chat/tiny", "/v1/chat/completions"), ("messages/tiny", "/v1/messages"),
+        ("auto/tiny", "/v1/messages"),
+    ])  # fmt: skip
+    def test_speaks_the_right_dialect(self, sdk, llama, model, path):
+        sdk.messages.create(**ask(model, "Hello"))
+        seen = llama.log.stat().st_size
+        sdk.messages.create(**ask(model, "Hello"))
+        time.sleep(0.2)
+        lines = llama.log.read_bytes()[seen:].decode()
+        assert f"POST {path} " in lines and lines.count("POST ") == 1, lines
+
+
+# ======== A server that goes away ============================================================
+
+
+@pytest.mark.parametrize("dialect", ["chat", "messages", "auto"])
+def test_recovers_with_its_server(tmp_path, dialect):
+    upstream = llama_server(tmp_path)
+    with upstream, gateway_server(tmp_path, [provider("one", "llama-cpp", upstream, dialect)]) \
+            as gateway, sdk_for(gateway) as sdk:  # fmt: skip
+        upstream.wait()
+        gateway.wait()
+        assert said(both_ways(sdk, ask("one/tiny", "Hello"))) == [("text", HELLO)]
+        with pytest.raises((anthropic.APIStatusError, anthropic.APIConnectionError)) as broken, \
+                sdk.messages.stream(**ask("one/tiny", "TALK-ON", max_tokens=60_000)) as stream:
+            texts = iter(stream.text_stream)
+            next(texts)
+            upstream.stop(signal.SIGKILL)
+            for _ in texts:
+                pass
+        assert "one" in str(broken.value), broken.value
+        for call in (sdk.messages.create, lambda **one: streamed(sdk, one)):
+            with pytest.raises(anthropic.APIStatusError, match="can't reach one at http") as gone:
+                call(**ask("one/tiny", "Hello"))
+            assert gone.value.status_code == 502
+        upstream.start()
+        upstream.wait()
+        assert said(both_ways(sdk, ask("one/tiny", "Hello"))) == [("text", HELLO)]
+
+
+# ======== Claude Code ========================================================================
+
+
+class TestClaudeCode:
+    @pytest.fixture
+    def claude(self, gateway, tmp_path):
+        def run(model: str, prompt: str, *flags: str) -> Json:
+            done = subprocess.run(
+                [PYTHON, OGX, "connect", "claude", "--port", str(gateway.port), "--model", model,
+                 "--", "-p", prompt, "--output-format", "json", *flags],
+                cwd=tmp_path, env=base_environment(tmp_path), timeout=120, capture_output=True,
+                stdin=subprocess.DEVNULL, text=True,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout + done.stderr
+            result: Json = json.loads(done.stdout)
+            assert result["subtype"] == "success" and not result["is_error"], result
+            return result
+
+        return run
+
+    @every_model
+    def test_answers_a_question(self, claude, model):
+        result = claude(model, "Hello")
+        assert (result["result"].strip(), result["num_turns"]) == (HELLO, 1)
+        assert result["usage"]["output_tokens"] == 9
+
+    @every_model
+    def test_runs_a_shell_command_and_shows_the_model_its_output(self, claude, model):
+        result = claude(model, "RUN-SHELL", "--allowedTools", "Bash")
+        assert (result["result"].strip(), result["num_turns"]) == ("The shell says 42.", 2)
