@@ -232,6 +232,9 @@ class ProviderKind:
     cache_key: bool = False  # takes prompt_cache_key
     reasoning_echo: str = ""  # field of assistant messages that must carry the reasoning back
     stream_above: int = 0  # refuses larger output limits unless streamed
+    short_tool_ids: bool = False  # takes only ids of nine letters and digits
+    named_tool_choice: bool = True  # can be told to call one tool
+    tool_call_extra: tuple[tuple[str, Any], ...] = ()  # fields that each call of the history needs
     max_stop: int = 4
 
 
@@ -276,8 +279,8 @@ PROVIDER_KINDS = {
         ProviderKind("groq", "https://api.groq.com/openai/v1", ("GROQ_API_KEY",),
                      ("GROQ_BASE_URL",)),
         ProviderKind("bedrock",
-                     "https://bedrock-runtime.${env.AWS_REGION|AWS_DEFAULT_REGION:=us-east-2}"
-                     ".amazonaws.com/openai/v1",
+                     "https://bedrock-mantle.${env.AWS_REGION|AWS_DEFAULT_REGION:=us-east-2}"
+                     ".api.aws/v1",
                      ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN")),
         ProviderKind("azure", "", ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
                      ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
@@ -285,8 +288,11 @@ PROVIDER_KINDS = {
                      max_tokens_field="max_completion_tokens", system_anywhere=True, files=True,
                      cache_key=True),
         ProviderKind("gemini", "https://generativelanguage.googleapis.com/v1beta/openai",
-                     ("GEMINI_API_KEY", "GOOGLE_API_KEY")),
-        ProviderKind("mistral", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",)),
+                     ("GEMINI_API_KEY", "GOOGLE_API_KEY"),
+                     tool_call_extra=(("extra_content", {"google": {
+                         "thought_signature": "skip_thought_signature_validator"}}),)),
+        ProviderKind("mistral", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",),
+                     short_tool_ids=True, named_tool_choice=False),
         ProviderKind("deepseek", "https://api.deepseek.com", ("DEEPSEEK_API_KEY",),
                      default_path="", dialects=BOTH, messages_path="~/anthropic/v1/messages",
                      native_gaps=("image", "document", "search_result", "server_tool"),
@@ -1502,7 +1508,7 @@ def chat_request(request: Json, model: Model) -> Json:
     body: Json = {"model": model.upstream_id, "messages": chat_messages(request, kind, names)}
     limit = request["max_tokens"]
     body[kind.max_tokens_field] = min(limit, model.max_output) if model.max_output else limit
-    body.update(tool_fields(request, names))
+    body.update(tool_fields(request, names, kind))
     for name in ("temperature", "top_p", "top_k") if kind.top_k else ("temperature", "top_p"):
         if request.get(name) is not None:
             body[name] = request[name]
@@ -1577,8 +1583,9 @@ def assistant_message(blocks: Sequence[Json], kind: ProviderKind, names: ToolNam
     text = "\n\n".join(filter(None, (block_text(b) for b in blocks if b["type"] != "tool_use")))
     message: Json = {"role": "assistant", "content": text}
     calls = [
-        {"id": b["id"], "type": "function",
-         "function": {"name": names.there(b["name"]), "arguments": json.dumps(b["input"])}}
+        {"id": tool_call_id(b["id"], kind), "type": "function",
+         "function": {"name": names.there(b["name"]), "arguments": json.dumps(b["input"])},
+         **dict(kind.tool_call_extra)}
         for b in blocks if b["type"] == "tool_use"
     ]  # fmt: skip
     if calls:
@@ -1606,9 +1613,17 @@ def tool_messages(results: Sequence[Json], kind: ProviderKind) -> Iterator[Json]
             texts.append(f"{label} follows in the next user message.")
             attachments += [text_part(f"{label}:"), part]
         content = "\n".join(texts) or "(no output)"
-        yield {"role": "tool", "tool_call_id": result["tool_use_id"], "content": content}
+        call_id = tool_call_id(result["tool_use_id"], kind)
+        yield {"role": "tool", "tool_call_id": call_id, "content": content}
     if attachments:
         yield {"role": "user", "content": attachments}
+
+
+def tool_call_id(call_id: str, kind: ProviderKind) -> str:
+    """The id of a call as the upstream takes it."""
+    if not kind.short_tool_ids or re.fullmatch("[a-zA-Z0-9]{9}", call_id):
+        return call_id
+    return uuid.uuid5(uuid.NAMESPACE_OID, call_id).hex[:9]
 
 
 def attachment_part(block: Json, kind: ProviderKind) -> Json | None:
@@ -1667,7 +1682,7 @@ def with_plain_content(message: Json) -> Json:
     return message
 
 
-def tool_fields(request: Json, names: ToolNames) -> Json:
+def tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
     """`tools`, `tool_choice` and `parallel_tool_calls`, each only where there is a tool."""
     tools = [chat_tool(t, names) for t in request.get("tools") or () if is_client_tool(t)]
     if not tools:
@@ -1680,7 +1695,11 @@ def tool_fields(request: Json, names: ToolNames) -> Json:
             fields["tool_choice"] = {"any": "required"}.get(choice["type"], choice["type"])
         elif names.there(choice["name"]) in known:
             function = {"name": names.there(choice["name"])}
-            fields["tool_choice"] = {"type": "function", "function": function}
+            fields["tool_choice"] = "required"
+            if kind.named_tool_choice:
+                fields["tool_choice"] = {"type": "function", "function": function}
+            else:
+                fields["tools"] = [t for t in tools if t["function"]["name"] == function["name"]]
         if choice.get("disable_parallel_tool_use"):
             fields["parallel_tool_calls"] = False
     return fields
@@ -1810,7 +1829,10 @@ class ChatTranslator:
     def _error(self, data: bytes) -> OgxError:
         """An error inside a stream; its `code` may be the status it would have had."""
         refusal = refusal_from_body(500, data)
-        if refusal.code.isdigit() and 400 <= int(refusal.code) <= 599:
+        status = dict_or_empty(json.loads(data)["error"]).get("status_code")  # Groq's
+        if isinstance(status, int):
+            refusal = replace(refusal, status=status)
+        elif refusal.code.isdigit() and 400 <= int(refusal.code) <= 599:
             refusal = replace(refusal, status=int(refusal.code))
         elif "rate_limit" in refusal.code:
             refusal = replace(refusal, status=429)
@@ -1902,6 +1924,7 @@ def usage_from_chat(usage: Json) -> Usage:
     read = details.get("cached_tokens") or usage.get("prompt_cache_hit_tokens") or 0
     written = details.get("cache_write_tokens") or 0
     prompt, output = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    output = max(output, (usage.get("total_tokens") or 0) - prompt)  # xAI counts reasoning apart
     return Usage(max(0, prompt - read - written), output, read, written)
 
 
@@ -2697,7 +2720,11 @@ class Upstream:
         key = (provider.verify, provider.ca_file)
         with self._lock:
             if key not in self._tls:
-                context = ssl.create_default_context(cafile=provider.ca_file or None)
+                try:
+                    context = ssl.create_default_context(cafile=provider.ca_file or None)
+                except OSError as error:
+                    words = f"can't read its ca_file {provider.ca_file}: {error.strerror or error}"
+                    raise OgxError(502, f"{provider.id}: {words}") from None
                 if not provider.verify:
                     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
                 self._tls[key] = context

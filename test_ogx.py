@@ -19,6 +19,7 @@ import shlex
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import sysconfig
@@ -214,7 +215,9 @@ class FakeUpstream:
                     status, listing = 200, {"data": [{"id": m} for m in self.models]}
                     if isinstance(self.models[0], int):
                         status, listing = self.models
-                    send(connection, status, json.dumps(listing).encode(), "application/json")
+                    if not isinstance(listing, bytes):
+                        listing = json.dumps(listing).encode()
+                    send(connection, status, listing, "application/json")
                     continue
                 if body == b"{}" and line.split()[1].endswith("/messages"):
                     send(connection, 400 if self.native else 404, b"{}", "application/json")
@@ -514,14 +517,29 @@ class TestProviders:
             ("TOGETHER_API_KEY", "k", "together", "https://api.together.ai/v1"),
             ("GROQ_API_KEY", "k", "groq", "https://api.groq.com/openai/v1"),
             ("AWS_BEARER_TOKEN_BEDROCK", "k", "bedrock",
-             "https://bedrock-runtime.us-east-2.amazonaws.com/openai/v1"),
+             "https://bedrock-mantle.us-east-2.api.aws/v1"),
             ("AWS_BEDROCK_BEARER_TOKEN", "k", "bedrock",
-             "https://bedrock-runtime.us-east-2.amazonaws.com/openai/v1"),
+             "https://bedrock-mantle.us-east-2.api.aws/v1"),
             ("GEMINI_API_KEY", "k", "gemini",
              "https://generativelanguage.googleapis.com/v1beta/openai"),
             ("MISTRAL_API_KEY", "k", "mistral", "https://api.mistral.ai/v1"),
             ("DEEPSEEK_API_KEY", "k", "deepseek", "https://api.deepseek.com"),
             ("OPENROUTER_API_KEY", "k", "openrouter", "https://openrouter.ai/api/v1"),
+            ("ANTHROPIC_API_KEY", "k", "anthropic", "https://api.anthropic.com/v1"),
+            ("MOONSHOT_API_KEY", "k", "moonshot", "https://api.moonshot.ai/v1"),
+            ("CEREBRAS_API_KEY", "k", "cerebras", "https://api.cerebras.ai/v1"),
+            ("XAI_API_KEY", "k", "xai", "https://api.x.ai/v1"),
+            ("NVIDIA_API_KEY", "k", "nvidia", "https://integrate.api.nvidia.com/v1"),
+            ("SAMBANOVA_API_KEY", "k", "sambanova", "https://api.sambanova.ai/v1"),
+            ("ZAI_API_KEY", "k", "zai", "https://api.z.ai/api/paas/v4"),
+            ("MINIMAX_API_KEY", "k", "minimax", "https://api.minimax.io/v1"),
+            ("LM_STUDIO_URL", "localhost:1234", "lm-studio", "http://localhost:1234/v1"),
+            ("LLAMA_CPP_URL", "http://h:8080", "llama-cpp", "http://h:8080/v1"),
+            ("SGLANG_URL", "http://h:30000", "sglang", "http://h:30000/v1"),
+            ("AZURE_OPENAI_ENDPOINT", "https://me.openai.azure.com", "azure",
+             "https://me.openai.azure.com/openai/v1"),
+            ("AZURE_API_BASE", "https://me.openai.azure.com/openai/v1/", "azure",
+             "https://me.openai.azure.com/openai/v1"),
         ],
     )  # fmt: skip
     def test_a_variable_the_user_has_switches_its_provider_on(
@@ -529,6 +547,52 @@ class TestProviders:
     ):
         built = ogx.config_from_json(ogx.starter_config(), "starter", {variable: value})
         assert [(p.id, p.base_url) for p in built.providers] == [(provider_id, base_url)]
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "base_url"),
+        [
+            ("GROQ_BASE_URL", "https://api.groq.com", "https://api.groq.com/openai/v1"),
+            ("GROQ_BASE_URL", "https://eu.test/openai/v1/", "https://eu.test/openai/v1"),
+            ("AWS_REGION", "eu-west-1", "https://bedrock-mantle.eu-west-1.api.aws/v1"),
+            ("AWS_DEFAULT_REGION", "eu-west-1", "https://bedrock-mantle.eu-west-1.api.aws/v1"),
+        ],
+    )  # fmt: skip
+    def test_vendors_own_variables_change_the_url(self, variable, value, base_url):
+        environ = {variable: value, "GROQ_API_KEY": "k", "AWS_BEARER_TOKEN_BEDROCK": "k"}
+        built = ogx.config_from_json(ogx.starter_config(), "starter", environ)
+        assert base_url in [p.base_url for p in built.providers]
+
+    def test_anthropic_base_url_is_never_an_upstream(self):
+        environ = {"ANTHROPIC_API_KEY": "k", "ANTHROPIC_BASE_URL": "http://localhost:8321"}
+        (built,) = ogx.config_from_json(ogx.starter_config(), "starter", environ).providers
+        assert built.base_url == "https://api.anthropic.com/v1"
+
+    @pytest.mark.parametrize(
+        ("kind", "base_url", "url"),
+        [  # where each native server has its Messages API (facts/providers.md A5)
+            ("vllm", "http://h:8000/v1", "http://h:8000/v1/messages"),
+            ("ollama", "http://h:11434/v1", "http://h:11434/v1/messages"),
+            ("anthropic", "", "https://api.anthropic.com/v1/messages"),
+            ("fireworks", "", "https://api.fireworks.ai/inference/v1/messages"),
+            ("openrouter", "", "https://openrouter.ai/api/v1/messages"),
+            ("deepseek", "", "https://api.deepseek.com/anthropic/v1/messages"),
+            ("moonshot", "", "https://api.moonshot.ai/anthropic/v1/messages"),
+            ("zai", "", "https://api.z.ai/api/anthropic/v1/messages"),
+            ("minimax", "", "https://api.minimax.io/anthropic/v1/messages"),
+        ],
+    )  # fmt: skip
+    def test_where_the_messages_api_is(self, kind, base_url, url):
+        row = ogx.PROVIDER_KINDS[kind]
+        owner = ogx.Provider("x", row, base_url or row.base_url)
+        assert owner.url(ogx.request_path("messages", row)) == url
+
+    def test_any_other_server_by_its_url(self):
+        for kind, dialects in (("openai-compatible", ("chat",)), ("messages", ("messages",))):
+            entry = {"provider_id": "mine", "provider_type": f"remote::{kind}",
+                     "config": {"base_url": "http://h:1"}}  # fmt: skip
+            tree = {"providers": {"inference": [entry]}}
+            (built,) = ogx.config_from_json(tree, "f", {}).providers
+            assert (built.base_url, built.kind.dialects) == ("http://h:1/v1", dialects)
 
     def test_a_key_is_never_shown(self):
         assert "sk-secret" not in repr(provider())
@@ -594,6 +658,12 @@ class TestConfig:
              "models[0].provider_id: expected a configured provider (all), got \"nope\""),
             ({"registered_resources": {"models": [{"model_id": "m", "model_type": "embedding"}]}},
              'models[0].model_type: expected "llm"'),
+            ({"providers": {"inference": [{"provider_id": "a", "provider_type": "remote::openai",
+                                           "config": {"dialect": "latin"}}]}},
+             'config.dialect: expected "auto", "messages" or "chat", got "latin"'),
+            ({"providers": {"inference": [{"provider_id": "a", "provider_type": "remote::openai",
+                                           "config": {"verify": "maybe"}}]}},
+             "config.verify: expected true or false"),
             ({"server": {"port": 70000}},
              "my.json: server.port: expected a port from 0 to 65535, got 70000"),
             ({"server": {"discover_local": 3}}, "server.discover_local: expected true or false"),
@@ -720,13 +790,43 @@ class TestRegistry:
     def test_only_llms_are_listed_from_every_shape(self, payload, ids):
         assert [m.upstream_id for m in ogx.models_from_list(provider(), payload)] == ids
 
+    # Real ids of providers' lists (November 2026).
+    LLMS = """gpt-4o gpt-4.1-mini gpt-5.4 gpt-5.6-terra gpt-6-astra o3 o4-mini chatgpt-4o-latest
+        gpt-oss-120b openai/gpt-oss-20b llama-3.3-70b-versatile meta-llama/Llama-4-Scout-17B
+        qwen/qwen3-32b Qwen/Qwen3-8B Qwen/Qwen3-Coder-480B-A35B-Instruct-FP8 moonshotai/Kimi-K2
+        deepseek-v4-pro deepseek-flash deepseek-ai/DeepSeek-R1 mistral-large-latest codestral-2508
+        devstral-medium magistral-medium-latest gemini-3-pro gemini-2.5-flash claude-opus-5-5
+        claude-haiku-4-5-20251001 accounts/fireworks/models/glm-4p6 grok-4 grok-code-fast-1
+        nvidia/llama-3.3-nemotron-super-49b-v1 amazon.nova-2-lite-v1:0 google/gemma-3-27b-it
+        microsoft/phi-4 z-ai/glm-4.6 MiniMax-M2 inkling-1 llama3.3:70b qwen3:8b"""
+    OTHERS = """text-embedding-3-large text-embedding-ada-002 nomic-embed-text:latest bge-m3
+        BAAI/bge-reranker-v2-m3 rerank-english-v3.0 whisper-1 whisper-large-v3-turbo
+        gpt-4o-transcribe tts-1 gpt-4o-mini-tts playai-tts canopylabs/orpheus-v1-english
+        gpt-4o-audio-preview gpt-realtime dall-e-3 gpt-image-1 imagen-4.0-generate-001
+        black-forest-labs/FLUX.1-schnell stable-diffusion-3.5 sora-2 veo-3.0-generate-001
+        omni-moderation-latest meta-llama/Llama-Guard-4-12B mistral-ocr-latest
+        mistral-moderation-latest gemini-embedding-001 lyria-3-clip-preview nova-canvas-v1
+        all-minilm:33m intfloat/e5-large-v2 jina-embeddings-v3 voyage-3-large davinci-002
+        babbage-002 o3-deep-research gpt-4o-search-preview computer-use-preview
+        gemini-2.5-flash-image"""
+
+    def test_names_tell_where_no_field_does(self):
+        names = (self.LLMS + " " + self.OTHERS).split()
+        entries = [{"id": upstream_id, "object": "model"} for upstream_id in names]
+        found = [m.upstream_id for m in ogx.models_from_list(provider(), {"data": entries})]
+        assert found == self.LLMS.split()
+
     @pytest.mark.parametrize(
         ("entry", "context", "output"),
         [
             ({"max_model_len": 40960}, 40960, None),  # vLLM
             ({"context_window": 131072, "max_completion_tokens": 8192}, 131072, 8192),  # Groq
             ({"context_length": 9, "top_provider": {"max_completion_tokens": 5}}, 9, 5),
-            ({"meta": {"n_ctx": 16384}}, 16384, None),  # llama.cpp
+            ({"meta": {"n_ctx": 16384, "n_ctx_train": 40960}}, 16384, None),  # llama.cpp
+            ({"max_input_tokens": 200000, "max_tokens": 64000}, 200000, 64000),  # Anthropic
+            ({"context_length": 131072, "max_output_length": 8192}, 131072, 8192),  # Cerebras
+            ({"max_context_length": 32768}, 32768, None),  # Mistral
+            ({"loaded_context_length": 8192, "max_context_length": 32768}, 8192, None),  # LM Studio
             ({"context_length": "9"}, None, None),
         ],
     )
@@ -1160,6 +1260,27 @@ class TestChat:
         messages = chat(request(*turns), "deepseek")["messages"]
         assert [m.get("reasoning_content") for m in messages] == ["hm", None, " "]
 
+    def test_nine_character_ids_where_they_are_demanded(self):
+        turns = [assistant(call("toolu_1"), call("abcDEF123")),
+                 user(result("toolu_1"), result("abcDEF123"))]  # fmt: skip
+        one, *answers = chat(request(*turns), "mistral")["messages"]
+        ids = [c["id"] for c in one["tool_calls"]]
+        assert ids == [m["tool_call_id"] for m in answers] and ids[1] == "abcDEF123"
+        assert re.fullmatch("[a-zA-Z0-9]{9}", ids[0])
+
+    def test_where_no_tool_can_be_named_only_that_one_is_sent(self):
+        body = chat(request(tools=[tool("A"), tool("B")],
+                            tool_choice={"type": "tool", "name": "B"}), "mistral")  # fmt: skip
+        assert body["tool_choice"] == "required"
+        assert [t["function"]["name"] for t in body["tools"]] == ["B"]
+
+    def test_gemini_gets_the_signature_that_stands_for_none(self):
+        turns = [assistant([call("a")]), user([result("a")])]
+        (made,) = chat(request(*turns), "gemini")["messages"][0]["tool_calls"]
+        assert made["extra_content"] == {
+            "google": {"thought_signature": "skip_thought_signature_validator"}
+        }
+
     def test_tools(self):
         schema = {"$schema": "s", "properties": {"a": {"type": "string"}}, "required": ["a"]}
         body = chat(request(tools=[{"name": "A", "description": "d", "input_schema": schema},
@@ -1275,6 +1396,28 @@ class TestChat:
         usage = folded(delta(content="Hel"), delta(content="lo"), delta("stop"))["usage"]
         assert (usage["input_tokens"], usage["output_tokens"]) == (5, 3)
 
+    @pytest.mark.parametrize(
+        ("usage", "counts"),
+        [
+            ({"prompt_tokens": 9, "completion_tokens": 3}, (9, 3, 0, 0)),
+            ({"prompt_tokens": 9, "completion_tokens": 3,
+              "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 2}},
+             (3, 3, 4, 2)),  # OpenAI
+            ({"prompt_tokens": 9, "completion_tokens": 3, "prompt_cache_hit_tokens": 4},
+             (5, 3, 4, 0)),  # DeepSeek
+            ({"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 20},
+             (9, 11, 0, 0)),  # xAI
+            ({"prompt_tokens": None, "completion_tokens": None}, (0, 0, 0, 0)),
+        ],
+    )  # fmt: skip
+    def test_usage_of_every_provider(self, usage, counts):
+        made = ogx.usage_from_chat(usage)
+        assert (made.input, made.output, made.cache_read, made.cache_written) == counts
+
+    def test_groqs_usage_comes_in_a_field_of_its_own(self):
+        chunk = {**delta("stop", content="x"), "x_groq": {"usage": USAGE}}
+        assert folded(chunk)["usage"]["output_tokens"] == 7
+
     @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
     def test_reasoning_is_thinking(self, name):
         message = folded(delta(**{name: "h"}), delta(**{name: "m"}), delta(content="ok"),
@@ -1373,6 +1516,8 @@ class TestChat:
         [
             (b'{"error":{"message":"busy","code":429}}', 429, "busy"),  # OpenRouter
             (b'{"error":{"message":"slow","type":"rate_limit_exceeded"}}', 429, "slow"),
+            (b'{"error":{"message":"bad call","code":"tool_use_failed","status_code":400}}', 400,
+             "bad call"),  # Groq
             (b'{"error":"odd"}', 500, "odd"),
             (b"<oops", 502, "o sent no JSON but <oops"),
             (b"[1]", 502, "sent a chunk of unknown shape: [1]"),
@@ -1703,6 +1848,27 @@ class TestStore:
         assert lessons.of(model(upstream_id="other")) == ()
 
 
+# For localhost and 127.0.0.1, signed by itself, good until 2126.
+LOCALHOST_PEM = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg6J0sSlQNb3ekMm3g
+QKpDYBE/bLw80B3wuc7Ju06xdA+hRANCAARPm5IakoYDGCine9Y//5A/aQ0oruI7
+masXm11t6avx4H/IFGiciVnciyPQlvoQOtcSaErJK8wSBg1USJKVL7Bb
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBmjCCAUGgAwIBAgIUewup9NCGA0DrgMU0StkoSaZhevQwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMjE4NDQwM1oYDzIxMjYxMDI5
+MTg0NDAzWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARPm5IakoYDGCine9Y//5A/aQ0oruI7masXm11t6avx4H/IFGiciVnc
+iyPQlvoQOtcSaErJK8wSBg1USJKVL7Bbo28wbTAdBgNVHQ4EFgQUZmtk9yvu5uti
+FzHHbnfFSI4cIugwHwYDVR0jBBgwFoAUZmtk9yvu5utiFzHHbnfFSI4cIugwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDRwAwRAIgLCtmnP0jOC7VCCsKCJjkcJSuSGy2rbytwp5aiQz7YZwCIAZB
+Gm4tK1ielNhErNKc7zYEntNmsx5T/oVbRICuZJhZ
+-----END CERTIFICATE-----
+"""
+
+
 class TestUpstream:
     def open(self, upstream, url, body=None, **fields):
         data = json.dumps(body or {}).encode()
@@ -1830,6 +1996,53 @@ class TestUpstream:
             url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
             error = refused(ogx.Upstream().send, provider(url=url), "GET", "/")
         assert error.status == 502 and "is the URL's https right?" in error.message
+
+    @pytest.fixture
+    def tls_url(self, tmp_path):
+        """An HTTPS server with a certificate that no public authority signed, and that file."""
+        path = tmp_path / "localhost.pem"
+        path.write_text(LOCALHOST_PEM)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path)
+
+        def serve():
+            while True:
+                try:
+                    plain, _ = listener.accept()
+                except OSError:
+                    return
+                with contextlib.suppress(OSError), context.wrap_socket(
+                    plain, server_side=True
+                ) as connection:
+                    connection.recv(65536)
+                    send(connection, 200, b'{"tls": true}', "application/json")
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=serve, daemon=True).start()
+            yield f"https://127.0.0.1:{listener.getsockname()[1]}/v1", str(path)
+            listener.shutdown(socket.SHUT_RDWR)
+
+    def test_certificates_are_verified(self, tls_url, monkeypatch):
+        monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+        error = refused(ogx.Upstream().send, provider(url=tls_url[0]), "GET", "/")
+        assert error.status == 502
+        assert "TLS certificate was not accepted (self" in error.message
+
+    @pytest.mark.parametrize("way", ["ca_file", "SSL_CERT_FILE", "verify"])
+    def test_a_private_authority_can_be_named_and_verification_switched_off(
+        self, tls_url, monkeypatch, way
+    ):
+        url, ca_file = tls_url
+        fields = {"ca_file": {"ca_file": ca_file}, "verify": {"verify": False}}.get(way, {})
+        if way == "SSL_CERT_FILE":
+            monkeypatch.setenv(way, ca_file)
+        owner = dataclasses.replace(provider(url=url), **fields)
+        assert ogx.Upstream().json(owner, "/models", 5) == {"tls": True}
+
+    def test_a_ca_file_that_cannot_be_read_is_named(self, tls_url):
+        owner = dataclasses.replace(provider(url=tls_url[0]), ca_file="/no/such.pem")
+        error = refused(ogx.Upstream().send, owner, "GET", "/")
+        assert "can't read its ca_file /no/such.pem" in error.message
 
     def test_loopback_never_goes_through_a_proxy(self, monkeypatch):
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
@@ -2363,6 +2576,36 @@ class TestGateway:
                 assert client.post(request(model="claude-haiku-4-5"))[0] == 200
                 status, _, body = client.post(request(model="vllm/m"))
         assert status == 502 and "can't reach vllm" in body["error"]["message"]
+
+    @pytest.mark.parametrize(
+        ("answer", "problem"),
+        [
+            ((401, {"error": {"message": "Incorrect key sk-secret-1234"}}),
+             "Incorrect key *** (from {url}/models, HTTP 401)"),
+            ((404, {"detail": "Not Found"}), "Not Found (from {url}/models, HTTP 404)"),
+            ((200, "<html>"), "its list holds no LLM"),
+            ((200, {"data": [{"id": "bge-m3"}]}), "its list holds no LLM"),
+            ((200, {"data": {"a": 1}}), "its list holds no LLM"),
+            (["é/ü:1 (x)", "a/b/c:d", "a/b/c:d"], ""),
+            ([f"model-{i}" for i in range(5000)], ""),
+        ],
+    )  # fmt: skip
+    def test_any_list_gives_the_right_line_and_never_takes_others_down(self, answer, problem):
+        with FakeUpstream(models=answer) as odd, FakeUpstream() as good, serving(
+            provider("groq", odd.url), provider("openai", good.url)
+        ) as client:
+            told = client.gateway.registry.problems.get("groq", "")
+            assert told == problem.format(url=odd.url)
+            ids = [e["id"] for e in client.get("/v1/models")[2]["data"]]
+            assert ids[-1] == "openai/gpt-x" and len(set(ids)) == len(ids)
+            assert client.post(request(model=ids[0]))[0] == 200
+
+    def test_a_page_instead_of_a_list_is_called_so(self):
+        with FakeUpstream(models=(200, b"<html><title>Sign in</title></html>")) as fake:
+            error = refused(ogx.Upstream().json, provider(url=fake.url), "/models", 5)
+        assert error.message == (
+            f"expected JSON from {fake.url}/models, got an HTML page: Sign in"
+        )
 
     def test_a_request_that_comes_before_the_lists_waits_for_them(self):
         with gateway_over(discover=False) as (client, _):

@@ -40,8 +40,8 @@ LINES = {
 }  # fmt: skip
 WORDS = {"THINK-FIRST": "think", "ASK-WEATHER": "weather", "RUN-SHELL": "shell",
          "TALK-ON": "endless"}  # fmt: skip
-PREFERENCE = {END: 4.0, CALL: 3.5, '"': 3.0, "}": 2.5, "]": 2.0, "0": 1.0, "\\": -2.0}
-SPACES = "ĠĊĉč"  # as byte-level tokens spell them; never preferred, since grammars allow many
+PREFERENCE = {END: 9.0, CALL: 7.0, '"': 5.0, "}": 4.0, "]": 3.0, "0": 2.0, "\\": -2.0}
+SPACES = "ĠĊĉč"  # as byte-level tokens spell them
 
 TEMPLATE = """\
 {%- macro said(m) -%}
@@ -132,8 +132,9 @@ def weights(tokenizer: Tokenizer, width: int = 128) -> tuple[np.ndarray, np.ndar
     embedding = np.zeros((size, width), np.float32)
     output = np.zeros((size, width), np.float32)
     embedding[:, 0] = 1
-    spaces = {text: -2.0 for text in tokenizer.get_vocab() if not text.strip(SPACES)}
-    for text, value in {**PREFERENCE, **spaces}.items():
+    tails = {text: -2.0 for text in tokenizer.get_vocab()  # grammars allow any number of them
+             if text.strip(SPACES)[:1] in ("", ",")}
+    for text, value in {**PREFERENCE, **tails}.items():
         output[tokenizer.token_to_id(text), 0] = value
     for state, (token, following) in enumerate(pairs, 1):
         embedding[token, state] = 1
