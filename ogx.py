@@ -48,6 +48,7 @@ import ipaddress
 import json
 import logging
 import os
+import random
 import re
 import select
 import shlex
@@ -111,6 +112,7 @@ class OgxError(Exception):
         self.headers = dict(headers or {})
         self.details = details
         self.raw = raw  # the body as an upstream that speaks Messages wrote it
+        self.refusal: Refusal | None = None  # the upstream's own words, where it said some
 
     def without(self, secret: str) -> OgxError:
         """This error with a key hidden that an upstream may have quoted."""
@@ -189,7 +191,9 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
         told["x-should-retry"] = "false"
     if status < 400:
         status = 502
-    return OgxError(status, f"{refusal.message} (from {origin})", kind, told)
+    error = OgxError(status, f"{refusal.message} (from {origin})", kind, told)
+    error.refusal = refusal
+    return error
 
 
 # ======== Providers ==========================================================================
@@ -227,6 +231,7 @@ class ProviderKind:
     # Quirks of its chat completions.
     max_tokens_field: str = "max_tokens"
     system_anywhere: bool = False  # takes a system message after the first user message
+    images: bool = True
     files: bool = False  # takes `file` parts (PDF)
     top_k: bool = False
     cache_key: bool = False  # takes prompt_cache_key
@@ -361,11 +366,13 @@ STARTER_ALIASES = (
 
 @dataclass(frozen=True)
 class Alias:
-    """A registered model id: provider_id may be "all", provider_model_id "auto"."""
+    """A registered model id: provider_id may be "all", provider_model_id "auto". `targets` are
+    ids of models in the order they are tried, where it names several."""
 
     model_id: str
     provider_id: str
     provider_model_id: str
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -377,6 +384,8 @@ class Config:
     aliases: tuple[Alias, ...]
     tiers: Mapping[str, str]  # tier -> model id, from ANTHROPIC_DEFAULT_*_MODEL
     discover_local: bool = True
+    retries: int = 3  # of a request that failed before its first event
+    retry_seconds: float = 5.0  # of waiting between them in all
 
 
 def starter_config() -> Json:
@@ -417,7 +426,7 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
     root = Node(expanded(tree, environ, source), source)
     root.only("version", "distro_name", "providers", "registered_resources", "server")
     server = root.child("server")
-    server.only("host", "port", "discover_local")
+    server.only("host", "port", "discover_local", "retries", "retry_seconds")
     entries = root.child("providers").items("inference")
     providers = [p for p in (provider_from_node(entry) for entry in entries) if p]
     for index, provider in enumerate(providers):
@@ -438,6 +447,8 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
         tuple(aliases),
         {tier: model for tier, model in tiers.items() if model},
         server.flag("discover_local", True),
+        int(server.number("retries", 3)),
+        server.number("retry_seconds", 5.0),
     )
 
 
@@ -505,6 +516,12 @@ class Node:
             raise self.wrong(key, "true or false", value)
         return value
 
+    def number(self, key: str, default: float) -> float:
+        value = self.value(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
+            raise self.wrong(key, "a number that isn't negative", value)
+        return float(value)
+
     def child(self, key: str) -> Node:
         return Node(self.value(key, {}), self.path(key))
 
@@ -570,6 +587,11 @@ def alias_from_node(node: Node, provider_ids: set[str]) -> Alias:
     if provider_id != "all" and provider_id not in provider_ids:
         expected = ", ".join(sorted(provider_ids | {"all"}))
         raise node.wrong("provider_id", f"a configured provider ({expected})", provider_id)
+    targets = node.fields.get("provider_model_id")
+    if isinstance(targets, list):
+        if not targets or not all(isinstance(t, str) and t for t in targets):
+            raise node.wrong("provider_model_id", "a model's id or a list of them", targets)
+        return Alias(node.text("model_id"), "all", targets[0], tuple(targets))
     return Alias(node.text("model_id"), provider_id, node.text("provider_model_id", "auto"))
 
 
@@ -620,6 +642,11 @@ class Model:
     context: int | None = None  # tokens
     max_output: int | None = None  # tokens
     warning: str = ""  # what keeps it from working well
+
+    @property
+    def served(self) -> str:
+        """The id its provider lists it by, whatever it was asked as."""
+        return f"{self.provider.id}/{self.upstream_id}"
 
     @property
     def origin(self) -> str:
@@ -733,6 +760,17 @@ class Registry:
         except OgxError:
             return None
 
+    def chain(self, model_id: str) -> list[Model]:
+        """The models to try for an id, in order; OgxError(404) when there is none."""
+        alias = self.aliases.get(model_id)
+        if alias is None or not alias.targets:
+            return [self.resolve(model_id)]
+        found = [self._named(t) or self._routed(t) for t in alias.targets]
+        models = [replace(model, id=model_id) for model in found if model]
+        if not models:
+            raise OgxError(404, f"no provider serves a target of model '{model_id[:200]}'")
+        return models
+
     def resolve(self, model_id: str) -> Model:
         """The model that serves an id; OgxError(404) when none does.
 
@@ -746,6 +784,8 @@ class Registry:
         if alias and alias.provider_id not in (*self.providers, "all"):
             gone = alias.provider_id
             raise OgxError(404, f"the provider '{gone}' of model '{wanted}' is not configured")
+        if alias and alias.targets:
+            return self.chain(wanted)[0]
         found = self._named(wanted) or self._by_tier(wanted) or self._automatic(wanted)
         if found is None:
             found = self._routed(wanted)
@@ -1005,6 +1045,11 @@ def registered_alias(body: Any, registry: Registry) -> Alias:
     """The alias that a POST /v1/models asks for; OgxError 400 or 409."""
     if not isinstance(body, dict):
         raise OgxError(400, f"the request body: expected a JSON object, got {kind_of(body)}")
+    targets = body.get("provider_model_id")
+    if isinstance(targets, list):
+        if not targets or not all(isinstance(t, str) and t for t in targets):
+            raise OgxError(400, "provider_model_id: expected a model's id or a list of them")
+        body = {**body, "provider_model_id": targets[0]}
     for name in ("model_id", "provider_id", "provider_model_id", "model_type"):
         expect(body, name, str, required=name == "model_id")
     model_id = body["model_id"]
@@ -1021,7 +1066,9 @@ def registered_alias(body: Any, registry: Registry) -> Alias:
         raise OgxError(400, f"provider_id: no provider '{provider_id[:100]}'; there is: {known}")
     if any(model.id == model_id for model in registry.models()):
         raise OgxError(409, f"model_id: '{model_id}' is a provider's own id")
-    return Alias(model_id, provider_id, body.get("provider_model_id") or "auto")
+    if isinstance(targets, list):
+        return Alias(model_id, "all", targets[0], tuple(targets))
+    return Alias(model_id, provider_id, targets or "auto")
 
 
 def blocks_of(content: Any) -> list[Json]:
@@ -1629,7 +1676,7 @@ def tool_call_id(call_id: str, kind: ProviderKind) -> str:
 def attachment_part(block: Json, kind: ProviderKind) -> Json | None:
     """The chat part for an image or a PDF; None for what must become text."""
     source = block.get("source") or {}
-    if block["type"] == "image" and source["type"] in ("base64", "url"):
+    if block["type"] == "image" and source["type"] in ("base64", "url") and kind.images:
         return {"type": "image_url", "image_url": {"url": data_url(source)}}
     if block["type"] == "document" and source["type"] == "base64" and kind.files:
         name = str(block.get("title") or "document")
@@ -1730,15 +1777,13 @@ def conversation_key(request: Json) -> str:
 
 
 def reasoning_effort(request: Json) -> str | None:
-    """OpenAI's effort: `output_config.effort` down to the three steps that every reasoning model
-    takes, else from the thinking budget; None leaves the model's default."""
+    """OpenAI's effort: `output_config.effort`, else by the thinking budget; None leaves the
+    model's default. What a model doesn't take is learned from its refusal."""
     effort = (request.get("output_config") or {}).get("effort")
-    if effort:
-        return "low" if effort == "low" else "medium" if effort == "medium" else "high"
     thinking = request.get("thinking") or {}
     budget = thinking.get("budget_tokens")
-    if thinking.get("type") != "enabled" or not isinstance(budget, int):
-        return None
+    if effort or thinking.get("type") != "enabled" or not isinstance(budget, int):
+        return effort or None
     return "low" if budget <= 2048 else "medium" if budget <= 8192 else "high"
 
 
@@ -2179,8 +2224,8 @@ def request_path(dialect: str, kind: ProviderKind) -> str:
 
 @dataclass(frozen=True)
 class Lesson:
-    """One change to every request for a model: `clamp` a number field to a value, `rename` a
-    field to a value, `drop` it or `set` it. `field` is a key of the request's top level."""
+    """One change to every request for a model. `field` is a key of the request, or for the action
+    `row` a field of its ProviderKind; see ACTIONS."""
 
     action: str
     field: str
@@ -2192,21 +2237,55 @@ class Lesson:
         return f"{self.action} {self.field}{value}"
 
 
+EFFORT_LADDER = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+# What each action does to a field that the request has.
+ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "clamp": min,
+    "raise": max,
+    "truncate": lambda items, count: items[:count],
+    "limit": lambda effort, most: min(effort, most, key=EFFORT_LADDER.index),
+    "unschema": lambda tools, keyword: without_keyword(tools, keyword),
+    "again": lambda value, _: value,
+}
+
+
 def with_lessons(body: Json, lessons: Iterable[Lesson]) -> Json:
     """The request body after what was learned."""
     body = dict(body)
     for lesson in lessons:
         if lesson.action == "set":
             body[lesson.field] = lesson.value
-        elif lesson.field not in body:
+        elif lesson.action == "row" or lesson.field not in body:
             continue
         elif lesson.action == "drop":
             del body[lesson.field]
         elif lesson.action == "rename":
             body[lesson.value] = body.pop(lesson.field)
-        elif lesson.action == "clamp":
-            body[lesson.field] = min(body[lesson.field], lesson.value)
+        else:
+            body[lesson.field] = ACTIONS[lesson.action](body[lesson.field], lesson.value)
     return body
+
+
+def taught_model(model: Model, lessons: Iterable[Lesson]) -> Model:
+    """The model with its provider's row as it was learned to be."""
+    fields = {lesson.field: lesson.value for lesson in lessons if lesson.action == "row"}
+    if not fields:
+        return model
+    kind = replace(model.provider.kind, **fields)
+    return replace(model, provider=replace(model.provider, kind=kind))
+
+
+def without_keyword(tree: Any, keyword: str) -> Any:
+    """A JSON schema without a keyword, wherever it stands as one."""
+    if isinstance(tree, list):
+        return [without_keyword(item, keyword) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {
+        name: {k: without_keyword(v, keyword) for k, v in value.items()}
+        if name == "properties" and isinstance(value, dict) else without_keyword(value, keyword)
+        for name, value in tree.items() if name != keyword
+    }  # fmt: skip
 
 
 LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
@@ -2246,21 +2325,50 @@ OVERFLOWS = tuple(map(re.compile, (
     r"request \((?P<prompt>\d+) tokens\) exceeds the available context size \((?P<limit>\d+)",
     r"Current length is (?P<prompt>\d+) while limit is (?P<limit>\d+)",
     r"maximum prompt length is (?P<limit>\d+) but the request contains (?P<prompt>\d+)",
+    r"Request too large for model.*Limit (?P<limit>\d+), Requested (?P<prompt>\d+)",
     r"Prompt contains (?P<prompt>\d+) tokens.*?(?P<limit>\d+) maximum context length",
     r"context_length_exceeded|exceeds the context window|[Ii]nput is too long|"
     r"exceed_context_size|maximum context length|prompt is too long",
 )))  # fmt: skip
 
 
-def lesson_from_refusal(refusal: Refusal, body: Json) -> Lesson | None:
+def lesson_from_refusal(refusal: Refusal, body: Json, model: Model) -> Lesson | None:
     """What to change so that the same request is accepted; None when nothing is known to help."""
-    if refusal.status not in (400, 404, 413, 422):
+    if refusal.status not in (400, 404, 413, 422, 500):
         return None
-    for remedy in REMEDIES:
+    words = f"{refusal.message} {refusal.param}"  # some gateways move the sentence into `param`
+    kind = model.provider.kind
+    for pattern, row_field, value in ROW_REMEDIES:
+        if pattern.search(words) and getattr(kind, row_field) != value:
+            return Lesson("row", row_field, value)
+    for remedy in REMEDIES if refusal.status != 500 else ():
         lesson = remedy(refusal, body)
-        if lesson and with_lessons(body, [lesson]) != body:
+        if lesson and (lesson.action == "again" or with_lessons(body, [lesson]) != body):
             return lesson
     return None
+
+
+# Words that tell how a server differs from the row it was configured under: the row is put right.
+ROW_REMEDIES: tuple[tuple[re.Pattern[str], str, Any], ...] = (
+    # Mistral, and servers with mistral-common
+    (re.compile(r"Tool call id was .* must be a-z"), "short_tool_ids", True),
+    # DeepSeek, Moonshot
+    (re.compile(r"reasoning_content.{0,60}(must be passed back|is missing)"),
+     "reasoning_echo", "reasoning_content"),
+    # Groq, when reasoning was echoed
+    (re.compile(r"property '(reasoning\w*)' is unsupported"), "reasoning_echo", ""),
+    # chat templates of Qwen and others
+    (re.compile(r"[Ss]ystem message must be (at|the) (the )?(beginning|first)"),
+     "system_anywhere", False),
+    # OpenAI, vLLM, Groq, Ollama
+    (re.compile(r"(does not|doesn't|n[o']t) support image|image_url is only supported|"
+                r"At most 0 image|image input is not supported|missing data required for image|"
+                r"mmproj", re.I), "images", False),
+    (re.compile(r"(file|document|pdf).{0,40}not supported|'?type'?: ?'?file'?.{0,60}invalid|"
+                r"Invalid value: 'file'|unknown part type: file", re.I), "files", False),
+    (re.compile(r"thought_signature"), "tool_call_extra", (("extra_content", {"google": {
+        "thought_signature": "skip_thought_signature_validator"}}),)),
+)  # fmt: skip
 
 
 def renamed_limit(refusal: Refusal, body: Json) -> Lesson | None:
@@ -2297,6 +2405,68 @@ def no_reasoning_with_tools(refusal: Refusal, body: Json) -> Lesson | None:
     return Lesson("set", "reasoning_effort", "none")
 
 
+def lower_effort(refusal: Refusal, body: Json) -> Lesson | None:
+    """`Unsupported value: 'reasoning_effort' does not support 'max' with this model. Supported
+    values are: 'low', 'medium', and 'high'.`: the highest of those that isn't above what was
+    asked, else a step down the ladder."""
+    words, asked = f"{refusal.message} {refusal.param}", body.get("reasoning_effort")
+    if asked not in EFFORT_LADDER[1:] or not re.search(r"effort", words):
+        return None
+    rank = EFFORT_LADDER.index(asked)
+    quoted = set(re.findall(r"[`'\"](\w+)[`'\"]", words)) - {asked}
+    told = [effort for effort in EFFORT_LADDER[1:] if effort in quoted]
+    lower = [w for w in told if EFFORT_LADDER.index(w) < rank]
+    if lower:
+        return Lesson("limit", "reasoning_effort", lower[-1])
+    if told:
+        return Lesson("set", "reasoning_effort", told[0])
+    if not UNSUPPORTED.search(words) or "Unsupported parameter" in words or rank <= 2:
+        return None
+    return Lesson("limit", "reasoning_effort", EFFORT_LADDER[rank - 1])
+
+
+def raised_limit(refusal: Refusal, body: Json) -> Lesson | None:
+    """`integer below minimum value. Expected a value >= 16, but got 1 instead.`"""
+    match = re.search(r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)",
+                      refusal.message)  # fmt: skip
+    name = next((n for n in LIMIT_FIELDS if n in body), None)
+    least = int(match.group(1)) if match else 0
+    if not 0 < least <= 64 or name is None or "token" not in f"{refusal.message} {refusal.param}":
+        return None
+    return Lesson("raise", name, least)
+
+
+def fewer_tools(refusal: Refusal, body: Json) -> Lesson | None:
+    """`Invalid 'tools': array too long. Expected an array with maximum length 128`"""
+    match = re.search(r"tools.{0,60}(?:maximum length|at most|maximum of) (\d+)", refusal.message)
+    return Lesson("truncate", "tools", int(match.group(1))) if match else None
+
+
+def plainer_schema(refusal: Refusal, body: Json) -> Lesson | None:
+    """A keyword of JSON schema that a tool's schema may not have: `Invalid schema for function
+    'X': ... 'propertyNames' is not permitted`, or a path such as parameters.properties.a.format."""
+    words = f"{refusal.message} {refusal.param}"
+    if "tools" not in body or not re.search(r"schema|parameters|function_declarations", words):
+        return None
+    named = re.findall(r"\w+", words)
+    keyword = next((w for w in SCHEMA_KEYWORDS if w in named), None)
+    return Lesson("unschema", "tools", keyword) if keyword else None
+
+
+# Keywords that constrain without being needed to fill in a call.
+SCHEMA_KEYWORDS = ("propertyNames", "exclusiveMinimum", "exclusiveMaximum", "additionalProperties",
+                   "patternProperties", "pattern", "format", "default", "const", "minLength",
+                   "maxLength", "minItems", "maxItems", "uniqueItems", "minimum", "maximum",
+                   "$schema", "title", "examples")  # fmt: skip
+
+
+def garbled_call(refusal: Refusal, body: Json) -> Lesson | None:
+    """Groq's `tool_use_failed`: the model wrote a call that the provider couldn't read."""
+    if refusal.code == "tool_use_failed" or "tool call validation failed" in refusal.message:
+        return Lesson("again", "messages", keep=False)
+    return None
+
+
 def dropped_field(refusal: Refusal, body: Json) -> Lesson | None:
     """`Unsupported value: 'temperature' does not support 0.2`, `property 'x' is unsupported`."""
     if not UNSUPPORTED.search(refusal.message + " " + refusal.code):
@@ -2312,8 +2482,13 @@ REMEDIES: tuple[Callable[[Refusal, Json], Lesson | None], ...] = (
     renamed_limit,
     clamped_limit,
     room_left,
+    raised_limit,
     no_reasoning_with_tools,
+    lower_effort,
+    fewer_tools,
+    garbled_call,
     dropped_field,
+    plainer_schema,
 )
 
 
@@ -2336,8 +2511,9 @@ def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxErr
 # ======== Above this line nothing does I/O ===================================================
 
 # ======== Store ==============================================================================
-# What must outlive the process: models registered over the API, in a sqlite file of one table. It
-# never stops serving: where the file can't be used, things are kept in memory and the log says so.
+# What must outlive the process, models registered over the API and lessons, in a sqlite file of one
+# table. It never stops serving: where the file can't be used, things are kept in memory and the log
+# says so.
 
 
 class Store:
@@ -2417,21 +2593,50 @@ def default_state_path(environ: Mapping[str, str]) -> str:
 
 
 class Lessons:
-    """Lessons by provider and upstream id, for the life of the process; safe for threads."""
+    """Lessons by model, kept in the store until they are LESSON_DAYS old; safe for threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._lock = threading.Lock()
-        self._lessons: dict[tuple[str, str], tuple[Lesson, ...]] = {}
+        self._lessons: dict[str, tuple[Lesson, ...]] = {}
+        oldest = time.time() - LESSON_DAYS * 86400
+        for key, entries in store.all("lessons").items():
+            fresh = [e["lesson"] for e in entries if e["at"] > oldest]
+            self._lessons[key] = tuple(lesson_from_json(fields) for fields in fresh)
 
     def of(self, model: Model) -> tuple[Lesson, ...]:
-        return self._lessons.get((model.provider.id, model.upstream_id), ())
+        return self._lessons.get(model.served, ())
 
     def add(self, model: Model, lesson: Lesson) -> None:
-        key = (model.provider.id, model.upstream_id)
+        """Keep a lesson; one about the same field takes the place of the older one."""
+        if not lesson.keep:
+            return
         with self._lock:
-            known = self._lessons.get(key, ())
-            if lesson.keep and lesson not in known:
-                self._lessons[key] = (*known, lesson)
+            same = (lesson.action, lesson.field)
+            known = [k for k in self._lessons.get(model.served, ()) if (k.action, k.field) != same
+                     or lesson.action == "unschema"]  # fmt: skip
+            self._lessons[model.served] = (*known, lesson)
+            now = time.time()
+            entries = [{"at": now, "lesson": asdict(kept)} for kept in (*known, lesson)]
+        self._store.put("lessons", model.served, entries)
+
+    def forget(self, model: Model) -> bool:
+        """Whether there was something to forget."""
+        with self._lock:
+            known = self._lessons.pop(model.served, ())
+        self._store.delete("lessons", model.served)
+        return bool(known)
+
+
+LESSON_DAYS = 30
+
+
+def lesson_from_json(fields: Json) -> Lesson:
+    """A lesson as it was kept; JSON made lists of its tuples."""
+    value = fields["value"]
+    if isinstance(value, list):
+        fields = {**fields, "value": tuple(tuple(item) for item in value)}
+    return Lesson(**fields)
 
 
 # ======== Upstream ===========================================================================
@@ -2947,7 +3152,9 @@ class SocketReply(Reply):
 # One method per endpoint. messages() is the one way through: resolve the model, translate, send,
 # learn from a refusal and send again, translate what comes back. Clients' keys stop here.
 
-MAX_REQUESTS = 5  # to the upstream for one request of a client
+MAX_REQUESTS = 5  # to one upstream for one request of a client: remedies and retries together
+BACKOFF = 0.3  # seconds before the first retry, doubled for each further one
+REST = 30.0  # seconds for which a failed target of a chain is tried last
 TICK = 10.0  # seconds of silence after which the client gets a sign of life
 LIST_TIMEOUT = 5.0  # for a provider's model list
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of an answer that isn't streamed
@@ -2983,9 +3190,11 @@ class Gateway:
         self.store = store or Store()
         self.registry = Registry(config)
         for fields in self.store.all("alias").values():
-            self.registry.register(Alias(**fields))
+            self.registry.register(Alias(**{**fields, "targets": tuple(fields["targets"])}))
         self.upstream = upstream or Upstream()
-        self.lessons = Lessons()
+        self.lessons = Lessons(self.store)
+        self.backoff = BACKOFF
+        self._resting: dict[str, float] = {}  # model that failed -> until when it is tried last
         self.tick = tick
         self.discovered = threading.Event()
         self._stopped = threading.Event()
@@ -3002,57 +3211,110 @@ class Gateway:
         iterator closes the upstream's connection.
         """
         exchange.asked = request["model"][:200]
-        model = self._resolved(request["model"])
-        exchange.served = f"{model.provider.id}/{model.upstream_id}"
+        chain = self._chain(request["model"])
         since = time.monotonic()
-        try:
-            for piece in self._answer(model, request, raw, exchange, watch):
-                now = time.monotonic()
-                if piece or now - since >= self.tick * 0.9:
-                    yield piece or None
-                    since = now
-        except OgxError as error:
-            raise error.without(model.provider.api_key) from None
+        for place, model in enumerate(chain, 1):
+            answered = False
+            try:
+                for piece in self._tried(model, request, raw, exchange, watch):
+                    answered = answered or bool(piece)
+                    now = time.monotonic()
+                    if piece or now - since >= self.tick * 0.9:
+                        yield piece or None
+                        since = now
+                return
+            except OgxError as error:
+                error.without(model.provider.api_key)
+                if len(chain) > 1 and is_passing(error):
+                    self._resting[model.served] = time.monotonic() + REST
+                if answered or place == len(chain) or not is_passing(error):
+                    raise
+                log.warning("%s: %s failed: %s; trying %s", exchange.request_id, model.served,
+                            error.message, chain[place].served)  # fmt: skip
 
-    def _answer(
+    def _chain(self, model_id: str) -> list[Model]:
+        """The models to try, those that failed lately at the end; while the first lists are still
+        on their way, wait for them."""
+        try:
+            chain = self.registry.chain(model_id)
+        except OgxError:
+            if self.discovered.is_set():
+                raise
+            self.discovered.wait(LIST_TIMEOUT)
+            chain = self.registry.chain(model_id)
+        now = time.monotonic()
+        return sorted(chain, key=lambda model: self._resting.get(model.served, 0.0) > now)
+
+    def _tried(
         self, model: Model, request: Json, raw: bytes, exchange: Exchange,
         watch: socket.socket | None,
     ) -> Iterator[bytes | None]:  # fmt: skip
-        provider, name = model.provider, self._dialect_of(model, request)
-        dialect, path = DIALECTS[name], request_path(name, model.provider.kind)
-        exchange.dialect = name
-        if not dialect.native:
-            refuse_untranslatable(request)
-        body = with_lessons(dialect.request(request, model), self.lessons.of(model))
+        """One model's answer, its refusals remedied and its failures retried."""
+        exchange.served = model.served
+        lessons = list(self.lessons.of(model))
+        waited, retries, again = 0.0, 0, False
         for attempt in range(1, MAX_REQUESTS + 1):
-            data = with_model(raw, request, body) if dialect.native else None
-            headers = exchange.headers if dialect.native else {}
-            reply = self.upstream.send(provider, "POST", path, data or json_bytes(body), headers)
+            answered = False
+            taught = taught_model(model, lessons)
+            name = exchange.dialect = self._dialect_of(taught, request)
+            if not DIALECTS[name].native:
+                refuse_untranslatable(request)
+            body = with_lessons(DIALECTS[name].request(request, taught), lessons)
             try:
-                # Made while the upstream works: counting takes a while for a long conversation.
-                translator = new_translator(dialect, request, model)
-                while not reply.head(self.tick, watch):
-                    yield None
-                if reply.status == 200:
-                    if dialect.native and not provider.kind.native_repair:
-                        yield from self._handed_on(reply, request, exchange, watch)
-                        return
-                    events = self._translated(reply, translator, watch)
-                    yield from answer_bytes(events, exchange.stream)
-                    exchange.usage = translator.usage
-                    return
+                for piece in self._answer(taught, name, request, body, raw, exchange, watch):
+                    answered = answered or bool(piece)
+                    yield piece
+                return
+            except OgxError as error:
+                if answered or attempt == MAX_REQUESTS:
+                    raise
+                lesson = error.refusal and lesson_from_refusal(error.refusal, body, taught)
+                pause = pause_before(error, retries, self.backoff)
+                if lesson and not (again and lesson.action == "again"):
+                    again = again or lesson.action == "again"
+                    lessons.append(lesson)
+                    self.lessons.add(model, lesson)
+                    log.info("%s: %s refused: %s; sent again after: %s", exchange.request_id,
+                             model.served, error.message[:200], lesson)  # fmt: skip
+                    continue
+                config = self.config
+                if pause is None or retries == config.retries or (
+                    waited + pause > config.retry_seconds
+                ):
+                    raise
+                log.info("%s: %s failed: %s; trying again in %.1f s", exchange.request_id,
+                         model.served, error.message[:200], pause)  # fmt: skip
+                pause_unless_closed(pause, watch)
+                waited, retries = waited + pause, retries + 1
+
+    def _answer(
+        self, model: Model, name: str, request: Json, body: Json, raw: bytes, exchange: Exchange,
+        watch: socket.socket | None,
+    ) -> Iterator[bytes | None]:  # fmt: skip
+        """What one request to the upstream brings."""
+        dialect, kind = DIALECTS[name], model.provider.kind
+        data = with_model(raw, request, body) if dialect.native else None
+        headers = exchange.headers if dialect.native else {}
+        reply = self.upstream.send(model.provider, "POST", request_path(name, kind),
+                                   data or json_bytes(body), headers)  # fmt: skip
+        try:
+            # Made while the upstream works: counting takes a while for a long conversation.
+            translator = new_translator(dialect, request, model)
+            while not reply.head(self.tick, watch):
+                yield None
+            if reply.status != 200:
                 answer = whole_body(reply)
-            finally:
-                reply.release()
-            refusal = refusal_from_body(reply.status, answer)
-            lesson = lesson_from_refusal(refusal, body) if attempt < MAX_REQUESTS else None
-            if lesson is None:
+                refusal = refusal_from_body(reply.status, answer)
                 raise refused_error(refusal, request, model, reply.headers,
                                     answer if dialect.native else b"")  # fmt: skip
-            self.lessons.add(model, lesson)
-            body = with_lessons(body, [lesson])
-            log.info("%s refused: %s; sent again after: %s", exchange.served,
-                     refusal.message[:200], lesson)  # fmt: skip
+            if dialect.native and not kind.native_repair:
+                yield from self._handed_on(reply, request, exchange, watch)
+                return
+            events = self._translated(reply, translator, watch)
+            yield from answer_bytes(events, exchange.stream)
+            exchange.usage = translator.usage
+        finally:
+            reply.release()
 
     def _translated(
         self, reply: Reply, translator: ChatTranslator | MessagesTranslator,
@@ -3116,19 +3378,9 @@ class Gateway:
             words = readable_text(whole[:2000].decode("utf-8", "replace"))
             raise OgxError(502, f"{exchange.served} sent no message but {words}") from None
 
-    def _resolved(self, model_id: str) -> Model:
-        """The model for an id; while the first lists are still on their way, wait for them."""
-        try:
-            return self.registry.resolve(model_id)
-        except OgxError:
-            if self.discovered.is_set():
-                raise
-        self.discovered.wait(LIST_TIMEOUT)
-        return self.registry.resolve(model_id)
-
     def count_tokens(self, request: Json, exchange: Exchange) -> Json:
         """{"input_tokens": N}: by the upstream where it counts for free, else an estimate."""
-        model = self._resolved(request["model"])
+        model = self._chain(request["model"])[0]
         name = self._dialect_of(model, request)
         if DIALECTS[name].native and self.registry.counts.get(model.provider.id, True):
             path = request_path(name, model.provider.kind) + "/count_tokens"
@@ -3174,12 +3426,12 @@ class Gateway:
     def tiers(self) -> dict[str, str]:
         """The provider's model behind each tier that has one: {"haiku": "openai/gpt-...", ...}."""
         models = ((tier, self.registry.tier_model(tier)) for tier in TIERS)
-        return {tier: f"{m.provider.id}/{m.upstream_id}" for tier, m in models if m}
+        return {tier: m.served for tier, m in models if m}
 
     def model(self, model_id: str) -> Json:
         """The entry of a listed model, an alias or a tier's id. Other ids of a provider are routed
         when asked, but whether they exist only the provider knows."""
-        return self._entry(self._resolved(model_id))
+        return self._entry(self._chain(model_id)[0])
 
     def register(self, body: Any) -> Json:
         """Register a model id of the user's own, or register it anew; its entry."""
@@ -3194,9 +3446,11 @@ class Gateway:
         }  # fmt: skip
 
     def unregister(self, model_id: str) -> Json:
-        """Forget a registered id."""
+        """Forget a registered id or, for a provider's own model, what was learned about it."""
         if model_id not in self.registry.aliases:
-            raise OgxError(404, f"no model '{model_id[:200]}' is registered here")
+            if not self.lessons.forget(self.registry.resolve(model_id)):
+                raise OgxError(404, f"nothing was registered or learned for '{model_id[:200]}'")
+            return {"id": model_id, "object": "model", "deleted": True}
         self.registry.unregister(model_id)
         self.store.delete("alias", model_id)
         return {"id": model_id, "object": "model", "deleted": True}
@@ -3206,7 +3460,11 @@ class Gateway:
         known = next((m for m in listed if m.upstream_id == model.upstream_id), None)
         if known is None:
             raise OgxError(404, f"model '{model.id[:200]}' is not listed by {model.provider.id}")
-        return model_entry(model, "" if model.id == known.id else known.id)
+        entry = model_entry(model, "" if model.id == known.id else known.id)
+        learned = [str(lesson) for lesson in self.lessons.of(model)]
+        if learned:
+            entry["custom_metadata"]["learned"] = learned
+        return entry
 
     def _alias_entry(self, alias_id: str) -> Json:
         """The entry of an alias; {} while nothing serves it."""
@@ -3352,6 +3610,7 @@ def refused_error(
     if "prompt is too long" not in refusal.message:
         overflow = overflow_error(refusal, estimated_tokens(request), model.context)
         if overflow:
+            overflow.refusal = refusal  # there may be room for less output
             return overflow
     error = upstream_error(refusal, model.origin, headers)
     if native and is_anthropic_error(native):
@@ -3360,6 +3619,36 @@ def refused_error(
         hint = " or ".join(model.provider.kind.key_vars) or "api_key"
         error.message += f"; check {hint} where ogx.py runs"
     return error
+
+
+PASSING = (408, 429, 500, 502, 503, 504, 529)  # statuses of failures that another try may not meet
+
+
+def is_passing(error: OgxError) -> bool:
+    """Whether another upstream, or the same one later, may do better."""
+    return error.status in PASSING or error.status == 402 or error.type == "billing_error"
+
+
+def pause_before(error: OgxError, retries: int, backoff: float) -> float | None:
+    """Seconds before a request is sent again; None when that is no use, or up to the client."""
+    if error.status not in PASSING or error.headers.get("x-should-retry") == "false":
+        return None
+    if error.status == 504 and error.refusal is None:  # our own time limit: it was long enough
+        return None
+    told = error.headers.get("retry-after", "")
+    if re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", told):
+        return float(told)
+    return None if told else backoff * 2**retries * random.uniform(0.8, 1.2)
+
+
+def pause_unless_closed(seconds: float, watch: socket.socket | None) -> None:
+    """Wait; OgxError(CLIENT_GONE) as soon as the client has left."""
+    if watch is not None and readable_sockets([watch], seconds):
+        if is_closed(watch):
+            raise OgxError(CLIENT_GONE, "the client closed the connection")
+        time.sleep(seconds)
+    elif watch is None:
+        time.sleep(seconds)
 
 
 def upstream_items(
@@ -3809,6 +4098,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "anthropic-version": ANTHROPIC_VERSION,
             **headers,
         }
+        if self.exchange.served:
+            fields["x-ogx-served"] = re.sub(r"[^\x21-\x7e]", "?", self.exchange.served)
         if self.close_connection:
             fields["connection"] = "close"
         lines = [f"HTTP/1.1 {status} {reason}", *(f"{k}: {v}" for k, v in fields.items()), "", ""]

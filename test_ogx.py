@@ -308,14 +308,16 @@ def native_message(words="Hello."):
     return ogx.message_from_events(read_events(native_stream(words)))
 
 
-def config(*providers, aliases=(), tiers=None):
-    return ogx.Config("test", "127.0.0.1", 0, providers, tuple(aliases), tiers or {})
+def config(*providers, aliases=(), tiers=None, retries=0):
+    return ogx.Config("test", "127.0.0.1", 0, providers, tuple(aliases), tiers or {},
+                      retries=retries)  # fmt: skip
 
 
 @contextlib.contextmanager
 def serving(*providers, tick=ogx.TICK, discover=True, store=None, **options):
     """A client of a running gateway over the given providers."""
     gateway = ogx.Gateway(config(*providers, **options), tick=tick, store=store)
+    gateway.backoff = 0.001
     server = ogx.Server(gateway, "127.0.0.1", 0)
     server.start(poll=0.01)
     if discover:
@@ -666,6 +668,7 @@ class TestConfig:
              "config.verify: expected true or false"),
             ({"server": {"port": 70000}},
              "my.json: server.port: expected a port from 0 to 65535, got 70000"),
+            ({"server": {"retries": -1}}, "server.retries: expected a number that isn't negative"),
             ({"server": {"discover_local": 3}}, "server.discover_local: expected true or false"),
         ],
     )  # fmt: skip
@@ -1346,14 +1349,14 @@ class TestChat:
         ("upstream_id", "fields", "effort"),
         [
             ("gpt-5.4", {"output_config": {"effort": "low"}}, "low"),
-            ("gpt-5.4", {"output_config": {"effort": "max"}}, "high"),
+            ("gpt-5.4", {"output_config": {"effort": "max"}}, "max"),
             ("o3", {"thinking": {"type": "enabled", "budget_tokens": 2048}}, "low"),
             ("o3", {"thinking": {"type": "enabled", "budget_tokens": 8192}}, "medium"),
             ("o3", {"thinking": {"type": "enabled", "budget_tokens": 31999}}, "high"),
             ("o3", {"thinking": {"type": "adaptive"}}, None),
             ("o3", {"thinking": {"type": "disabled"}}, None),
             ("gpt-4o", {"output_config": {"effort": "high"}}, None),
-            ("openai/gpt-oss-120b", {"output_config": {"effort": "xhigh"}}, "high"),
+            ("openai/gpt-oss-120b", {"output_config": {"effort": "xhigh"}}, "xhigh"),
             ("Qwen/Qwen3-8B", {"output_config": {"effort": "low"}}, "low"),
             ("Qwen/Qwen3-Coder-30B", {"output_config": {"effort": "low"}}, None),
         ],
@@ -1740,28 +1743,98 @@ class TestRemedies:
         ("Function tools with reasoning_effort are not supported for gpt-5.6-terra in "
          "/v1/chat/completions. To use function tools, use /v1/responses or set reasoning_effort "
          "to 'none'.", {}, "set reasoning_effort to none"),
+        ("Unsupported value: 'reasoning_effort' does not support 'max' with this model. Supported "
+         "values are: 'low', 'medium', and 'high'.", {"reasoning_effort": "max"},
+         "limit reasoning_effort to high"),
+        ("Unsupported value: 'reasoning_effort' does not support 'low' with this model. Supported "
+         "values are: 'medium', 'high', and 'xhigh'.", {"reasoning_effort": "low"},
+         "set reasoning_effort to medium"),
+        ("`reasoning_effort` must be one of `none` or `default`", {"reasoning_effort": "high"},
+         "None"),  # Groq's Qwen; dropped by the words below
+        ("reasoning_effort 'xhigh' is not supported", {"reasoning_effort": "xhigh"},
+         "limit reasoning_effort to high"),
+        ("Unsupported parameter: 'reasoning_effort' is not supported with this model.",
+         {"reasoning_effort": "high"}, "drop reasoning_effort"),
+        ("Invalid 'max_output_tokens': integer below minimum value. Expected a value >= 16, but "
+         "got 1 instead.", {"max_tokens": 1}, "raise max_tokens to 16"),
+        ("Invalid 'tools': array too long. Expected an array with maximum length 128, but got an "
+         "array with length 150 instead.", {"tools": [1] * 150}, "truncate tools to 128"),
+        ("Invalid schema for function 'X': 'propertyNames' is not permitted.",
+         {"tools": [{"function": {"parameters": {"propertyNames": {}}}}]},
+         "unschema tools to propertyNames"),
+        ('{"detail":[{"type":"extra_forbidden","loc":["body","stream_options"],"msg":"Extra inputs '
+         'are not permitted"}]}', {"stream_options": {}}, "drop stream_options"),  # Mistral
         ("messages: something else entirely", LIMIT, "None"),
     )  # fmt: skip
 
     @pytest.mark.parametrize(("words", "body", "lesson"), CASES)
     def test_what_a_refusal_teaches(self, words, body, lesson):
-        assert str(ogx.lesson_from_refusal(ogx.Refusal(400, words), body)) == lesson
+        made = ogx.lesson_from_refusal(ogx.Refusal(400, words), body, model("openrouter"))
+        assert str(made) == lesson
+
+    @pytest.mark.parametrize(
+        ("words", "row", "status"),
+        [
+            ("Tool call id was call_1 but must be a-z, A-Z, 0-9, with a length of 9.",
+             "short_tool_ids to True", 400),
+            ("Tool call id was call_1 but must be a-z, A-Z, 0-9, with a length of 9.",
+             "short_tool_ids to True", 500),  # local servers with mistral-common
+            ("The `reasoning_content` in the thinking mode must be passed back to the API.",
+             "reasoning_echo to reasoning_content", 400),  # DeepSeek
+            ("System message must be at the beginning.", "system_anywhere to False", 400),
+            ("m does not support image input", "images to False", 400),
+            ("At most 0 image(s) may be provided in one prompt.", "images to False", 400),  # vLLM
+            ("Function call is missing a thought_signature in functionCall parts.",
+             "tool_call_extra to (('extra_content', ", 400),  # Gemini
+        ],
+    )  # fmt: skip
+    def test_words_put_the_row_right_whatever_it_was_configured_as(self, words, row, status):
+        found = model("openai")
+        lesson = ogx.lesson_from_refusal(ogx.Refusal(status, words), {}, found)
+        assert str(lesson).startswith(f"row {row}")
+        taught = ogx.taught_model(found, [lesson])
+        assert ogx.lesson_from_refusal(ogx.Refusal(status, words), {}, taught) is None
+        assert found.provider.kind is ogx.PROVIDER_KINDS["openai"]
+
+    def test_reasoning_that_was_echoed_and_refused_is_left_out(self):
+        words = "'messages.2' : property 'reasoning_content' is unsupported"  # Groq
+        lesson = ogx.lesson_from_refusal(ogx.Refusal(400, words), {}, model("deepseek"))
+        assert (lesson.field, lesson.value) == ("reasoning_echo", "")
+
+    @pytest.mark.parametrize(
+        ("lesson", "before", "after"),
+        [
+            (("clamp", "n", 5), {"n": 9}, {"n": 5}), (("clamp", "n", 5), {"n": 3}, {"n": 3}),
+            (("raise", "n", 16), {"n": 1}, {"n": 16}), (("raise", "n", 16), {}, {}),
+            (("limit", "e", "high"), {"e": "max"}, {"e": "high"}),
+            (("limit", "e", "high"), {"e": "low"}, {"e": "low"}),
+            (("truncate", "t", 2), {"t": [1, 2, 3]}, {"t": [1, 2]}),
+            (("drop", "a"), {"a": 1, "b": 2}, {"b": 2}), (("set", "a", 1), {}, {"a": 1}),
+            (("rename", "a", "b"), {"a": 1}, {"b": 1}),
+            (("unschema", "t", "format"),
+             {"t": [{"properties": {"format": {"type": "string", "format": "date"}}}]},
+             {"t": [{"properties": {"format": {"type": "string"}}}]}),
+        ],
+    )  # fmt: skip
+    def test_what_a_lesson_does(self, lesson, before, after):
+        assert ogx.with_lessons(before, [ogx.Lesson(*lesson)]) == after
 
     def test_the_parameter_named_beside_the_words_counts(self):
         refusal = ogx.Refusal(400, "Unsupported value.", "unsupported_value", "top_p")
-        assert str(ogx.lesson_from_refusal(refusal, {"top_p": 1, "stop": ["x"]})) == "drop top_p"
+        made = ogx.lesson_from_refusal(refusal, {"top_p": 1, "stop": ["x"]}, model())
+        assert str(made) == "drop top_p"
 
     def test_a_lesson_that_changes_nothing_is_none(self):
         refusal = ogx.Refusal(400, "Unsupported parameter: 'stop' is not supported")
-        assert ogx.lesson_from_refusal(refusal, {"model": "m"}) is None
+        assert ogx.lesson_from_refusal(refusal, {"model": "m"}, model()) is None
 
     def test_only_refusals_of_the_request_teach(self):
         words = "This model supports at most 5 completion tokens"
-        assert ogx.lesson_from_refusal(ogx.Refusal(500, words), self.LIMIT) is None
+        assert ogx.lesson_from_refusal(ogx.Refusal(500, words), self.LIMIT, model()) is None
 
     def test_room_left_is_no_lesson_for_the_next_request(self):
         words = self.CASES[9][0]
-        lesson = ogx.lesson_from_refusal(ogx.Refusal(400, words), {"max_tokens": 8192})
+        lesson = ogx.lesson_from_refusal(ogx.Refusal(400, words), {"max_tokens": 8192}, model())
         assert lesson.keep is False
 
     @pytest.mark.parametrize(
@@ -1782,6 +1855,8 @@ class TestRemedies:
             ("Current length is 9000 while limit is 8192", (9000, 8192)),
             ("This model's maximum prompt length is 131072 but the request contains 141107 "
              "tokens.", (141107, 131072)),
+            ("Request too large for model `x` in organization `o` service tier `on_demand` on "
+             "tokens per minute (TPM): Limit 6000, Requested 12000", (12000, 6000)),  # Groq, with 413
             ("Your input exceeds the context window of this model.", (777, 500)),
             ("Input is too long for requested model.", (777, 500)),
         ],
@@ -1840,12 +1915,29 @@ class TestStore:
         assert ogx.default_state_path({}).endswith("/.local/state/ogx/state.sqlite")
 
     def test_lessons_are_kept_by_model(self):
-        lessons = ogx.Lessons()
+        lessons = ogx.Lessons(ogx.Store())
         clamp = ogx.Lesson("clamp", "max_tokens", 5)
         for lesson in (clamp, clamp, ogx.Lesson("drop", "stop", keep=False)):
             lessons.add(model(), lesson)
         assert lessons.of(model()) == (clamp,)
         assert lessons.of(model(upstream_id="other")) == ()
+
+    def test_a_newer_lesson_about_the_same_takes_the_place_of_the_older(self):
+        lessons = ogx.Lessons(ogx.Store())
+        for value in (5, 4):
+            lessons.add(model(), ogx.Lesson("clamp", "max_tokens", value))
+        for keyword in ("format", "pattern"):
+            lessons.add(model(), ogx.Lesson("unschema", "tools", keyword))
+        assert [lesson.value for lesson in lessons.of(model())] == [4, "format", "pattern"]
+
+    def test_lessons_survive_and_expire(self, tmp_path, monkeypatch):
+        path = str(tmp_path / "state.sqlite")
+        gemini = ogx.lesson_from_refusal(ogx.Refusal(400, "no thought_signature"), {}, model())
+        ogx.Lessons(ogx.Store(path)).add(model(), gemini)
+        assert ogx.Lessons(ogx.Store(path)).of(model()) == (gemini,)
+        later = time.time() + 31 * 86400
+        monkeypatch.setattr(ogx.time, "time", lambda: later)
+        assert ogx.Lessons(ogx.Store(path)).of(model()) == ()
 
 
 # For localhost and 127.0.0.1, signed by itself, good until 2126.
@@ -2289,6 +2381,159 @@ class TestGateway:
             status, _, answer = client.post(body)
         assert (status, len(upstream.seen)) == (400, 5)
         assert "'parallel_tool_calls'" in answer["error"]["message"]
+
+    def test_what_was_learned_is_shown_survives_and_can_be_forgotten(self, tmp_path):
+        path = str(tmp_path / "state.sqlite")
+        refusal = (400, {"error": {"message": "Unsupported parameter: 'top_p'"}})
+        body = request(top_p=0.5)
+        with gateway_over(refusal, store=ogx.Store(path)) as (client, upstream):
+            client.post(body)
+            assert len(upstream.seen) == 2
+        with gateway_over(store=ogx.Store(path)) as (client, upstream):
+            client.post(body)
+            assert len(upstream.seen) == 1 and "top_p" not in upstream.seen[0]
+            metadata = client.get("/v1/models/openai/gpt-x")[2]["custom_metadata"]
+            assert metadata["learned"] == ["drop top_p"]
+            assert client.ask("DELETE", "/v1/models/openai/gpt-x")[0] == 200
+            assert client.ask("DELETE", "/v1/models/openai/gpt-x")[0] == 404
+            client.post(body)
+            assert upstream.seen[1]["top_p"] == 0.5
+
+    def test_an_error_as_the_first_stream_event_teaches_too(self):
+        refusal = sse({"error": {"message": "Unsupported parameter: 'top_p'", "code": 400}})
+        with gateway_over(refusal, said()) as (client, upstream):
+            assert client.post(request(top_p=0.5, stream=True))[0] == 200
+        assert ["top_p" in body for body in upstream.seen] == [True, False]
+
+    def test_a_native_refusal_teaches_too(self):
+        refusal = (400, {"type": "error", "error": {"type": "invalid_request_error", "message":
+                   "max_tokens: 100 > 64, which is the maximum allowed number of output tokens"}})
+        with self.native(refusal, native_message()) as (client, upstream):
+            assert client.post(request(model="vllm/gpt-x"))[0] == 200
+        assert [body["max_tokens"] for body in upstream.seen] == [100, 64]
+
+    def test_a_call_that_the_provider_garbled_is_asked_for_once_more(self):
+        refusal = (400, {"error": {"message": "Failed to call a function",
+                                   "code": "tool_use_failed"}})  # Groq
+        with gateway_over(refusal, said(), refusal, refusal) as (client, upstream):
+            assert client.post(request())[0] == 200
+            assert client.post(request())[0] == 400
+        assert len(upstream.seen) == 4
+
+    # -- retries and chains
+
+    @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 529])
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_a_passing_failure_is_tried_again(self, status, stream):
+        failure = (status, {"error": {"message": "busy"}})
+        with gateway_over(failure, failure, said(), retries=3) as (client, upstream):
+            assert client.post(request(stream=stream))[0] == 200
+        assert len(upstream.seen) == 3
+
+    def test_connections_that_break_before_a_byte_are_tried_again(self):
+        with gateway_over(lambda *_: None, said(), retries=3) as (client, _):
+            assert client.post(request())[0] == 200
+
+    @pytest.mark.parametrize(
+        ("answer", "requests"),
+        [
+            ((503, {"error": {"message": "busy"}}), 4),  # three retries
+            ((503, {"error": {"message": "busy"}}, {"retry-after": "0.001"}), 4),
+            ((503, {"error": {"message": "busy"}}, {"retry-after": "9"}), 1),  # for the client
+            ((503, {"error": {"message": "busy"}}, {"retry-after": "Mon, 1 Jan"}), 1),
+            ((429, {"error": {"message": "m", "code": "insufficient_quota"}}), 1),
+            ((401, {"error": {"message": "bad key"}}), 1),
+            ((403, {"error": {"message": "no"}}), 1),
+            ((404, {"error": {"message": "no"}}), 1),
+            ((400, {"error": {"message": "no"}}), 1),
+        ],
+    )  # fmt: skip
+    def test_what_is_tried_how_often(self, answer, requests):
+        with gateway_over(*[answer] * 9, retries=3) as (client, upstream):
+            status, headers, body = client.post(request())
+        assert (status, len(upstream.seen)) == (answer[0], requests)
+        assert headers.get("retry-after") == (answer[2] if len(answer) > 2 else {}).get(
+            "retry-after")  # fmt: skip
+
+    def test_remedies_and_retries_together_are_five_requests_at_most(self):
+        answers = [(503, {"error": {"message": "busy"}}),
+                   (400, {"error": {"message": "Unsupported parameter: 'top_p'"}})]  # fmt: skip
+        answers += [(503, {"error": {"message": "busy"}})] * 9
+        with gateway_over(*answers, retries=9) as (client, upstream):
+            assert client.post(request(top_p=1))[0] == 503
+        assert len(upstream.seen) == 5
+
+    def test_what_was_begun_is_never_asked_again(self):
+        def answer(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="a"), done=False))
+
+        with gateway_over(answer, said(), retries=3) as (client, upstream):
+            assert b"event: error" in client.post(request(stream=True))[2]
+        assert len(upstream.seen) == 1
+
+    def test_a_client_that_leaves_ends_the_waiting(self):
+        one, two = socket.socketpair()
+        two.close()
+        with one:
+            error = refused(ogx.pause_unless_closed, 30, one)
+        assert error.status == ogx.CLIENT_GONE
+
+    @contextlib.contextmanager
+    def chain(self, *answers):
+        """(client, first, second): an alias `best` over two providers."""
+        best = ogx.Alias("best", "all", "openai/a", ("openai/a", "groq/b", "gone/c"))
+        with FakeUpstream(*answers, models=["a"]) as one, FakeUpstream(models=["b"]) as two:
+            owners = provider("openai", one.url), provider("groq", two.url)
+            with serving(*owners, aliases=[best]) as client:
+                yield client, one, two
+
+    @pytest.mark.parametrize("stream", [True, False])
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            (429, {"error": {"message": "slow"}}), (503, {"error": {"message": "busy"}}),
+            (429, {"error": {"message": "m", "code": "insufficient_quota"}}),
+            (402, {"error": {"message": "pay"}}),
+            lambda fake, connection: connection.sendall(b"HTTP/1.1 "),
+        ],
+    )  # fmt: skip
+    def test_the_next_target_takes_over_and_the_failed_one_rests(self, answer, stream):
+        with self.chain(answer) as (client, one, two):
+            status, headers, _ = client.post(request(model="best", stream=stream))
+            assert (status, headers["x-ogx-served"]) == (200, "groq/b")
+            assert client.post(request(model="best"))[1]["x-ogx-served"] == "groq/b"
+            assert (len(one.seen), len(two.seen)) == (1, 2)
+            client.gateway._resting.clear()  # its rest is over
+            assert client.post(request(model="best"))[1]["x-ogx-served"] == "openai/a"
+
+    def test_a_refusal_of_the_request_itself_goes_to_no_other(self):
+        with self.chain((400, {"error": {"message": "bad"}})) as (client, _, two):
+            assert client.post(request(model="best"))[0] == 400
+        assert two.seen == []
+
+    def test_when_all_fail_the_last_ones_words_are_told(self):
+        busy = (503, {"error": {"message": "busy"}})
+        with self.chain(busy) as (client, _, two):
+            two.answers.append((429, {"error": {"message": "slow"}}))
+            status, _, body = client.post(request(model="best"))
+        assert status == 429 and "slow (from groq" in body["error"]["message"]
+
+    def test_a_chain_is_registered_over_the_api_and_in_the_file(self, tmp_path):
+        path = str(tmp_path / "state.sqlite")
+        body = {"model_id": "best", "provider_model_id": ["openai/b", "openai/a"]}
+        for _ in range(2):
+            with gateway_over(models="ab", store=ogx.Store(path)) as (client, upstream):
+                if not client.gateway.registry.aliases:
+                    assert client.post(body, "/v1/models")[0] == 200
+                client.post(request(model="best"))
+                assert upstream.seen[0]["model"] == "b"
+        tree = {"registered_resources": {"models": [body]}}
+        (alias,) = ogx.config_from_json(tree, "f", {}).aliases
+        assert alias.targets == ("openai/b", "openai/a")
+        for wrong in ([], [5], [""]):
+            tree["registered_resources"]["models"] = [{**body, "provider_model_id": wrong}]
+            assert "a list of them" in refused(ogx.config_from_json, tree, "f", {}).message
 
     def test_a_prompt_too_long_is_anthropics_error(self):
         refusal = (400, {"error": {"code": 400, "type": "exceed_context_size_error", "message":
@@ -3085,7 +3330,7 @@ class TestCommandLine:
     @contextlib.contextmanager
     def running(self, *flags, env=None, stdout=subprocess.PIPE):
         """`run` as a process; env replaces all variables that could name a provider."""
-        environ = {k: v for k, v in os.environ.items() if k in ("PATH", "SYSTEMROOT")}
+        environ = {k: v for k, v in os.environ.items() if k in ("PATH", "SYSTEMROOT", "OGX_STATE")}
         process = subprocess.Popen(
             [sys.executable, "-B", str(HERE / "ogx.py"), "run", "--port", "0", *flags],
             stdout=stdout, stderr=subprocess.PIPE, text=True, env={**environ, **(env or {})},
@@ -3098,6 +3343,10 @@ class TestCommandLine:
             for pipe in (process.stdout, process.stderr):
                 if pipe:
                     pipe.close()
+
+    @pytest.fixture(autouse=True)
+    def state_of_its_own(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("OGX_STATE", str(tmp_path / "state.sqlite"))
 
     def summary(self, process):
         """What `run` prints, up to the line to type next."""
