@@ -3154,6 +3154,7 @@ class SocketReply(Reply):
 
 MAX_REQUESTS = 5  # to one upstream for one request of a client: remedies and retries together
 BACKOFF = 0.3  # seconds before the first retry, doubled for each further one
+SAME_REFUSAL = 5.0  # seconds for which a refused request is not sent again as it was
 REST = 30.0  # seconds for which a failed target of a chain is tried last
 TICK = 10.0  # seconds of silence after which the client gets a sign of life
 LIST_TIMEOUT = 5.0  # for a provider's model list
@@ -3164,19 +3165,25 @@ REFRESH = 300.0  # seconds between model lists; a 20th for local servers and aft
 
 @dataclass
 class Exchange:
-    """What the log tells about a request."""
+    """A client's request on its way through, and what the log tells about it."""
 
     request_id: str
+    request: Json = field(default_factory=dict)
+    raw: bytes = b""  # the request as the client wrote it
+    headers: Mapping[str, str] = field(default_factory=dict)  # for upstreams that speak Messages
+    watch: socket.socket | None = None  # the client's connection, to notice that it left
     asked: str = ""
     served: str = ""
+    dialect: str = ""
     session: str = ""
-    stream: bool = False
     started: float = field(default_factory=time.monotonic)
     first_event: float | None = None
     usage: Usage | None = None
     error: str = ""
-    dialect: str = ""
-    headers: Mapping[str, str] = field(default_factory=dict)  # for upstreams that speak Messages
+
+    @property
+    def stream(self) -> bool:
+        return bool(self.request.get("stream"))
 
 
 class Gateway:
@@ -3195,28 +3202,27 @@ class Gateway:
         self.lessons = Lessons(self.store)
         self.backoff = BACKOFF
         self._resting: dict[str, float] = {}  # model that failed -> until when it is tried last
+        self._refused: dict[int, tuple[float, OgxError]] = {}  # hash of a request -> until when
         self.tick = tick
         self.discovered = threading.Event()
         self._stopped = threading.Event()
 
     # -- messages
 
-    def messages(
-        self, request: Json, raw: bytes, exchange: Exchange, watch: socket.socket | None = None
-    ) -> Iterator[bytes | None]:
+    def messages(self, exchange: Exchange) -> Iterator[bytes | None]:
         """The answer's bytes as they come: server-sent events, or one JSON object where no stream
         was asked for. None when there was nothing to hand on for a tick.
 
         Raises OgxError: before the first bytes it can still become an HTTP status. Closing the
         iterator closes the upstream's connection.
         """
-        exchange.asked = request["model"][:200]
-        chain = self._chain(request["model"])
+        exchange.asked = exchange.request["model"][:200]
+        chain = self._chain(exchange.request["model"])
         since = time.monotonic()
         for place, model in enumerate(chain, 1):
             answered = False
             try:
-                for piece in self._tried(model, request, raw, exchange, watch):
+                for piece in self._tried(model, exchange):
                     answered = answered or bool(piece)
                     now = time.monotonic()
                     if piece or now - since >= self.tick * 0.9:
@@ -3245,72 +3251,81 @@ class Gateway:
         now = time.monotonic()
         return sorted(chain, key=lambda model: self._resting.get(model.served, 0.0) > now)
 
-    def _tried(
-        self, model: Model, request: Json, raw: bytes, exchange: Exchange,
-        watch: socket.socket | None,
-    ) -> Iterator[bytes | None]:  # fmt: skip
+    def _tried(self, model: Model, exchange: Exchange) -> Iterator[bytes | None]:
         """One model's answer, its refusals remedied and its failures retried."""
         exchange.served = model.served
         lessons = list(self.lessons.of(model))
-        waited, retries, again = 0.0, 0, False
+        waited, retries, key = 0.0, 0, None
         for attempt in range(1, MAX_REQUESTS + 1):
-            answered = False
-            taught = taught_model(model, lessons)
-            name = exchange.dialect = self._dialect_of(taught, request)
-            if not DIALECTS[name].native:
-                refuse_untranslatable(request)
-            body = with_lessons(DIALECTS[name].request(request, taught), lessons)
+            taught, answered = taught_model(model, lessons), False
+            name = exchange.dialect = self._dialect_of(taught, exchange.request)
+            body = with_lessons(DIALECTS[name].request(exchange.request, taught), lessons)
+            data = DIALECTS[name].native and with_model(exchange.raw, exchange.request, body)
+            data = data or json_bytes(body)
+            key = key or hash((model.served, data))
+            self._raise_known_refusal(key)
             try:
-                for piece in self._answer(taught, name, request, body, raw, exchange, watch):
+                for piece in self._answer(taught, name, data, exchange):
                     answered = answered or bool(piece)
                     yield piece
                 return
             except OgxError as error:
-                if answered or attempt == MAX_REQUESTS:
-                    raise
-                lesson = error.refusal and lesson_from_refusal(error.refusal, body, taught)
-                pause = pause_before(error, retries, self.backoff)
-                if lesson and not (again and lesson.action == "again"):
-                    again = again or lesson.action == "again"
+                refusal = error.refusal if attempt < MAX_REQUESTS and not answered else None
+                lesson = refusal and lesson_from_refusal(refusal, body, taught)
+                if lesson and not (lesson.action == "again" and lesson in lessons):
                     lessons.append(lesson)
                     self.lessons.add(model, lesson)
                     log.info("%s: %s refused: %s; sent again after: %s", exchange.request_id,
                              model.served, error.message[:200], lesson)  # fmt: skip
                     continue
-                config = self.config
-                if pause is None or retries == config.retries or (
-                    waited + pause > config.retry_seconds
+                pause = pause_before(error, retries, self.backoff)
+                if answered or attempt == MAX_REQUESTS or pause is None or (
+                    retries == self.config.retries or waited + pause > self.config.retry_seconds
                 ):
+                    self._note_refusal(key, error)
                     raise
                 log.info("%s: %s failed: %s; trying again in %.1f s", exchange.request_id,
                          model.served, error.message[:200], pause)  # fmt: skip
-                pause_unless_closed(pause, watch)
+                pause_unless_closed(pause, exchange.watch)
                 waited, retries = waited + pause, retries + 1
 
+    def _raise_known_refusal(self, key: int) -> None:
+        """Repeat a refusal that the same request just met: Claude Code asks six times after a 400,
+        with changes to betas that often come to nothing in the translation."""
+        until, error = self._refused.get(key, (0.0, None))
+        if error and until > time.monotonic():
+            raise error
+
+    def _note_refusal(self, key: int, error: OgxError) -> None:
+        if error.status in (400, 422):
+            now = time.monotonic()
+            fresh = {k: known for k, known in list(self._refused.items()) if known[0] > now}
+            self._refused = {**fresh, key: (now + SAME_REFUSAL, error)}
+
     def _answer(
-        self, model: Model, name: str, request: Json, body: Json, raw: bytes, exchange: Exchange,
-        watch: socket.socket | None,
-    ) -> Iterator[bytes | None]:  # fmt: skip
+        self, model: Model, name: str, data: bytes, exchange: Exchange
+    ) -> Iterator[bytes | None]:
         """What one request to the upstream brings."""
         dialect, kind = DIALECTS[name], model.provider.kind
-        data = with_model(raw, request, body) if dialect.native else None
+        if not dialect.native:
+            refuse_untranslatable(exchange.request)
         headers = exchange.headers if dialect.native else {}
-        reply = self.upstream.send(model.provider, "POST", request_path(name, kind),
-                                   data or json_bytes(body), headers)  # fmt: skip
+        path = request_path(name, kind)
+        reply = self.upstream.send(model.provider, "POST", path, data, headers)
         try:
             # Made while the upstream works: counting takes a while for a long conversation.
-            translator = new_translator(dialect, request, model)
-            while not reply.head(self.tick, watch):
+            translator = new_translator(dialect, exchange.request, model)
+            while not reply.head(self.tick, exchange.watch):
                 yield None
             if reply.status != 200:
                 answer = whole_body(reply)
                 refusal = refusal_from_body(reply.status, answer)
-                raise refused_error(refusal, request, model, reply.headers,
-                                    answer if dialect.native else b"")  # fmt: skip
+                native = answer if dialect.native else b""
+                raise refused_error(refusal, exchange.request, model, reply.headers, native)
             if dialect.native and not kind.native_repair:
-                yield from self._handed_on(reply, request, exchange, watch)
+                yield from self._handed_on(reply, exchange)
                 return
-            events = self._translated(reply, translator, watch)
+            events = self._translated(reply, translator, exchange.watch)
             yield from answer_bytes(events, exchange.stream)
             exchange.usage = translator.usage
         finally:
@@ -3346,13 +3361,12 @@ class Gateway:
         native = self.registry.native.get(provider.id, False)
         return "messages" if native and not lost_natively(request, provider.kind) else kinds[-1]
 
-    def _handed_on(
-        self, reply: Reply, request: Json, exchange: Exchange, watch: socket.socket | None
-    ) -> Iterator[bytes | None]:
+    def _handed_on(self, reply: Reply, exchange: Exchange) -> Iterator[bytes | None]:
         """A native answer's bytes, but for the model's id."""
-        stream, whole = NativeStream(request["model"]), bytearray()
+        model_id = exchange.request["model"]
+        stream, whole = NativeStream(model_id), bytearray()
         while not stream.done:
-            data = reply.read(self.tick, watch)
+            data = reply.read(self.tick, exchange.watch)
             if data is None:
                 yield None
             elif not data:
@@ -3373,13 +3387,14 @@ class Gateway:
         try:
             message = json.loads(whole)
             exchange.usage = usage_from_message(message)
-            yield json_bytes({**message, "model": request["model"]})
+            yield json_bytes({**message, "model": model_id})
         except (ValueError, RecursionError, TypeError, AttributeError):
             words = readable_text(whole[:2000].decode("utf-8", "replace"))
             raise OgxError(502, f"{exchange.served} sent no message but {words}") from None
 
-    def count_tokens(self, request: Json, exchange: Exchange) -> Json:
+    def count_tokens(self, exchange: Exchange) -> Json:
         """{"input_tokens": N}: by the upstream where it counts for free, else an estimate."""
+        request = exchange.request
         model = self._chain(request["model"])[0]
         name = self._dialect_of(model, request)
         if DIALECTS[name].native and self.registry.counts.get(model.provider.id, True):
@@ -3983,10 +3998,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- endpoints
 
     def _post_messages(self, path: str, query: str, body: bytes) -> None:
-        request = parsed_json(body)
-        check_request(request)
-        self.exchange.stream = bool(request.get("stream"))
-        pieces = self.server.gateway.messages(request, body, self.exchange, self.connection)
+        self.exchange.request, self.exchange.raw = checked_json(body), body
+        self.exchange.watch = self.connection
+        pieces = self.server.gateway.messages(self.exchange)
         try:
             if self.exchange.stream:
                 self._stream(pieces)
@@ -3996,9 +4010,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pieces.close()  # type: ignore[attr-defined]
 
     def _post_count_tokens(self, path: str, query: str, body: bytes) -> None:
-        request = parsed_json(body)
-        check_request(request, counting=True)
-        self._send_json(200, self.server.gateway.count_tokens(request, self.exchange))
+        self.exchange.request = checked_json(body, counting=True)
+        self._send_json(200, self.server.gateway.count_tokens(self.exchange))
 
     def _get_models(self, path: str, query: str, body: bytes) -> None:
         fields = dict(urllib.parse.parse_qsl(query, max_num_fields=20))
@@ -4162,6 +4175,14 @@ def parsed_json(body: bytes) -> Any:
         raise OgxError(400, "the request's body is not UTF-8") from None
     except ValueError as error:
         raise OgxError(400, f"the request's body is not JSON: {error}") from None
+
+
+def checked_json(body: bytes, counting: bool = False) -> Json:
+    """The Messages request in a body."""
+    request = parsed_json(body)
+    check_request(request, counting)
+    checked: Json = request
+    return checked
 
 
 def host_allowed(host: str, bound: str) -> bool:

@@ -1856,7 +1856,7 @@ class TestRemedies:
             ("This model's maximum prompt length is 131072 but the request contains 141107 "
              "tokens.", (141107, 131072)),
             ("Request too large for model `x` in organization `o` service tier `on_demand` on "
-             "tokens per minute (TPM): Limit 6000, Requested 12000", (12000, 6000)),  # Groq, with 413
+             "tokens per minute (TPM): Limit 6000, Requested 12000", (12000, 6000)),  # Groq, 413
             ("Your input exceeds the context window of this model.", (777, 500)),
             ("Input is too long for requested model.", (777, 500)),
         ],
@@ -2371,6 +2371,18 @@ class TestGateway:
         limits = [body["max_completion_tokens"] for body in upstream.seen]
         assert limits == [32000, 16384, 16384]
 
+    def test_a_request_that_was_just_refused_is_not_sent_again_as_it_was(self):
+        refusal = (400, {"error": {"message": "no"}})
+        with gateway_over(refusal, refusal) as (client, upstream):
+            for _ in range(3):  # Claude Code asks again with other betas and thinking.display
+                status, _, body = client.post(request(thinking={"type": "adaptive"}))
+                assert (status, body["error"]["message"][:2]) == (400, "no")
+            assert len(upstream.seen) == 1
+            client.post(request("something else"))
+            assert len(upstream.seen) == 2
+            client.gateway._refused.clear()  # seconds later
+            assert client.post(request(thinking={"type": "adaptive"}))[0] == 200
+
     def test_lessons_end_after_five_requests(self):
         fields = ("temperature", "top_p", "stop", "tool_choice", "parallel_tool_calls")
         refusals = [(400, {"error": {"message": f"Unsupported parameter: '{name}'"}})
@@ -2417,6 +2429,7 @@ class TestGateway:
                                    "code": "tool_use_failed"}})  # Groq
         with gateway_over(refusal, said(), refusal, refusal) as (client, upstream):
             assert client.post(request())[0] == 200
+            client.gateway._refused.clear()
             assert client.post(request())[0] == 400
         assert len(upstream.seen) == 4
 

@@ -195,6 +195,7 @@ class ScriptedUpstream(socketserver.ThreadingTCPServer):
         self.requests: list[Json] = []
         self.refusals: list[str] = []
         self.most_tokens = 128_000
+        self.too_long = ""  # refuses the first conversation of more than six messages so
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def reply(self, messages: list[Json]) -> Reply:
@@ -238,6 +239,9 @@ class UpstreamHandler(BaseHTTPRequestHandler):
         if asked > most:
             return self.refuse(400, f"max_tokens is too large: {asked}. This model supports at "
                                f"most {most} completion tokens, whereas you provided {asked}.")
+        if self.server.too_long and len(body["messages"]) > 6:
+            words, self.server.too_long = self.server.too_long, ""
+            return self.refuse(400, words)
         try:
             check(body)
         except ValueError as error:

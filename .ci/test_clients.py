@@ -288,6 +288,35 @@ class TestClaudeCode:
         limits = [body["max_completion_tokens"] for body in upstream.requests]
         assert limits[0] > limits[1] == 16_384 and len(limits) == 2
 
+    @pytest.mark.parametrize("words", [
+        "This model's maximum context length is 4097 tokens. However, your messages resulted in "
+        "4294 tokens. Please reduce the length of the messages.",  # OpenAI
+        "request (20020 tokens) exceeds the available context size (16384 tokens), try increasing "
+        "it",  # llama.cpp
+        "The input token count (2845475) exceeds the maximum number of tokens allowed (1048576).",
+        "Input is too long for requested model.",  # Bedrock
+        "Input length (5000) exceeds model's maximum context length (4096).",  # vLLM
+    ])
+    def test_compacts_and_goes_on_when_the_prompt_got_too_long(self, gateway, upstream, words):
+        upstream.too_long = words
+        count = [Reply(calls=[("Bash", {"command": f"echo {n}", "description": "count"})])
+                 for n in range(3)]
+        upstream.script = {"TEXT ONLY": [Reply("We were counting to three.")],
+                           "Count": [*count, Reply("Done.")]}
+        gateway.ask("Count to three", "--allowedTools", "Bash")
+        assert upstream.too_long == "" and upstream.seen("TEXT ONLY")
+        assert "We were counting to three." in json.dumps(upstream.requests[-1])
+
+    def test_costs_few_requests_when_the_upstream_refuses_for_a_reason_of_its_own(
+        self, gateway, upstream
+    ):
+        upstream.script = {"Hello": [Reply("The moon is not full.", status=400)]}
+        done = gateway.claude("Hello")
+        assert done.returncode == 1 and "The moon is not full." in done.stdout + done.stderr
+        # The client asks six times: as it is, without two betas, and the same without ToolSearch.
+        # What comes to the same for the upstream reaches it once.
+        assert len(upstream.requests) <= 2
+
     def test_does_not_take_a_broken_answer_for_a_whole_one(self, gateway, upstream):
         gateway.environment["CLAUDE_CODE_MAX_RETRIES"] = "2"  # instead of 10, which take minutes
         upstream.script = {"Tell me": [Reply("This breaks off in the middle of it.", dies=99)]}

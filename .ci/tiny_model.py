@@ -40,7 +40,7 @@ LINES = {
 }  # fmt: skip
 WORDS = {"THINK-FIRST": "think", "ASK-WEATHER": "weather", "RUN-SHELL": "shell",
          "TALK-ON": "endless"}  # fmt: skip
-PREFERENCE = {END: 9.0, CALL: 7.0, '"': 5.0, "}": 4.0, "]": 3.0, "0": 2.0, "\\": -2.0}
+PREFERENCE = {END: 9.0, CALL: 7.0, '"': 5.0, "}": 4.0, "]": 3.0, "{": 2.0, "0": 2.0, "\\": -2.0}
 SPACES = "ĠĊĉč"  # as byte-level tokens spell them
 
 TEMPLATE = """\
