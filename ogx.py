@@ -42,6 +42,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import hmac
 import http.client
 import http.server
 import ipaddress
@@ -2585,8 +2586,10 @@ class Store:
             self._database.close()
 
 
-def default_state_path(environ: Mapping[str, str]) -> str:
-    """The state file in the user's own directory for such things."""
+def state_path(given: str | None, environ: Mapping[str, str]) -> str:
+    """The state file: as given, else OGX_STATE, else in the user's directory for such things."""
+    if given or environ.get("OGX_STATE"):
+        return given or environ["OGX_STATE"]
     home = os.path.expanduser("~")
     base = environ.get("XDG_STATE_HOME") or environ.get("LOCALAPPDATA")
     return os.path.join(base or os.path.join(home, ".local", "state"), "ogx", "state.sqlite")
@@ -3490,6 +3493,13 @@ class Gateway:
 
     # -- discovery
 
+    def start(self) -> None:
+        """Look for local servers where no provider is configured, and begin discovery."""
+        if not self.registry.providers:
+            kinds = PROVIDER_KINDS.values() if self.config.discover_local else ()
+            self.registry.adopt(local_providers(self.upstream, kinds))
+        self.start_discovery()
+
     def start_discovery(self) -> None:
         """Ask every provider for its models, now and again from time to time, in the background;
         `discovered` is set when each has answered or failed once."""
@@ -3782,8 +3792,11 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024  # with fewer, a burst of clients loses SYNs and waits a second
     allow_reuse_address = os.name != "nt"  # on Windows it would let two programs share the port
 
-    def __init__(self, gateway: Gateway, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT):
+    def __init__(
+        self, gateway: Gateway, host: str = DEFAULT_HOST, port: int = 0, token: str = ""
+    ) -> None:
         self.gateway = gateway
+        self.token = token.encode()  # which clients must show; empty: everyone may come in
         self.stopping = False
         self._running = 0
         self._idle = threading.Condition()
@@ -3973,6 +3986,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if headers.get("x-ogx-instance") == self.server.gateway.upstream.instance:
             raise OgxError(400, "a provider's base_url points back at ogx.py itself",
                            headers={"x-should-retry": "false"})  # fmt: skip
+        bearer = re.sub("(?i)^bearer +", "", headers.get("authorization", ""))
+        shown = (headers.get("x-api-key", "").encode(), bearer.encode())
+        token = self.server.token
+        if token and not any([hmac.compare_digest(token, key) for key in shown]):
+            raise OgxError(401, "this server asks for its token, as Authorization: Bearer or "
+                                "x-api-key", headers={"x-should-retry": "false"})  # fmt: skip
         origin = headers.get("origin")
         if origin is not None and origin != f"http://{host}":
             raise OgxError(403, "requests from web pages of another origin are refused")
@@ -4214,6 +4233,7 @@ def not_served_words(path: str) -> str:
 # launch Claude Code. What to set and unset was verified with the real client (2.1.330).
 
 INSTALL_WORDS = "Failed to find 'claude' in PATH. Install it from https://claude.com/download"
+LOG_FORMAT = "%(asctime)s %(message)s"
 TOKEN = "ogx"  # a Bearer token; unlike an API key it needs no approval in Claude Code
 SMALL_WINDOW = 48_000  # tokens; below, the usual output reserve would compact on every turn
 # Each of these would send requests elsewhere, change how they are sent, or choose another model.
@@ -4244,19 +4264,84 @@ class LaunchPlan:
 
 def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> int:
     """Launch Claude Code on the server's models, or print the environment; its exit code."""
-    claude = shutil.which("claude")
-    if not options.print_env and not claude:
+    claude = None if options.print_env or options.check else claude_program(os.environ)
+    base_url, token = server_url(options, os.environ), server_token(options, os.environ) or TOKEN
+    own_server = None
+    try:
+        listing = model_listing(base_url, token)
+    except OgxError:
+        if not options.serve or not is_default_server(options):
+            raise
+        own_server, log_file = served_for_session()
+        base_url, token = own_server.url, TOKEN
+        tell(options, f"ogx.py serves {base_url} for this session; its log is {log_file}")
+        listing = model_listing(base_url, token)
+    try:
+        plan = launch_plan(base_url, token, listing, options, os.environ)
+        if options.print_env:
+            print("\n".join(shell_lines(plan, options.shell)))
+            return 0
+        if options.check:
+            return print_check(base_url, token, plan)
+        tell(options, f"Claude Code on {base_url}", *plan_lines(plan))
+        return launched(options, plan, [claude or "claude", *claude_args])
+    finally:
+        if own_server:
+            own_server.stop(drain=0)
+
+
+def tell(options: argparse.Namespace, *lines: str) -> None:
+    if not options.quiet:
+        print(*lines, sep="\n", file=sys.stderr)
+
+
+def claude_program(environ: Mapping[str, str]) -> str:
+    """Claude Code's program, from PATH or where its installers put it."""
+    home = os.path.expanduser("~")
+    places = [environ.get("PATH", ""), os.path.join(home, ".local", "bin"),
+              os.path.join(home, ".claude", "local"), os.path.join(home, ".npm-global", "bin"),
+              "/usr/local/bin", "/opt/homebrew/bin"]  # fmt: skip
+    found = shutil.which("claude", path=os.pathsep.join(places))
+    if not found:
         raise OgxError(400, INSTALL_WORDS)
-    base_url = server_url(options, os.environ)
-    listing = model_listing(base_url)
-    plan = launch_plan(base_url, listing, options, os.environ)
-    if options.print_env:
-        print("\n".join(shell_lines(plan)))
-        return 0
-    for tier in TIERS:
-        variable = f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL"
-        print(f"  {tier:<7} {plan.set[variable]}", file=sys.stderr)
-    return exit_code_of([claude or "claude", *claude_args], plan.environment(os.environ))
+    return found
+
+
+def server_token(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
+    """The token of the server: from --api-key-file (arguments show in the process list, so there
+    is no flag for the token itself), else OGX_API_KEY, else ""."""
+    key = environ.get("OGX_API_KEY", "")
+    if options.api_key_file:
+        try:
+            with open(options.api_key_file, encoding="utf-8") as file:
+                key = file.read().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            words = getattr(error, "strerror", None) or "not text"
+            raise OgxError(400, f"--api-key-file {options.api_key_file}: {words}") from None
+        if not key:
+            raise OgxError(400, f"--api-key-file {options.api_key_file}: the file is empty")
+    if re.search(r"[^\x21-\x7e]", key):
+        raise OgxError(400, "OGX_API_KEY: expected printable ASCII without spaces")
+    return key
+
+
+def is_default_server(options: argparse.Namespace) -> bool:
+    return options.host == "localhost" and options.port is None and not options.url
+
+
+def served_for_session() -> tuple[Server, str]:
+    """A server of our own on a free port, with its log in a file."""
+    import tempfile
+
+    handle, path = tempfile.mkstemp(prefix="ogx-", suffix=".log")
+    os.close(handle)
+    logging.basicConfig(filename=path, format=LOG_FORMAT, level=logging.INFO)
+    config = config_from_json(starter_config(), "starter", os.environ)
+    server = Server(Gateway(config, store=Store(state_path(None, os.environ))))
+    server.start()
+    server.gateway.start()
+    server.gateway.discovered.wait(LIST_TIMEOUT)
+    return server, path
 
 
 def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
@@ -4278,10 +4363,9 @@ def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def model_listing(base_url: str) -> Json:
+def model_listing(base_url: str, token: str) -> Json:
     """The server's GET /v1/models; raises OgxError in the launcher's words."""
-    upstream = Upstream()
-    server = Provider("OGX", ProviderKind("OGX"), base_url, TOKEN)
+    upstream, server = Upstream(), Provider("OGX", ProviderKind("OGX"), base_url, token)
     try:
         reply, body = upstream.ask(server, "/v1/models", 10.0)
     except OgxError as error:
@@ -4295,6 +4379,8 @@ def model_listing(base_url: str) -> Json:
         upstream.close()
     if reply.status != 200:
         words = f"Failed to query models from OGX server at {base_url} (HTTP {reply.status})"
+        if reply.status == 401:
+            words += "\nIt asks for a token: set OGX_API_KEY, or use --api-key-file"
         raise OgxError(502, words)
     try:
         listing = json.loads(body)
@@ -4315,8 +4401,9 @@ def command_name() -> str:
 
 
 def launch_plan(
-    base_url: str, listing: Json, options: argparse.Namespace, environ: Mapping[str, str]
-) -> LaunchPlan:
+    base_url: str, token: str, listing: Json, options: argparse.Namespace,
+    environ: Mapping[str, str],
+) -> LaunchPlan:  # fmt: skip
     """What to set and unset so that Claude Code talks to the server and knows its models."""
     models = {
         m["id"]: m for m in listing["data"]
@@ -4325,11 +4412,13 @@ def launch_plan(
     if not models:
         raise OgxError(404, "Failed to find any LLM models on the OGX server.")
     tiers = {tier: tier_choice(tier, options, models, listing) for tier in TIERS}
-    variables = {"ANTHROPIC_BASE_URL": base_url, "ANTHROPIC_AUTH_TOKEN": TOKEN}
+    variables = {"ANTHROPIC_BASE_URL": base_url, "ANTHROPIC_AUTH_TOKEN": token}
     for tier, model_id in tiers.items():
         name = f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL"
         variables.update({name: model_id, f"{name}_NAME": model_id,
                           f"{name}_DESCRIPTION": f"{tier} tier, served by ogx.py"})  # fmt: skip
+    if any(re.search("claude|anthropic", model_id, re.I) for model_id in models):
+        variables["CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY"] = "1"  # it lists only such ids
     variables["CLAUDE_CODE_DISABLE_1M_CONTEXT"] = "1"
     variables["CLAUDE_CODE_ATTRIBUTION_HEADER"] = "0"  # it would defeat prefix caches
     variables.update(limit_variables([models.get(model_id, {}) for model_id in tiers.values()]))
@@ -4384,10 +4473,121 @@ def limit_variables(entries: Sequence[Json]) -> dict[str, str]:
     return limits
 
 
-def shell_lines(plan: LaunchPlan) -> list[str]:
-    """`export` and `unset` lines that `eval` in a POSIX shell takes safely."""
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in plan.set.items()]
-    return exports + [f"unset {name}" for name in plan.unset]
+def plan_lines(plan: LaunchPlan) -> list[str]:
+    """Tiers, window and what to be warned of, for a person."""
+    lines = [f"  {tier:<7} {plan.set[f'ANTHROPIC_DEFAULT_{tier.upper()}_MODEL']}" for tier in TIERS]
+    window = int(plan.set.get("CLAUDE_CODE_MAX_CONTEXT_TOKENS", 0))
+    if window:
+        lines.append(f"  window  {window:,} tokens")
+    if 0 < window < SMALL_WINDOW:
+        lines.append("  warning: Claude Code's own prompt and tools take about 15,000 of them; a "
+                     "model with a larger window works better")  # fmt: skip
+    return lines
+
+
+SHELLS = {  # shell -> how it sets and unsets a variable
+    "sh": ("export {}={}", "unset {}", shlex.quote),
+    "fish": ("set -gx {} {}", "set -e {}",
+             lambda text: "'" + re.sub(r"([\\'])", r"\\\1", text) + "'"),
+    "powershell": ("$env:{} = {}", "Remove-Item Env:{} -ErrorAction SilentlyContinue",
+                   lambda text: "'" + text.replace("'", "''") + "'"),
+}  # fmt: skip
+
+
+def shell_lines(plan: LaunchPlan, shell: str = "sh") -> list[str]:
+    """Lines that set and unset the plan's variables, safe for the shell's `eval`."""
+    export, unset, quoted = SHELLS[shell]
+    lines = [export.format(name, quoted(value)) for name, value in plan.set.items()]
+    return lines + [unset.format(name) for name in plan.unset]
+
+
+def launched(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str]) -> int:
+    """Run Claude Code; where settings files would lead it elsewhere, with settings of our own in a
+    temporary file, since arguments show in the process list. Its exit code."""
+    import tempfile
+
+    argv, given = without_settings_flag(argv)
+    files = {path: read_settings(path) for path in settings_files(os.environ)}
+    given_settings = read_settings(given) if given else {}
+    conflicts = [path for path, tree in files.items() if overrides(tree, plan)]
+    for path in conflicts:
+        if "managed" in os.path.basename(path):
+            tell(options, f"  warning: {path} can't be overridden, and names another server or key")
+    if is_interactive(argv) and not permission_mode({**files, "": given_settings}):
+        # Auto mode asks the model's provider for verdicts on tool calls, which only Anthropic has.
+        argv = [argv[0], "--permission-mode", "default", *argv[1:]]
+    if not given and not conflicts:
+        return exit_code_of(argv, plan.environment(os.environ))
+    handle, path = tempfile.mkstemp(prefix="ogx-", suffix=".json")  # mode 0600
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(merged_settings(given_settings, plan), file)
+        return exit_code_of([argv[0], "--settings", path, *argv[1:]], plan.environment(os.environ))
+    finally:
+        os.unlink(path)
+
+
+def without_settings_flag(argv: Sequence[str]) -> tuple[list[str], str]:
+    """The arguments without --settings, of which only the last counts, and its value."""
+    rest: list[str] = []
+    value, words = "", iter(argv)
+    for word in words:
+        if word == "--settings":
+            value = next(words, "")
+        elif word.startswith("--settings="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return rest, value
+
+
+def settings_files(environ: Mapping[str, str]) -> list[str]:
+    """Where Claude Code reads settings: the user's, the project's, the administrator's."""
+    user = environ.get("CLAUDE_CONFIG_DIR") or os.path.join(os.path.expanduser("~"), ".claude")
+    managed = {"darwin": "/Library/Application Support/ClaudeCode", "win32":
+               "C:\\ProgramData\\ClaudeCode"}.get(sys.platform, "/etc/claude-code")  # fmt: skip
+    return [os.path.join(user, "settings.json"), os.path.join(".claude", "settings.json"),
+            os.path.join(".claude", "settings.local.json"),
+            os.path.join(managed, "managed-settings.json")]  # fmt: skip
+
+
+def read_settings(source: str) -> Json:
+    """Settings from a file or, as Claude Code's --settings takes them, from JSON text; what can't
+    be read is left for Claude Code to complain about."""
+    try:
+        if source.lstrip().startswith("{"):
+            return dict_or_empty(json.loads(source))
+        with open(source, encoding="utf-8") as file:
+            return dict_or_empty(json.load(file))
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def overrides(settings: Json, plan: LaunchPlan) -> bool:
+    """Whether settings would beat the plan: they go before the environment."""
+    names = set(dict_or_empty(settings.get("env")))
+    return bool(names & {*plan.set, *plan.unset} or settings.get("apiKeyHelper"))
+
+
+def merged_settings(given: Json, plan: LaunchPlan) -> Json:
+    """The user's own --settings with the plan's variables on top; "" counts as unset."""
+    env = {**dict_or_empty(given.get("env")), **dict.fromkeys(plan.unset, ""), **plan.set}
+    return {**given, "env": env, "apiKeyHelper": ""}
+
+
+def permission_mode(files: Mapping[str, Json]) -> str:
+    """The mode that the user's settings choose, if any."""
+    modes = (dict_or_empty(tree.get("permissions")).get("defaultMode") for tree in files.values())
+    return next((str(mode) for mode in modes if mode), "")
+
+
+def is_interactive(argv: Sequence[str]) -> bool:
+    """Whether the arguments start a session at the terminal and leave its permission mode open."""
+    flags = {word.partition("=")[0] for word in argv[1:]}
+    chosen = flags & {"-p", "--print", "--permission-mode", "--dangerously-skip-permissions",
+                      "-v", "--version", "-h", "--help"}  # fmt: skip
+    command = len(argv) > 1 and re.fullmatch("[a-z-]+", argv[1]) and not argv[1].startswith("-")
+    return not chosen and not command
 
 
 def exit_code_of(argv: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -4419,6 +4619,57 @@ def exit_code_of(argv: Sequence[str], environment: Mapping[str, str]) -> int:
 
 def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
+
+
+CHECK_TOOL = {"name": "add", "description": "Add two numbers.", "input_schema": {
+    "type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
+    "required": ["a", "b"]}}  # fmt: skip
+
+
+def print_check(base_url: str, token: str, plan: LaunchPlan) -> int:
+    """Try each tier's model with a real message and a tool, and print a table; 0 when all work."""
+    upstream, server = Upstream(), Provider("OGX", ProviderKind("OGX"), base_url, token)
+    models = dict.fromkeys(plan.set[f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL"] for tier in TIERS)
+    width, failed = max(map(len, models)), False
+    for model_id in models:
+        body = {"model": model_id, "max_tokens": 1000, "stream": True, "tools": [CHECK_TOOL],
+                "messages": [{"role": "user", "content": "Call the tool add with 2 and 3."}]}
+        began = time.monotonic()
+        first, verdict = 0.0, ""
+        try:
+            first, message = checked_answer(upstream, server, body)
+            calls = [block for block in message["content"] if block["type"] == "tool_use"]
+            if not calls:
+                verdict = "answers, but called no tool: does the model, and its server, do tools?"
+            elif not {"a", "b"} <= set(calls[0]["input"]):
+                verdict = f"called the tool wrongly, with {json.dumps(calls[0]['input'])[:80]}"
+        except OgxError as error:
+            verdict = error.message
+        failed = failed or bool(verdict)
+        seconds = f"{first - began if first else 0:6.2f} {time.monotonic() - began:6.2f} s"
+        print(f"{model_id:<{width}}  {seconds}  {verdict or 'works, tools too'}")
+    upstream.close()
+    return int(failed)
+
+
+def checked_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[float, Json]:
+    """When the first event of a streamed answer came, and the message; OgxError if it failed."""
+    reply = upstream.send(server, "POST", "/v1/messages", json_bytes(body))
+    first, events = 0.0, []
+    try:
+        while not reply.head(60.0):
+            pass
+        if reply.status != 200:
+            raise OgxError(reply.status, refusal_from_body(reply.status, whole_body(reply)).message)
+        for items in upstream_items(reply, 60.0, None):
+            events += [json.loads(item) for item in items or ()]
+            first = first or (time.monotonic() if events else 0.0)
+    finally:
+        reply.release()
+    error = next((event["error"] for event in events if event["type"] == "error"), None)
+    if error or not events:
+        raise OgxError(502, error["message"] if error else "an empty answer")
+    return first, message_from_events(event for event in events if event["type"] != "ping")
 
 
 # ======== Command line =======================================================================
@@ -4462,6 +4713,8 @@ def argument_parser() -> argparse.ArgumentParser:
     flag("--port", type=port_argument, help=f"port (default OGX_PORT, else {DEFAULT_PORT})")
     flag("--state", metavar="FILE", help="where registered models are kept (default OGX_STATE, "
          "else ogx/state.sqlite in the user's state directory)")  # fmt: skip
+    flag("--api-key-file", metavar="FILE", help="file with a token that clients must show "
+         "(default OGX_API_KEY, else none)")  # fmt: skip
     flag("--log-level", default="info", choices=("debug", "info", "warning", "error"),
          help="how much to log (default info: a line per request)")  # fmt: skip
 
@@ -4476,7 +4729,12 @@ def argument_parser() -> argparse.ArgumentParser:
     flag("--host", default="localhost", help="server host, or its whole URL (default localhost)")
     flag("--port", type=port_argument, help=f"server port (default OGX_PORT, else {DEFAULT_PORT})")
     flag("--url", help="server URL, with or without /v1, instead of --host and --port")
+    flag("--api-key-file", metavar="FILE", help="the server's token (default OGX_API_KEY)")
+    flag("--serve", action="store_true", help="start a server for this session if none is running")
+    flag("--check", action="store_true", help="try every tier with a real message, launch nothing")
     flag("--print-env", action="store_true", help="print export and unset lines, launch nothing")
+    flag("--shell", choices=tuple(SHELLS), default="sh", help="whose lines --print-env prints")
+    flag("--quiet", action="store_true", help="launch without a word")
     return parser
 
 
@@ -4490,24 +4748,21 @@ def port_argument(text: str) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal; the exit code."""
-    logging.basicConfig(format="%(asctime)s %(message)s", level=options.log_level.upper())
+    logging.basicConfig(format=LOG_FORMAT, level=options.log_level.upper())
     config = config_from_name(options.config, os.environ)
-    state = options.state or os.environ.get("OGX_STATE") or default_state_path(os.environ)
-    gateway = Gateway(config, store=Store(state))
+    token = server_token(options, os.environ)
+    gateway = Gateway(config, store=Store(state_path(options.state, os.environ)))
     port = config.port if options.port is None else options.port
-    server = Server(gateway, options.host or config.host, port)
+    server = Server(gateway, options.host or config.host, port, token)
     stopped = threading.Event()
     if in_main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: leave(stopped))
-    if not is_loopback(server.host):
+    if not is_loopback(server.host) and not token:
         log.warning("listening on %s: everyone who reaches this port can use your providers' keys",
                     server.host)  # fmt: skip
-    if not gateway.registry.providers:
-        kinds = PROVIDER_KINDS.values() if config.discover_local else ()
-        gateway.registry.adopt(local_providers(gateway.upstream, kinds))
     server.start()
-    gateway.start_discovery()
+    gateway.start()
     gateway.discovered.wait(1.0)
     say(*summary_lines(gateway, server))
     if not gateway.discovered.is_set():

@@ -1911,8 +1911,10 @@ class TestStore:
         other.close()
 
     def test_where_the_file_is_by_default(self):
-        assert ogx.default_state_path({"XDG_STATE_HOME": "/x"}) == "/x/ogx/state.sqlite"
-        assert ogx.default_state_path({}).endswith("/.local/state/ogx/state.sqlite")
+        assert ogx.state_path(None, {"XDG_STATE_HOME": "/x"}) == "/x/ogx/state.sqlite"
+        assert ogx.state_path(None, {}).endswith("/.local/state/ogx/state.sqlite")
+        assert ogx.state_path(None, {"OGX_STATE": "/y"}) == "/y"
+        assert ogx.state_path("/z", {"OGX_STATE": "/y"}) == "/z"
 
     def test_lessons_are_kept_by_model(self):
         lessons = ogx.Lessons(ogx.Store())
@@ -3064,6 +3066,21 @@ class TestServer:
         assert not ogx.host_allowed("rebound.example", "0.0.0.0")
         assert not ogx.host_allowed("192.168.1.5", "127.0.0.1")
 
+    @pytest.mark.parametrize(
+        ("headers", "status"),
+        [
+            ({}, 401), ({"authorization": "Bearer wrong"}, 401), ({"x_api_key": ""}, 401),
+            ({"authorization": "Bearer s3cret"}, 200), ({"x_api_key": "s3cret"}, 200),
+            ({"authorization": "bearer  s3cret", "x_api_key": "other"}, 200),
+        ],
+    )  # fmt: skip
+    def test_a_token_lets_in(self, headers, status):
+        with gateway_over() as (client, _):
+            client.server.token = b"s3cret"
+            got, answer_headers, body = client.post(request(), **headers)
+        assert got == status and "s3cret" not in json.dumps(body)
+        assert answer_headers.get("x-should-retry") == (None if status == 200 else "false")
+
     def test_a_clients_credentials_never_reach_an_upstream(self):
         with gateway_over() as (client, upstream):
             client.post(request(), authorization="Bearer client-secret", x_api_key="client-secret")
@@ -3176,7 +3193,8 @@ class TestConnect:
         return {"data": entries, "tiers": tiers or {}}
 
     def plan(self, listing, environ=None, **given):
-        return ogx.launch_plan("http://localhost:8321", listing, options(**given), environ or {})
+        server = "http://localhost:8321"
+        return ogx.launch_plan(server, "ogx", listing, options(**given), environ or {})
 
     def tiers(self, plan):
         return [plan.set[f"ANTHROPIC_DEFAULT_{t.upper()}_MODEL"] for t in ogx.TIERS]
@@ -3273,26 +3291,196 @@ class TestConnect:
         assert ogx.server_url(options(), {"OGX_PORT": "9000"}) == "http://localhost:9000"
         assert ogx.server_url(options(port=1), {"OGX_PORT": "9000"}) == "http://localhost:1"
 
+    def test_lines_for_other_shells(self):
+        plan = ogx.LaunchPlan({"A": "it's \\ $x"}, ("B",))
+        assert ogx.shell_lines(plan, "fish") == [r"set -gx A 'it\'s \\ $x'", "set -e B"]
+        assert ogx.shell_lines(plan, "powershell") == [
+            "$env:A = 'it''s \\ $x'", "Remove-Item Env:B -ErrorAction SilentlyContinue"
+        ]
+
+    def test_a_small_window_is_warned_of(self):
+        told = "\n".join(ogx.plan_lines(self.plan(self.listing("a", max_input_tokens=32768))))
+        assert "window  32,768 tokens" in told and "warning: " in told
+        told = "\n".join(ogx.plan_lines(self.plan(self.listing("a", max_input_tokens=131072))))
+        assert "window  131,072 tokens" in told and "warning" not in told
+
+    def test_discovery_is_on_where_claude_code_would_list_something(self):
+        name = "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY"
+        assert name not in self.plan(self.listing("a")).set
+        assert self.plan(self.listing("a", "claude-haiku-4-5")).set[name] == "1"
+
+    @pytest.mark.parametrize(
+        ("arguments", "interactive"),
+        [
+            ([], True), (["hello there"], True), (["--continue"], True), (["--model", "x"], True),
+            (["-p", "hi"], False), (["--print"], False), (["mcp", "list"], False),
+            (["--permission-mode", "plan"], False), (["--permission-mode=plan"], False),
+            (["--dangerously-skip-permissions"], False), (["--version"], False),
+        ],
+    )  # fmt: skip
+    def test_when_the_permission_mode_is_ours_to_choose(self, arguments, interactive):
+        assert ogx.is_interactive(["claude", *arguments]) is interactive
+
+    @pytest.mark.parametrize(
+        ("arguments", "rest", "value"),
+        [
+            (["-p", "x"], ["-p", "x"], ""),
+            (["--settings", "a", "-p"], ["-p"], "a"),
+            (["--settings=a", "--settings", "b"], [], "b"),
+            (["--settings"], [], ""),
+        ],
+    )
+    def test_the_users_own_settings_flag(self, arguments, rest, value):
+        assert ogx.without_settings_flag(arguments) == (rest, value)
+
     # -- as a command
 
     @pytest.fixture
     def claude(self, tmp_path, monkeypatch):
-        """A program named claude that tells its arguments and environment, and exits with 7."""
+        """A program named claude that tells its arguments, environment and settings file, and
+        exits with 7; in a home and a project of its own."""
         script = tmp_path / "claude"
         script.write_text(
-            f"#!{sys.executable}\nimport json, os, sys\n"
-            "print(json.dumps([sys.argv[1:], dict(os.environ)]))\nsys.exit(7)\n"
+            f"#!{sys.executable}\nimport json, os, sys\nargs, settings = sys.argv[1:], None\n"
+            "if '--settings' in args:\n    path = args[args.index('--settings') + 1]\n"
+            "    settings = [path, os.stat(path).st_mode & 0o777, json.load(open(path))]\n"
+            "print(json.dumps([args, dict(os.environ), settings]))\nsys.exit(7)\n"
         )
         script.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.delenv("OGX_PORT", raising=False)
+        for name in ("OGX_PORT", "OGX_API_KEY", "CLAUDE_CONFIG_DIR"):
+            monkeypatch.delenv(name, raising=False)
+        (tmp_path / "home" / ".claude").mkdir(parents=True)
+        (tmp_path / "project").mkdir()
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("OGX_STATE", str(tmp_path / "state.sqlite"))
+        monkeypatch.chdir(tmp_path / "project")
+        return tmp_path
+
+    def launch(self, client, capfd, *words):
+        """What the program told: its arguments, its environment, its settings."""
+        assert ogx.main(["connect", "claude", "--port", str(client.port), *words]) == 7
+        return json.loads(capfd.readouterr().out)
+
+    @pytest.mark.parametrize(
+        ("where", "settings"),
+        [
+            ("home/.claude/settings.json", {"env": {"ANTHROPIC_BASE_URL": "http://elsewhere"}}),
+            ("home/.claude/settings.json", {"env": {"CLAUDE_CODE_USE_BEDROCK": "1"}}),
+            ("home/.claude/settings.json", {"apiKeyHelper": "echo key"}),
+            ("project/.claude/settings.json", {"env": {"ANTHROPIC_API_KEY": "sk"}}),
+            ("project/.claude/settings.local.json", {"env": {"ANTHROPIC_AUTH_TOKEN": "x"}}),
+        ],
+    )
+    def test_settings_that_beat_the_environment_are_beaten(self, claude, capfd, where, settings):
+        path = claude / where
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(settings))
+        with gateway_over() as (client, _):
+            arguments, _, (file, mode, made) = self.launch(client, capfd, "--", "-p", "hi")
+        assert arguments == ["--settings", file, "-p", "hi"] and mode == 0o600
+        assert made["env"]["ANTHROPIC_BASE_URL"] == f"http://localhost:{client.port}"
+        assert made["env"]["CLAUDE_CODE_USE_BEDROCK"] == "" and made["apiKeyHelper"] == ""
+        assert not os.path.exists(file)
+        assert json.loads(path.read_text()) == settings
+
+    def test_other_settings_are_left_alone(self, claude, capfd):
+        (claude / "home/.claude/settings.json").write_text('{"env": {"MY": "1"}, "model": "opus"}')
+        (claude / "project/.claude").mkdir()
+        (claude / "project/.claude/settings.json").write_text("{broken")
+        with gateway_over() as (client, _):
+            arguments, _, settings = self.launch(client, capfd, "--", "-p", "hi")
+        assert (arguments, settings) == (["-p", "hi"], None)
+
+    @pytest.mark.parametrize("as_file", [True, False])
+    def test_the_users_own_settings_are_merged(self, claude, capfd, as_file):
+        own = json.dumps({"env": {"MY": "1", "ANTHROPIC_BASE_URL": "x"}, "theme": "dark"})
+        if as_file:
+            (claude / "own.json").write_text(own)
+            own = str(claude / "own.json")
+        with gateway_over() as (client, _):
+            _, _, (_, _, made) = self.launch(client, capfd, "--", "-p", "hi", "--settings", own)
+        assert (made["theme"], made["env"]["MY"]) == ("dark", "1")
+        assert made["env"]["ANTHROPIC_BASE_URL"] == f"http://localhost:{client.port}"
+
+    def test_permissions_are_asked_for_unless_the_user_chose(self, claude, capfd):
+        with gateway_over() as (client, _):
+            assert self.launch(client, capfd)[0] == ["--permission-mode", "default"]
+            assert self.launch(client, capfd, "--", "--permission-mode", "plan")[0] == [
+                "--permission-mode", "plan"
+            ]
+            path = claude / "home/.claude/settings.json"
+            path.write_text('{"permissions": {"defaultMode": "acceptEdits"}}')
+            assert self.launch(client, capfd)[0] == []
+
+    def test_quiet(self, claude, capfd):
+        with gateway_over() as (client, _):
+            ogx.main(["connect", "claude", "--port", str(client.port), "--quiet"])
+        assert capfd.readouterr().err == ""
+
+    def test_a_token_is_shown_to_a_server_that_asks_for_one(self, claude, capfd, monkeypatch):
+        (claude / "token").write_text("s3cret\n")
+        with gateway_over() as (client, _):
+            client.server.token = b"s3cret"
+            assert ogx.main(["connect", "claude", "--port", str(client.port)]) == 1
+            assert "set OGX_API_KEY, or use --api-key-file" in capfd.readouterr().err
+            flag = ["--api-key-file", str(claude / "token")]
+            _, environ, _ = self.launch(client, capfd, *flag)
+            assert environ["ANTHROPIC_AUTH_TOKEN"] == "s3cret"
+            monkeypatch.setenv("OGX_API_KEY", "s3cret")
+            assert self.launch(client, capfd)[1]["ANTHROPIC_AUTH_TOKEN"] == "s3cret"
+
+    @pytest.mark.parametrize(("content", "words"), [("", "the file is empty"), (None, "No such"),
+                                                    ("a b", "printable ASCII")])  # fmt: skip
+    def test_a_token_file_that_holds_none(self, claude, capfd, content, words):
+        if content is not None:
+            (claude / "token").write_text(content)
+        flag = ["--api-key-file", str(claude / "token")]
+        assert ogx.main(["connect", "claude", *flag]) == 1
+        assert words in capfd.readouterr().err
+
+    def test_check_tries_every_tier(self, claude, capfd):
+        piece = fragment(0, "a", "add", '{"a":2,"b":3}')
+        good = sse(delta(tool_calls=[piece]), delta("tool_calls", USAGE))
+        with gateway_over(good, said("5"), models=["a", "b"]) as (client, upstream):
+            flags = ["--port", str(client.port), "--haiku-model", "openai/a", "--model", "openai/b"]
+            assert ogx.main(["connect", "claude", "--check", *flags]) == 1
+            one, two = capfd.readouterr().out.splitlines()
+            assert re.fullmatch(r"openai/a +[\d.]+ +[\d.]+ s +works, tools too", one)
+            assert re.match(r"openai/b .*answers, but called no tool", two)
+            upstream.answers += [good]
+            upstream.answers += [(500, {"error": {"message": "oops"}})]
+            assert ogx.main(["connect", "claude", "--check", *flags]) == 1
+            assert "oops (from openai, model b)" in capfd.readouterr().out
+            upstream.answers += [good, good]
+            assert ogx.main(["connect", "claude", "--check", *flags]) == 0
+
+    def test_one_terminal_is_enough(self, claude, capfd, monkeypatch):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            monkeypatch.setenv("OGX_PORT", str(free.getsockname()[1]))
+        with FakeUpstream(models=["m"]) as upstream:
+            for name in os.environ:
+                if re.search("_API_KEY$|_URL$|TOKEN|ENDPOINT", name):
+                    monkeypatch.delenv(name)
+            monkeypatch.setenv("VLLM_URL", upstream.url)
+            assert ogx.main(["connect", "claude"]) == 1
+            assert "Start the server first with" in capfd.readouterr().err
+            assert ogx.main(["connect", "claude", "--serve"]) == 7
+        out, err = capfd.readouterr()
+        _, environ, _ = json.loads(out)
+        assert environ["ANTHROPIC_DEFAULT_OPUS_MODEL"] == "vllm/m"
+        log_file = re.search(r"its log is (\S+)", err).group(1)
+        assert Path(log_file).exists()
+        with pytest.raises(OSError):
+            port = int(environ["ANTHROPIC_BASE_URL"].rsplit(":", 1)[1])
+            socket.create_connection(("127.0.0.1", port), timeout=1)
 
     def test_it_launches_with_arguments_environment_and_exit_code(self, claude, capfd):
         with gateway_over() as (client, _):
             code = ogx.main(["connect", "claude", "--port", str(client.port), "--",
                              "-p", "hi", "--", "x"])  # fmt: skip
         out, err = capfd.readouterr()
-        arguments, environ = json.loads(out)
+        arguments, environ, _ = json.loads(out)
         assert (code, arguments) == (7, ["-p", "hi", "--", "x"])
         assert environ["ANTHROPIC_DEFAULT_OPUS_MODEL"] == "openai/gpt-x"
         assert environ["ANTHROPIC_BASE_URL"] == f"http://localhost:{client.port}"
