@@ -195,6 +195,8 @@ class ScriptedUpstream(socketserver.ThreadingTCPServer):
         self.requests: list[Json] = []
         self.refusals: list[str] = []
         self.most_tokens = 128_000
+        self.context = 0  # tokens that its list tells, if any
+        self.usage: Json = {}  # what it says beside USAGE
         self.too_long = ""  # refuses the first conversation of more than six messages so
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -222,7 +224,8 @@ class UpstreamHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path.rstrip("/") != "/v1/models":
             return self.refuse(404, f"Unknown request URL: GET {self.path}")
-        models = [{"id": name, "object": "model", "created": 1, "owned_by": "test"}
+        limit = {"context_length": self.server.context} if self.server.context else {}
+        models = [{"id": name, "object": "model", "created": 1, "owned_by": "test", **limit}
                   for name in MODELS]
         return self.answer(200, {"object": "list", "data": models})
 
@@ -258,7 +261,7 @@ class UpstreamHandler(BaseHTTPRequestHandler):
             return self.hang_up()
         choice = {"message": reply.message(turn), "finish_reason": reply.finish_reason}
         head = self.head(body, "chat.completion")
-        return self.answer(200, {**head, "choices": [{"index": 0, **choice}], "usage": USAGE})
+        return self.answer(200, {**head, "choices": [{"index": 0, **choice}], "usage": self.usage()})
 
     def stream(self, body: Json, reply: Reply, turn: int) -> None:
         head = self.head(body, "chat.completion.chunk")
@@ -267,7 +270,7 @@ class UpstreamHandler(BaseHTTPRequestHandler):
                   for delta, finish in deltas]
         if body.get("stream_options", {}).get("include_usage"):
             chunks = [{**chunk, "usage": None} for chunk in chunks]
-            chunks.append({**head, "choices": [], "usage": USAGE})
+            chunks.append({**head, "choices": [], "usage": self.usage()})
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Transfer-Encoding", "chunked")
@@ -288,6 +291,9 @@ class UpstreamHandler(BaseHTTPRequestHandler):
     def hang_up(self) -> None:
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
+
+    def usage(self) -> Json:
+        return {**USAGE, **self.server.usage}
 
     def head(self, body: Json, kind: str) -> Json:
         return {"id": "chatcmpl-1", "object": kind, "created": 1, "model": body["model"]}

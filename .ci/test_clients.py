@@ -317,6 +317,62 @@ class TestClaudeCode:
         # What comes to the same for the upstream reaches it once.
         assert len(upstream.requests) <= 2
 
+    @pytest.mark.parametrize("settings", [
+        {"env": {"ANTHROPIC_BASE_URL": "http://127.0.0.1:9"}},
+        {"env": {"CLAUDE_CODE_USE_BEDROCK": "1"}},
+        {"env": {"CLAUDE_CODE_USE_VERTEX": "1", "ANTHROPIC_API_KEY": "sk-of-the-user"}},
+        {"apiKeyHelper": "echo key-of-the-helper"},
+        {"model": "claude-opus-4-5"},
+    ])
+    def test_reaches_the_gateway_whatever_the_users_settings_say(
+        self, gateway, upstream, settings
+    ):
+        folder = Path(gateway.environment["HOME"], ".claude")
+        folder.mkdir()
+        (folder / "settings.json").write_text(json.dumps(settings))
+        upstream.script = {"Hello": [Reply("Here I am.")]}
+        assert gateway.ask("Hello")["result"] == "Here I am."
+
+    @pytest.mark.parametrize("variable", [
+        "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX", "CLAUDE_CODE_USE_FOUNDRY",
+        "CLAUDE_CODE_USE_MANTLE", "CLAUDE_CODE_USE_ANTHROPIC_AWS", "CLAUDE_CODE_USE_GATEWAY",
+        "CLAUDE_CODE_USE_ANTHROPIC_GOOGLE_CLOUD", "ANTHROPIC_UNIX_SOCKET", "ANTHROPIC_API_KEY",
+        "ANTHROPIC_MODEL", "ANTHROPIC_CUSTOM_HEADERS", "CLAUDE_CODE_OAUTH_TOKEN",
+        "CLAUDE_CODE_SUBAGENT_MODEL", "HTTP_PROXY",
+    ])
+    def test_reaches_the_gateway_whatever_is_exported(self, gateway, upstream, variable):
+        values = {"ANTHROPIC_UNIX_SOCKET": "/nowhere", "HTTP_PROXY": "http://127.0.0.1:9",
+                  "ANTHROPIC_CUSTOM_HEADERS": "Host: evil.test"}
+        gateway.environment[variable] = values.get(variable, "1")
+        upstream.script = {"Hello": [Reply("Here I am.")]}
+        assert gateway.ask("Hello")["result"] == "Here I am."
+
+    @pytest.fixture
+    def window(self, request, upstream):
+        """The context that the upstream lists, set before the gateway reads the list."""
+        upstream.context = request.param
+        return request.param
+
+    @pytest.mark.parametrize("window", [32_768, 131_072, 1_048_576], indirect=True)
+    def test_knows_the_true_window(self, window, gateway, upstream):
+        upstream.script = {"Hello": [Reply("Hello.")]}
+        usage = gateway.ask("Hello")["modelUsage"]
+        assert [one["contextWindow"] for one in usage.values()] == [window]
+
+    @pytest.mark.parametrize(("window", "tokens", "compacts"), [
+        (32_768, 14_000, False), (32_768, 17_000, True),
+        (131_072, 90_000, False), (131_072, 100_000, True),
+        (1_048_576, 900_000, False), (1_048_576, 1_020_000, True),
+    ], indirect=["window"])
+    def test_compacts_at_the_right_size(self, window, gateway, upstream, tokens, compacts):
+        upstream.usage = {"prompt_tokens": tokens}
+        count = [Reply(calls=[("Bash", {"command": f"echo {n}", "description": "count"})])
+                 for n in range(3)]
+        upstream.script = {"TEXT ONLY": [Reply("We were counting to three.")],
+                           "Count": [*count, Reply("Done.")]}
+        gateway.ask("Count to three", "--allowedTools", "Bash", "--max-turns", "8")
+        assert bool(upstream.seen("TEXT ONLY")) is compacts
+
     def test_does_not_take_a_broken_answer_for_a_whole_one(self, gateway, upstream):
         gateway.environment["CLAUDE_CODE_MAX_RETRIES"] = "2"  # instead of 10, which take minutes
         upstream.script = {"Tell me": [Reply("This breaks off in the middle of it.", dies=99)]}
