@@ -4417,7 +4417,8 @@ def launch_plan(
         name = f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL"
         variables.update({name: model_id, f"{name}_NAME": model_id,
                           f"{name}_DESCRIPTION": f"{tier} tier, served by ogx.py"})  # fmt: skip
-    if any(re.search("claude|anthropic", model_id, re.I) for model_id in models):
+    real = [m for m, e in models.items() if not is_alias(e)]
+    if any(re.search("claude|anthropic", model_id, re.I) for model_id in real):
         variables["CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY"] = "1"  # it lists only such ids
     variables["CLAUDE_CODE_DISABLE_1M_CONTEXT"] = "1"
     variables["CLAUDE_CODE_ATTRIBUTION_HEADER"] = "0"  # it would defeat prefix caches
@@ -4453,9 +4454,11 @@ def tier_choice(
     chosen = dict_or_empty(listing.get("tiers")).get(tier)
     if isinstance(chosen, str):
         return chosen
-    real = (m for m, e in models.items()
-            if not dict_or_empty(e.get("custom_metadata")).get("alias_of"))  # fmt: skip
-    return next(real, next(iter(models)))
+    return next((m for m, e in models.items() if not is_alias(e)), next(iter(models)))
+
+
+def is_alias(entry: Json) -> bool:
+    return bool(dict_or_empty(entry.get("custom_metadata")).get("alias_of"))
 
 
 def limit_variables(entries: Sequence[Json]) -> dict[str, str]:

@@ -3307,7 +3307,9 @@ class TestConnect:
     def test_discovery_is_on_where_claude_code_would_list_something(self):
         name = "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY"
         assert name not in self.plan(self.listing("a")).set
-        assert self.plan(self.listing("a", "claude-haiku-4-5")).set[name] == "1"
+        assert self.plan(self.listing("a", "anthropic/claude-x")).set[name] == "1"
+        alias = {"id": "claude-haiku-4-5", "custom_metadata": {"alias_of": "a"}}
+        assert name not in self.plan({"data": [{"id": "a"}, alias]}).set
 
     @pytest.mark.parametrize(
         ("arguments", "interactive"),

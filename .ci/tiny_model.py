@@ -6,9 +6,9 @@ FOLDER/tiny.gguf and FOLDER/hub (a cache of Hugging Face's form with the reposit
 the same Qwen2 model of one layer. It is a Markov chain: attention and feed-forward are zero, so the
 next token depends on the last one alone. Each piece of a line in LINES is one token, which leads to
 the next piece. The chat template ends the prompt with the token of the line that the conversation
-asks for: by a word in the last user message, or by what a tool answered. Where a grammar forbids
-the next piece (when a call is demanded), a general preference begins a call and closes its strings
-and objects at once.
+asks for: by a word in the last user message, or by what a tool answered. Like Qwen3.5's, it refuses
+a system message after the first. Where a grammar forbids the next piece (when a call is demanded),
+a general preference begins a call and closes its strings and objects at once.
 """
 
 import json
@@ -55,6 +55,9 @@ TEMPLATE = """\
 {%- endif -%}
 {%- set ns = namespace(line='hello') -%}
 {%- for m in messages -%}
+{%- if m.role == 'system' and not loop.first -%}
+{{- raise_exception('System message must be at the beginning.') -}}
+{%- endif -%}
 {{- '<|im_start|>' + m.role + '\\n' -}}
 {%- if m.reasoning_content -%}
 {{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' -}}
