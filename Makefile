@@ -1,5 +1,6 @@
 # make test           the tests; needs only Python and pytest, which it fetches when missing
 # make test-clients   the real Claude Code and SDKs against a scripted upstream
+# make test-servers   real upstream servers, compiled and given tiny models on the spot
 # make lint           ruff and mypy
 # make bench          speed, side by side with the upstream itself
 # make starter        write starter.json from the built-in configuration
@@ -7,7 +8,7 @@
 PYTHON ?= python3
 TOOLS = .dev
 
-.PHONY: test test-clients lint bench starter clean
+.PHONY: test test-clients test-servers lint bench starter clean
 
 test:
 	@.ci/pytest $(PYTHON) test_ogx.py $(ARGS)
@@ -15,6 +16,11 @@ test:
 test-clients:
 	@.ci/clients-install $(PYTHON)
 	@.clients/venv/bin/python -m pytest -m clients .ci/test_clients.py $(ARGS)
+
+test-servers:
+	@.ci/clients-install $(PYTHON)
+	@.ci/servers-install $(PYTHON)
+	@.clients/venv/bin/python -m pytest -m servers .ci/test_servers.py $(ARGS)
 
 lint: $(TOOLS)/lint/done
 	$(TOOLS)/lint/bin/ruff check ogx.py test_ogx.py .ci
@@ -32,4 +38,4 @@ starter:
 	$(PYTHON) .ci/starter.py > starter.json
 
 clean:
-	rm -rf $(TOOLS) .clients .pytest_cache .ruff_cache __pycache__ .ci/__pycache__
+	rm -rf $(TOOLS) .clients .servers .pytest_cache .ruff_cache __pycache__ .ci/__pycache__

@@ -66,7 +66,7 @@ import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Callable, ClassVar
+from typing import Any, Callable, ClassVar, Union
 
 __version__ = "0.1.0"
 
@@ -228,9 +228,15 @@ class ProviderKind:
     messages_path: str = "/messages"
     native_gaps: tuple[str, ...] = ()  # what its Messages API refuses or loses: see lost_natively()
     native_repair: bool = False  # its event stream breaks the grammar and is written anew
+    native_system: bool = True  # takes system messages in mid-conversation
     keeps_billing_header: bool = False  # wants Claude Code's first system block
+    # OpenAI's Responses API: where these hosts are, or where a refusal told (True), or never.
+    responses_hosts: tuple[str, ...] = ()
+    responses: bool | None = None
+    summaries: bool = True  # may show summaries of its reasoning
     # Quirks of its chat completions.
     max_tokens_field: str = "max_tokens"
+    user_after_tool: bool = True  # takes a user message right after tool messages
     system_anywhere: bool = False  # takes a system message after the first user message
     images: bool = True
     files: bool = False  # takes `file` parts (PDF)
@@ -265,14 +271,16 @@ PROVIDER_KINDS = {
                      ("LLAMA_CPP_URL",), enabled_by="url", local_port=8080,
                      identity=("/models", '"owned_by":"llamacpp"'), dialects=BOTH,
                      native_gaps=("document", "search_result", "server_tool", "tool_choice",
-                                  "text_after_result", "url_image"),
-                     native_repair=True, top_k=True),
+                                  "text_after_result", "url_image", "output_format"),
+                     native_repair=True, native_system=False, named_tool_choice=False,
+                     top_k=True),
         ProviderKind("sglang", "http://localhost:30000/v1", ("SGLANG_API_KEY",), ("SGLANG_URL",),
                      enabled_by="url", dialects=BOTH,
                      native_gaps=("document", "search_result", "server_tool"), top_k=True),
         ProviderKind("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",),
-                     ("OPENAI_BASE_URL",), max_tokens_field="max_completion_tokens",
-                     system_anywhere=True, files=True, cache_key=True),
+                     ("OPENAI_BASE_URL",), responses_hosts=("api.openai.com",),
+                     max_tokens_field="max_completion_tokens", system_anywhere=True, files=True,
+                     cache_key=True),
         ProviderKind("anthropic", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",),
                      key_header="x-api-key", headers=(("anthropic-version", "2023-06-01"),),
                      list_path="/models?limit=1000", dialects=("messages",),
@@ -291,6 +299,8 @@ PROVIDER_KINDS = {
         ProviderKind("azure", "", ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
                      ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
                      default_path="/openai/v1", key_header="api-key",
+                     responses_hosts=(".openai.azure.com", ".cognitiveservices.azure.com",
+                                      ".services.ai.azure.com"),
                      max_tokens_field="max_completion_tokens", system_anywhere=True, files=True,
                      cache_key=True),
         ProviderKind("gemini", "https://generativelanguage.googleapis.com/v1beta/openai",
@@ -553,8 +563,8 @@ def provider_from_node(node: Node) -> Provider | None:
         place = settings.path("api_key")
         raise OgxError(400, f"{place}: expected a key of printable ASCII without spaces")
     dialect = settings.text("dialect", "auto")
-    if dialect not in ("auto", *BOTH):
-        raise settings.wrong("dialect", '"auto", "messages" or "chat"', dialect)
+    if dialect not in ("auto", "responses", *BOTH):
+        raise settings.wrong("dialect", '"auto", "messages", "chat" or "responses"', dialect)
     return Provider(
         provider_id, kind, checked_base_url(settings, kind), api_key, dialect,
         settings.flag("verify", True), settings.text("ca_file", ""),
@@ -1318,7 +1328,12 @@ class MessageWriter:
         "tool_use": ("input_json_delta", "partial_json"),
     }
 
-    def __init__(self, message: Json, used_ids: Iterable[str] = ()) -> None:
+    def __init__(
+        self, message: Json, used_ids: Iterable[str] = (), stops: Sequence[str] = ()
+    ) -> None:
+        self._stops = stops  # sequences that end the text, for upstreams that don't look for them
+        self._tail = ""  # of the text, held while it may be the beginning of one
+        self.stopped: str | None = None  # the one that was found
         self._message: Json | None = message  # until it was started
         self.input_tokens: int = message["usage"]["input_tokens"]
         self._used_ids = set(used_ids)  # of tool calls; Claude Code drops a call whose id recurs
@@ -1341,8 +1356,51 @@ class MessageWriter:
             self._message = None
 
     def text(self, text: str) -> None:
+        if self._stops:
+            text = self._until_stop(text)
         if text:
             self._fragment("text", "text", text)
+
+    def _until_stop(self, text: str) -> str:
+        """The text up to a stop sequence, without an end that may yet become one."""
+        text = "" if self.stopped else self._tail + text
+        found = [(text.index(stop), stop) for stop in self._stops if stop in text]
+        if found:
+            at, self.stopped = min(found)
+            self._tail = ""
+            return text[:at]
+        lengths = range(min(len(text), max(map(len, self._stops)) - 1), 0, -1)
+        held = next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._stops)), 0)
+        self._tail = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def signature(self, signature: str) -> None:
+        """Sign the thinking that is open, or stand for thinking that isn't shown."""
+        if self._open and self._open.kind == "thinking":
+            delta = {"type": "signature_delta", "signature": signature}
+            self._events.append(
+                {"type": "content_block_delta", "index": self._index, "delta": delta}
+            )
+        else:
+            self.whole({"type": "redacted_thinking", "data": signature})
+
+    def whole(self, content: Json) -> None:
+        """A block that needs no deltas, where it may stand between others."""
+        self.start()
+        self._close()
+        self._index += 1
+        self._events += [
+            {"type": "content_block_start", "index": self._index, "content_block": content},
+            {"type": "content_block_stop", "index": self._index},
+        ]
+
+    def citation(self, citation: Json) -> None:
+        """A source of the text that is open."""
+        if self._open and self._open.kind == "text":
+            delta = {"type": "citations_delta", "citation": citation}
+            self._events.append(
+                {"type": "content_block_delta", "index": self._index, "delta": delta}
+            )
 
     def thinking(self, text: str) -> None:
         if text:
@@ -1357,6 +1415,8 @@ class MessageWriter:
         """Write what waits, close, and end the message. A stop is `tool_use` whenever a call was
         written, and `max_tokens` when a call's input broke off."""
         self.start()
+        if self._tail:
+            self._fragment("text", "text", self._tail)
         self._close()
         while self._waiting:
             block = self._waiting.pop(0)
@@ -1465,7 +1525,9 @@ def message_from_events(events: Iterable[Json]) -> Json:
             message["content"].append(dict(event["content_block"]))
         elif kind == "content_block_delta":
             block, delta = message["content"][event["index"]], event["delta"]
-            if delta["type"] == "input_json_delta":
+            if delta["type"] == "citations_delta":
+                block["citations"] = [*(block["citations"] or ()), delta["citation"]]
+            elif delta["type"] == "input_json_delta":
                 inputs[event["index"]] = inputs.get(event["index"], "") + delta["partial_json"]
             else:
                 name = delta["type"].partition("_")[0]
@@ -1612,12 +1674,15 @@ def chat_messages(request: Json, kind: ProviderKind, names: ToolNames) -> list[J
             messages.append({"role": "system", "content": text})
         else:
             messages.append({"role": "user", "content": user_parts(turn, kind)})
-    return [with_plain_content(m) for m in merged_user_messages(messages)]
+    messages = [with_plain_content(m) for m in merged_user_messages(messages)]
+    return messages if kind.user_after_tool else without_user_after_tool(messages)
 
 
-def unserved_tools_note(request: Json) -> str:
-    """Words for the model about tools that only Anthropic's servers run (web search, say)."""
-    tools = request.get("tools") or ()
+def unserved_tools_note(request: Json, served: str = "") -> str:
+    """Words for the model about tools that only Anthropic's servers run (web search, say);
+    `served` is how the types of those begin that the upstream has as well."""
+    tools = [t for t in request.get("tools") or () if not served or
+             not str(t.get("type")).startswith(served)]  # fmt: skip
     names = [t.get("name") or t["type"] for t in tools if not is_client_tool(t)]
     names = [name for name in names if name != PLACEHOLDER]
     if not names:
@@ -1702,9 +1767,14 @@ def user_parts(turn: Turn, kind: ProviderKind) -> list[Json]:
     """The parts of a user turn. A system message in mid-conversation stays in its place, marked:
     templates that refuse it there are many, and moving it would spoil prefix caches."""
     if turn.role == "system":
-        text = "\n\n".join(map(block_text, turn.blocks))
-        return [text_part(f"<system-reminder>\n{text}\n</system-reminder>")]
+        return [reminder_part(turn.blocks)]
     return [attachment_part(block, kind) or text_part(block_text(block)) for block in turn.blocks]
+
+
+def reminder_part(blocks: Sequence[Json]) -> Json:
+    """A system message as text that the model knows not to be the user's."""
+    text = "\n\n".join(map(block_text, blocks))
+    return text_part(f"<system-reminder>\n{text}\n</system-reminder>")
 
 
 def merged_user_messages(messages: Sequence[Json]) -> list[Json]:
@@ -1720,6 +1790,20 @@ def merged_user_messages(messages: Sequence[Json]) -> list[Json]:
         else:
             merged.append(message)
     return merged
+
+
+def without_user_after_tool(messages: Sequence[Json]) -> list[Json]:
+    """The messages with a user's text that follows tool messages in the last of them."""
+    joined: list[Json] = []
+    for message in messages:
+        last = joined[-1] if joined else message
+        if message["role"] == "user" and last["role"] == "tool" and isinstance(
+            message["content"], str
+        ):
+            joined[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}
+        else:
+            joined.append(message)
+    return joined
 
 
 def with_plain_content(message: Json) -> Json:
@@ -1852,6 +1936,9 @@ class ChatTranslator:
             self._read_usage(chunk)
             for choice in chunk.get("choices") or ():
                 self._read_choice(choice)
+            if self.writer.stopped:
+                self._finish_reason, self._stop_sequence = "stop", self.writer.stopped
+                self.end()
         except (AttributeError, KeyError, TypeError, ValueError):
             words = data[:200].decode("utf-8", "replace")
             raise OgxError(502, f"{self._origin} sent a chunk of unknown shape: {words}") from None
@@ -1875,7 +1962,7 @@ class ChatTranslator:
     def _error(self, data: bytes) -> OgxError:
         """An error inside a stream; its `code` may be the status it would have had."""
         refusal = refusal_from_body(500, data)
-        status = dict_or_empty(json.loads(data)["error"]).get("status_code")  # Groq's
+        status = dict_or_empty(json.loads(data)["error"]).get("status_code")  # as Groq tells it
         if isinstance(status, int):
             refusal = replace(refusal, status=status)
         elif refusal.code.isdigit() and 400 <= int(refusal.code) <= 599:
@@ -1987,12 +2074,16 @@ MODEL_FIELD = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
 def lost_natively(request: Json, kind: ProviderKind) -> set[str]:
     """What in a request a server of this kind would refuse, or lose in silence: such a request is
     translated instead. The names are those of ProviderKind.native_gaps."""
-    if not kind.native_gaps:
+    gaps = {*kind.native_gaps, *(["image"] if not kind.images else [])}
+    if not gaps:
         return set()
     used: set[str] = set()
+    if (request.get("output_config") or {}).get("format"):
+        used.add("output_format")
     if (request.get("tool_choice") or {"type": "auto"}) != {"type": "auto"}:
         used.add("tool_choice")
-    if not all(is_client_tool(tool) for tool in request.get("tools") or ()):
+    tools = request.get("tools") or ()
+    if not all(is_client_tool(t) or t.get("name") == PLACEHOLDER for t in tools):
         used.add("server_tool")
     for message in request["messages"]:
         blocks = blocks_of(message["content"])
@@ -2003,7 +2094,7 @@ def lost_natively(request: Json, kind: ProviderKind) -> set[str]:
                  blocks_of(x.get("content"))]  # fmt: skip
         for block in blocks + inner:
             used.update(block_features(block))
-    return used & set(kind.native_gaps)
+    return used & gaps
 
 
 def block_features(block: Json) -> Iterator[str]:
@@ -2016,14 +2107,58 @@ def block_features(block: Json) -> Iterator[str]:
 
 
 def messages_request(request: Json, model: Model) -> Json:
-    """The request as it goes to an upstream that speaks Messages: every field as it came."""
-    body = {**request, "model": model.upstream_id}
-    system = request.get("system")
-    if isinstance(system, list) and not model.provider.kind.keeps_billing_header:
-        kept = [b for b in system if not block_text(b).startswith(BILLING_HEADER)]
-        if len(kept) < len(system):
-            body["system"] = kept
+    """The request as it goes to an upstream that speaks Messages: every field as it came, but for
+    what is Claude Code's and Anthropic's own business, and what the row says isn't taken."""
+    kind, body = model.provider.kind, {**request, "model": model.upstream_id}
+    system, tools = request.get("system"), request.get("tools") or ()
+    if not kind.keeps_billing_header:
+        if isinstance(system, list) and any(is_billing_header(block) for block in system):
+            body["system"] = [block for block in system if not is_billing_header(block)]
+        if any(tool.get("name") == PLACEHOLDER for tool in tools):
+            body["tools"] = [tool for tool in tools if tool.get("name") != PLACEHOLDER]
+    if not kind.native_system and any(m["role"] == "system" for m in request["messages"]):
+        body["messages"] = folded_system(request["messages"])
+    if not kind.images:
+        body["messages"] = [
+            m if isinstance(m["content"], str) else {**m, "content": told_images(m["content"])}
+            for m in body["messages"]
+        ]  # fmt: skip
     return body
+
+
+def is_billing_header(block: Json) -> bool:
+    return block_text(block).startswith(BILLING_HEADER)
+
+
+def folded_system(messages: Sequence[Json]) -> list[Json]:
+    """The messages with system messages as marked user text, in the message before them where
+    that is a user's without tool results."""
+    folded: list[Json] = []
+    for message in messages:
+        if message["role"] != "system":
+            folded.append(message)
+            continue
+        text = reminder_part(blocks_of(message["content"]))
+        before = blocks_of(folded[-1]["content"]) if folded else []
+        if folded and folded[-1]["role"] == "user" and not any(
+            block["type"] == "tool_result" for block in before
+        ):
+            folded[-1] = {"role": "user", "content": [*before, text]}
+        else:
+            folded.append({"role": "user", "content": [text]})
+    return folded
+
+
+def told_images(blocks: Sequence[Json]) -> list[Json]:
+    """The blocks with words in the place of images, in tool results too."""
+    told = []
+    for block in blocks:
+        if block["type"] == "image":
+            block = text_part(block_text(block))
+        elif block["type"] == "tool_result" and isinstance(block.get("content"), list):
+            block = {**block, "content": told_images(block["content"])}
+        told.append(block)
+    return told
 
 
 def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
@@ -2167,8 +2302,257 @@ FIRST_EVENT = re.compile(rb"(?m)^data:.*(message_start|\"error\")(.|[\r\n])*?(\r
 LAST_EVENT = re.compile(rb'(?m)^(event: ?(message_stop|error)\b|data: ?\{"type": ?"message_stop")')
 
 # ======== Responses ==========================================================================
-# The table of dialects, and that of the built-in demo model, which answers a chat stream of its
-# own making. OpenAI's Responses dialect belongs here.
+# OpenAI's Responses, which its newest models need for tools; then the table of dialects, and that
+# of the built-in demo model, which answers a chat stream of its own making. Pure.
+
+SIGNATURE_MARK = '{"ogx":'  # begins the signatures that we made: JSON with what goes back upstream
+
+
+def responses_request(request: Json, model: Model) -> Json:
+    """The Responses request for a checked Messages request; reasoning_effort is put in its place
+    by finished_responses(), after the lessons."""
+    kind, names = model.provider.kind, ToolNames(request)
+    note = unserved_tools_note(request, "web_search")
+    body: Json = {
+        "model": model.upstream_id,
+        "input": [item for turn in turns_from_messages(request["messages"])
+                  for item in input_items(turn, kind, names)],
+        "max_output_tokens": max(16, min(request["max_tokens"], model.max_output or 1 << 40)),
+        "store": False,
+        "include": ["reasoning.encrypted_content"],
+    }  # fmt: skip
+    instructions = "\n\n".join(filter(None, (system_text(request), note)))
+    if instructions:
+        body["instructions"] = instructions
+    body.update(flat_tool_fields(request, names, kind))
+    for name in ("temperature", "top_p"):
+        if request.get(name) is not None:
+            body[name] = request[name]
+    if conversation_key(request):
+        body["prompt_cache_key"] = conversation_key(request)
+    if REASONS.search(model.upstream_id):
+        body["reasoning_effort"] = reasoning_effort(request) or "medium"
+        body["reasoning"] = {"summary": "auto"} if kind.summaries else {}
+    output_format = (request.get("output_config") or {}).get("format")
+    if output_format:
+        body["text"] = {"format": {"type": "json_schema", **response_format(
+            output_format["schema"])["json_schema"]}}  # fmt: skip
+    if request.get("stream"):
+        body["stream"] = True
+    return body
+
+
+def finished_responses(body: Json) -> Json:
+    """The body with its effort where Responses has it."""
+    effort = body.pop("reasoning_effort", None)
+    if effort:
+        body["reasoning"] = {**(body.get("reasoning") or {}), "effort": effort}
+    return body
+
+
+def input_items(turn: Turn, kind: ProviderKind, names: ToolNames) -> Iterator[Json]:
+    """A turn of the history as input items."""
+    if turn.role == "results":
+        for result in turn.blocks:
+            parts = [input_part(b, kind) for b in blocks_of(result.get("content"))]
+            if result.get("is_error"):
+                parts.insert(0, {"type": "input_text", "text": TOOL_ERROR.strip()})
+            output: Any = parts
+            if all(part["type"] == "input_text" for part in parts):
+                output = "\n".join(part["text"] for part in parts) or "(no output)"
+            yield {"type": "function_call_output", "call_id": result["tool_use_id"],
+                   "output": output}  # fmt: skip
+    elif turn.role == "assistant":
+        for block in turn.blocks:
+            yield from assistant_items(block, names)
+    else:
+        role = "developer" if turn.role == "system" else "user"
+        yield {"role": role, "content": [input_part(block, kind) for block in turn.blocks]}
+
+
+def assistant_items(block: Json, names: ToolNames) -> Iterator[Json]:
+    """What the model said, called or thought before; of thoughts, those it signed itself."""
+    if block["type"] == "tool_use":
+        yield {"type": "function_call", "call_id": block["id"], "name": names.there(block["name"]),
+               "arguments": json.dumps(block["input"])}  # fmt: skip
+    elif block["type"] in ("thinking", "redacted_thinking"):
+        signature = block.get("signature") or block.get("data") or ""
+        if signature.startswith(SIGNATURE_MARK) and is_json(signature):
+            kept = json.loads(signature)
+            if kept.get("ogx") == "responses":
+                summary = [{"type": "summary_text", "text": block["thinking"]}] \
+                    if block.get("thinking") else []  # fmt: skip
+                yield {"type": "reasoning", "id": kept["id"], "summary": summary,
+                       "encrypted_content": kept["encrypted_content"]}  # fmt: skip
+    elif block_text(block):
+        content = [{"type": "output_text", "text": block_text(block)}]
+        yield {"role": "assistant", "content": content}
+
+
+def input_part(block: Json, kind: ProviderKind) -> Json:
+    """A block as a part of the input; here tool results may hold images and files too."""
+    part = attachment_part(block, kind)
+    if part is None:
+        return {"type": "input_text", "text": block_text(block)}
+    if part["type"] == "image_url":
+        return {"type": "input_image", "image_url": part["image_url"]["url"], "detail": "auto"}
+    return {"type": "input_file", **part["file"]}
+
+
+def flat_tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
+    """Tool fields as Responses has them: flat, not strict, and with its own web search."""
+    fields = tool_fields(request, names, kind)
+    functions = (tool["function"] for tool in fields.get("tools", ()))
+    tools = [{"type": "function", "strict": False, **function} for function in functions]
+    for tool in request.get("tools") or ():
+        if str(tool.get("type")).startswith("web_search"):
+            filters = {k: tool[k] for k in ("allowed_domains",) if tool.get(k)}
+            tools.append({"type": "web_search", **({"filters": filters} if filters else {})})
+    if not tools:
+        return {}
+    choice = fields.get("tool_choice")
+    if isinstance(choice, dict):
+        fields["tool_choice"] = {"type": "function", **choice["function"]}
+    return {**fields, "tools": tools}
+
+
+class ResponsesTranslator:
+    """Events of one response to the events of one message; a whole response is read as events."""
+
+    def __init__(self, writer: MessageWriter, request: Json, origin: str) -> None:
+        self.writer = writer
+        self.usage: Usage | None = None
+        self.done = False
+        self._names = ToolNames(request)
+        self._origin = origin
+        self._refused = False
+        self._streamed: set[Any] = set()  # indices of items whose deltas came
+
+    def feed(self, data: bytes) -> None:
+        if self.done or data.strip() == b"[DONE]":
+            return
+        try:
+            event = json.loads(data)
+            if event.get("object") == "response":
+                self._read_whole(event)
+            else:
+                self._read_event(event)
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            words = readable_text(data[:2000].decode("utf-8", "replace"))
+            raise OgxError(502, f"{self._origin} sent no event but {words}") from None
+
+    def _read_whole(self, response: Json) -> None:
+        for index, item in enumerate(response.get("output") or ()):
+            self._read_event({"type": "response.output_item.added", "output_index": index,
+                              "item": item})  # fmt: skip
+            self._read_event({"type": "response.output_item.done", "output_index": index,
+                              "item": item})  # fmt: skip
+        status = response.get("status") or "completed"
+        self._read_event({"type": f"response.{status}", "response": response})
+
+    def _read_event(self, event: Json) -> None:
+        kind, index = event.get("type") or "error", event.get("output_index")
+        self._streamed.add(index if kind.endswith(".delta") else None)
+        if kind == "response.output_text.delta":
+            self.writer.text(event["delta"])
+        elif kind == "response.function_call_arguments.delta":
+            self.writer.tool(index, "", "", event["delta"])
+        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+            self.writer.thinking(event["delta"])
+        elif kind == "response.reasoning_summary_part.added" and event.get("summary_index"):
+            self.writer.thinking("\n\n")
+        elif kind == "response.refusal.delta":
+            self._refused = True
+            self.writer.text(event["delta"])
+        elif kind == "response.output_text.annotation.added":
+            self._read_citation(event["annotation"])
+        elif kind == "response.output_item.added":
+            item = event["item"]
+            if item["type"] == "function_call":
+                self.writer.tool(index, item["call_id"], self._names.back(item["name"]), "")
+        elif kind == "response.output_item.done":
+            self._read_item(index, event["item"])
+        elif kind in ("response.completed", "response.incomplete"):
+            self._finish(event["response"])
+        elif kind in ("error", "response.failed"):
+            raise self._error(event)
+        elif kind == "response.created":
+            self.writer.start()
+        if self.writer.stopped and not self.done:
+            self._finish({})
+
+    def _read_item(self, index: Any, item: Json) -> None:
+        """An item at its end: what its deltas didn't bring, and what only its end tells."""
+        kind, whole = item["type"], index not in self._streamed
+        if kind == "function_call" and whole:
+            self.writer.tool(index, "", "", item.get("arguments") or "")
+        elif kind == "message" and whole:
+            for part in item.get("content") or ():
+                self._refused = self._refused or part["type"] == "refusal"
+                self.writer.text(part.get("text") or part.get("refusal") or "")
+                for annotation in part.get("annotations") or ():
+                    self._read_citation(annotation)
+        elif kind == "reasoning":
+            if whole:
+                parts = item.get("summary") or item.get("content") or ()
+                self.writer.thinking("\n\n".join(part.get("text") or "" for part in parts))
+            if item.get("encrypted_content"):
+                kept = {"ogx": "responses", "id": item["id"],
+                        "encrypted_content": item["encrypted_content"]}  # fmt: skip
+                self.writer.signature(json.dumps(kept, separators=(",", ":")))
+        elif kind == "web_search_call":
+            self._read_search(item)
+
+    def _read_search(self, item: Json) -> None:
+        """A search by the provider, as Anthropic's server tool shows one."""
+        action = item.get("action") or {}
+        use_id = "srvtoolu_" + re.sub(r"[^A-Za-z0-9_]", "_", item["id"])
+        self.writer.whole({"type": "server_tool_use", "id": use_id, "name": "web_search",
+                           "input": {"query": action.get("query") or ""},
+                           "caller": {"type": "direct"}})  # fmt: skip
+        results = [{"type": "web_search_result", "url": source["url"], "page_age": None,
+                    "title": source.get("title") or source["url"], "encrypted_content": ""}
+                   for source in action.get("sources") or () if source.get("url")]  # fmt: skip
+        self.writer.whole({"type": "web_search_tool_result", "tool_use_id": use_id,
+                           "content": results, "caller": {"type": "direct"}})  # fmt: skip
+
+    def _read_citation(self, annotation: Json) -> None:
+        if annotation.get("type") == "url_citation":
+            self.writer.citation({
+                "type": "web_search_result_location", "url": annotation["url"],
+                "title": annotation.get("title"), "encrypted_index": "", "cited_text": "",
+            })  # fmt: skip
+
+    def _finish(self, response: Json) -> None:
+        usage = response.get("usage") or {}
+        details = usage.get("input_tokens_details") or {}
+        read, written = details.get("cached_tokens") or 0, details.get("cache_write_tokens") or 0
+        known = (usage.get("input_tokens") or self.writer.input_tokens) - read - written
+        self.usage = Usage(max(0, known), usage.get("output_tokens") or 0, read, written)
+        why = str((response.get("incomplete_details") or {}).get("reason"))
+        reasons = {"max_output_tokens": "max_tokens", "content_filter": "refusal"}
+        reason = reasons.get(why, "end_turn")
+        if self._refused:
+            reason = "refusal"
+        elif self.writer.stopped:
+            reason = "stop_sequence"
+        self.done = True
+        self.writer.finish(reason, self.writer.stopped, self.usage)
+
+    def _error(self, event: Json) -> OgxError:
+        fields = (event.get("response") or {}).get("error") or event.get("error") or event
+        code = str(fields.get("code") or "")
+        status = {"rate_limit_exceeded": 429, "insufficient_quota": 429,
+                  "context_length_exceeded": 400, "invalid_prompt": 400}.get(code, 500)  # fmt: skip
+        words = fields.get("message") or code or "the response failed"
+        return upstream_error(Refusal(status, str(words), code), self._origin, {})
+
+    def end(self) -> None:
+        if not self.done:
+            raise OgxError(502, f"{self._origin} ended the answer before it was complete")
+
+
+Translator = Union[ChatTranslator, MessagesTranslator, ResponsesTranslator]
 
 
 @dataclass(frozen=True)
@@ -2176,7 +2560,8 @@ class Dialect:
     """What an upstream speaks: how requests are made and answers are read."""
 
     request: Callable[[Json, Model], Json]
-    translator: Callable[[MessageWriter, Json, str], ChatTranslator | MessagesTranslator]
+    translator: Callable[[MessageWriter, Json, str], Translator]
+    finished: Callable[[Json], Json] = lambda body: body  # the request after the lessons
     native: bool = False  # Anthropic's own format: bytes and headers are handed on
 
 
@@ -2207,6 +2592,7 @@ def chat_chunk(chunk: Json) -> bytes:
 
 DIALECTS = {
     "chat": Dialect(chat_request, ChatTranslator),
+    "responses": Dialect(responses_request, ResponsesTranslator, finished_responses),
     "messages": Dialect(messages_request, MessagesTranslator, native=True),
     "demo": Dialect(demo_request, ChatTranslator),
 }
@@ -2214,7 +2600,8 @@ DIALECTS = {
 
 def request_path(dialect: str, kind: ProviderKind) -> str:
     """Where requests of a dialect go, below the provider's base URL."""
-    return kind.messages_path if dialect == "messages" else "/chat/completions"
+    paths = {"messages": kind.messages_path, "responses": "/responses"}
+    return paths.get(dialect, "/chat/completions")
 
 
 # ======== Remedies ===========================================================================
@@ -2333,15 +2720,21 @@ OVERFLOWS = tuple(map(re.compile, (
 )))  # fmt: skip
 
 
-def lesson_from_refusal(refusal: Refusal, body: Json, model: Model) -> Lesson | None:
-    """What to change so that the same request is accepted; None when nothing is known to help."""
-    if refusal.status not in (400, 404, 413, 422, 500):
+def lesson_from_refusal(
+    refusal: Refusal, body: Json, model: Model, known: Sequence[Lesson] = ()
+) -> Lesson | None:
+    """What to change so that the same request is accepted; None when nothing is known to help, or
+    what would help was tried."""
+    if refusal.status not in (400, 404, 405, 413, 422, 500):
         return None
     words = f"{refusal.message} {refusal.param}"  # some gateways move the sentence into `param`
     kind = model.provider.kind
+    tried = {lesson.field for lesson in known if lesson.action == "row"}
     for pattern, row_field, value in ROW_REMEDIES:
-        if pattern.search(words) and getattr(kind, row_field) != value:
+        if row_field not in tried and pattern.search(words) and getattr(kind, row_field) != value:
             return Lesson("row", row_field, value)
+    if refusal.status in (404, 405) and "input" in body and "model" not in words.lower():
+        return Lesson("row", "responses", False)  # there is no such path
     for remedy in REMEDIES if refusal.status != 500 else ():
         lesson = remedy(refusal, body)
         if lesson and (lesson.action == "again" or with_lessons(body, [lesson]) != body):
@@ -2351,6 +2744,14 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model) -> Lesson | 
 
 # Words that tell how a server differs from the row it was configured under: the row is put right.
 ROW_REMEDIES: tuple[tuple[re.Pattern[str], str, Any], ...] = (
+    # OpenAI: models that take tools, or anything, only there, and those that don't
+    (re.compile(r"not supported (in|on|with) (the )?(/?v1/responses|Responses API)", re.I),
+     "responses", False),
+    (re.compile(r"use /?v1/responses|only supported in /?v1/responses|not a chat model"),
+     "responses", True),
+    (re.compile(r"must be verified to .*summar|summary.*verif", re.I), "summaries", False),
+    # chat templates of Mistral's models
+    (re.compile(r"roles must alternate"), "user_after_tool", False),
     # Mistral, and servers with mistral-common
     (re.compile(r"Tool call id was .* must be a-z"), "short_tool_ids", True),
     # DeepSeek, Moonshot
@@ -2472,7 +2873,8 @@ def dropped_field(refusal: Refusal, body: Json) -> Lesson | None:
     """`Unsupported value: 'temperature' does not support 0.2`, `property 'x' is unsupported`."""
     if not UNSUPPORTED.search(refusal.message + " " + refusal.code):
         return None
-    words = re.findall(r"\w+", f"{refusal.param} {refusal.message}")
+    told = f"{refusal.param} {refusal.message}".replace("reasoning.effort", "reasoning_effort")
+    words = re.findall(r"\w+", told)
     named = next((word for word in words if word in OPTIONAL_FIELDS), None)
     if named is None and "think" in refusal.message:  # Ollama: `"m" does not support thinking`
         named = "reasoning_effort"
@@ -3262,9 +3664,10 @@ class Gateway:
         for attempt in range(1, MAX_REQUESTS + 1):
             taught, answered = taught_model(model, lessons), False
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
-            body = with_lessons(DIALECTS[name].request(exchange.request, taught), lessons)
-            data = DIALECTS[name].native and with_model(exchange.raw, exchange.request, body)
-            data = data or json_bytes(body)
+            dialect = DIALECTS[name]
+            body = with_lessons(dialect.request(exchange.request, taught), lessons)
+            data = dialect.native and with_model(exchange.raw, exchange.request, body)
+            data = data or json_bytes(dialect.finished(dict(body)))
             key = key or hash((model.served, data))
             self._raise_known_refusal(key)
             try:
@@ -3274,7 +3677,7 @@ class Gateway:
                 return
             except OgxError as error:
                 refusal = error.refusal if attempt < MAX_REQUESTS and not answered else None
-                lesson = refusal and lesson_from_refusal(refusal, body, taught)
+                lesson = refusal and lesson_from_refusal(refusal, body, taught, lessons)
                 if lesson and not (lesson.action == "again" and lesson in lessons):
                     lessons.append(lesson)
                     self.lessons.add(model, lesson)
@@ -3335,7 +3738,7 @@ class Gateway:
             reply.release()
 
     def _translated(
-        self, reply: Reply, translator: ChatTranslator | MessagesTranslator,
+        self, reply: Reply, translator: Translator,
         watch: socket.socket | None,
     ) -> Iterator[list[Json] | None]:  # fmt: skip
         """The answer's events in batches, each what came together; None for a tick of silence."""
@@ -3357,6 +3760,8 @@ class Gateway:
         """The dialect for a request: the configured one, else Messages where the server has it
         and loses nothing of this request, else the other one of its kind."""
         provider, kinds = model.provider, model.provider.kind.dialects
+        if provider.dialect == "auto" and speaks_responses(provider):
+            return "responses"
         if provider.dialect != "auto" or len(kinds) == 1:
             return kinds[0] if provider.dialect == "auto" else provider.dialect
         if provider.id not in self.registry.native:
@@ -3594,13 +3999,21 @@ def local_providers(
     return [found[kind.name] for kind in kinds if kind.name in found]
 
 
+def speaks_responses(provider: Provider) -> bool:
+    """Whether requests go to the Responses API: known from the host, or learned."""
+    host = urllib.parse.urlsplit(provider.base_url).hostname or ""
+    learned = provider.kind.responses
+    return host.endswith(provider.kind.responses_hosts) if learned is None else learned
+
+
 def new_translator(
     dialect: Dialect, request: Json, model: Model
-) -> ChatTranslator | MessagesTranslator:
+) -> Translator:
     """The dialect's translator, ready for the answer to a request."""
     message_id = f"msg_{uuid.uuid4().hex[:24]}"
     message = new_message(message_id, request["model"], estimated_tokens(request))
-    writer = MessageWriter(message, used_tool_ids(request))
+    stops = request.get("stop_sequences") or ()
+    writer = MessageWriter(message, used_tool_ids(request), stops)
     return dialect.translator(writer, request, model.origin)
 
 

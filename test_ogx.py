@@ -126,10 +126,10 @@ def said(words="Hello.", finish="stop"):
     return sse(delta(role="assistant", content=""), delta(content=words), delta(finish, USAGE))
 
 
-def translated(*chunks, body=None, used_ids=()):
+def translated(*chunks, body=None, used_ids=(), stops=(), by=ogx.ChatTranslator):
     """The events that chunks become, checked against Anthropic's grammar."""
-    writer = ogx.MessageWriter(ogx.new_message("msg_1", "m", 5), used_ids)
-    translator = ogx.ChatTranslator(writer, body or request(), "openai, model gpt-x")
+    writer = ogx.MessageWriter(ogx.new_message("msg_1", "m", 5), used_ids, stops)
+    translator = by(writer, body or request(), "openai, model gpt-x")
     for chunk in chunks:
         translator.feed(json.dumps(chunk).encode())
     translator.end()
@@ -662,7 +662,7 @@ class TestConfig:
              'models[0].model_type: expected "llm"'),
             ({"providers": {"inference": [{"provider_id": "a", "provider_type": "remote::openai",
                                            "config": {"dialect": "latin"}}]}},
-             'config.dialect: expected "auto", "messages" or "chat", got "latin"'),
+             'dialect: expected "auto", "messages", "chat" or "responses", got "latin"'),
             ({"providers": {"inference": [{"provider_id": "a", "provider_type": "remote::openai",
                                            "config": {"verify": "maybe"}}]}},
              "config.verify: expected true or false"),
@@ -1069,6 +1069,22 @@ class TestEvents:
         writer.tool(0, "a", "A", "")
         assert self.finished(writer)["content"][0]["input"] == {}
 
+    @pytest.mark.parametrize(
+        ("pieces", "shown", "stopped"),
+        [
+            (["abc</bl", "ock>def"], "abc", "</block>"), (["abc</bl", "aah"], "abc</blaah", None),
+            (["xENDy</block>"], "x", "END"), (["</block", ">"], "", "</block>"),
+            (["ab", "EN"], "abEN", None), (["aE", "E", "ND"], "aE", "END"),
+        ],
+    )  # fmt: skip
+    def test_stop_sequences_are_looked_for_by_us_too(self, pieces, shown, stopped):
+        writer = ogx.MessageWriter(ogx.new_message("m", "m", 1), (), ("</block>", "END"))
+        for piece in pieces:
+            writer.text(piece)
+        assert writer.stopped == stopped
+        content = self.finished(writer)["content"]
+        assert "".join(block["text"] for block in content) == shown
+
     def test_input_that_breaks_off_ends_as_max_tokens(self):
         writer = self.writer()
         writer.tool(0, "a", "A", '{"x": "unfin')
@@ -1240,6 +1256,13 @@ class TestChat:
             {"role": "user", "content": "a\n\n<system-reminder>\ns\n</system-reminder>"},
             {"role": "assistant", "content": "b"},
         ]
+
+    def test_where_roles_must_alternate_text_after_results_goes_into_the_last_one(self):
+        turns = [user("go"), assistant([call("a")]), user(result("a", "out"), text("and?"))]
+        kind = dataclasses.replace(ogx.PROVIDER_KINDS["vllm"], user_after_tool=False)
+        messages = ogx.chat_messages(request(*turns), kind, ogx.ToolNames(request()))
+        assert [m["role"] for m in messages] == ["user", "assistant", "tool"]
+        assert messages[-1]["content"] == "out\n\nand?"
 
     def test_images_of_tool_results_follow_all_tool_messages(self):
         turns = [assistant(call("c1"), call("c2")),
@@ -1496,6 +1519,12 @@ class TestChat:
         message = folded(chunk, body=request(stop_sequences=["END"]))
         assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "END")
 
+    def test_a_stop_sequence_that_the_upstream_ignores_ends_the_answer(self):
+        body = request(stop_sequences=["a", "b", "c", "d", "END"])
+        message = folded(delta(content="x EN"), delta(content="D y"), body=body, stops=["END"])
+        assert message["content"][0]["text"] == "x "
+        assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "END")
+
     def test_a_refusal_is_shown_and_told(self):
         message = folded(delta(refusal="I can't."), delta("stop"))
         assert (message["content"][0]["text"], message["stop_reason"]) == ("I can't.", "refusal")
@@ -1568,6 +1597,30 @@ class TestMessages:
         body = request(system=[text("x-anthropic-billing-header: a"), text("b")])
         assert ogx.messages_request(body, model("anthropic"))["system"] == body["system"]
 
+    def test_what_is_claude_codes_own_is_left_out(self):
+        tools = [tool("DeferredToolPlaceholder"), tool("A")]
+        sent = ogx.messages_request(request(tools=tools), model("vllm"))
+        assert [t["name"] for t in sent["tools"]] == ["A"]
+        assert ogx.lost_natively(request(tools=tools), ogx.PROVIDER_KINDS["vllm"]) == set()
+        assert len(ogx.messages_request(request(tools=tools), model("anthropic"))["tools"]) == 2
+
+    def test_system_messages_are_folded_where_the_server_puts_them_into_the_template(self):
+        system = {"role": "system", "content": "s"}
+        turns = [user("a"), system, assistant([call("c")]), user([result("c")]), system]
+        sent = ogx.messages_request(request(*turns), model("llama-cpp"))["messages"]
+        marked = text("<system-reminder>\ns\n</system-reminder>")
+        assert sent[0] == user(text("a"), marked)
+        assert sent[2:] == [user([result("c")]), user([marked])]
+        assert ogx.messages_request(request(*turns), model("vllm"))["messages"][1] == system
+
+    def test_for_a_blind_model_images_are_words_and_auto_translates(self):
+        kind = dataclasses.replace(ogx.PROVIDER_KINDS["vllm"], images=False)
+        owner = dataclasses.replace(provider("vllm"), kind=kind)
+        body = request(user([image(), result("a", [image()])]))
+        assert ogx.lost_natively(body, kind) == {"image"}
+        sent = ogx.messages_request(body, ogx.Model("m", owner, "m"))["messages"]
+        assert json.dumps(sent).count("An image was here: image/png") == 2
+
     @pytest.mark.parametrize(
         ("kind", "fields", "lost"),
         [
@@ -1584,6 +1637,8 @@ class TestMessages:
             ("ollama", {"messages": [user([result("a", "x", is_error=True)])]}, {"is_error"}),
             ("llama-cpp", {"messages": [user(result("a"), text("and"))]}, {"text_after_result"}),
             ("llama-cpp", {"messages": [user([result("a")])]}, set()),
+            ("llama-cpp", {"output_config": {"format": {"type": "json_schema"}}},
+             {"output_format"}),
             ("anthropic", {"messages": [user(result("a"), pdf())]}, set()),
         ],
     )  # fmt: skip
@@ -1684,10 +1739,245 @@ class TestMessages:
         assert "before it was complete" in refused(self.repaired, *self.LLAMA[:5]).message
 
 
+def responses(body, **row):
+    ogx.check_request(body)
+    kind = dataclasses.replace(ogx.PROVIDER_KINDS["openai"], **row)
+    owner = dataclasses.replace(provider(), kind=kind)
+    found = ogx.Model("openai/gpt-5.5", owner, "gpt-5.5")
+    return ogx.finished_responses(ogx.responses_request(body, found))
+
+
+def added(index, **item):
+    return {"type": "response.output_item.added", "output_index": index, "item": item}
+
+
+def ended(index, **item):
+    return {"type": "response.output_item.done", "output_index": index, "item": item}
+
+
+def piece(kind, index, words, **fields):
+    return {"type": f"response.{kind}.delta", "output_index": index, "delta": words, **fields}
+
+
+def completed(kind="completed", **fields):
+    usage = {"input_tokens": 50, "output_tokens": 7, "input_tokens_details": {"cached_tokens": 20}}
+    return {"type": f"response.{kind}", "response": {"usage": usage, **fields}}
+
+
 class TestResponses:
+    # -- the request
+
+    def test_a_small_request(self):
+        body = responses(request("hi", system="be brief", stream=True, max_tokens=5,
+                                 metadata={"user_id": '{"session_id":"s-1"}'}))  # fmt: skip
+        assert body == {
+            "model": "gpt-5.5",
+            "input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}],
+            "instructions": "be brief", "max_output_tokens": 16, "store": False, "stream": True,
+            "include": ["reasoning.encrypted_content"], "prompt_cache_key": "s-1",
+            "reasoning": {"summary": "auto", "effort": "medium"},
+        }  # fmt: skip
+
+    def test_without_verification_there_are_no_summaries(self):
+        assert responses(request(), summaries=False)["reasoning"] == {"effort": "medium"}
+
+    def test_the_history_as_items(self):
+        kept = '{"ogx":"responses","id":"rs_1","encrypted_content":"enc"}'
+        turns = [
+            user(image(), pdf(title="P")),
+            assistant({"type": "thinking", "thinking": "hm", "signature": kept},
+                      {"type": "redacted_thinking", "data": kept.replace("rs_1", "rs_2")},
+                      {"type": "thinking", "thinking": "x", "signature": "of another"},
+                      text("ok"), call("c1", command="ls")),
+            user(result("c1", [text("see"), image()], is_error=True), text("and?")),
+            {"role": "system", "content": "s"},
+        ]  # fmt: skip
+        items = responses(request(*turns))["input"]
+        assert items[0]["content"] == [
+            {"type": "input_image", "image_url": "data:image/png;base64,aW1n", "detail": "auto"},
+            {"type": "input_file", "filename": "P.pdf",
+             "file_data": "data:application/pdf;base64,JVBERi0="},
+        ]  # fmt: skip
+        assert items[1:] == [
+            {"type": "reasoning", "id": "rs_1", "encrypted_content": "enc",
+             "summary": [{"type": "summary_text", "text": "hm"}]},
+            {"type": "reasoning", "id": "rs_2", "encrypted_content": "enc", "summary": []},
+            {"role": "assistant", "content": [{"type": "output_text", "text": "ok"}]},
+            {"type": "function_call", "call_id": "c1", "name": "Bash",
+             "arguments": '{"command": "ls"}'},
+            {"type": "function_call_output", "call_id": "c1", "output": [
+                {"type": "input_text", "text": "[The tool reported an error]"},
+                {"type": "input_text", "text": "see"},
+                {"type": "input_image", "image_url": "data:image/png;base64,aW1n",
+                 "detail": "auto"}]},
+            {"role": "user", "content": [{"type": "input_text", "text": "and?"}]},
+            {"role": "developer", "content": [{"type": "input_text", "text": "s"}]},
+        ]  # fmt: skip
+
+    def test_tools_are_flat_and_not_strict(self):
+        tools = [tool("A", properties={"x": {}}), {"type": "web_search_20250305", "name":
+                 "web_search", "allowed_domains": ["a.test"]}]  # fmt: skip
+        body = responses(request(tools=tools, tool_choice={"type": "tool", "name": "A"}))
+        assert body["tools"] == [
+            {"type": "function", "strict": False, "name": "A", "description": "d",
+             "parameters": {"type": "object", "properties": {"x": {}}}},
+            {"type": "web_search", "filters": {"allowed_domains": ["a.test"]}},
+        ]  # fmt: skip
+        assert body["tool_choice"] == {"type": "function", "name": "A"}
+        assert "instructions" not in body
+
+    def test_a_structured_answer(self):
+        schema = {"type": "object", "properties": {}, "additionalProperties": False}
+        body = responses(request(output_config={"format": {"type": "json_schema",
+                                                           "schema": schema}}))  # fmt: skip
+        assert body["text"]["format"] == {"type": "json_schema", "name": "answer",
+                                          "schema": schema, "strict": True}  # fmt: skip
+
+    # -- the answer
+
+    def folded(self, *events, **options):
+        made = translated(*events, by=ogx.ResponsesTranslator, **options)
+        return ogx.message_from_events(made)
+
+    REASONING = {"type": "reasoning", "id": "rs_1", "encrypted_content": "enc", "summary": []}
+
+    def test_text_thinking_and_usage(self):
+        message = self.folded(
+            {"type": "response.created", "response": {}}, added(0, type="reasoning", id="rs_1"),
+            piece("reasoning_summary_text", 0, "h"), piece("reasoning_summary_text", 0, "m"),
+            {"type": "response.reasoning_summary_part.added", "summary_index": 1},
+            piece("reasoning_summary_text", 0, "so"), ended(0, **self.REASONING),
+            added(1, type="message"), piece("output_text", 1, "Hel"), piece("output_text", 1, "lo"),
+            ended(1, type="message", content=[{"type": "output_text", "text": "Hello"}]),
+            completed(),
+        )  # fmt: skip
+        thinking, words = message["content"]
+        assert (thinking["thinking"], words["text"]) == ("hm\n\nso", "Hello")
+        assert json.loads(thinking["signature"]) == {
+            "ogx": "responses", "id": "rs_1", "encrypted_content": "enc"
+        }
+        usage = message["usage"]
+        assert (usage["input_tokens"], usage["cache_read_input_tokens"], usage["output_tokens"]) \
+            == (30, 20, 7)  # fmt: skip
+        assert message["stop_reason"] == "end_turn"
+
+    def test_reasoning_comes_back_on_the_next_turn(self):
+        message = self.folded(added(0, type="reasoning"), ended(0, **self.REASONING),
+                              added(1, type="function_call", call_id="c", name="Bash"),
+                              piece("function_call_arguments", 1, "{}"), completed())  # fmt: skip
+        assert [b["type"] for b in message["content"]] == ["redacted_thinking", "tool_use"]
+        turns = [user("a"), {"role": "assistant", "content": message["content"]},
+                 user([result("c")])]  # fmt: skip
+        assert responses(request(*turns))["input"][1] == self.REASONING
+
+    def test_tool_calls(self):
+        message = self.folded(
+            added(0, type="function_call", call_id="a", name="A", arguments=""),
+            piece("function_call_arguments", 0, '{"x":'), piece("function_call_arguments", 0, "1}"),
+            ended(0, type="function_call", call_id="a", name="A", arguments='{"x":1}'),
+            added(1, type="function_call", call_id="b", name="B", arguments=""),
+            ended(1, type="function_call", call_id="b", name="B", arguments='{"y":2}'),
+            completed(),
+        )  # fmt: skip
+        assert [(b["id"], b["name"], b["input"]) for b in message["content"]] == [
+            ("a", "A", {"x": 1}), ("b", "B", {"y": 2}),
+        ]  # fmt: skip
+        assert message["stop_reason"] == "tool_use"
+
+    def test_a_whole_response(self):
+        message = self.folded({"object": "response", "status": "completed", "output": [
+            {**self.REASONING, "summary": [{"type": "summary_text", "text": "hm"}]},
+            {"type": "message", "content": [{"type": "output_text", "text": "ok"}]},
+            {"type": "function_call", "call_id": "a", "name": "A", "arguments": '{"x":1}'},
+        ], "usage": {"input_tokens": 5, "output_tokens": 6}})  # fmt: skip
+        assert [b["type"] for b in message["content"]] == ["thinking", "text", "tool_use"]
+        assert message["usage"]["output_tokens"] == 6
+
+    @pytest.mark.parametrize(
+        ("events", "reason"),
+        [
+            ([completed("incomplete", incomplete_details={"reason": "max_output_tokens"})],
+             "max_tokens"),
+            ([completed("incomplete", incomplete_details={"reason": "content_filter"})], "refusal"),
+            ([piece("refusal", 0, "No."), completed()], "refusal"),
+        ],
+    )  # fmt: skip
+    def test_stop_reasons(self, events, reason):
+        assert self.folded(*events)["stop_reason"] == reason
+
+    def test_stop_sequences_are_enforced_by_us(self):
+        message = self.folded(piece("output_text", 0, "a EN"), piece("output_text", 0, "D b"),
+                              stops=["END"])  # fmt: skip
+        assert (message["content"][0]["text"], message["stop_sequence"]) == ("a ", "END")
+
+    def test_web_search_with_results_and_citations(self):
+        action = {"type": "search", "query": "q", "sources": [{"url": "http://a", "title": "A"}]}
+        note = {"type": "url_citation", "url": "http://a", "title": "A"}
+        message = self.folded(
+            added(0, type="web_search_call", id="ws-1"),
+            ended(0, type="web_search_call", id="ws-1", action=action),
+            piece("output_text", 1, "found"),
+            {"type": "response.output_text.annotation.added", "annotation": note}, completed(),
+        )  # fmt: skip
+        use, found, words = message["content"]
+        assert (use["type"], use["input"]) == ("server_tool_use", {"query": "q"})
+        assert found["tool_use_id"] == use["id"] and found["content"][0]["url"] == "http://a"
+        assert words["citations"][0]["type"] == "web_search_result_location"
+
+    @pytest.mark.parametrize(
+        ("event", "status", "words"),
+        [
+            ({"type": "error", "code": "rate_limit_exceeded", "message": "slow"}, 429, "slow"),
+            ({"type": "response.failed", "response": {"error": {"code": "server_error",
+                                                                "message": "oops"}}}, 500, "oops"),
+            ({"error": {"message": "bad"}}, 500, "bad"), ([], 502, "sent no event but []"),
+            ({"type": "response.output_text.delta"}, 502, "sent no event"),
+        ],
+    )  # fmt: skip
+    def test_errors_inside_a_stream(self, event, status, words):
+        error = refused(self.folded, event)
+        assert error.status == status and words in error.message
+
+    def test_a_stream_that_just_ends_is_an_error(self):
+        error = refused(self.folded, piece("output_text", 0, "x"))
+        assert "before it was complete" in error.message
+
+    # -- which dialect
+
+    @pytest.mark.parametrize(
+        ("kind", "url", "spoken"),
+        [
+            ("openai", "https://api.openai.com/v1", True),
+            ("openai", "http://127.0.0.1:8000/v1", False),
+            ("azure", "https://me.openai.azure.com/openai/v1", True),
+            ("groq", "https://api.groq.com/openai/v1", False),
+        ],
+    )
+    def test_who_is_spoken_to_in_responses(self, kind, url, spoken):
+        assert ogx.speaks_responses(provider(kind, url)) is spoken
+
+    def test_a_model_that_demands_it_is_switched_once_and_for_all(self):
+        refusal = (400, {"error": {"message": TestRemedies.CASES[16][0]}})
+        answer = sse(piece("output_text", 0, "Hi."), completed(), done=False)
+        with gateway_over(refusal, answer, answer) as (client, upstream):
+            for _ in range(2):
+                assert client.post(request(stream=True))[0] == 200
+        assert [path for path, _ in upstream.heads] == [
+            "/v1/chat/completions", "/v1/responses", "/v1/responses"
+        ]
+
+    def test_the_user_can_force_it(self):
+        answer = {"object": "response", "status": "completed", "output": []}
+        with FakeUpstream(answer) as upstream, serving(
+            dataclasses.replace(provider("groq", upstream.url), dialect="responses")
+        ) as client:
+            assert client.post(request(model="groq/gpt-x"))[0] == 200
+        assert upstream.heads[0][0] == "/v1/responses"
+
     def test_each_dialect_a_row_names_exists(self):
         kinds = [*ogx.PROVIDER_KINDS.values(), ogx.DEMO_KIND]
-        assert {name for kind in kinds for name in kind.dialects} == set(ogx.DIALECTS)
+        named = {name for kind in kinds for name in kind.dialects}
+        assert named | {"responses"} == set(ogx.DIALECTS)
 
     def test_the_demo_model_answers_honestly(self):
         with serving(ogx.DEMO_PROVIDER) as client:
@@ -1739,10 +2029,21 @@ class TestRemedies:
          {"stream_options": {}, "stop": ["x"]}, "drop stream_options"),
         ("Function tools with reasoning_effort are not supported for gpt-5.6-terra in "
          "/v1/chat/completions. To use function tools, use /v1/responses or set reasoning_effort "
-         "to 'none'.", {"reasoning_effort": "high"}, "set reasoning_effort to none"),
+         "to 'none'.", {"reasoning_effort": "high"}, "row responses to True"),
         ("Function tools with reasoning_effort are not supported for gpt-5.6-terra in "
          "/v1/chat/completions. To use function tools, use /v1/responses or set reasoning_effort "
-         "to 'none'.", {}, "set reasoning_effort to none"),
+         "to 'none'.", {}, "row responses to True"),
+        ("This model is only supported in v1/responses and not in v1/chat/completions.", {},
+         "row responses to True"),
+        ("This is not a chat model and thus not supported in the v1/chat/completions endpoint. Did "
+         "you mean to use v1/completions?", {}, "row responses to True"),
+        ("The requested model 'x' is not supported with the Responses API.", {"input": []},
+         "row responses to False"),
+        ("Not Found", {"input": []}, "None"),  # with a 404: below
+        ("Your organization must be verified to generate reasoning summaries.", {},
+         "row summaries to False"),
+        ("Unsupported parameter: 'reasoning.effort' is not supported with this model.",
+         {"reasoning_effort": "high"}, "drop reasoning_effort"),
         ("Unsupported value: 'reasoning_effort' does not support 'max' with this model. Supported "
          "values are: 'low', 'medium', and 'high'.", {"reasoning_effort": "max"},
          "limit reasoning_effort to high"),
@@ -1795,6 +2096,15 @@ class TestRemedies:
         taught = ogx.taught_model(found, [lesson])
         assert ogx.lesson_from_refusal(ogx.Refusal(status, words), {}, taught) is None
         assert found.provider.kind is ogx.PROVIDER_KINDS["openai"]
+
+    def test_where_there_is_no_responses_api_chat_without_reasoning_is_the_next_best(self):
+        known = [ogx.Lesson("row", "responses", True)]
+        gone = ogx.Refusal(404, "404 page not found")
+        lesson = ogx.lesson_from_refusal(gone, {"input": []}, model(), known)
+        assert str(lesson) == "row responses to False"
+        words = self.CASES[16][0]
+        lesson = ogx.lesson_from_refusal(ogx.Refusal(400, words), {}, model(), [lesson])
+        assert str(lesson) == "set reasoning_effort to none"
 
     def test_reasoning_that_was_echoed_and_refused_is_left_out(self):
         words = "'messages.2' : property 'reasoning_content' is unsupported"  # Groq

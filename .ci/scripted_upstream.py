@@ -261,7 +261,8 @@ class UpstreamHandler(BaseHTTPRequestHandler):
             return self.hang_up()
         choice = {"message": reply.message(turn), "finish_reason": reply.finish_reason}
         head = self.head(body, "chat.completion")
-        return self.answer(200, {**head, "choices": [{"index": 0, **choice}], "usage": self.usage()})
+        choices = [{"index": 0, **choice}]
+        return self.answer(200, {**head, "choices": choices, "usage": self.usage()})
 
     def stream(self, body: Json, reply: Reply, turn: int) -> None:
         head = self.head(body, "chat.completion.chunk")
