@@ -3665,6 +3665,8 @@ class Gateway:
             taught, answered = taught_model(model, lessons), False
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
             dialect = DIALECTS[name]
+            if not dialect.native:
+                refuse_untranslatable(exchange.request)
             body = with_lessons(dialect.request(exchange.request, taught), lessons)
             data = dialect.native and with_model(exchange.raw, exchange.request, body)
             data = data or json_bytes(dialect.finished(dict(body)))
@@ -3703,7 +3705,7 @@ class Gateway:
             raise error
 
     def _note_refusal(self, key: int, error: OgxError) -> None:
-        if error.status in (400, 422):
+        if error.refusal and error.status in (400, 422):
             now = time.monotonic()
             fresh = {k: known for k, known in list(self._refused.items()) if known[0] > now}
             self._refused = {**fresh, key: (now + SAME_REFUSAL, error)}
@@ -3713,8 +3715,6 @@ class Gateway:
     ) -> Iterator[bytes | None]:
         """What one request to the upstream brings."""
         dialect, kind = DIALECTS[name], model.provider.kind
-        if not dialect.native:
-            refuse_untranslatable(exchange.request)
         headers = exchange.headers if dialect.native else {}
         path = request_path(name, kind)
         reply = self.upstream.send(model.provider, "POST", path, data, headers)

@@ -2695,6 +2695,12 @@ class TestGateway:
             client.gateway._refused.clear()  # seconds later
             assert client.post(request(thinking={"type": "adaptive"}))[0] == 200
 
+    @pytest.mark.parametrize("field", ["thread", "safeguards"])
+    def test_what_is_refused_by_us_is_served_without_it(self, field):
+        with gateway_over() as (client, _):
+            assert client.post(request(**{field: [{"type": "x"}]}))[0] == 400
+            assert client.post(request())[0] == 200
+
     def test_lessons_end_after_five_requests(self):
         fields = ("temperature", "top_p", "stop", "tool_choice", "parallel_tool_calls")
         refusals = [(400, {"error": {"message": f"Unsupported parameter: '{name}'"}})
