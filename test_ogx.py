@@ -2065,6 +2065,10 @@ class TestRemedies:
          "unschema tools to propertyNames"),
         ('{"detail":[{"type":"extra_forbidden","loc":["body","stream_options"],"msg":"Extra inputs '
          'are not permitted"}]}', {"stream_options": {}}, "drop stream_options"),  # Mistral
+        ("property 'prompt_cache_key' is unsupported", {"prompt_cache_key": "k"},
+         "drop prompt_cache_key"),  # Groq
+        ("Unknown parameter: 'tools[0].strict'.", {"tools": [{"strict": False}]},
+         "unschema tools to strict"),
         ("messages: something else entirely", LIMIT, "None"),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import socket
 import socketserver
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Optional
@@ -194,7 +194,9 @@ class ScriptedUpstream(socketserver.ThreadingTCPServer):
         self.script: dict[str, list[Reply]] = {}
         self.requests: list[Json] = []
         self.refusals: list[str] = []
+        self.strict = True  # as strict as OpenAI
         self.most_tokens = 128_000
+        self.demand: Callable[[Json], str] = lambda body: ""  # what another provider would refuse
         self.context = 0  # tokens that its list tells, if any
         self.usage: Json = {}  # what it says beside USAGE
         self.too_long = ""  # refuses the first conversation of more than six messages so
@@ -245,8 +247,12 @@ class UpstreamHandler(BaseHTTPRequestHandler):
         if self.server.too_long and len(body["messages"]) > 6:
             words, self.server.too_long = self.server.too_long, ""
             return self.refuse(400, words)
+        words = self.server.demand(body)
+        if words:
+            return self.refuse(400, words)
         try:
-            check(body)
+            if self.server.strict:
+                check(body)
         except ValueError as error:
             self.server.refusals.append(str(error))
             return self.refuse(400, str(error))

@@ -124,6 +124,33 @@ def wait_until_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path) 
             time.sleep(0.02)
 
 
+def ids_and_calls(body: Json) -> tuple[list[str], list[Json]]:
+    turns = [m for m in body["messages"] if m.get("tool_calls")]
+    return [call["id"] for turn in turns for call in turn["tool_calls"]], turns
+
+
+# What a provider refuses that OpenAI takes, in its own words ("" for a request that is right).
+DEMANDS = {
+    "mistral": lambda body: next((
+        f"Tool call id was {one} but must be a-z, A-Z, 0-9, with a length of 9."
+        for one in ids_and_calls(body)[0] if not re.fullmatch("[a-zA-Z0-9]{9}", one)), ""),
+    "deepseek": lambda body: next((
+        "The `reasoning_content` in the thinking mode must be passed back to the API."
+        for turn in ids_and_calls(body)[1] if not turn.get("reasoning_content")), ""),
+    "groq": lambda body: "property 'prompt_cache_key' is unsupported"
+        if "prompt_cache_key" in body else "",
+    "old": lambda body: "Unsupported parameter: 'max_completion_tokens' is not supported with this "
+        "model. Use 'max_tokens' instead." if "max_completion_tokens" in body else "",
+    "qwen": lambda body: "System message must be at the beginning."
+        if any(m["role"] == "system" for m in body["messages"][1:]) else "",
+    "template": lambda body: "After the optional system message, conversation roles must alternate"
+        if any(a["role"] == "tool" and b["role"] == "user"
+               for a, b in zip(body["messages"], body["messages"][1:])) else "",
+    "schema": lambda body: "Invalid schema for function 'X': 'propertyNames' is not permitted."
+        if "propertyNames" in json.dumps(body["tools"]) else "",
+}
+
+
 # ======== Claude Code =========================================================================
 
 
@@ -316,6 +343,20 @@ class TestClaudeCode:
         # The client asks six times: as it is, without two betas, and the same without ToolSearch.
         # What comes to the same for the upstream reaches it once.
         assert len(upstream.requests) <= 2
+
+    @pytest.mark.parametrize("provider", DEMANDS)
+    def test_works_with_a_provider_that_refuses_until_the_request_is_right(
+        self, gateway, upstream, provider
+    ):
+        upstream.strict, upstream.demand = False, DEMANDS[provider]
+        calls = [("Bash", {"command": f"echo {n}", "description": "count"}) for n in range(2)]
+        upstream.script = {"Count": [Reply(calls=calls), Reply(calls=calls[:1]), Reply("Done.")]}
+        assert gateway.ask("Count", "--allowedTools", "Bash")["result"] == "Done."
+        asked = len(upstream.requests)
+        assert asked <= 3 + 2, "each habit is learned once"
+        upstream.script = {"Again": [Reply(calls=calls), Reply("Done.")]}
+        gateway.ask("Again", "--allowedTools", "Bash")
+        assert len(upstream.requests) == asked + 2, "and known from then on"
 
     @pytest.mark.parametrize("settings", [
         {"env": {"ANTHROPIC_BASE_URL": "http://127.0.0.1:9"}},
@@ -660,6 +701,15 @@ class TestOpenaiSdk:
 
 
 class TestAgentSdk:
+    def test_runs_as_the_readme_says(self, gateway, upstream):
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        (code,) = [block for block in re.findall(r"(?s)```python\n(.*?)```", readme)
+                   if "claude_agent_sdk" in block]
+        code = code.replace("http://localhost:8321", gateway.url)
+        upstream.script = {"parse CSV": [Reply("import csv")]}
+        done = gateway.run(sys.executable, "-c", code.replace("openai/gpt-5.4", MODEL))
+        assert done.returncode == 0 and "import csv" in done.stdout, done.stderr
+
     def test_answers_a_query(self, gateway, upstream):
         upstream.script = {"Hello": [Reply("Good day.")]}
         result = last_message(gateway, "Hello")
