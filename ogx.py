@@ -159,7 +159,7 @@ def refusal_from_body(status: int, body: bytes) -> Refusal:
         words = json.dumps(words)
     words = words[:2000]
     code = fields.get("code") or fields.get("type") or ""
-    return Refusal(status, words, str(code), str(fields.get("param") or ""))
+    return Refusal(status, words, str(code)[:200], str(fields.get("param") or "")[:500])
 
 
 def is_anthropic_error(body: bytes) -> bool:
@@ -195,7 +195,7 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
         kind = "billing_error"
     if kind or status in (401, 402, 403):
         told["x-should-retry"] = "false"
-    if status < 400:
+    if not 400 <= status <= 599:
         status = 502
     error = OgxError(status, f"{refusal.message} (from {origin})", kind, told)
     error.refusal = refusal
@@ -218,6 +218,7 @@ class ProviderKind:
     base_url: str = ""  # with the version segment; empty: the user must give one
     key_vars: tuple[str, ...] = ()  # environment variables with the key; the first set one counts
     url_vars: tuple[str, ...] = ()
+    verify_var: str = ""
     enabled_by: str = "key"  # "key" or "url": the variable that switches the starter's line on
     default_path: str = "/v1"  # for a user's URL without a path, where base_url has none either
     key_header: str = "authorization"  # which takes "Bearer KEY"; others take the bare key
@@ -232,6 +233,7 @@ class ProviderKind:
     dialects: tuple[str, ...] = ("chat",)
     messages_path: str = "/messages"
     native_gaps: tuple[str, ...] = ()  # what its Messages API refuses or loses: see lost_natively()
+    native_models: str = ""  # pattern of the ids that have it; they have nothing else
     native_repair: bool = False  # its event stream breaks the grammar and is written anew
     native_system: bool = True  # takes system messages in mid-conversation
     keeps_billing_header: bool = False  # wants Claude Code's first system block
@@ -264,13 +266,15 @@ PROVIDER_KINDS = {
                      context_hint="restart it with OLLAMA_CONTEXT_LENGTH=64000 ollama serve",
                      local_port=11434, identity=("~/", "Ollama is running"), dialects=BOTH,
                      native_gaps=("document", "url_image", "tool_choice", "search_result",
-                                  "is_error")),
-        ProviderKind("vllm", "", ("VLLM_API_TOKEN",), ("VLLM_URL",), enabled_by="url",
+                                  "is_error", "output_format")),
+        ProviderKind("vllm", "", ("VLLM_API_TOKEN",), ("VLLM_URL", "HOSTED_VLLM_API_BASE"),
+                     enabled_by="url", verify_var="VLLM_TLS_VERIFY",
                      local_port=8000, identity=("/models", '"owned_by":"vllm"'), dialects=BOTH,
                      native_gaps=("document", "search_result", "server_tool"), top_k=True),
         ProviderKind("lm-studio", "http://localhost:1234/v1", ("LM_STUDIO_API_KEY",),
-                     ("LM_STUDIO_URL",), enabled_by="url", list_path="~/api/v0/models",
-                     local_port=1234, identity=("~/lmstudio-greeting", '"lmstudio":true'),
+                     ("LM_STUDIO_URL", "LM_STUDIO_API_BASE"), enabled_by="url",
+                     list_path="~/api/v0/models", local_port=1234,
+                     identity=("~/lmstudio-greeting", '"lmstudio":true'),
                      dialects=BOTH, native_gaps=("document", "search_result", "server_tool")),
         ProviderKind("llama-cpp", "http://localhost:8080/v1", ("LLAMA_API_KEY",),
                      ("LLAMA_CPP_URL",), enabled_by="url", local_port=8080,
@@ -300,7 +304,8 @@ PROVIDER_KINDS = {
         ProviderKind("bedrock",
                      "https://bedrock-mantle.${env.AWS_REGION|AWS_DEFAULT_REGION:=us-east-2}"
                      ".api.aws/v1",
-                     ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN")),
+                     ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN"), dialects=BOTH,
+                     messages_path="~/anthropic/v1/messages", native_models=r"anthropic\."),
         ProviderKind("azure", "", ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
                      ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
                      default_path="/openai/v1", key_header="api-key",
@@ -433,8 +438,9 @@ def starter_line(kind: ProviderKind) -> Json:
     return {
         "provider_id": f"${{env.{urls if kind.enabled_by == 'url' else keys}:+{kind.name}}}",
         "provider_type": f"remote::{kind.name}",
-        "config": {"base_url": base_url, "api_key": f"${{env.{keys}:=}}"},
-    }
+        "config": {"base_url": base_url, "api_key": f"${{env.{keys}:=}}",
+                   **({"verify": f"${{env.{kind.verify_var}:=true}}"} if kind.verify_var else {})},
+    }  # fmt: skip
 
 
 def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Config:
@@ -587,7 +593,7 @@ def checked_base_url(node: Node, kind: ProviderKind) -> str:
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         usable = False
-    if not usable or parts.username is not None or re.search(r"[^\x21-\x7e]", url):
+    if not usable or parts.username is not None or parts.query or re.search(r"[^\x21-\x7e]", url):
         raise node.wrong("base_url", "a URL like http://localhost:8000/v1", url)
     path = re.sub(r"(/chat/completions|/messages)?/*$", "", parts.path)
     usual = urllib.parse.urlsplit(kind.base_url).path or kind.default_path
@@ -615,7 +621,7 @@ def port_number(value: Any, where: str) -> int:
     """A TCP port from a number or its digits; 0 lets the system choose."""
     if isinstance(value, (int, str)) and not isinstance(value, bool):
         digits = str(value)
-        if digits.isascii() and digits.isdigit() and int(digits) <= 65535:
+        if re.fullmatch("[0-9]{1,5}", digits) and int(digits) <= 65535:
             return int(digits)
     raise OgxError(400, f"{where}: expected a port from 0 to 65535, got {json.dumps(value)[:80]}")
 
@@ -643,6 +649,7 @@ CONTEXT_FIELDS = ("max_input_tokens", "max_model_len", "context_window", "contex
 OUTPUT_FIELDS = ("max_completion_tokens", "max_output_length", "max_tokens")
 
 
+BAD_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, half characters
 NOT_LLM_TYPES = ("embedding", "embeddings", "rerank", "image", "moderation", "audio", "video",
                  "transcribe", "tts")  # fmt: skip
 
@@ -677,7 +684,9 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
     models: dict[str, Model] = {}
     for entry in payload if isinstance(payload, list) else []:
         upstream_id = entry.get("id") or entry.get("name") if isinstance(entry, dict) else None
-        if not isinstance(upstream_id, str) or not upstream_id or not is_llm(upstream_id, entry):
+        if not isinstance(upstream_id, str) or not upstream_id or BAD_ID.search(upstream_id):
+            continue
+        if not is_llm(upstream_id, entry):
             continue
         upstream_id = upstream_id[len("models/"):] if upstream_id.startswith("models/") \
             else upstream_id  # fmt: skip
@@ -688,7 +697,7 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
             f"{provider.id}/{upstream_id}",
             provider,
             upstream_id,
-            created if isinstance(created, int) else 0,
+            created if isinstance(created, int) and 0 <= created < 1 << 32 else 0,
             first_number(limits, CONTEXT_FIELDS),
             first_number(limits, OUTPUT_FIELDS),
         )
@@ -698,6 +707,8 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
 
 def is_llm(upstream_id: str, entry: Json) -> bool:
     """Whether a list entry is a chat model: by the provider's own fields, else by its name."""
+    if entry.get("type") in ("llm", "vlm"):  # LM Studio
+        return True
     capabilities = entry.get("capabilities")
     if isinstance(capabilities, dict) and "completion_chat" in capabilities:
         return bool(capabilities["completion_chat"])
@@ -781,7 +792,7 @@ class Registry:
         alias = self.aliases.get(model_id)
         if alias is None or not alias.targets:
             return [self.resolve(model_id)]
-        found = [self._named(t) or self._routed(t) for t in alias.targets]
+        found = [self._named(t) or self._bare(t) or self._routed(t) for t in alias.targets]
         models = [replace(model, id=model_id) for model in found if model]
         if not models:
             raise OgxError(404, f"no provider serves a target of model '{model_id[:200]}'")
@@ -791,9 +802,9 @@ class Registry:
         """The model that serves an id; OgxError(404) when none does.
 
         In this order: a listed id; an alias with a fixed target; a tier chosen by
-        ANTHROPIC_DEFAULT_*_MODEL; an alias for `auto`, and any `claude-*` id by its family, which
-        both mean the first LLM; `provider/anything`; an upstream's bare id where only one
-        provider has it.
+        ANTHROPIC_DEFAULT_*_MODEL; an upstream's bare id where only one provider has it; an alias
+        for `auto`, and any `claude-*` id by its family, which both mean the first LLM, or the
+        first of that family; `provider/anything`.
         """
         wanted = re.sub(r"\[1m\]$", "", model_id.strip())
         alias = self.aliases.get(wanted)
@@ -802,9 +813,8 @@ class Registry:
             raise OgxError(404, f"the provider '{gone}' of model '{wanted}' is not configured")
         if alias and alias.targets:
             return self.chain(wanted)[0]
-        found = self._named(wanted) or self._by_tier(wanted) or self._automatic(wanted)
-        if found is None:
-            found = self._routed(wanted)
+        found = (self._named(wanted) or self._by_tier(wanted) or self._bare(wanted)
+                 or self._automatic(wanted) or self._routed(wanted))  # fmt: skip
         if found is None:
             raise OgxError(404, self._not_found_words(model_id))
         return replace(found, id=model_id)
@@ -813,20 +823,24 @@ class Registry:
         if wanted in self._by_id:
             return self._by_id[wanted]
         alias = self.aliases.get(wanted)
-        if alias and "auto" not in alias.provider_model_id and alias.provider_id != "all":
+        if alias and alias.provider_model_id != "auto" and alias.provider_id != "all":
             return self._routed(f"{alias.provider_id}/{alias.provider_model_id}")
         return None
 
     def _by_tier(self, wanted: str) -> Model | None:
         tier = tier_of(wanted)
-        chosen = self.tiers.get(tier or "")
-        if not chosen or tier_of(chosen):  # a tier that names a tier would go in circles
+        chosen = re.sub(r"\[1m\]$", "", self.tiers.get(tier or "", ""))
+        if not chosen or chosen == wanted:
             return None
-        return self._named(chosen) or self._routed(chosen)
+        found = self._named(chosen) or self._bare(chosen) or self._routed(chosen)
+        if found is None and not tier_of(chosen):  # one that names a tier would go in circles
+            variable = f"ANTHROPIC_DEFAULT_{str(tier).upper()}_MODEL"
+            raise OgxError(404, f"{variable} names '{chosen[:200]}', which no provider here serves")
+        return found
 
     def _automatic(self, wanted: str) -> Model | None:
-        alias = self.aliases.get(wanted)
-        if alias is None and not tier_of(wanted) and not wanted.startswith("claude-"):
+        alias, tier = self.aliases.get(wanted), tier_of(wanted)
+        if alias is None and not tier and not wanted.startswith("claude-"):
             return None
         if alias is None or alias.provider_id == "all":
             candidates = self._usable_models()
@@ -837,16 +851,21 @@ class Registry:
         if not candidates:
             reasons = "; ".join(f"{pid}: {why}" for pid, why in self.problems.items())
             reasons = reasons or "no provider lists a model"
-            raise OgxError(404, f"no model to serve '{wanted}' ({reasons})")
-        return candidates[0]
+            raise OgxError(404, f"no model to serve '{wanted[:200]}' ({reasons})")
+        first = candidates[0].provider
+        family = (m for m in candidates if m.provider is first and tier_of(m.upstream_id) == tier)
+        return next(family, candidates[0]) if tier else candidates[0]
+
+    def _bare(self, wanted: str) -> Model | None:
+        same = [m for m in self.models() if m.upstream_id == wanted]
+        return same[0] if len(same) == 1 else None
 
     def _routed(self, wanted: str) -> Model | None:
         provider_id, slash, rest = wanted.partition("/")
         if slash and rest and provider_id in self.providers:
             listed = (m for m in self.lists.get(provider_id, []) if m.upstream_id == rest)
             return next(listed, Model(wanted, self.providers[provider_id], rest))
-        same = [m for m in self.models() if m.upstream_id == wanted]
-        return same[0] if len(same) == 1 else None
+        return None
 
     def _not_found_words(self, model_id: str) -> str:
         known = [m.id for m in self.models()] + list(self.aliases)
@@ -929,12 +948,14 @@ def check_blocks(blocks: Any, where: str) -> None:
         if not isinstance(block, dict):
             raise OgxError(400, f"{here}: expected a content block, got {kind_of(block)}")
         block_type = block.get("type")
-        if not isinstance(block_type, str) or block_type not in BLOCK_TYPES:
+        if not isinstance(block_type, str):
             shown = json.dumps(block_type)[:80]
-            raise OgxError(400, f"{here}.type: {shown} is not a known type of content block")
+            raise OgxError(400, f"{here}.type: expected the type of a content block, got {shown}")
         for name, kind in BLOCK_FIELDS.get(block_type, ()):
             expect(block, name, kind, required=True, where=f"{here}.")
-        if block_type == "tool_result" and not isinstance(block.get("content") or "", str):
+        if block_type in ("tool_result", "search_result") and not isinstance(
+            block.get("content") or "", str
+        ):
             check_blocks(block["content"], f"{here}.content")
         elif block_type in ("image", "document"):
             check_source(block["source"], f"{here}.source.")
@@ -947,6 +968,7 @@ BLOCK_FIELDS: dict[str, tuple[tuple[str, type], ...]] = {  # what translation re
     "thinking": (("thinking", str),),
     "tool_use": (("id", str), ("name", str), ("input", dict)),
     "tool_result": (("tool_use_id", str),),
+    "search_result": (("content", list),),
 }
 SOURCE_FIELDS: dict[str, tuple[tuple[str, type], ...]] = {
     "base64": (("media_type", str), ("data", str)),
@@ -962,7 +984,7 @@ def check_source(source: Json, where: str) -> None:
     if source_type == "content":
         if not isinstance(source.get("content"), str):
             check_blocks(source.get("content"), f"{where}content")
-    elif source_type not in SOURCE_FIELDS:
+    elif not isinstance(source_type, str) or source_type not in SOURCE_FIELDS:
         known = ", ".join((*SOURCE_FIELDS, "content"))
         shown = json.dumps(source_type)[:80]
         raise OgxError(400, f"{where}type: expected one of {known}, got {shown}")
@@ -1007,14 +1029,10 @@ def is_client_tool(tool: Json) -> bool:
 
 def check_output_config(config: Json) -> None:
     """`output_config`: {"effort": ..., "format": {"type": "json_schema", "schema": {...}}}."""
-    effort = config.get("effort")
-    if effort is not None and effort not in EFFORTS:
-        raise OgxError(400, f"output_config.effort: expected one of {', '.join(EFFORTS)}")
+    expect(config, "effort", str, where="output_config.")
     expect(config, "format", dict, where="output_config.")
-    output_format = config.get("format")
-    if output_format:
-        if output_format.get("type") != "json_schema":
-            raise OgxError(400, 'output_config.format.type: expected "json_schema"')
+    output_format = config.get("format") or {}
+    if output_format.get("type") == "json_schema":
         expect(output_format, "schema", dict, required=True, where="output_config.format.")
 
 
@@ -1055,6 +1073,16 @@ def refuse_untranslatable(body: Json) -> None:
         )
     if body.get("safeguards"):
         raise OgxError(400, "safeguards: not supported by translated models")
+    config = body.get("output_config") or {}
+    if config.get("effort") and config["effort"] not in EFFORTS:
+        raise OgxError(400, f"output_config.effort: expected one of {', '.join(EFFORTS)}")
+    if config.get("format") and config["format"].get("type") != "json_schema":
+        raise OgxError(400, 'output_config.format.type: expected "json_schema"')
+    for index, message in enumerate(body["messages"]):
+        for place, block in enumerate(blocks_of(message["content"])):
+            if block["type"] not in BLOCK_TYPES:
+                where, shown = f"messages.{index}.content.{place}", json.dumps(block["type"])[:80]
+                raise OgxError(400, f"{where}.type: {shown} is not a known type of content block")
 
 
 def registered_alias(body: Any, registry: Registry) -> Alias:
@@ -1069,9 +1097,7 @@ def registered_alias(body: Any, registry: Registry) -> Alias:
     for name in ("model_id", "provider_id", "provider_model_id", "model_type"):
         expect(body, name, str, required=name == "model_id")
     model_id = body["model_id"]
-    if not re.fullmatch(r"[^\s\x00-\x1f\x7f-\x9f](.{0,254}\S)?", model_id) or re.search(
-        r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", model_id
-    ):
+    if not re.fullmatch(r"\S(.{0,254}\S)?", model_id) or BAD_ID.search(model_id):
         raise OgxError(400, "model_id: expected 1 to 256 characters without control characters or "
                             "outer spaces")  # fmt: skip
     if (body.get("model_type") or "llm") != "llm":
@@ -1229,7 +1255,7 @@ def add_tokens(node: Any, total: list[float]) -> None:
     elif isinstance(node, dict):
         source = node.get("source")
         if isinstance(source, dict) and source.get("type") == "base64":
-            data = len(source.get("data") or "")
+            data = len(str(source.get("data") or ""))
             is_image = node.get("type") == "image"
             total[0] += IMAGE_TOKENS if is_image else data * 3 / 4 / PDF_BYTES_PER_TOKEN
             return
@@ -1541,7 +1567,9 @@ def message_from_events(events: Iterable[Json]) -> Json:
             message.update(event["delta"])
             message["usage"].update(event["usage"])
     for index, text in inputs.items():
-        message["content"][index]["input"] = json.loads(text) if is_json(text) else {}
+        message["content"][index]["input"] = json.loads(text) if is_json(text) else None
+    # Half a call must not run: its stop_reason says that it broke off.
+    message["content"] = [b for b in message["content"] if b.get("input", {}) is not None]
     return message
 
 
@@ -1741,7 +1769,7 @@ def tool_call_id(call_id: str, kind: ProviderKind) -> str:
     """The id of a call as the upstream takes it."""
     if not kind.short_tool_ids or re.fullmatch("[a-zA-Z0-9]{9}", call_id):
         return call_id
-    return uuid.uuid5(uuid.NAMESPACE_OID, call_id).hex[:9]
+    return uuid.uuid5(uuid.NAMESPACE_OID, ascii(call_id)).hex[:9]
 
 
 def attachment_part(block: Json, kind: ProviderKind) -> Json | None:
@@ -1861,9 +1889,9 @@ def conversation_key(request: Json) -> str:
         session = json.loads(user_id).get("session_id")
     except (ValueError, RecursionError, AttributeError):
         session = None
-    if isinstance(session, str) and 0 < len(session) <= 64:
+    if isinstance(session, str) and 0 < len(session) <= 64 and session.isascii():
         return session
-    return uuid.uuid5(uuid.NAMESPACE_OID, user_id).hex if user_id else ""
+    return uuid.uuid5(uuid.NAMESPACE_OID, ascii(user_id)).hex if user_id else ""
 
 
 def reasoning_effort(request: Json) -> str | None:
@@ -1892,7 +1920,10 @@ def is_strict(schema: Any) -> bool:
     properties = schema.get("properties")
     if schema.get("type") == "object" or isinstance(properties, dict):
         closed = schema.get("additionalProperties") is False
-        if not closed or set(schema.get("required") or ()) != set(properties or ()):
+        required = schema.get("required") or []
+        if not closed or not isinstance(required, list) or any(
+            name not in required for name in properties or ()
+        ):
             return False
     return all(map(is_strict, schema.values()))
 
@@ -1935,7 +1966,7 @@ class ChatTranslator:
             words = readable_text(data[:2000].decode("utf-8", "replace"))
             raise OgxError(502, f"{self._origin} sent no JSON but {words}") from None
         try:
-            if chunk.get("error"):
+            if chunk.get("error") or chunk.get("object") == "error":
                 raise self._error(data)
             self._chunks += 1
             self._read_usage(chunk)
@@ -1967,8 +1998,8 @@ class ChatTranslator:
     def _error(self, data: bytes) -> OgxError:
         """An error inside a stream; its `code` may be the status it would have had."""
         refusal = refusal_from_body(500, data)
-        status = dict_or_empty(json.loads(data)["error"]).get("status_code")  # as Groq tells it
-        if isinstance(status, int):
+        status = dict_or_empty(json.loads(data).get("error")).get("status_code")  # as Groq tells it
+        if isinstance(status, int) and 400 <= status <= 599:
             refusal = replace(refusal, status=status)
         elif refusal.code.isdigit() and 400 <= int(refusal.code) <= 599:
             refusal = replace(refusal, status=int(refusal.code))
@@ -1996,7 +2027,7 @@ class ChatTranslator:
         for fragment in delta.get("tool_calls") or ():
             self._read_call(fragment)
         if choice.get("finish_reason"):
-            self._finish_reason = choice["finish_reason"]
+            self._finish_reason = str(choice["finish_reason"])
         # vLLM and others name the sequence that stopped them beside the finish_reason.
         if choice.get("stop_reason") in self._stops:
             self._stop_sequence = choice["stop_reason"]
@@ -2015,7 +2046,7 @@ class ChatTranslator:
 
     def _read_call(self, fragment: Json) -> None:
         function = fragment.get("function") or {}
-        call_id, name = fragment.get("id") or "", function.get("name") or ""
+        call_id, name = str(fragment.get("id") or ""), function.get("name") or ""
         arguments = function.get("arguments") or ""
         if isinstance(arguments, dict):  # some servers send the object itself
             arguments = json.dumps(arguments)
@@ -2235,7 +2266,7 @@ class MessagesTranslator:
             if "partial_json" in delta:
                 self.writer.tool(index, *self._tools[index], delta["partial_json"])
         elif kind == "message_delta":
-            self._delta = event["delta"]
+            self._delta = dict_or_empty(event["delta"])
             self._read_usage(event.get("usage"))
         elif kind == "message_stop":
             self.end()
@@ -2262,49 +2293,52 @@ class MessagesTranslator:
 
 class NativeStream:
     """A native stream's bytes with the model's id that the client asked for; tells when it is
-    complete and what it used. `feed` gives the bytes to hand on."""
+    complete and what it used. Only whole events are handed on, so that a ping or an error can
+    stand after any of them."""
 
     def __init__(self, model_id: str) -> None:
         self._model = rb"\1" + json.dumps(model_id).encode().replace(b"\\", rb"\\")
-        self._held: bytes | None = b""  # until the first event, which names the model, is whole
+        self._rest = b""  # the beginning of an event
+        self._named = False  # the first event, which names the model, went by
         self._tail = b""
+        self.ended = False  # the last event came: message_stop, or an error
 
     def feed(self, data: bytes) -> bytes:
-        if self._held is not None:
-            data = self._held + data
-            if len(data) < MAX_HEAD and not FIRST_EVENT.search(data):
-                self._held = data
-                return b""
-            self._held = None
-            data = MODEL_FIELD.sub(self._model, data, count=1)
-        self._tail = (self._tail + data)[-2000:]
-        return data
+        data = self._rest + data
+        ends = (data.rfind(b"\n\n") + 2, data.rfind(b"\r\n\r\n") + 4, data.rfind(b"\r\r") + 2)
+        end = max(end if end > 3 else 0 for end in ends)
+        self._rest = data[end:]
+        if len(self._rest) > MAX_EVENT:
+            raise OgxError(502, "the upstream sent an event that is too large")
+        return self._handed_on(data[:end])
 
     def end(self) -> bytes:
-        """What is left to hand on when the upstream closed."""
-        held, self._held = self._held, None
-        return held or b""
+        """The last event where only the blank line after it is missing; half a one is dropped."""
+        rest, self._rest = self._rest, b""
+        return self._handed_on(rest + b"\n\n") if LAST_EVENT.search(rest) else b""
 
-    @property
-    def ended(self) -> bool:
-        """Whether the last event came: message_stop, or an error."""
-        return bool(LAST_EVENT.search(self._tail))
-
-    @property
-    def done(self) -> bool:
-        return self._tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")) and self.ended
+    def _handed_on(self, data: bytes) -> bytes:
+        if not self._named and b"message_start" in data:
+            self._named = True
+            data = MODEL_FIELD.sub(self._model, data, count=1)
+        self._tail = (self._tail + data)[-2000:]
+        self.ended = self.ended or bool(LAST_EVENT.search(data))
+        return data
 
     @property
     def usage(self) -> Usage | None:
         """The tokens that the last events told, for the log."""
-        found = dict(re.findall(rb'"(\w+_tokens)"\s*:\s*(\d+)', self._tail))
+        found = dict(re.findall(rb'"(\w+_tokens)"\s*:\s*(\d{1,15})', self._tail))
         names = (b"input_tokens", b"output_tokens", b"cache_read_input_tokens")
         return Usage(*(int(found.get(name, 0)) for name in names)) if found else None
 
 
-# A line break in a text is escaped, so what follows one is no text of the model's.
-FIRST_EVENT = re.compile(rb"(?m)^data:.*(message_start|\"error\")(.|[\r\n])*?(\r?\n\r?\n|\r\r)")
-LAST_EVENT = re.compile(rb'(?m)^(event: ?(message_stop|error)\b|data: ?\{"type": ?"message_stop")')
+MAX_EVENT = 16 * 1024 * 1024  # bytes
+# Quotes and line breaks in a model's text are escaped, so none of these can stand in one.
+LAST_EVENT = re.compile(
+    rb'(?m)^(event: ?(message_stop|error)\b|data: ?\{"type": ?"error")'
+    rb'|(?<!\\)"type": ?"message_stop"'
+)
 
 # ======== Responses ==========================================================================
 # OpenAI's Responses, which its newest models need for tools; then the table of dialects, and that
@@ -2381,17 +2415,28 @@ def assistant_items(block: Json, names: ToolNames) -> Iterator[Json]:
         yield {"type": "function_call", "call_id": block["id"], "name": names.there(block["name"]),
                "arguments": json.dumps(block["input"])}  # fmt: skip
     elif block["type"] in ("thinking", "redacted_thinking"):
-        signature = block.get("signature") or block.get("data") or ""
-        if signature.startswith(SIGNATURE_MARK) and is_json(signature):
-            kept = json.loads(signature)
-            if kept.get("ogx") == "responses":
-                summary = [{"type": "summary_text", "text": block["thinking"]}] \
-                    if block.get("thinking") else []  # fmt: skip
-                yield {"type": "reasoning", "id": kept["id"], "summary": summary,
-                       "encrypted_content": kept["encrypted_content"]}  # fmt: skip
+        kept = kept_reasoning(block)
+        if kept:
+            thought = block.get("thinking")
+            summary = [{"type": "summary_text", "text": thought}] if thought else []
+            yield {"type": "reasoning", "id": kept["id"], "summary": summary,
+                   "encrypted_content": kept["encrypted_content"]}  # fmt: skip
     elif block_text(block):
         content = [{"type": "output_text", "text": block_text(block)}]
         yield {"role": "assistant", "content": content}
+
+
+def kept_reasoning(block: Json) -> Json | None:
+    """What a signature of ours holds for this dialect: {"id": ..., "encrypted_content": ...}."""
+    signature = block.get("signature") or block.get("data")
+    if not isinstance(signature, str) or not signature.startswith(SIGNATURE_MARK):
+        return None
+    try:
+        kept = dict_or_empty(json.loads(signature))
+    except (ValueError, RecursionError):
+        return None
+    is_whole = all(isinstance(kept.get(name), str) for name in ("id", "encrypted_content"))
+    return kept if is_whole and kept.get("ogx") == "responses" else None
 
 
 def input_part(block: Json, kind: ProviderKind) -> Json:
@@ -2747,6 +2792,10 @@ def lesson_from_refusal(
         return Lesson("row", "responses", False)  # there is no such path
     for remedy in REMEDIES if refusal.status != 500 else ():
         lesson = remedy(refusal, body)
+        if lesson and {lesson.action, *(k.action for k in known if k.field == lesson.field)} == {
+            "set", "drop"
+        }:  # that would go to and fro
+            continue
         if lesson and (lesson.action == "again" or with_lessons(body, [lesson]) != body):
             return lesson
     return None
@@ -2795,7 +2844,10 @@ def clamped_limit(refusal: Refusal, body: Json) -> Lesson | None:
     name = next((n for n in LIMIT_FIELDS if n in body), None)
     words = f"{refusal.message} {refusal.param}"  # some gateways move the sentence into `param`
     match = next((m for m in (p.search(words) for p in OUTPUT_LIMITS) if m), None)
-    if name is None or match is None:
+    if name is None or match is None or int(match.group(1)) < 16:
+        return None
+    # Other limits are told in the same words: of images, of tools, of the temperature.
+    if not re.search(rf"max_\w*tokens|(output|completion|maximum) tokens|\b{body[name]}\b", words):
         return None
     return Lesson("clamp", name, int(match.group(1)))
 
@@ -2886,13 +2938,18 @@ def dropped_field(refusal: Refusal, body: Json) -> Lesson | None:
         return None
     told = f"{refusal.param} {refusal.message}".replace("reasoning.effort", "reasoning_effort")
     words = re.findall(r"\w+", told)
-    named = next((word for word in words if word in OPTIONAL_FIELDS), None)
+    # Names that are also English words count only in quotes.
+    quoted = [refusal.param, *re.findall(r"[`'\"](\w+)[`'\"]", told)]
+    plain = [word for word in words if "_" in word]
+    named = next((word for word in quoted + plain if word in OPTIONAL_FIELDS), None)
     if named is None and "think" in refusal.message:  # Ollama: `"m" does not support thinking`
         named = "reasoning_effort"
     if named is None and "strict" in words:
         holder = next((n for n in ("tools", "response_format", "text") if n in body), None)
         return Lesson("unschema", holder, "strict") if holder else None
-    return Lesson("drop", named) if named else None
+    # These two change what the answer may be, so they are left out only this once.
+    return Lesson("drop", named, keep=named not in ("tool_choice", "response_format")) \
+        if named else None  # fmt: skip
 
 
 REMEDIES: tuple[Callable[[Refusal, Json], Lesson | None], ...] = (
@@ -2944,18 +3001,22 @@ class Store:
         self._errors = (sqlite3.Error, OSError)
         try:
             self._database = self._opened(sqlite3, path or ":memory:")
-        except sqlite3.DatabaseError as error:
-            if "malformed" not in str(error) and "not a database" not in str(error):
+        except (sqlite3.DatabaseError, ValueError) as error:
+            if isinstance(error, sqlite3.OperationalError):  # locked, read-only, no space
                 self._keep_in_memory(sqlite3, error)
                 return
             aside = f"{path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
-            os.replace(path, aside)
-            log.warning("the state file %s was corrupt; it is now %s", path, aside)
-            self._database = self._opened(sqlite3, path)
+            try:
+                os.replace(path, aside)
+                log.warning("the state file %s was corrupt (%s); it is now %s", path, error, aside)
+                self._database = self._opened(sqlite3, path)
+            except self._errors as problem:
+                self._keep_in_memory(sqlite3, problem)
         except OSError as error:
             self._keep_in_memory(sqlite3, error)
 
     def _opened(self, sqlite3: Any, path: str) -> Any:
+        """The database; sqlite3.DatabaseError or ValueError where it isn't one of ours."""
         if path != ":memory:":
             os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -2963,10 +3024,17 @@ class Store:
         try:
             database.execute("CREATE TABLE IF NOT EXISTS facts (kind TEXT, key TEXT, value TEXT, "
                              "at REAL, PRIMARY KEY (kind, key))")  # fmt: skip
-            database.execute("PRAGMA quick_check")
             database.commit()
-        except sqlite3.Error:
+            told = database.execute("PRAGMA quick_check").fetchone()[0]
+            if told != "ok":
+                raise sqlite3.DatabaseError(told)
+            for (value,) in database.execute("SELECT value FROM facts"):
+                if not isinstance(json.loads(value), (dict, list)):
+                    raise ValueError("a value is of an unknown kind")
+        except (sqlite3.Error, ValueError, TypeError) as error:
             database.close()
+            if "no such column" in str(error) or isinstance(error, TypeError):
+                raise ValueError("it is of another program") from None
             raise
         return database
 
@@ -3143,7 +3211,8 @@ class BodyReader:
         coding = headers.get("transfer-encoding", "").lower()
         length = headers.get("content-length", "").split(",")[0].strip()
         self._chunked = ChunkedReader() if coding.endswith("chunked") else None
-        self._left = int(length) if length.isdigit() and not self._chunked else None
+        known = re.fullmatch("[0-9]{1,18}", length) and not self._chunked
+        self._left = int(length) if known else None
         self._unpacker = None
         if headers.get("content-encoding", "").lower() in ("gzip", "deflate"):
             self._unpacker = zlib.decompressobj(47)  # zlib or gzip, told by the data itself
@@ -3319,10 +3388,10 @@ class Upstream:
     def _connected(self, provider: Provider, timeout: float) -> socket.socket:
         parts = urllib.parse.urlsplit(provider.base_url)
         host, secure = parts.hostname or "", parts.scheme == "https"
-        proxy = proxy_of(parts.scheme, host)
-        at = proxy or parts
-        port = at.port or (443 if secure and not proxy else 80)
         try:
+            proxy = proxy_of(parts.scheme, host)
+            at = proxy or parts
+            port = at.port or (443 if secure and not proxy else 80)
             connection: http.client.HTTPConnection
             if secure:
                 connection = http.client.HTTPSConnection(
@@ -3333,7 +3402,7 @@ class Upstream:
             if proxy and secure:
                 connection.set_tunnel(host, parts.port or 443, proxy_headers(proxy))
             connection.connect()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # UnicodeError too
             raise unreachable(provider, error) from None
         sock: socket.socket = connection.sock
         sock.settimeout(IDLE_TIMEOUT)
@@ -3384,7 +3453,7 @@ def unreachable(provider: Provider, error: Exception) -> OgxError:
         why = "connection refused; is the server running there?"
     else:
         why = str(error) or type(error).__name__
-    status = 504 if "too long" in why else 502
+    status = 504 if isinstance(error, socket.timeout) else 502
     return OgxError(status, f"can't reach {provider.id} at {provider.base_url}: {why}")
 
 
@@ -3414,6 +3483,20 @@ def request_bytes(
 
 def json_bytes(value: Json) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+def received_now(sock: socket.socket) -> bytes | None:
+    """What a readable socket holds; None where TLS has half a record, or a session ticket."""
+    if not isinstance(sock, ssl.SSLSocket):
+        return sock.recv(RECEIVE_SIZE)
+    timeout = sock.gettimeout()
+    sock.settimeout(0)
+    try:
+        return sock.recv(RECEIVE_SIZE)
+    except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        return None
+    finally:
+        sock.settimeout(timeout)
 
 
 class Reply:
@@ -3461,49 +3544,53 @@ class SocketReply(Reply):
         self._buffer = b""
         self._body: BodyReader | None = None
         self._silence = 0.0  # seconds without a byte
+        self._sent_at = 0.0
         self._connect(fresh=False)
 
     def _connect(self, fresh: bool) -> None:
         self._socket, self._reused = self._upstream.take(self._provider, self._timeout, fresh)
         try:
             self._socket.sendall(self._request)
-        except OSError as error:
-            self._socket.close()
-            if not self._reused:
-                raise self._broken(error) from None
-            self._connect(fresh=True)
+        except OSError:
+            if self._reused:
+                self._socket.close()
+                self._connect(fresh=True)
+            # Else it may have answered already, that the body is too large say: head() tells.
+        self._sent_at = time.monotonic()
 
     def head(self, timeout: float, watch: socket.socket | None = None) -> bool:
+        deadline = time.monotonic() + timeout
         while self._body is None:
-            data = self._receive(timeout, watch, FIRST_BYTE_TIMEOUT)
+            data = self._receive(deadline, watch, FIRST_BYTE_TIMEOUT)
             if data is None:
                 return False
             if not data:
-                if not self._reused or self._buffer:
+                at_once = time.monotonic() - self._sent_at < 1.0
+                if not self._reused or self._buffer or not at_once:
                     raise self._broken(None)
                 self._socket.close()
                 self._connect(fresh=True)
                 continue
             self._buffer += data
-            self._parse_head()
+            while self._body is None and self._parse_head():
+                pass
         return True
 
-    def _parse_head(self) -> None:
-        """Take the head off the buffer once it is complete; skip 1xx heads."""
+    def _parse_head(self) -> bool:
+        """Take a complete head off the buffer; whether there was one. 1xx heads are skipped."""
         end = re.search(rb"\r?\n\r?\n", self._buffer)
         if end is None:
             if len(self._buffer) > MAX_HEAD:
                 raise OgxError(502, f"{self._provider.id} sent headers that are too large")
-            return
+            return False
         first, *lines = LINE_END.split(self._buffer[: end.start()])
-        status = re.match(rb"HTTP/1\.[01] ([1-5][0-9][0-9])", first)
+        status = re.match(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b", first)
         if not status:
             raise OgxError(502, f"{self._provider.id} at {self._provider.base_url} doesn't answer "
                                 "in HTTP")  # fmt: skip
         self._buffer = self._buffer[end.end():]
         if status.group(1).startswith(b"1"):
-            self._parse_head()
-            return
+            return True
         self.status = int(status.group(1))
         try:
             self.headers = headers_from_lines(lines)
@@ -3512,13 +3599,14 @@ class SocketReply(Reply):
         self._body = BodyReader(self.status, self.headers)
         if first.startswith(b"HTTP/1.0"):
             self._body.reusable = False
+        return True
 
     def read(self, timeout: float, watch: socket.socket | None = None) -> bytes | None:
-        body = self._body
+        body, deadline = self._body, time.monotonic() + timeout
         assert body is not None, "head() comes before read()"
         while not body.done:
             data, self._buffer = self._buffer, b""
-            received = data or self._receive(timeout, watch, IDLE_TIMEOUT)
+            received = data or self._receive(deadline, watch, IDLE_TIMEOUT)
             if received is None:
                 return None
             try:
@@ -3534,19 +3622,26 @@ class SocketReply(Reply):
                 return payload
         return b""
 
-    def _receive(self, timeout: float, watch: socket.socket | None, limit: float) -> bytes | None:
-        if not wait_readable(self._socket, timeout, watch):
-            self._silence += timeout
-            if self._silence >= limit:
-                raise OgxError(504, f"{self._provider.id} sent nothing for {self._silence:g} s")
-            return None
-        self._silence = 0.0
-        try:
-            return self._socket.recv(RECEIVE_SIZE)
-        except OSError as error:
-            if self._reused and self._body is None and not self._buffer:
-                return b""
-            raise self._broken(error) from None
+    def _receive(
+        self, deadline: float, watch: socket.socket | None, limit: float
+    ) -> bytes | None:
+        """Bytes as they come, b"" at the end, None when the deadline passed; OgxError(504) after
+        `limit` seconds without a byte."""
+        began = time.monotonic()
+        while wait_readable(self._socket, max(0.0, deadline - time.monotonic()), watch):
+            try:
+                data = received_now(self._socket)
+            except OSError as error:
+                if self._reused and self._body is None and not self._buffer:
+                    return b""
+                raise self._broken(error) from None
+            if data is not None:
+                self._silence = 0.0
+                return data
+        self._silence += time.monotonic() - began
+        if self._silence >= limit:
+            raise OgxError(504, f"{self._provider.id} sent nothing for {self._silence:.0f} s")
+        return None
 
     def _broken(self, error: OSError | None) -> OgxError:
         why = (error and error.strerror) or "it closed the connection"
@@ -3615,8 +3710,14 @@ class Gateway:
         self.config = config
         self.store = store or Store()
         self.registry = Registry(config)
-        for fields in self.store.all("alias").values():
-            self.registry.register(Alias(**{**fields, "targets": tuple(fields["targets"])}))
+        for model_id, kept in self.store.all("alias").items():
+            if kept.get("deleted"):
+                self.registry.unregister(model_id)
+            else:
+                self.registry.register(Alias(
+                    model_id, str(kept.get("provider_id")), str(kept.get("provider_model_id")),
+                    tuple(map(str, kept.get("targets") or ())),
+                ))  # fmt: skip
         self.upstream = upstream or Upstream()
         self.lessons = Lessons(self.store)
         self.backoff = BACKOFF
@@ -3635,7 +3736,7 @@ class Gateway:
         Raises OgxError: before the first bytes it can still become an HTTP status. Closing the
         iterator closes the upstream's connection.
         """
-        exchange.asked = exchange.request["model"][:200]
+        exchange.asked = one_line(BAD_ID.sub("?", exchange.request["model"]))[:200]
         chain = self._chain(exchange.request["model"])
         since = time.monotonic()
         for place, model in enumerate(chain, 1):
@@ -3679,12 +3780,13 @@ class Gateway:
             taught, answered = taught_model(model, lessons), False
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
             dialect = DIALECTS[name]
-            if not dialect.native:
+            if not taught.provider.kind.keeps_billing_header:  # everyone but Anthropic itself
                 refuse_untranslatable(exchange.request)
             body = with_lessons(dialect.request(exchange.request, taught), lessons)
             data = dialect.native and with_model(exchange.raw, exchange.request, body)
             data = data or json_bytes(dialect.finished(dict(body)))
-            key = key or hash((model.served, data))
+            headers = exchange.headers if dialect.native else {}
+            key = key or hash((model.served, data, tuple(headers.items())))
             self._raise_known_refusal(key)
             try:
                 for piece in self._answer(taught, name, data, exchange):
@@ -3692,7 +3794,14 @@ class Gateway:
                     yield piece
                 return
             except OgxError as error:
+                error.without(model.provider.api_key)
                 refusal = error.refusal if attempt < MAX_REQUESTS and not answered else None
+                if refusal and name == "messages" and refusal.status in (404, 405) and (
+                    "chat" in taught.provider.kind.dialects and model.provider.dialect == "auto"
+                    and "model" not in refusal.message.lower()
+                ):  # the server was changed, or another one answered the probe
+                    self.registry.native[model.provider.id] = False
+                    continue
                 lesson = refusal and lesson_from_refusal(refusal, body, taught, lessons)
                 if lesson and not (lesson.action == "again" and lesson in lessons):
                     lessons.append(lesson)
@@ -3778,6 +3887,9 @@ class Gateway:
             return "responses"
         if provider.dialect != "auto" or len(kinds) == 1:
             return kinds[0] if provider.dialect == "auto" else provider.dialect
+        if provider.kind.native_models:
+            found = re.search(provider.kind.native_models, model.upstream_id)
+            return "messages" if found else "chat"
         if provider.id not in self.registry.native:
             self.discovered.wait(LIST_TIMEOUT)
         native = self.registry.native.get(provider.id, False)
@@ -3787,7 +3899,7 @@ class Gateway:
         """A native answer's bytes, but for the model's id."""
         model_id = exchange.request["model"]
         stream, whole = NativeStream(model_id), bytearray()
-        while not stream.done:
+        while not stream.ended:
             data = reply.read(self.tick, exchange.watch)
             if data is None:
                 yield None
@@ -3889,7 +4001,10 @@ class Gateway:
                 raise OgxError(404, f"nothing was registered or learned for '{model_id[:200]}'")
             return {"id": model_id, "object": "model", "deleted": True}
         self.registry.unregister(model_id)
-        self.store.delete("alias", model_id)
+        if any(alias.model_id == model_id for alias in self.config.aliases):
+            self.store.put("alias", model_id, {"deleted": True})  # or it would be back at the start
+        else:
+            self.store.delete("alias", model_id)
         return {"id": model_id, "object": "model", "deleted": True}
 
     def _entry(self, model: Model) -> Json:
@@ -3934,7 +4049,7 @@ class Gateway:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join()
+                thread.join(3 * LIST_TIMEOUT)
             self.discovered.set()
             for pid in asked:
                 host = urllib.parse.urlsplit(self.registry.providers[pid].base_url).hostname
@@ -3964,20 +4079,31 @@ class Gateway:
         if provider.kind is DEMO_KIND:
             return [Model("demo/echo", provider, "echo")]
         kind = provider.kind
-        models = models_from_list(
-            provider, self.upstream.json(provider, kind.list_path, LIST_TIMEOUT)
-        )
+        try:
+            listing = self.upstream.json(provider, kind.list_path, LIST_TIMEOUT)
+        except OgxError as error:
+            if error.status not in (404, 405) or kind.list_path == "/models":
+                raise
+            listing = self.upstream.json(provider, "/models", LIST_TIMEOUT)
+        models = models_from_list(provider, listing)
         if not kind.loaded_path:
             return models
-        loaded = self.upstream.json(provider, kind.loaded_path, LIST_TIMEOUT)
+        try:
+            loaded = self.upstream.json(provider, kind.loaded_path, LIST_TIMEOUT)
+        except OgxError:  # what it tells is welcome, not needed
+            return models
         return [with_loaded_context(model, loaded) for model in models]
 
     def _probe(self, provider: Provider) -> None:
         """Learn whether a server has a Messages API from what it says to an empty request, which
         costs nothing: only one that knows the path complains about the body."""
-        if provider.kind.dialects != BOTH or provider.dialect != "auto":
+        kind = provider.kind
+        if kind.dialects != BOTH or provider.dialect != "auto" or kind.native_models:
             return
-        reply, _ = self.upstream.ask(provider, provider.kind.messages_path, LIST_TIMEOUT, b"{}")
+        try:
+            reply, _ = self.upstream.ask(provider, provider.kind.messages_path, LIST_TIMEOUT, b"{}")
+        except OgxError:
+            return
         if reply.status in (400, 404, 405, 422, 500, 501):
             self.registry.native[provider.id] = reply.status in (400, 422, 500)
             self.registry.counts.pop(provider.id, None)
@@ -4118,6 +4244,9 @@ def upstream_items(
         if not data:
             break
         if is_whole is None:  # told by the data, since content types lie; no stream begins so
+            if not data.strip():  # DeepSeek sends empty lines to keep the connection
+                yield []
+                continue
             is_whole = data.lstrip()[:1] in (b"{", b"[", b"<")
         if not is_whole:
             yield reader.feed(data)
@@ -4193,7 +4322,7 @@ def page_limit(text: str | None, default: int) -> int:
     """The `limit` of a list request: 1 to 1,000."""
     if not text:
         return default
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1000):
+    if not (re.fullmatch("[0-9]{1,4}", text) and 1 <= int(text) <= 1000):
         raise OgxError(400, f"limit: expected a number from 1 to 1000, got '{text[:40]}'")
     return int(text)
 
@@ -4460,7 +4589,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json(200, self.server.gateway.count_tokens(self.exchange))
 
     def _get_models(self, path: str, query: str, body: bytes) -> None:
-        fields = dict(urllib.parse.parse_qsl(query, max_num_fields=20))
+        fields = dict(urllib.parse.parse_qsl(query[:4000]))
         self._send_json(200, self.server.gateway.model_list(fields))
 
     def _get_model(self, path: str, query: str, body: bytes) -> None:
@@ -4558,7 +4687,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             **headers,
         }
         if self.exchange.served:
-            fields["x-ogx-served"] = re.sub(r"[^\x21-\x7e]", "?", self.exchange.served)
+            fields["x-ogx-served"] = re.sub(r"[^\x21-\x7e]", "?", self.exchange.served[:256])
         if self.close_connection:
             fields["connection"] = "close"
         lines = [f"HTTP/1.1 {status} {reason}", *(f"{k}: {v}" for k, v in fields.items()), "", ""]
@@ -4774,11 +4903,15 @@ def served_for_session() -> tuple[Server, str]:
 def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
     """The server's URL without /v1: from --url, else --host (a name, an address or a URL) and
     --port, else OGX_PORT."""
-    if options.url or "://" in options.host:
+    if options.url or "://" in options.host or re.fullmatch(r"[^:]+:[0-9]+", options.host):
         url = options.url or options.host
         url = url if "://" in url else f"http://{url}"
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable:
             raise OgxError(400, f"--url: expected a URL like http://localhost:8321, got '{url}'")
         if options.port is not None and parts.port is None:
             parts = parts._replace(netloc=f"{parts.netloc}:{options.port}")
@@ -5125,6 +5258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OgxError as error:
         print(error.message, file=sys.stderr)
         return 1
+    except RecursionError:
+        print("the configuration is nested too deeply", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -5196,9 +5332,9 @@ def run(options: argparse.Namespace) -> int:
     give_back_memory()
     gateway.discovered.wait(1.0)
     say(*summary_lines(gateway, server))
-    if not gateway.discovered.is_set():
-        gateway.discovered.wait()
-        say(*summary_lines(gateway, server))
+    while not stopped.is_set() and not gateway.discovered.is_set():
+        if gateway.discovered.wait(0.2):
+            say(*summary_lines(gateway, server))
     while not stopped.wait(3600):  # a timeout lets Windows deliver Ctrl-C
         pass
     log.info("stopping; running answers have %g s to finish", DRAIN_TIMEOUT)
@@ -5274,7 +5410,10 @@ def starter_variables() -> Iterator[str]:
 def say(*lines: str) -> None:
     """Print lines; a closed stdout (`| head`) is no reason to stop serving."""
     try:
-        print(*lines, sep="\n", flush=True)
+        try:
+            print(*lines, sep="\n", flush=True)
+        except UnicodeEncodeError:  # a terminal without UTF-8
+            print(*(ascii(line)[1:-1] for line in lines), sep="\n", flush=True)
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 

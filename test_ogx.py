@@ -738,6 +738,38 @@ class TestRegistry:
             asked, provider_id, upstream_id,
         )  # fmt: skip
 
+    @pytest.mark.parametrize(
+        ("asked", "upstream_id"),
+        [
+            ("claude-haiku-4-5-20251001", "claude-haiku-4-5-20251001"),  # listed by that very id
+            ("claude-haiku-9", "claude-haiku-4-5-20251001"),  # the family's first
+            ("claude-sonnet-4-5[1m]", "claude-sonnet-5-5"),
+            ("claude-opus-4-1", "claude-opus-5-5"),
+            ("claude-fable-5-2", "claude-opus-5-5"),  # a family that isn't there: the first LLM
+        ],
+    )
+    def test_where_claude_itself_is_listed_families_are_its_own(self, asked, upstream_id):
+        owner = provider("anthropic")
+        registry = ogx.Registry(config(owner, aliases=[ogx.Alias(asked, "all", "auto")]))
+        ids = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-4-5-20251001")
+        registry.learn("anthropic", ogx.models_from_list(owner, [{"id": i} for i in ids]), "")
+        assert registry.resolve(asked).upstream_id == upstream_id
+
+    def test_a_tier_may_be_a_claude_model_that_is_listed(self):
+        registry = self.registry(lists={"openai": ["gpt-x"], "vllm": ["claude-sonnet-4-5"]},
+                                 tiers={"opus": "claude-sonnet-4-5[1m]"})  # fmt: skip
+        assert registry.resolve("claude-opus-9").upstream_id == "claude-sonnet-4-5"
+
+    def test_a_tier_that_no_provider_serves_is_named(self):
+        error = refused(self.registry(tiers={"opus": "gone/x"}).resolve, "claude-opus-9")
+        assert error.message == (
+            "ANTHROPIC_DEFAULT_OPUS_MODEL names 'gone/x', which no provider here serves"
+        )
+
+    def test_a_fixed_target_may_have_auto_in_its_name(self):
+        registry = self.registry(ogx.Alias("mine", "vllm", "autocoder:7b"))
+        assert registry.resolve("mine").upstream_id == "autocoder:7b"
+
     def test_an_unknown_id_is_not_found_and_a_near_one_is_suggested(self):
         error = refused(self.registry().resolve, "openai-gpt-y")
         assert error.status == 404
@@ -786,6 +818,9 @@ class TestRegistry:
             ({"data": [{"id": "text-embedding-3-large"}, {"id": "whisper-1"}, {"id": "gpt-x"},
                        {"id": "bge-reranker"}, {"id": "dall-e-3"}, {"id": "omni-moderation"},
                        {"id": "gpt-4o-audio-preview"}, {"id": "mistral-ocr-latest"}]}, ["gpt-x"]),
+            ([{"id": "a", "type": "llm", "capabilities": ["tool_use"]},
+              {"id": "b", "type": "vlm"}, {"id": "c", "type": "embeddings"}], ["a", "b"]),
+            ([{"id": "a\x1b[2J"}, {"id": "\ud800"}, {"id": "ok"}], ["ok"]),
             ({"data": ["a", None, {"id": 5}, {}]}, []),
             ({}, []), ([], []), ("x", []), (None, []),
         ],
@@ -818,6 +853,12 @@ class TestRegistry:
         entries = [{"id": upstream_id, "object": "model"} for upstream_id in names]
         found = [m.upstream_id for m in ogx.models_from_list(provider(), {"data": entries})]
         assert found == self.LLMS.split()
+
+    @pytest.mark.parametrize("created", [1_700_000_000_000_000_000, -1, "x", None, True])
+    def test_an_odd_date_is_no_date(self, created):
+        (found,) = ogx.models_from_list(provider(), [{"id": "a", "created": created}])
+        assert ogx.model_entry(found)["created_at"] in ("1970-01-01T00:00:00Z",
+                                                        "1970-01-01T00:00:01Z")  # fmt: skip
 
     @pytest.mark.parametrize(
         ("entry", "context", "output"),
@@ -860,8 +901,8 @@ class TestRequests:
             (request(user(5)),
              "messages.0.content: expected a string or a list of content blocks, got a whole"),
             (request(user(["x"])), "messages.0.content.0: expected a content block, got a string"),
-            (request(user([{"type": "hologram"}])),
-             'messages.0.content.0.type: "hologram" is not a known type of content block'),
+            (request(user([{"type": 5}])),
+             "messages.0.content.0.type: expected the type of a content block, got 5"),
             (request(user([{"type": "text"}])), "messages.0.content.0.text: field required"),
             (request(user([{"type": "tool_result"}])),
              "messages.0.content.0.tool_use_id: field required"),
@@ -881,8 +922,11 @@ class TestRequests:
             (request(tool_choice={"type": "tool"}), "tool_choice.name: field required"),
             (request(stop_sequences=[""]), "stop_sequences.0: expected a string that isn't empty"),
             (request(temperature="hot"), "temperature: expected a number, got a string"),
-            (request(output_config={"effort": "huge"}), "output_config.effort: expected one of"),
-            (request(output_config={"format": {"type": "xml"}}), "output_config.format.type"),
+            (request(output_config={"effort": 5}), "output_config.effort: expected a string"),
+            (request(user([{"type": "search_result", "content": "x"}])),
+             "messages.0.content.0.content: expected a list, got a string"),
+            (request(user([{"type": "image", "source": {"type": []}}])),
+             "messages.0.content.0.source.type: expected one of"),
         ],
     )  # fmt: skip
     def test_a_wrong_field_is_named_in_one_sentence(self, body, words):
@@ -897,6 +941,19 @@ class TestRequests:
 
     def test_counting_needs_no_max_tokens(self):
         ogx.check_request({"model": "m", "messages": [user("x")], "tools": []}, counting=True)
+
+    @pytest.mark.parametrize(
+        ("fields", "words"),
+        [
+            ({"messages": [user("a"), user([{"type": "hologram"}])]},
+             'messages.1.content.0.type: "hologram" is not a known type of content block'),
+            ({"output_config": {"effort": "huge"}}, "output_config.effort: expected one of low"),
+            ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type: expected"),
+        ],
+    )  # fmt: skip
+    def test_what_is_new_is_refused_only_where_it_must_be_translated(self, fields, words):
+        ogx.check_request(request(**fields))
+        assert words in refused(ogx.refuse_untranslatable, request(**fields)).message
 
     def test_threads_are_refused_as_the_sdks_recovery_expects(self):
         error = refused(ogx.refuse_untranslatable, request(thread={"type": "create"}))
@@ -1085,10 +1142,11 @@ class TestEvents:
         content = self.finished(writer)["content"]
         assert "".join(block["text"] for block in content) == shown
 
-    def test_input_that_breaks_off_ends_as_max_tokens(self):
+    def test_input_that_breaks_off_ends_as_max_tokens_and_half_a_call_is_no_call(self):
         writer = self.writer()
         writer.tool(0, "a", "A", '{"x": "unfin')
-        assert self.finished(writer, "tool_use")["stop_reason"] == "max_tokens"
+        message = self.finished(writer, "tool_use")
+        assert (message["stop_reason"], message["content"]) == ("max_tokens", [])
 
     @pytest.mark.parametrize("call_id", ["", "call_0", "same"])
     def test_an_id_that_the_conversation_has_is_replaced(self, call_id):
@@ -1167,7 +1225,7 @@ class TestChat:
                          {"role": "user", "content": "hi"}],
             "max_completion_tokens": 100,
             "temperature": 0.5, "top_p": 0.9, "stop": ["a"],
-            "prompt_cache_key": "80d38f3485035386838a95b1dbe4670c",
+            "prompt_cache_key": ogx.conversation_key(request(metadata={"user_id": "u"})),
         }  # fmt: skip
 
     @pytest.mark.parametrize(
@@ -1660,20 +1718,35 @@ class TestMessages:
             stream = ogx.NativeStream('a\\1"b')
             seen = stream.feed(self.STREAM[:cut]) + stream.feed(self.STREAM[cut:])
             assert seen == self.STREAM.replace(b"up/x", b'a\\\\1\\"b', 1), cut
-            assert stream.done and (stream.usage.input, stream.usage.output) == (9, 7)
+            assert stream.ended and (stream.usage.input, stream.usage.output) == (9, 7)
 
     def test_a_native_stream_is_done_only_at_its_last_event(self):
         stream = ogx.NativeStream("m")
         for index in range(len(self.STREAM) - 1):
             stream.feed(self.STREAM[index : index + 1])
-            assert not stream.done
+            assert not stream.ended
         stream.feed(self.STREAM[-1:])
-        assert stream.done
+        assert stream.ended
+
+    def test_half_an_event_waits_so_that_a_ping_can_stand_after_any(self):
+        stream = ogx.NativeStream("m")
+        at = self.STREAM.index(b"content_block_delta") + 40
+        seen = stream.feed(self.STREAM[:at])
+        assert seen.endswith(b"\n\n") and stream.end() == b"" and not stream.ended
+
+    def test_a_last_event_without_its_blank_line_is_an_end(self):
+        stream = ogx.NativeStream("m")
+        seen = stream.feed(self.STREAM[:-1])
+        assert (seen + stream.end()).endswith(b'"message_stop"}\n\n\n') and stream.ended
+
+    def test_an_event_without_end_is_bounded(self):
+        stream = ogx.NativeStream("m")
+        assert refused(stream.feed, b"x" * (ogx.MAX_EVENT + 1)).status == 502
 
     def test_an_error_event_is_an_end_too(self):
         stream = ogx.NativeStream("m")
         error = b'event: error\ndata: {"type":"error","error":{"type":"x","message":"y"}}\n\n'
-        assert stream.feed(error) == error and stream.done
+        assert stream.feed(error) == error and stream.ended
 
     LLAMA = (  # seen live: tool_use without input, blocks left open and overlapping
         {"type": "message_start", "message": {"usage": {"cache_read_input_tokens": 4,
@@ -2065,6 +2138,10 @@ class TestRemedies:
          "unschema tools to propertyNames"),
         ('{"detail":[{"type":"extra_forbidden","loc":["body","stream_options"],"msg":"Extra inputs '
          'are not permitted"}]}', {"stream_options": {}}, "drop stream_options"),  # Mistral
+        ("temperature: expected a value <= 2, but got 3", LIMIT, "None"),
+        ("the number of images exceeds the model limit of 20", LIMIT, "None"),
+        ("This model supports at most 0 completion tokens", LIMIT, "None"),
+        ("Unknown failure, please stop sending", {"stop": ["x"]}, "None"),
         ("property 'prompt_cache_key' is unsupported", {"prompt_cache_key": "k"},
          "drop prompt_cache_key"),  # Groq
         ("Unknown parameter: 'tools[0].strict'.", {"tools": [{"strict": False}]},
@@ -2100,6 +2177,17 @@ class TestRemedies:
         taught = ogx.taught_model(found, [lesson])
         assert ogx.lesson_from_refusal(ogx.Refusal(status, words), {}, taught) is None
         assert found.provider.kind is ogx.PROVIDER_KINDS["openai"]
+
+    def test_what_changes_the_answer_is_left_out_only_once(self):
+        for name in ("tool_choice", "response_format"):
+            refusal = ogx.Refusal(400, f"Unsupported parameter: '{name}'")
+            assert ogx.lesson_from_refusal(refusal, {name: "x"}, model()).keep is False
+
+    def test_nothing_is_set_and_dropped_in_turns(self):
+        known = [ogx.Lesson("set", "reasoning_effort", "none")]
+        refusal = ogx.Refusal(400, "Unsupported parameter: 'reasoning_effort'")
+        body = {"reasoning_effort": "none"}
+        assert ogx.lesson_from_refusal(refusal, body, model(), known) is None
 
     def test_where_there_is_no_responses_api_chat_without_reasoning_is_the_next_best(self):
         known = [ogx.Lesson("row", "responses", True)]
@@ -2204,16 +2292,46 @@ class TestStore:
         path = tmp_path / "state.sqlite"
         path.write_bytes(content)
         store = ogx.Store(str(path))
-        store.put("alias", "a", 1)
-        assert store.all("alias") == {"a": 1}
+        store.put("alias", "a", {})
+        assert store.all("alias") == {"a": {}}
         (aside,) = tmp_path.glob("state.sqlite.corrupt-*")
         assert aside.read_bytes() == content and str(aside) in caplog.text
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "INSERT INTO facts VALUES ('alias', 'a', 'no json', 1)",
+            "INSERT INTO facts VALUES ('alias', 'a', '5', 1)",
+            "INSERT INTO facts VALUES ('alias', 'a', NULL, 1)",
+            "DROP TABLE facts; CREATE TABLE facts (other TEXT)",
+        ],
+    )
+    def test_a_file_with_other_contents_is_set_aside(self, tmp_path, caplog, statement):
+        path = str(tmp_path / "state.sqlite")
+        ogx.Store(path).close()
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.executescript(statement)
+            database.commit()
+        assert ogx.Store(path).all("alias") == {}
+        assert len(list(tmp_path.glob("state.sqlite.corrupt-*"))) == 1
+
+    def test_a_page_that_is_corrupt_is_noticed(self, tmp_path):
+        path = tmp_path / "state.sqlite"
+        store = ogx.Store(str(path))
+        for number in range(200):
+            store.put("alias", str(number), {"x": "y" * 100})
+        store.close()
+        data = bytearray(path.read_bytes())
+        data[8192:12288] = b"\xff" * 4096
+        path.write_bytes(data)
+        ogx.Store(str(path)).put("alias", "a", {})
+        assert len(list(tmp_path.glob("state.sqlite.corrupt-*"))) == 1
 
     def test_where_the_file_cannot_be_used_things_are_kept_in_memory(self, tmp_path, caplog):
         (tmp_path / "file").write_text("")
         store = ogx.Store(str(tmp_path / "file" / "state.sqlite"))
-        store.put("alias", "a", 1)
-        assert store.all("alias") == {"a": 1} and "can't use the state file" in caplog.text
+        store.put("alias", "a", {})
+        assert store.all("alias") == {"a": {}} and "can't use the state file" in caplog.text
 
     def test_a_write_that_fails_is_told_and_nothing_else(self, tmp_path, caplog):
         path = str(tmp_path / "state.sqlite")
@@ -2387,6 +2505,10 @@ class TestUpstream:
             assert reply.read(0.01) is None
             fake.client_left.set()
 
+    def test_a_host_name_that_is_none_is_an_error_like_others(self):
+        error = refused(ogx.Upstream().send, provider(url="http://foo..bar:80/v1"), "GET", "/")
+        assert error.status == 502 and "can't reach openai" in error.message
+
     def test_a_refused_connection_says_what_to_look_at(self):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -2429,6 +2551,55 @@ class TestUpstream:
             threading.Thread(target=serve, daemon=True).start()
             yield f"https://127.0.0.1:{listener.getsockname()[1]}/v1", str(path)
             listener.shutdown(socket.SHUT_RDWR)
+
+    def test_silence_is_noticed_behind_tls_too(self, tmp_path):
+        path = tmp_path / "localhost.pem"
+        path.write_text(LOCALHOST_PEM)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path)
+        held = []
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            def serve():
+                plain, _ = listener.accept()
+                held.append(context.wrap_socket(plain, server_side=True))  # sends session tickets
+
+            threading.Thread(target=serve, daemon=True).start()
+            url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
+            owner = dataclasses.replace(provider(url=url), verify=False)
+            reply = ogx.Upstream().send(owner, "GET", "/")
+            one, two = socket.socketpair()
+            with one, two:
+                assert reply.head(0.05, one) is False
+                two.close()
+                assert refused(reply.head, 5, one).status == ogx.CLIENT_GONE
+            held[0].close()
+
+    def test_heads_that_dribble_keep_to_the_time_limit(self):
+        def answer(fake, connection):
+            connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 4000)
+            while not fake.client_left.wait(0.01):
+                connection.sendall(b"x")
+
+        with FakeUpstream(answer) as fake:
+            reply = ogx.Upstream().send(provider(url=fake.url), "POST", "/x", b"{}")
+            began = time.monotonic()
+            assert reply.head(0.1) is False and time.monotonic() - began < 2
+            fake.client_left.set()
+
+    def test_an_answer_before_the_whole_request_was_read_arrives(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            def serve():
+                connection, _ = listener.accept()
+                connection.recv(1000)
+                send(connection, 413, b"{}", "application/json", "connection: close\r\n")
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):
+                    pass
+
+            threading.Thread(target=serve, daemon=True).start()
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            reply = ogx.Upstream().send(provider(url=url), "POST", "/x", b"x" * 5_000_000)
+            assert reply.head(5) and reply.status == 413
 
     def test_certificates_are_verified(self, tls_url, monkeypatch):
         monkeypatch.delenv("SSL_CERT_FILE", raising=False)
@@ -2879,6 +3050,62 @@ class TestGateway:
         assert status == 400
         assert body["error"]["message"] == "prompt is too long: 20020 tokens > 16384 maximum"
 
+    def test_empty_lines_before_an_answer_are_no_answer(self):
+        whole = {"choices": [{"finish_reason": "stop", "message": {"content": "Hi."}}]}
+
+        def answer(fake, connection):  # DeepSeek keeps connections alive so
+            begin_stream(connection)
+            for data in (b"\n", b"\n\n", b"\n" + json.dumps(whole).encode()):
+                send_chunk(connection, data)
+                time.sleep(0.01)
+            connection.sendall(b"0\r\n\r\n")
+
+        with gateway_over(answer) as (client, _):
+            assert client.post(request())[2]["content"][0]["text"] == "Hi."
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"output_config": {"format": {"type": "json_schema", "schema": {
+                "type": "object", "additionalProperties": False, "required": 5}}}},
+            {"output_config": {"format": {"type": "json_schema", "schema": {
+                "type": "object", "additionalProperties": False, "required": [{}]}}}},
+            {"messages": [assistant([call("a", source={"type": "base64", "data": 5})])]},
+            {"metadata": {"user_id": "\ud800"}},
+            {"messages": [assistant([{"type": "thinking", "thinking": "x", "signature": 5}])]},
+            {"messages": [assistant([{"type": "redacted_thinking",
+                                      "data": '{"ogx":"responses"}'}])]},
+            {"messages": [assistant([call("\ud800")])]},
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("kind", ["openai", "mistral"])
+    def test_odd_requests_are_served_or_refused_and_never_a_500(self, fields, kind, caplog):
+        body = {**request(model=f"{kind}/gpt-x"), **fields}
+        with gateway_over(kind=kind) as (client, _):
+            assert client.post(json.dumps(body).encode())[0] in (200, 400)
+            ogx.responses_request(body, model("openai", "gpt-5.5"))
+        assert "Traceback" not in caplog.text
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            sse({"choices": [{"delta": {}, "finish_reason": ["stop"]}]}),
+            sse({"error": {"message": "m", "status_code": 99999}}),
+            sse({"object": "error", "message": "vLLM's old words"}),
+            (400, {"error": {"message": "supports at most " + "9" * 5000 + " completion tokens"}}),
+        ],
+    )
+    def test_odd_answers_never_break_the_gateway(self, answer, caplog):
+        with gateway_over(answer) as (client, _):
+            assert client.post(request())[0] in (200, 400, 500, 502)
+            assert client.post(request("next"))[0] == 200
+        assert "Traceback" not in caplog.text
+
+    def test_the_header_that_tells_who_served_is_bounded(self):
+        with gateway_over() as (client, _):
+            headers = client.post(request(model="openai/" + "x" * 100_000))[1]
+        assert len(headers["x-ogx-served"]) == 256
+
     def test_count_tokens(self):
         with gateway_over() as (client, upstream):
             body = {"model": "openai/gpt-x", "messages": [user("foo")], "tools": []}
@@ -2950,6 +3177,38 @@ class TestGateway:
         events = b"".join(map(ogx.sse_bytes, TestMessages.LLAMA))
         with self.native(events, kind="llama-cpp") as (client, _):
             check_grammar(read_events(client.post(request(model="llama-cpp/x", stream=True))[2]))
+
+    def test_threads_are_refused_natively_too_but_for_anthropic(self):
+        with self.native() as (client, upstream):
+            body = request(model="vllm/gpt-x", thread={"type": "continue"})
+            assert client.post(body)[0] == 400 and upstream.seen == []
+        with self.native(native_message(), kind="anthropic") as (client, _):
+            assert client.post({**body, "model": "anthropic/gpt-x"})[0] == 200
+
+    def test_anthropic_judges_what_is_new_itself(self):
+        with self.native(native_message(), kind="anthropic") as (client, upstream):
+            body = request(user([{"type": "hologram"}]), model="anthropic/gpt-x")
+            assert client.post(body)[0] == 200
+            assert upstream.seen[0]["messages"] == body["messages"]
+
+    def test_a_refusal_is_remembered_with_the_betas_it_was_for(self):
+        theirs = {"type": "error", "error": {"type": "invalid_request_error", "message": "beta"}}
+        with self.native((400, theirs), native_message(), kind="anthropic") as (client, _):
+            body = request(model="anthropic/gpt-x")
+            assert client.post(body, anthropic_beta="good,bad")[0] == 400
+            assert client.post(body, anthropic_beta="good")[0] == 200
+
+    def test_a_server_that_lost_its_messages_api_is_translated(self):
+        gone = (404, {"detail": "Not Found"})
+        with self.native(gone, said()) as (client, upstream):
+            assert client.post(request(model="vllm/gpt-x"))[0] == 200
+        assert [p for p, _ in upstream.heads] == ["/v1/messages", "/v1/chat/completions"]
+
+    def test_bedrock_has_messages_for_claude_alone(self):
+        with gateway_over(native_message(), said(), kind="bedrock") as (client, upstream):
+            for upstream_id in ("us.anthropic.claude-sonnet-5", "openai.gpt-oss-120b"):
+                assert client.post(request(model=f"bedrock/{upstream_id}"))[0] == 200
+        assert [p for p, _ in upstream.heads] == ["/anthropic/v1/messages", "/v1/chat/completions"]
 
     def test_an_error_in_anthropics_shape_passes_as_it_is(self):
         theirs = {"type": "error", "error": {"type": "rate_limit_error", "message": "slow",
@@ -3061,6 +3320,16 @@ class TestGateway:
             got, _, answer = client.post(json.dumps(body).encode(), "/v1/models")
             assert got == status and words in json.dumps(answer).replace('\\"', '"')
 
+    def test_a_configured_alias_that_was_deleted_stays_away(self, tmp_path):
+        path, mine = str(tmp_path / "state.sqlite"), ogx.Alias("mine", "all", "auto")
+        with gateway_over(aliases=[mine], store=ogx.Store(path)) as (client, _):
+            assert client.ask("DELETE", "/v1/models/mine")[0] == 200
+        with gateway_over(aliases=[mine], store=ogx.Store(path)) as (client, _):
+            assert client.get("/v1/models/mine")[0] == 404
+            assert client.post({"model_id": "mine"}, "/v1/models")[0] == 200
+        with gateway_over(aliases=[mine], store=ogx.Store(path)) as (client, _):
+            assert client.get("/v1/models/mine")[0] == 200
+
     def test_an_alias_whose_provider_is_gone_says_so(self):
         alias = ogx.Alias("mine", "vllm", "x")
         with gateway_over(aliases=[alias]) as (client, _):
@@ -3123,7 +3392,8 @@ class TestGateway:
         assert [e["id"] for e in listing["data"]] == [f"openai/{i}" for i in ids]
         assert listing["has_more"] is has_more
 
-    @pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=1001", "after_id=nope"])
+    @pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=1001", "after_id=nope",
+                                       "limit=" + "9" * 5000])  # fmt: skip
     def test_a_wrong_page_is_told(self, query):
         with gateway_over() as (client, _):
             assert client.get(f"/v1/models?{query}")[0] == 400
@@ -3602,10 +3872,16 @@ class TestConnect:
             ({"url": "http://localhost:8321/v1"}, "http://localhost:8321"),
             ({"url": "http://localhost:8321/v1/"}, "http://localhost:8321"),
             ({"url": "localhost:99"}, "http://localhost:99"),
+            ({"host": "localhost:99"}, "http://localhost:99"),
         ],
     )
     def test_where_the_server_is(self, given, url):
         assert ogx.server_url(options(**given), {}) == url
+
+    @pytest.mark.parametrize("url", ["http://localhost:abc", "http://localhost:99999",
+                                     "http://[::1", "ftp://x", "http://"])  # fmt: skip
+    def test_a_url_that_is_none_is_told(self, url):
+        assert "expected a URL like" in refused(ogx.server_url, options(url=url), {}).message
 
     def test_ogx_port_is_read(self):
         assert ogx.server_url(options(), {"OGX_PORT": "9000"}) == "http://localhost:9000"
