@@ -65,6 +65,7 @@ import urllib.parse
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Callable, ClassVar, Union
 
@@ -78,17 +79,10 @@ log = logging.getLogger("ogx")
 # handler, the stream writer and main. An upstream's words are kept and its origin added.
 
 ERROR_TYPES = {  # Anthropic's error types by status (OpenAPI of the Messages API; gateway contract)
-    400: "invalid_request_error",
-    401: "authentication_error",
-    402: "billing_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    501: "not_supported",
-    504: "timeout_error",
-    529: "overloaded_error",
-}
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
+    403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 501: "not_supported", 504: "timeout_error", 529: "overloaded_error",
+}  # fmt: skip
 CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 
 
@@ -96,20 +90,14 @@ class OgxError(Exception):
     """A failure told to the client: HTTP status, Anthropic error type, message, headers."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        error_type: str = "",
-        headers: Mapping[str, str] | None = None,
-        details: Json | None = None,
-        raw: bytes = b"",
-    ) -> None:
+        self, status: int, message: str, error_type: str = "",
+        headers: Mapping[str, str] | None = None, details: Json | None = None, raw: bytes = b"",
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.status = status
         self.message = message
-        self.type = error_type or ERROR_TYPES.get(
-            status, "invalid_request_error" if 400 <= status < 500 else "api_error"
-        )
+        usual = "invalid_request_error" if 400 <= status < 500 else "api_error"
+        self.type = error_type or ERROR_TYPES.get(status, usual)
         self.headers = dict(headers or {})
         self.details = details
         self.raw = raw  # the body as an upstream that speaks Messages wrote it
@@ -163,7 +151,6 @@ def refusal_from_body(status: int, body: bytes) -> Refusal:
 
 
 def is_anthropic_error(body: bytes) -> bool:
-    """Whether an error body has Anthropic's shape."""
     try:
         node = json.loads(body)
         return node["type"] == "error" and {"type", "message"} <= set(node["error"])
@@ -211,8 +198,7 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
 class ProviderKind:
     """A kind of provider; the defaults describe the OpenAI format as most servers speak it.
 
-    Paths of requests are below the base URL; one that begins with ~ is below the server's root.
-    """
+    Paths of requests are below the base URL; one that begins with ~ is below the server's root."""
 
     name: str
     base_url: str = ""  # with the version segment; empty: the user must give one
@@ -255,6 +241,11 @@ class ProviderKind:
     named_tool_choice: bool = True  # can be told to call one tool
     tool_call_extra: tuple[tuple[str, Any], ...] = ()  # fields that each call of the history needs
     max_stop: int = 4
+
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """The variables that switch the starter's line on."""
+        return self.url_vars if self.enabled_by == "url" else self.key_vars
 
 
 BOTH = ("messages", "chat")
@@ -378,11 +369,8 @@ DEMO_PROVIDER = Provider("demo", DEMO_KIND, DEMO_KIND.base_url)
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8321
 TIERS = ("haiku", "sonnet", "opus", "fable")
 ENV_REFERENCE = re.compile(r"\$\{env\.([A-Za-z0-9_|]+)(?:(:=|:\+)([^{}]*))?\}")
-STARTER_ALIASES = (
-    "claude-haiku-4-5-20251001",
-    "claude-sonnet-4-5-20250514",
-    "claude-opus-4-6-20260314",
-)
+STARTER_ALIASES = ("claude-haiku-4-5-20251001", "claude-sonnet-4-5-20250514",
+                   "claude-opus-4-6-20260314")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -411,24 +399,16 @@ class Config:
 
 def starter_config() -> Json:
     """The built-in configuration; starter.json holds the same (a test compares them)."""
+    kinds = [kind for kind in PROVIDER_KINDS.values() if kind.switches]
+    alias = {"provider_id": "all", "provider_model_id": "auto", "model_type": "llm"}
+    models = [{"model_id": model_id, **alias} for model_id in STARTER_ALIASES]
     return {
         "version": 2,
         "distro_name": "starter",
-        "providers": {
-            "inference": [
-                starter_line(kind) for kind in PROVIDER_KINDS.values()
-                if kind.key_vars or kind.url_vars
-            ]
-        },
-        "registered_resources": {
-            "models": [
-                {"model_id": model_id, "provider_id": "all", "provider_model_id": "auto",
-                 "model_type": "llm"}
-                for model_id in STARTER_ALIASES
-            ]
-        },
+        "providers": {"inference": [starter_line(kind) for kind in kinds]},
+        "registered_resources": {"models": models},
         "server": {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "discover_local": True},
-    }  # fmt: skip
+    }
 
 
 def starter_line(kind: ProviderKind) -> Json:
@@ -436,7 +416,7 @@ def starter_line(kind: ProviderKind) -> Json:
     keys, urls = "|".join(kind.key_vars), "|".join(kind.url_vars)
     base_url = f"${{env.{urls}:={kind.base_url}}}" if urls else kind.base_url
     return {
-        "provider_id": f"${{env.{urls if kind.enabled_by == 'url' else keys}:+{kind.name}}}",
+        "provider_id": f"${{env.{'|'.join(kind.switches)}:+{kind.name}}}",
         "provider_type": f"remote::{kind.name}",
         "config": {"base_url": base_url, "api_key": f"${{env.{keys}:=}}",
                    **({"verify": f"${{env.{kind.verify_var}:=true}}"} if kind.verify_var else {})},
@@ -454,31 +434,24 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
     for index, provider in enumerate(providers):
         if provider.id in {p.id for p in providers[:index]}:
             raise OgxError(400, f"{source}: two providers have the provider_id '{provider.id}'")
-    aliases = [
-        alias_from_node(entry, {p.id for p in providers})
-        for entry in root.child("registered_resources").items("models")
-    ]
+    entries, ids = root.child("registered_resources").items("models"), {p.id for p in providers}
+    aliases = [alias_from_node(entry, ids) for entry in entries]
     tiers = {tier: environ.get(f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL", "") for tier in TIERS}
+    port = port_number(server.value("port", DEFAULT_PORT), server.path("port"))
+    if environ.get("OGX_PORT"):
+        port = port_number(environ["OGX_PORT"], "OGX_PORT")
     return Config(
-        source,
-        server.text("host", DEFAULT_HOST),
-        port_number(environ["OGX_PORT"], "OGX_PORT")
-        if environ.get("OGX_PORT")
-        else port_number(server.value("port", DEFAULT_PORT), server.path("port")),
-        tuple(providers),
-        tuple(aliases),
+        source, server.text("host", DEFAULT_HOST), port, tuple(providers), tuple(aliases),
         {tier: model for tier, model in tiers.items() if model},
-        server.flag("discover_local", True),
-        int(server.number("retries", 3)),
+        server.flag("discover_local", True), int(server.number("retries", 3)),
         server.number("retry_seconds", 5.0),
-    )
+    )  # fmt: skip
 
 
 def expanded(node: Any, environ: Mapping[str, str], where: str) -> Any:
     """The tree with each `${env.VAR}`, `${env.VAR:=default}` and `${env.VAR:+value}` replaced.
 
-    As in OGX, an empty variable counts as unset. `A|B` stands for the first of them that is set.
-    """
+    As in OGX, an empty variable counts as unset. `A|B` stands for the first of them that is set."""
     if isinstance(node, dict):
         return {k: expanded(v, environ, f"{where}.{k}") for k, v in node.items()}
     if isinstance(node, list):
@@ -601,7 +574,6 @@ def checked_base_url(node: Node, kind: ProviderKind) -> str:
 
 
 def alias_from_node(node: Node, provider_ids: set[str]) -> Alias:
-    """A registered model of the configuration."""
     node.only("model_id", "provider_id", "provider_model_id", "model_type")
     if node.text("model_type", "llm") != "llm":
         raise node.wrong("model_type", '"llm"', node.fields["model_type"])
@@ -688,8 +660,7 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
             continue
         if not is_llm(upstream_id, entry):
             continue
-        upstream_id = upstream_id[len("models/"):] if upstream_id.startswith("models/") \
-            else upstream_id  # fmt: skip
+        upstream_id = re.sub("^models/", "", upstream_id)
         created = entry.get("created")
         limits = {**entry, **dict_or_empty(entry.get("meta")),
                   **dict_or_empty(entry.get("top_provider"))}  # fmt: skip
@@ -736,8 +707,6 @@ def first_number(fields: Json, names: Iterable[str]) -> int | None:
 
 
 class Registry:
-    """Models, aliases and tiers."""
-
     def __init__(self, config: Config) -> None:
         self.providers = {p.id: p for p in config.providers}
         self.aliases = {alias.model_id: alias for alias in config.aliases}
@@ -779,13 +748,6 @@ class Registry:
     def _usable_models(self) -> list[Model]:
         """All listed LLMs, those of providers that were down at the last asking at the end."""
         return sorted(self.models(), key=lambda model: model.provider.id in self.problems)
-
-    def tier_model(self, tier: str) -> Model | None:
-        """The model a tier stands for, or None while there is none."""
-        try:
-            return self.resolve(f"claude-{tier}")
-        except OgxError:
-            return None
 
     def chain(self, model_id: str) -> list[Model]:
         """The models to try for an id, in order; OgxError(404) when there is none."""
@@ -904,8 +866,7 @@ TOOL_ERROR = "[The tool reported an error]\n"
 def check_request(body: Any, counting: bool = False) -> None:
     """Raise OgxError(400) with one sentence about the first wrong field of a Messages request.
 
-    Unknown fields are accepted. `counting` is for count_tokens, which has no max_tokens.
-    """
+    Unknown fields are accepted. `counting` is for count_tokens, which has no max_tokens."""
     if not isinstance(body, dict):
         raise OgxError(400, f"the request body: expected a JSON object, got {kind_of(body)}")
     expect(body, "model", str, required=True)
@@ -979,7 +940,6 @@ SOURCE_FIELDS: dict[str, tuple[tuple[str, type], ...]] = {
 
 
 def check_source(source: Json, where: str) -> None:
-    """The source of an image or a document."""
     source_type = source.get("type")
     if source_type == "content":
         if not isinstance(source.get("content"), str):
@@ -993,7 +953,6 @@ def check_source(source: Json, where: str) -> None:
 
 
 def check_options(body: Json) -> None:
-    """The fields beside the messages."""
     for name, kind in (("tools", list), ("tool_choice", dict), ("stop_sequences", list),
                        ("stream", bool), ("temperature", float), ("top_p", float), ("top_k", int),
                        ("thinking", dict), ("output_config", dict),
@@ -1042,7 +1001,6 @@ KIND_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole 
 
 
 def kind_of(value: Any) -> str:
-    """A JSON value's kind in words."""
     return KIND_NAMES.get(type(value), "something else")
 
 
@@ -1063,14 +1021,11 @@ def refuse_untranslatable(body: Json) -> None:
 
     The SDK's tool runner goes on without server-side threads when it reads this error code;
     Claude Code checks tool calls by ordinary requests when a 400 names `safeguards`. A verdict
-    must never be made up, so ignoring the field is no option.
-    """
+    must never be made up, so ignoring the field is no option."""
     if body.get("thread"):
-        raise OgxError(
-            400,
-            "thread: server-side threads are not supported here; send the whole conversation",
-            details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
-        )
+        words = "thread: server-side threads are not supported here; send the whole conversation"
+        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        raise OgxError(400, words, details=details)
     if body.get("safeguards"):
         raise OgxError(400, "safeguards: not supported by translated models")
     config = body.get("output_config") or {}
@@ -1139,8 +1094,7 @@ def turns_from_messages(messages: Sequence[Json]) -> list[Turn]:
     """The history as turns in which every tool call is answered directly after it.
 
     Results that come late (behind a system message, say) move up, missing ones are made up in
-    words, results without a call become text; consecutive messages of one role are merged.
-    """
+    words, results without a call become text; consecutive messages of one role are merged."""
     turns: list[Turn] = []
     rest: list[Turn] = []  # what came after the last assistant turn
     results: dict[str, Json] = {}
@@ -1276,30 +1230,13 @@ def add_tokens(node: Any, total: list[float]) -> None:
 
 def new_message(message_id: str, model: str, input_tokens: int) -> Json:
     """A message at its start, with every field that Anthropic's OpenAPI requires."""
+    usage = {**Usage(input_tokens).as_json(), "cache_creation": None, "service_tier": "standard",
+             "inference_geo": None, "speed": None}  # fmt: skip
     return {
-        "id": message_id,
-        "type": "message",
-        "role": "assistant",
-        "model": model,
-        "content": [],
-        "stop_reason": None,
-        "stop_sequence": None,
-        "stop_details": None,
-        "container": None,
-        "context_management": None,
-        "usage": {
-            "input_tokens": input_tokens,
-            "output_tokens": 0,
-            "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
-            "cache_creation": None,
-            "server_tool_use": None,
-            "service_tier": "standard",
-            "inference_geo": None,
-            "iterations": None,
-            "speed": None,
-        },
-    }
+        "id": message_id, "type": "message", "role": "assistant", "model": model, "content": [],
+        "stop_reason": None, "stop_sequence": None, "stop_details": None, "container": None,
+        "context_management": None, "usage": usage,
+    }  # fmt: skip
 
 
 @dataclass
@@ -1312,14 +1249,10 @@ class Usage:
     cache_written: int = 0
 
     def as_json(self) -> Json:
-        return {
-            "input_tokens": self.input,
-            "output_tokens": self.output,
-            "cache_creation_input_tokens": self.cache_written,
-            "cache_read_input_tokens": self.cache_read,
-            "server_tool_use": None,
-            "iterations": None,
-        }
+        return {"input_tokens": self.input, "output_tokens": self.output,
+                "cache_creation_input_tokens": self.cache_written,
+                "cache_read_input_tokens": self.cache_read,
+                "server_tool_use": None, "iterations": None}  # fmt: skip
 
 
 @dataclass
@@ -1350,8 +1283,7 @@ class MessageWriter:
     """Writes one message as events; `take()` hands out those not taken yet.
 
     Grammar: message_start; then per block start, deltas, stop, with indices from 0 and never two
-    open at once; message_delta, message_stop.
-    """
+    open at once; message_delta, message_stop."""
 
     DELTAS: ClassVar[dict[str, tuple[str, str]]] = {
         "text": ("text_delta", "text"),
@@ -1506,9 +1438,8 @@ class MessageWriter:
             content = {"type": "thinking", "thinking": "", "signature": ""}
         else:
             content = {"type": "text", "text": "", "citations": None}
-        self._events.append(
-            {"type": "content_block_start", "index": self._index, "content_block": content}
-        )
+        start = {"type": "content_block_start", "index": self._index, "content_block": content}
+        self._events.append(start)
 
     def _flush(self, block: Block) -> None:
         if block.pending:
@@ -1595,8 +1526,7 @@ class SseReader:
     """Server-sent events from bytes cut anywhere: `feed` gives the data of each complete event.
 
     CR, LF and CRLF end lines; comments and other fields are ignored; several data lines are
-    joined by LF (WHATWG HTML, 9.2). An event larger than `limit` bytes raises OgxError(502).
-    """
+    joined by LF (WHATWG HTML, 9.2). An event larger than `limit` bytes raises OgxError(502)."""
 
     def __init__(self, limit: int = 16 * 1024 * 1024) -> None:
         self._rest = b""
@@ -1677,9 +1607,8 @@ class ToolNames:
 
     def __init__(self, request: Json) -> None:
         tools = request.get("tools") or ()
-        self._originals: dict[str, str] = {
-            self.there(t["name"]): t["name"] for t in tools if t.get("name")
-        }
+        named = [tool["name"] for tool in tools if tool.get("name")]
+        self._originals: dict[str, str] = {self.there(name): name for name in named}
 
     def there(self, name: str) -> str:
         if TOOL_NAME.fullmatch(name):
@@ -1814,9 +1743,8 @@ def merged_user_messages(messages: Sequence[Json]) -> list[Json]:
     """The messages with neighbouring user messages in one, as strict templates demand."""
     merged: list[Json] = []
     for message in messages:
-        if message["role"] == "assistant" and not (
-            message["content"] or message.get("tool_calls")
-        ):  # it held thinking alone
+        empty = not message["content"] and not message.get("tool_calls")
+        if message["role"] == "assistant" and empty:  # it held thinking alone
             continue
         if merged and message["role"] == "user" == merged[-1]["role"]:
             merged[-1] = {"role": "user", "content": merged[-1]["content"] + message["content"]}
@@ -1929,12 +1857,9 @@ def is_strict(schema: Any) -> bool:
 
 
 STOP_REASONS = {  # finish_reason -> stop_reason
-    "stop": "end_turn",
-    "length": "max_tokens",
-    "tool_calls": "tool_use",
-    "function_call": "tool_use",
-    "content_filter": "refusal",
-}
+    "stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use",
+    "function_call": "tool_use", "content_filter": "refusal",
+}  # fmt: skip
 
 
 class ChatTranslator:
@@ -2060,8 +1985,7 @@ class ChatTranslator:
 
         Servers leave out the index, the id or both, number every call 0, or repeat id and name
         with each fragment. A new id begins a call; without ids, so does a new name, or the same
-        name when the call's arguments are whole.
-        """
+        name when the call's arguments are whole."""
         found = None
         for call in self._calls:
             if call_id and call.id == call_id:
@@ -2079,8 +2003,6 @@ class ChatTranslator:
 
 @dataclass
 class ToolCall:
-    """What has come of one tool call."""
-
     index: Any
     id: str = ""
     name: str = ""
@@ -2275,11 +2197,10 @@ class MessagesTranslator:
         known = self.usage or Usage(self.writer.input_tokens)
         usage = usage or {}
         self.usage = Usage(
-            usage.get("input_tokens", known.input),
-            usage.get("output_tokens", known.output),
+            usage.get("input_tokens", known.input), usage.get("output_tokens", known.output),
             usage.get("cache_read_input_tokens", known.cache_read),
             usage.get("cache_creation_input_tokens", known.cache_written),
-        )
+        )  # fmt: skip
 
     def end(self) -> None:
         if self.done:
@@ -2629,15 +2550,10 @@ def demo_request(request: Json, model: Model) -> Json:
 def demo_stream(body: Json) -> Iterator[bytes]:
     """The demo model's answer as a chat completion stream, a word at a time."""
     words = re.findall(r"\S+\s*", body["text"])
-    for word in words:
-        yield chat_chunk({"choices": [{"index": 0, "delta": {"content": word}}]})
     usage = {"prompt_tokens": body["prompt_tokens"], "completion_tokens": len(words)}
-    last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": usage}
-    yield chat_chunk(last) + b"data: [DONE]\n\n"
-
-
-def chat_chunk(chunk: Json) -> bytes:
-    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+    choices: list[Json] = [{"index": 0, "delta": {"content": word}} for word in words]
+    for choice in [*choices, {"index": 0, "delta": {}, "finish_reason": "stop"}]:
+        yield f"data: {json.dumps({'choices': [choice], 'usage': usage})}\n\n".encode()
 
 
 DIALECTS = {
@@ -2953,17 +2869,9 @@ def dropped_field(refusal: Refusal, body: Json) -> Lesson | None:
 
 
 REMEDIES: tuple[Callable[[Refusal, Json], Lesson | None], ...] = (
-    renamed_limit,
-    clamped_limit,
-    room_left,
-    raised_limit,
-    no_reasoning_with_tools,
-    lower_effort,
-    fewer_tools,
-    garbled_call,
-    dropped_field,
-    plainer_schema,
-)
+    renamed_limit, clamped_limit, room_left, raised_limit, no_reasoning_with_tools, lower_effort,
+    fewer_tools, garbled_call, dropped_field, plainer_schema,
+)  # fmt: skip
 
 
 def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxError | None:
@@ -3074,9 +2982,8 @@ def state_path(given: str | None, environ: Mapping[str, str]) -> str:
     """The state file: as given, else OGX_STATE, else in the user's directory for such things."""
     if given or environ.get("OGX_STATE"):
         return given or environ["OGX_STATE"]
-    home = os.path.expanduser("~")
-    base = environ.get("XDG_STATE_HOME") or environ.get("LOCALAPPDATA")
-    return os.path.join(base or os.path.join(home, ".local", "state"), "ogx", "state.sqlite")
+    base = environ.get("XDG_STATE_HOME") or environ.get("LOCALAPPDATA") or "~/.local/state"
+    return os.path.join(os.path.expanduser(base), "ogx", "state.sqlite")
 
 
 class Lessons:
@@ -3144,8 +3051,7 @@ HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-
 def headers_from_lines(lines: Iterable[bytes]) -> dict[str, str]:
     """Header fields by lower-case name; fields that come twice are joined by a comma.
 
-    Raises OgxError(400) for what smuggles: continued lines, control characters, bad names.
-    """
+    Raises OgxError(400) for what smuggles: continued lines, control characters, bad names."""
     headers: dict[str, str] = {}
     for line in lines:
         match = HEADER_LINE.fullmatch(line.decode("latin-1"))
@@ -3306,29 +3212,24 @@ class Upstream:
         self._idle: dict[str, list[tuple[float, socket.socket]]] = {}
         self._tls: dict[tuple[bool, str], ssl.SSLContext] = {}
 
-    def send(
-        self, provider: Provider, method: str, path: str, body: bytes | None = None,
-        headers: Mapping[str, str] | None = None, timeout: float = CONNECT_TIMEOUT,
-    ) -> Reply:  # fmt: skip
+    def send(self, provider: Provider, method: str, path: str, body: bytes | None = None,
+             headers: Mapping[str, str] | None = None,
+             timeout: float = CONNECT_TIMEOUT) -> Reply:  # fmt: skip
         """Send a request to one of the provider's paths; the reply is still to be read.
 
-        Raises OgxError 502 or 504, told for the user, when the provider can't be reached.
-        """
+        Raises OgxError 502 or 504, told for the user, when the provider can't be reached."""
         if provider.kind is DEMO_KIND:
             return DemoReply(json.loads(body or b"{}"))
         own = {"x-ogx-instance": self.instance, **(headers or {})}
         data = request_bytes(provider, method, path, body, own)
         return SocketReply(self, provider, data, timeout)
 
-    def ask(
-        self, provider: Provider, path: str, timeout: float, body: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> tuple[Reply, bytes]:  # fmt: skip
+    def ask(self, provider: Provider, path: str, timeout: float, body: bytes | None = None,
+            headers: Mapping[str, str] | None = None) -> tuple[Reply, bytes]:  # fmt: skip
         """The reply to a GET, or to a POST where there is a body, and what it holds; OgxError
         when that takes longer than `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        method = "GET" if body is None else "POST"
-        reply = self.send(provider, method, path, body, headers, timeout)
+        reply = self.send(provider, "POST" if body else "GET", path, body, headers, timeout)
         answer = bytearray()
         try:
             data = b"" if reply.head(timeout) else None
@@ -3457,9 +3358,8 @@ def unreachable(provider: Provider, error: Exception) -> OgxError:
     return OgxError(status, f"can't reach {provider.id} at {provider.base_url}: {why}")
 
 
-def request_bytes(
-    provider: Provider, method: str, path: str, body: bytes | None, extra: Mapping[str, str]
-) -> bytes:
+def request_bytes(provider: Provider, method: str, path: str, body: bytes | None,
+                  extra: Mapping[str, str]) -> bytes:  # fmt: skip
     """A whole HTTP/1.1 request for the provider."""
     parts = urllib.parse.urlsplit(provider.url(path))
     target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
@@ -3519,8 +3419,6 @@ class Reply:
 
 
 class DemoReply(Reply):
-    """The demo model's answer."""
-
     def __init__(self, body: Json) -> None:
         super().__init__(200, {"content-type": "text/event-stream"})
         self._pieces = demo_stream(body)
@@ -3535,9 +3433,8 @@ class DemoReply(Reply):
 class SocketReply(Reply):
     """An answer over a connection. A request that met a dead pooled connection is sent again."""
 
-    def __init__(
-        self, upstream: Upstream, provider: Provider, request: bytes, timeout: float
-    ) -> None:
+    def __init__(self, upstream: Upstream, provider: Provider, request: bytes,
+                 timeout: float) -> None:  # fmt: skip
         super().__init__()
         self._upstream, self._provider = upstream, provider
         self._request, self._timeout = request, timeout
@@ -3650,12 +3547,10 @@ class SocketReply(Reply):
 
     def release(self) -> None:
         body = self._body
-        try:
+        with suppress(OgxError):
             # The end of a chunked body often comes a moment after the last event.
             if body and not body.done and self.status == 200:
                 self.read(0.02)
-        except OgxError:
-            pass
         if body and body.done and body.reusable and not self._buffer:
             self._upstream.give_back(self._provider, self._socket)
         else:
@@ -3703,10 +3598,8 @@ class Exchange:
 class Gateway:
     """The service behind the server. `tick` is the silence before a sign of life, in seconds."""
 
-    def __init__(
-        self, config: Config, upstream: Upstream | None = None, tick: float = TICK,
-        store: Store | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, config: Config, upstream: Upstream | None = None, tick: float = TICK,
+                 store: Store | None = None) -> None:  # fmt: skip
         self.config = config
         self.store = store or Store()
         self.registry = Registry(config)
@@ -3734,8 +3627,7 @@ class Gateway:
         was asked for. None when there was nothing to hand on for a tick.
 
         Raises OgxError: before the first bytes it can still become an HTTP status. Closing the
-        iterator closes the upstream's connection.
-        """
+        iterator closes the upstream's connection."""
         exchange.asked = one_line(BAD_ID.sub("?", exchange.request["model"]))[:200]
         chain = self._chain(exchange.request["model"])
         since = time.monotonic()
@@ -3963,19 +3855,18 @@ class Gateway:
         rest = entries[start : ids.index(before) if before else None]
         limit = page_limit(query.get("limit"), len(entries))
         page = rest[max(0, len(rest) - limit) :] if before else rest[:limit]
-        return {
-            "object": "list",
-            "data": page,
-            "has_more": len(page) < len(rest),
-            "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None,
-            "tiers": self.tiers(),
-        }
+        ends = {"first_id": page[0]["id"] if page else None,
+                "last_id": page[-1]["id"] if page else None}  # fmt: skip
+        return {"object": "list", "data": page, "has_more": len(page) < len(rest), **ends,
+                "tiers": self.tiers()}  # fmt: skip
 
     def tiers(self) -> dict[str, str]:
         """The provider's model behind each tier that has one: {"haiku": "openai/gpt-...", ...}."""
-        models = ((tier, self.registry.tier_model(tier)) for tier in TIERS)
-        return {tier: m.served for tier, m in models if m}
+        found = {}
+        for tier in TIERS:
+            with suppress(OgxError):
+                found[tier] = self.registry.resolve(f"claude-{tier}").served
+        return found
 
     def model(self, model_id: str) -> Json:
         """The entry of a listed model, an alias or a tier's id. Other ids of a provider are routed
@@ -4020,10 +3911,9 @@ class Gateway:
 
     def _alias_entry(self, alias_id: str) -> Json:
         """The entry of an alias; {} while nothing serves it."""
-        try:
+        with suppress(OgxError):
             return self._entry(self.registry.resolve(alias_id))
-        except OgxError:
-            return {}
+        return {}
 
     # -- discovery
 
@@ -4114,9 +4004,8 @@ class Gateway:
         self.store.close()
 
 
-def local_providers(
-    upstream: Upstream, kinds: Iterable[ProviderKind], timeout: float = 0.2
-) -> list[Provider]:
+def local_providers(upstream: Upstream, kinds: Iterable[ProviderKind],
+                    timeout: float = 0.2) -> list[Provider]:  # fmt: skip
     """Servers at their usual loopback ports that identify themselves as what belongs there."""
     found: dict[str, Provider] = {}
 
@@ -4157,9 +4046,7 @@ def new_translator(
     return dialect.translator(writer, request, model.origin)
 
 
-def answer_bytes(
-    batches: Iterable[list[Json] | None], stream: bool
-) -> Iterator[bytes | None]:
+def answer_bytes(batches: Iterable[list[Json] | None], stream: bool) -> Iterator[bytes | None]:
     """Batches of events as server-sent events or, at the end, as one message."""
     events: list[Json] = []
     for batch in batches:
@@ -4180,9 +4067,8 @@ def usage_from_message(message: Json) -> Usage:
     return Usage(*(usage.get(name) or 0 for name in names))
 
 
-def refused_error(
-    refusal: Refusal, request: Json, model: Model, headers: Mapping[str, str], native: bytes
-) -> OgxError:
+def refused_error(refusal: Refusal, request: Json, model: Model, headers: Mapping[str, str],
+                  native: bytes) -> OgxError:  # fmt: skip
     """The error for a refusal that nothing helps against. `native` is the body of an upstream that
     speaks Messages: in Anthropic's shape it is handed on, since clients read its wording."""
     if "prompt is too long" not in refusal.message:
@@ -4221,17 +4107,14 @@ def pause_before(error: OgxError, retries: int, backoff: float) -> float | None:
 
 def pause_unless_closed(seconds: float, watch: socket.socket | None) -> None:
     """Wait; OgxError(CLIENT_GONE) as soon as the client has left."""
-    if watch is not None and readable_sockets([watch], seconds):
-        if is_closed(watch):
-            raise OgxError(CLIENT_GONE, "the client closed the connection")
+    if watch is None:
         time.sleep(seconds)
-    elif watch is None:
-        time.sleep(seconds)
+    elif readable_sockets([watch], seconds) and is_closed(watch):
+        raise OgxError(CLIENT_GONE, "the client closed the connection")
 
 
-def upstream_items(
-    reply: Reply, tick: float, watch: socket.socket | None
-) -> Iterator[list[bytes] | None]:
+def upstream_items(reply: Reply, tick: float,
+                   watch: socket.socket | None) -> Iterator[list[bytes] | None]:  # fmt: skip
     """The data of the server-sent events that came together, or a whole body as one; None for a
     tick of silence."""
     reader, whole = SseReader(), bytearray()
@@ -4259,14 +4142,10 @@ def upstream_items(
 
 def whole_body(reply: Reply, limit: int = 1024 * 1024) -> bytes:
     """The body of an error, as far as it comes within 10 s."""
-    parts, size = [], 0
-    while size < limit:
-        data = reply.read(10.0)
-        if not data:
-            break
-        parts.append(data)
-        size += len(data)
-    return b"".join(parts)
+    body = bytearray()
+    while len(body) < limit and (data := reply.read(10.0)):
+        body += data
+    return bytes(body)
 
 
 def used_tool_ids(request: Json) -> Iterator[str]:
@@ -4286,26 +4165,17 @@ def model_entry(model: Model, alias_of: str = "") -> Json:
     if model.warning:
         metadata["warning"] = model.warning
     return {
-        "id": model.id,
-        "object": "model",
-        "created": model.created,
-        "owned_by": model.provider.id,
-        "type": "model",
-        "display_name": model.id,
-        "created_at": created,
-        "lifecycle": "active",
-        "capabilities": None,
-        "max_input_tokens": model.context,
-        "max_tokens": model.max_output,
+        "id": model.id, "object": "model", "created": model.created, "owned_by": model.provider.id,
+        "type": "model", "display_name": model.id, "created_at": created, "lifecycle": "active",
+        "capabilities": None, "max_input_tokens": model.context, "max_tokens": model.max_output,
         "custom_metadata": metadata,
-    }
+    }  # fmt: skip
 
 
 def with_loaded_context(model: Model, loaded: Any) -> Model:
     """The model with the context it has in its server's memory, and a warning if that is small.
 
-    Ollama cuts prompts that are longer than it in silence, from the front.
-    """
+    Ollama cuts prompts that are longer than it in silence, from the front."""
     entries = loaded.get("models") if isinstance(loaded, dict) else None
     for entry in entries if isinstance(entries, list) else ():
         if isinstance(entry, dict) and model.upstream_id in (entry.get("name"), entry.get("model")):
@@ -4487,11 +4357,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         names = ("anthropic-version", "anthropic-beta")
         self.exchange.headers = {k: headers[k] for k in names if k in headers}
         connection = headers.get("connection", "").lower()
-        self.close_connection = (
-            self.server.stopping
-            or "close" in connection
-            or (self.request_version == "HTTP/1.0" and "keep-alive" not in connection)
-        )
+        old = self.request_version == "HTTP/1.0" and "keep-alive" not in connection
+        self.close_connection = self.server.stopping or "close" in connection or old
 
     def _read_body(self) -> bytes:
         """The request's body, unpacked. Both lengths at once, or two, are how requests are
@@ -4510,15 +4377,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise too_large()
         if headers.get("expect", "").lower() == "100-continue":
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        data = self._read_chunked() if coding else self._read_exactly(int(length or 0))
-        self._unread = False
-        return unpacked(data, headers.get("content-encoding", "identity").lower())
-
-    def _read_exactly(self, size: int) -> bytes:
-        data = self.rfile.read(size)
+        size = int(length or 0)
+        data = self._read_chunked() if coding else self.rfile.read(size)
         if len(data) < size:
             raise ConnectionResetError("the client closed in the middle of its request")
-        return data
+        self._unread = False
+        return unpacked(data, headers.get("content-encoding", "identity").lower())
 
     def _read_chunked(self) -> bytes:
         reader, body = ChunkedReader(), bytearray()
@@ -4558,9 +4422,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _route(self, body: bytes) -> None:
         path, _, query = re.sub(r"^https?://[^/]*", "", self.path).partition("?")
         path = re.sub(r"/{2,}", "/", path)
-        routes = Handler.ROUTES.get(path)
+        routes, argument = Handler.ROUTES.get(path), query
         if routes is None and path.startswith("/v1/models/"):
             routes = {"GET": Handler._get_model, "DELETE": Handler._delete_model}
+            argument = urllib.parse.unquote(path[len("/v1/models/") :])
         if routes is None:
             raise OgxError(404, not_served_words(path))
         method = "GET" if self.command == "HEAD" else self.command
@@ -4568,11 +4433,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             allowed = ", ".join([*routes, *["HEAD"] * ("GET" in routes)])
             raise OgxError(405, f"{self.command} is not possible on {path}, only {allowed}",
                            headers={"allow": allowed})  # fmt: skip
-        routes[method](self, path, query, body)
+        routes[method](self, argument, body)
 
     # -- endpoints
 
-    def _post_messages(self, path: str, query: str, body: bytes) -> None:
+    def _post_messages(self, query: str, body: bytes) -> None:
         self.exchange.request, self.exchange.raw = checked_json(body), body
         self.exchange.watch = self.connection
         pieces = self.server.gateway.messages(self.exchange)
@@ -4584,29 +4449,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             pieces.close()  # type: ignore[attr-defined]
 
-    def _post_count_tokens(self, path: str, query: str, body: bytes) -> None:
+    def _post_count_tokens(self, query: str, body: bytes) -> None:
         self.exchange.request = checked_json(body, counting=True)
         self._send_json(200, self.server.gateway.count_tokens(self.exchange))
 
-    def _get_models(self, path: str, query: str, body: bytes) -> None:
+    def _get_models(self, query: str, body: bytes) -> None:
         fields = dict(urllib.parse.parse_qsl(query[:4000]))
         self._send_json(200, self.server.gateway.model_list(fields))
 
-    def _get_model(self, path: str, query: str, body: bytes) -> None:
-        model_id = urllib.parse.unquote(path[len("/v1/models/") :])
+    def _get_model(self, model_id: str, body: bytes) -> None:
         self._send_json(200, self.server.gateway.model(model_id))
 
-    def _post_models(self, path: str, query: str, body: bytes) -> None:
+    def _post_models(self, query: str, body: bytes) -> None:
         self._send_json(200, self.server.gateway.register(parsed_json(body)))
 
-    def _delete_model(self, path: str, query: str, body: bytes) -> None:
-        model_id = urllib.parse.unquote(path[len("/v1/models/") :])
+    def _delete_model(self, model_id: str, body: bytes) -> None:
         self._send_json(200, self.server.gateway.unregister(model_id))
 
-    def _get_root(self, path: str, query: str, body: bytes) -> None:
+    def _get_root(self, query: str, body: bytes) -> None:
         self._send_json(200, {"service": "ogx.py", "version": __version__, "status": "OK"})
 
-    ROUTES: ClassVar[dict[str, dict[str, Callable[[Handler, str, str, bytes], None]]]] = {
+    ROUTES: ClassVar[dict[str, dict[str, Callable[[Handler, str, bytes], None]]]] = {
         "/v1/messages": {"POST": _post_messages},
         "/v1/messages/count_tokens": {"POST": _post_count_tokens},
         "/v1/models": {"GET": _get_models, "POST": _post_models},
@@ -4680,12 +4543,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The head of an answer, as bytes; from here on the answer counts as sent."""
         self.status = status
         reason = http.client.responses.get(status, "Overloaded" if status == 529 else "Error")
-        fields = {
-            "date": self.date_time_string(),
-            "request-id": self.exchange.request_id,
-            "anthropic-version": ANTHROPIC_VERSION,
-            **headers,
-        }
+        fields = {"date": self.date_time_string(), "request-id": self.exchange.request_id,
+                  "anthropic-version": ANTHROPIC_VERSION, **headers}  # fmt: skip
         if self.exchange.served:
             fields["x-ogx-served"] = re.sub(r"[^\x21-\x7e]", "?", self.exchange.served[:256])
         if self.close_connection:
@@ -4930,11 +4789,9 @@ def model_listing(base_url: str, token: str) -> Json:
         reply, body = upstream.ask(server, "/v1/models", 10.0)
     except OgxError as error:
         why = error.message.partition(": ")[2] or error.message
-        raise OgxError(
-            502,
-            f"Failed to connect to OGX server at {base_url}: {why}\n"
-            f"Start the server first with: {command_name()} run",
-        ) from None
+        raise OgxError(502, f"Failed to connect to OGX server at {base_url}: {why}\n"
+                            f"Start the server first with: {command_name()} run") \
+            from None  # fmt: skip
     finally:
         upstream.close()
     if reply.status != 200:
@@ -4965,10 +4822,8 @@ def launch_plan(
     environ: Mapping[str, str],
 ) -> LaunchPlan:  # fmt: skip
     """What to set and unset so that Claude Code talks to the server and knows its models."""
-    models = {
-        m["id"]: m for m in listing["data"]
-        if isinstance(m, dict) and isinstance(m.get("id"), str) and is_listed_llm(m)
-    }  # fmt: skip
+    entries = [m for m in listing["data"] if isinstance(m, dict) and isinstance(m.get("id"), str)]
+    models = {entry["id"]: entry for entry in entries if is_listed_llm(entry)}
     if not models:
         raise OgxError(404, "Failed to find any LLM models on the OGX server.")
     tiers = {tier: tier_choice(tier, options, models, listing) for tier in TIERS}
@@ -4998,9 +4853,8 @@ def is_listed_llm(entry: Json) -> bool:
     return kind == "llm" and not NOT_LLM.search(entry["id"])
 
 
-def tier_choice(
-    tier: str, options: argparse.Namespace, models: Mapping[str, Json], listing: Json
-) -> str:
+def tier_choice(tier: str, options: argparse.Namespace, models: Mapping[str, Json],
+                listing: Json) -> str:  # fmt: skip
     """A tier's model: its flag, else --model, else the server's choice, else the first LLM in the
     list that is no alias."""
     wanted = getattr(options, f"{tier}_model") or options.model
@@ -5266,9 +5120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=command_name(), description="Run Claude Code, and every Anthropic SDK program, on any "
-        "model.")  # fmt: skip
+    purpose = "Run Claude Code, and every Anthropic SDK program, on any model."
+    parser = argparse.ArgumentParser(prog=command_name(), description=purpose)
     parser.add_argument("--version", action="version", version=f"ogx.py {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -5390,21 +5243,15 @@ def summary_lines(gateway: Gateway, server: Server) -> list[str]:
             if model.warning:
                 lines.append(f"  {'':<{width}}  {model.upstream_id}: {model.warning}")
     if DEMO_PROVIDER.id in registry.providers:
+        variables = [kind.switches[0] for kind in PROVIDER_KINDS.values() if kind.switches]
         lines += ["", "No provider is configured: only the built-in demo model answers.",
                   "For real models set one of these variables and start again:",
-                  *textwrap.wrap(", ".join(starter_variables()), 76, initial_indent="  ",
+                  *textwrap.wrap(", ".join(variables), 76, initial_indent="  ",
                                  subsequent_indent="  ")]  # fmt: skip
     tiers = gateway.tiers()
     lines += ["", *(f"  {tier:<{width}}  {tiers.get(tier, 'no model')}" for tier in TIERS), ""]
     port = "" if server.server_port == DEFAULT_PORT else f" --port {server.server_port}"
     return [*lines, f"Next, in another terminal:  {command_name()} connect claude{port}", ""]
-
-
-def starter_variables() -> Iterator[str]:
-    """The variables that switch the starter's providers on."""
-    for kind in PROVIDER_KINDS.values():
-        if kind.key_vars or kind.url_vars:
-            yield (kind.url_vars if kind.enabled_by == "url" else kind.key_vars)[0]
 
 
 def say(*lines: str) -> None:
