@@ -979,6 +979,16 @@ def check_options(body: Json) -> None:
 PLACEHOLDER = "DeferredToolPlaceholder"  # Claude Code's; stands for tools that may be found later
 
 
+def search_notice(request: Json) -> str:
+    """Words for the user where nothing but a server's tool was asked for, as Claude Code's
+    WebSearch does, and the upstream has none: else it would look like a search without results."""
+    tools = request.get("tools") or ()
+    if not tools or any(is_client_tool(tool) for tool in tools):
+        return ""
+    names = ", ".join(tool.get("name") or str(tool.get("type")) for tool in tools)
+    return f"[{names} is not available with this model; what follows is from its own memory.]\n\n"
+
+
 def is_client_tool(tool: Json) -> bool:
     """Whether the client runs the tool: custom tools, and Anthropic's with a schema of its own."""
     if tool.get("name") == PLACEHOLDER:
@@ -1874,6 +1884,8 @@ class ChatTranslator:
         self._stop_sequence: str | None = None
         self._refused = False
         self._calls: list[ToolCall] = []
+        self._thoughts = ThoughtSplitter()
+        self._notice = search_notice(request)
         self._chunks = 0
         self.usage: Usage | None = None
         self.done = False
@@ -1911,6 +1923,7 @@ class ChatTranslator:
         if self._finish_reason is None:
             raise OgxError(502, f"{self._origin} ended the answer before it was complete")
         self.done = True
+        self._write(self._thoughts.end())
         reason = STOP_REASONS.get(self._finish_reason, "end_turn")
         if self._refused:
             reason = "refusal"
@@ -1939,6 +1952,8 @@ class ChatTranslator:
 
     def _read_choice(self, choice: Json) -> None:
         self.writer.start()
+        self.writer.text(self._notice)
+        self._notice = ""
         delta = choice.get("delta") or choice.get("message") or {}
         reasoning = delta.get("reasoning_content") or delta.get("reasoning")
         if isinstance(reasoning, str):
@@ -1960,7 +1975,7 @@ class ChatTranslator:
     def _read_content(self, content: Any) -> None:
         """Text, or Mistral's list of parts, whose thinking parts hold texts of their own."""
         if isinstance(content, str):
-            self.writer.text(content)
+            self._write(self._thoughts.feed(content))
             return
         for part in content if isinstance(content, list) else ():
             if part.get("type") == "thinking":
@@ -1968,6 +1983,10 @@ class ChatTranslator:
                 self.writer.thinking("".join(t.get("text", "") for t in thoughts))
             elif isinstance(part.get("text"), str):
                 self.writer.text(part["text"])
+
+    def _write(self, pieces: Iterable[tuple[str, str]]) -> None:
+        for kind, text in pieces:
+            (self.writer.thinking if kind == "thinking" else self.writer.text)(text)
 
     def _read_call(self, fragment: Json) -> None:
         function = fragment.get("function") or {}
@@ -1999,6 +2018,50 @@ class ChatTranslator:
             found = ToolCall(index)
             self._calls.append(found)
         return found
+
+
+class ThoughtSplitter:
+    """Tells the thinking that some servers leave in the text, at its beginning and between <think>
+    and </think>, from the text. What may yet become a mark is held."""
+
+    MARKS = ("<think>", "<thinking>", "<thought>")
+
+    def __init__(self) -> None:
+        self._kind = ""  # "thinking" or "text", once it is known
+        self._held = self._closing = ""
+        self._after_mark = False  # white space there is the mark's
+
+    def feed(self, text: str) -> Iterator[tuple[str, str]]:
+        """("thinking" or "text", words) pairs."""
+        self._held += text.lstrip() if self._after_mark else text
+        self._after_mark = self._after_mark and not self._held
+        if not self._kind:
+            begun = self._held.lstrip()
+            opening = next((mark for mark in self.MARKS if begun.startswith(mark)), "")
+            if opening:
+                self._kind, self._closing = "thinking", f"</{opening[1:]}"
+                self._held = begun[len(opening) :].lstrip()
+                self._after_mark = not self._held
+            elif not any(mark.startswith(begun) for mark in self.MARKS):
+                self._kind = "text"
+        if self._kind == "thinking":
+            thought, closing, rest = self._held.partition(self._closing)
+            if closing:
+                self._kind, self._held = "text", rest.lstrip()
+                self._after_mark = not self._held
+            else:
+                lengths = range(len(self._closing) - 1, 0, -1)
+                kept = next((n for n in lengths if thought.endswith(self._closing[:n])), 0)
+                self._held = thought[len(thought) - kept :]
+                thought = thought[: len(thought) - kept]
+            yield "thinking", thought
+        if self._kind == "text":
+            yield from self.end()
+
+    def end(self) -> Iterator[tuple[str, str]]:
+        """What was held."""
+        held, self._held = self._held, ""
+        yield self._kind or "text", held
 
 
 @dataclass
@@ -4597,12 +4660,19 @@ def unpacked(data: bytes, coding: str) -> bytes:
     return plain
 
 
+def no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+STRICT_JSON = json.JSONDecoder(parse_constant=no_number)  # without Python's NaN and Infinity
+
+
 def parsed_json(body: bytes) -> Any:
     """The JSON of a request's body; OgxError(400) says where it breaks."""
     if not body:
         raise OgxError(400, "the request has no body; expected a JSON object")
     try:
-        return json.loads(body)
+        return STRICT_JSON.decode(body.decode("utf-8-sig"))
     except RecursionError:
         raise OgxError(400, "the request's JSON is nested too deeply") from None
     except UnicodeDecodeError:

@@ -1476,6 +1476,32 @@ class TestChat:
         assert (usage["input_tokens"], usage["cache_read_input_tokens"], usage["output_tokens"]) \
             == (30, 20, 7)  # fmt: skip
 
+    @pytest.mark.parametrize("mark", ["think", "thinking", "thought"])
+    def test_thinking_left_in_the_text_is_thinking_wherever_it_is_cut(self, mark):
+        words = f"\n<{mark}>\nhm <b> </ so</{mark}>\n\nThe <think> answer"
+        for cut in range(len(words) + 1):
+            message = folded(delta(content=words[:cut]), delta(content=words[cut:]), delta("stop"))
+            assert [b.get("thinking") or b["text"] for b in message["content"]] == [
+                "hm <b> </ so", "The <think> answer"
+            ], cut
+
+    @pytest.mark.parametrize("words", ["<thin", "< think>x", "<table>", " a<think>b</think>", "<"])
+    def test_other_text_stays_text(self, words):
+        message = folded(*(delta(content=c) for c in words), delta("stop"))
+        assert [b["text"] for b in message["content"]] == [words]
+
+    def test_thinking_that_never_ends_is_thinking(self):
+        message = folded(delta(content="<think>hm</thi"), delta("length"))
+        assert [b["thinking"] for b in message["content"]] == ["hm</thi"]
+
+    def test_a_search_that_no_one_can_make_is_told_to_the_user(self):
+        body = request(tools=[{"type": "web_search_20250305", "name": "web_search"}])
+        message = folded(delta(content="I think"), delta("stop"), body=body)
+        assert message["content"][0]["text"] == (
+            "[web_search is not available with this model; what follows is from its own memory.]"
+            "\n\nI think"
+        )
+
     def test_usage_that_is_not_told_is_estimated(self):
         usage = folded(delta(content="Hel"), delta(content="lo"), delta("stop"))["usage"]
         assert (usage["input_tokens"], usage["output_tokens"]) == (5, 3)
@@ -3568,6 +3594,8 @@ class TestServer:
             (b"[]", "expected a JSON object, got a list"),
             (b'"x"', "expected a JSON object, got a string"),
             (b"9" * 5000, "the request"),
+            (b'{"temperature": NaN}', "NaN is no number of JSON"),
+            (b'{"temperature": -Infinity}', "-Infinity is no number of JSON"),
         ],
     )
     def test_bad_json_is_a_400_and_never_a_trace(self, body, words, caplog):
