@@ -2644,6 +2644,38 @@ class TestUpstream:
         owner = dataclasses.replace(provider(url=url), **fields)
         assert ogx.Upstream().json(owner, "/models", 5) == {"tls": True}
 
+    def test_https_goes_through_a_proxys_tunnel(self, tls_url, monkeypatch):
+        asked = []
+
+        def serve():
+            connection, _ = listener.accept()
+            with connection, connection.makefile("rb") as reader:
+                asked.extend(iter(reader.readline, b"\r\n"))
+                port = int(tls_url[0].split(":")[2].split("/")[0])
+                with socket.create_connection(("127.0.0.1", port)) as server:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                    for source, target in ((connection, server), (server, connection)):
+                        threading.Thread(target=pump, args=(source, target), daemon=True).start()
+                    done.wait(5)
+
+        def pump(source, target):
+            with contextlib.suppress(OSError):
+                for data in iter(lambda: source.recv(65536), b""):
+                    target.sendall(data)
+
+        done = threading.Event()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=serve, daemon=True).start()
+            proxy = f"http://me:pass@127.0.0.1:{listener.getsockname()[1]}"
+            monkeypatch.setenv("https_proxy", proxy)
+            monkeypatch.delenv("no_proxy", raising=False)
+            owner = provider(url="https://models.test/v1")
+            owner = dataclasses.replace(owner, verify=False)
+            assert ogx.Upstream().json(owner, "/models", 5) == {"tls": True}
+            done.set()
+        assert asked[0].startswith(b"CONNECT models.test:443 ")
+        assert b"Proxy-Authorization: Basic bWU6cGFzcw==\r\n" in asked
+
     def test_a_ca_file_that_cannot_be_read_is_named(self, tls_url):
         owner = dataclasses.replace(provider(url=tls_url[0]), ca_file="/no/such.pem")
         error = refused(ogx.Upstream().send, owner, "GET", "/")
@@ -3292,6 +3324,15 @@ class TestGateway:
         with gateway_over(answer, tick=0.1) as (client, _):
             data = client.post(request(stream=True))[2]
         assert data.count(ogx.SIGN_OF_LIFE) >= 2
+
+    def test_a_model_that_appears_later_is_listed_without_a_restart(self, monkeypatch):
+        monkeypatch.setattr(ogx, "REFRESH", 0.02)
+        with gateway_over(models=["a"]) as (client, upstream):
+            upstream.models = ["a", "b"]
+            deadline = time.monotonic() + 10
+            while len(client.get("/v1/models")[2]["data"]) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
 
     def test_a_provider_that_is_this_gateway_is_refused(self):
         with serving(discover=False) as client:
