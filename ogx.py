@@ -103,9 +103,16 @@ class OgxError(Exception):
         self.raw = raw  # the body as an upstream that speaks Messages wrote it
         self.refusal: Refusal | None = None  # the upstream's own words, where it said some
 
+    def again(self) -> OgxError:
+        """The same error to be raised once more: a raised one holds on to its frames."""
+        error = OgxError(self.status, self.message, self.type, self.headers, self.details, self.raw)
+        error.refusal = self.refusal
+        return error
+
     def without(self, secret: str) -> OgxError:
-        """This error with a key hidden that an upstream may have quoted."""
-        if secret:
+        """This error with a key hidden that an upstream may have quoted; shorter ones are dummies,
+        and words of any text."""
+        if len(secret) >= 8:
             self.message = self.message.replace(secret, "***")
             self.raw = self.raw.replace(secret.encode(), b"***")
         return self
@@ -178,7 +185,8 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
     since Claude Code would retry it for minutes."""
     told = {k: headers[k] for k in ("retry-after",) if k in headers}
     status, kind = refusal.status, ""
-    if status == 429 and "quota" in refusal.code:
+    out_of_money = status in (400, 403) and re.search("credit balance|billing", refusal.message)
+    if out_of_money or (status == 429 and "quota" in refusal.code):
         kind = "billing_error"
     if kind or status in (401, 402, 403):
         told["x-should-retry"] = "false"
@@ -226,6 +234,7 @@ class ProviderKind:
     # OpenAI's Responses API: where these hosts are, or where a refusal told (True), or never.
     responses_hosts: tuple[str, ...] = ()
     responses: bool | None = None
+    own_reasoning: bool = True  # takes back the reasoning that it encrypted
     summaries: bool = True  # may show summaries of its reasoning
     # Quirks of its chat completions.
     max_tokens_field: str = "max_tokens"
@@ -621,6 +630,7 @@ CONTEXT_FIELDS = ("max_input_tokens", "max_model_len", "context_window", "contex
 OUTPUT_FIELDS = ("max_completion_tokens", "max_output_length", "max_tokens")
 
 
+PRO = re.compile(r"(^|[-_./])pro\b", re.I)
 BAD_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, half characters
 NOT_LLM_TYPES = ("embedding", "embeddings", "rerank", "image", "moderation", "audio", "video",
                  "transcribe", "tts")  # fmt: skip
@@ -673,7 +683,9 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
             first_number(limits, OUTPUT_FIELDS),
         )
         models.setdefault(model.id, model)
-    return list(models.values())
+    # The newest first, but those called "pro" last, which tend to be slow and dear: the first one
+    # is what a tier means where nothing else is chosen.
+    return sorted(models.values(), key=lambda m: (bool(PRO.search(m.upstream_id)), -m.created))
 
 
 def is_llm(upstream_id: str, entry: Json) -> bool:
@@ -1951,7 +1963,6 @@ class ChatTranslator:
             self.usage = usage_from_chat(usage)
 
     def _read_choice(self, choice: Json) -> None:
-        self.writer.start()
         self.writer.text(self._notice)
         self._notice = ""
         delta = choice.get("delta") or choice.get("message") or {}
@@ -1989,6 +2000,7 @@ class ChatTranslator:
             (self.writer.thinking if kind == "thinking" else self.writer.text)(text)
 
     def _read_call(self, fragment: Json) -> None:
+        self._write((kind, text) for kind, text in self._thoughts.end() if text.strip())
         function = fragment.get("function") or {}
         call_id, name = str(fragment.get("id") or ""), function.get("name") or ""
         arguments = function.get("arguments") or ""
@@ -2087,6 +2099,7 @@ def usage_from_chat(usage: Json) -> Usage:
 # the model's id and what a row of PROVIDER_KINDS says the server can't take. Pure.
 
 MAX_HEAD = 64 * 1024  # bytes of a head: a stream's first event, or a status line and headers
+SIGNATURE_MARK = '{"ogx":'  # begins the signatures that we made: JSON with what goes back upstream
 CORE_BLOCKS = ("text", "image", "document", "search_result", "thinking", "redacted_thinking",
                "tool_use", "tool_result", "tool_reference")  # fmt: skip
 MODEL_FIELD = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
@@ -2137,6 +2150,11 @@ def messages_request(request: Json, model: Model) -> Json:
             body["system"] = [block for block in system if not is_billing_header(block)]
         if any(tool.get("name") == PLACEHOLDER for tool in tools):
             body["tools"] = [tool for tool in tools if tool.get("name") != PLACEHOLDER]
+    if kind.keeps_billing_header and any(map(foreign_thoughts, request["messages"])):
+        body["messages"] = [
+            {**m, "content": [b for b in m["content"] if not is_foreign_thought(b)]}
+            if foreign_thoughts(m) else m for m in request["messages"]
+        ]  # fmt: skip
     if not kind.native_system and any(m["role"] == "system" for m in request["messages"]):
         body["messages"] = folded_system(request["messages"])
     if not kind.images:
@@ -2147,8 +2165,31 @@ def messages_request(request: Json, model: Model) -> Json:
     return body
 
 
+def finished_messages(body: Json) -> Json:
+    """The body with a thinking budget below the output limit, which a lesson may have lowered."""
+    thinking, limit = body.get("thinking") or {}, body.get("max_tokens")
+    budget = thinking.get("budget_tokens")
+    if not isinstance(budget, int) or not isinstance(limit, int) or budget < limit:
+        return body
+    if limit > 1024:  # the least that Anthropic takes
+        return {**body, "thinking": {**thinking, "budget_tokens": limit - 1}}
+    return {name: value for name, value in body.items() if name != "thinking"}
+
+
 def is_billing_header(block: Json) -> bool:
     return block_text(block).startswith(BILLING_HEADER)
+
+
+def foreign_thoughts(message: Json) -> bool:
+    """Whether a message holds thinking that Anthropic didn't sign, and would refuse."""
+    content = message["content"]
+    return not isinstance(content, str) and any(map(is_foreign_thought, content))
+
+
+def is_foreign_thought(block: Json) -> bool:
+    signature = block.get("signature" if block["type"] == "thinking" else "data") or ""
+    is_thought = block["type"] in ("thinking", "redacted_thinking")
+    return is_thought and (not signature or str(signature).startswith(SIGNATURE_MARK))
 
 
 def folded_system(messages: Sequence[Json]) -> list[Json]:
@@ -2235,7 +2276,6 @@ class MessagesTranslator:
     def _read_event(self, event: Json) -> None:
         kind, index = event["type"], event.get("index")
         if kind == "message_start":
-            self.writer.start()
             self._read_usage(event["message"].get("usage"))
         elif kind == "content_block_start":
             block = event["content_block"]
@@ -2328,7 +2368,6 @@ LAST_EVENT = re.compile(
 # OpenAI's Responses, which its newest models need for tools; then the table of dialects, and that
 # of the built-in demo model, which answers a chat stream of its own making. Pure.
 
-SIGNATURE_MARK = '{"ogx":'  # begins the signatures that we made: JSON with what goes back upstream
 
 
 def responses_request(request: Json, model: Model) -> Json:
@@ -2339,7 +2378,7 @@ def responses_request(request: Json, model: Model) -> Json:
     body: Json = {
         "model": model.upstream_id,
         "input": [item for turn in turns_from_messages(request["messages"])
-                  for item in input_items(turn, kind, names)],
+                  for item in input_items(turn, model.provider, names)],
         "max_output_tokens": max(16, min(request["max_tokens"], model.max_output or 1 << 40)),
         "store": False,
         "include": ["reasoning.encrypted_content"],
@@ -2373,8 +2412,9 @@ def finished_responses(body: Json) -> Json:
     return body
 
 
-def input_items(turn: Turn, kind: ProviderKind, names: ToolNames) -> Iterator[Json]:
+def input_items(turn: Turn, provider: Provider, names: ToolNames) -> Iterator[Json]:
     """A turn of the history as input items."""
+    kind = provider.kind
     if turn.role == "results":
         for result in turn.blocks:
             parts = [input_part(b, kind) for b in blocks_of(result.get("content"))]
@@ -2387,20 +2427,20 @@ def input_items(turn: Turn, kind: ProviderKind, names: ToolNames) -> Iterator[Js
                    "output": output}  # fmt: skip
     elif turn.role == "assistant":
         for block in turn.blocks:
-            yield from assistant_items(block, names)
+            yield from assistant_items(block, provider, names)
     else:
         role = "developer" if turn.role == "system" else "user"
         yield {"role": role, "content": [input_part(block, kind) for block in turn.blocks]}
 
 
-def assistant_items(block: Json, names: ToolNames) -> Iterator[Json]:
+def assistant_items(block: Json, provider: Provider, names: ToolNames) -> Iterator[Json]:
     """What the model said, called or thought before; of thoughts, those it signed itself."""
     if block["type"] == "tool_use":
         yield {"type": "function_call", "call_id": block["id"], "name": names.there(block["name"]),
                "arguments": json.dumps(block["input"])}  # fmt: skip
     elif block["type"] in ("thinking", "redacted_thinking"):
-        kept = kept_reasoning(block)
-        if kept:
+        kept = kept_reasoning(block) if provider.kind.own_reasoning else None
+        if kept and kept.get("by") == provider.id:
             thought = block.get("thinking")
             summary = [{"type": "summary_text", "text": thought}] if thought else []
             yield {"type": "reasoning", "id": kept["id"], "summary": summary,
@@ -2510,8 +2550,6 @@ class ResponsesTranslator:
             self._finish(event["response"])
         elif kind in ("error", "response.failed"):
             raise self._error(event)
-        elif kind == "response.created":
-            self.writer.start()
         if self.writer.stopped and not self.done:
             self._finish({})
 
@@ -2531,7 +2569,8 @@ class ResponsesTranslator:
                 parts = item.get("summary") or item.get("content") or ()
                 self.writer.thinking("\n\n".join(part.get("text") or "" for part in parts))
             if item.get("encrypted_content"):
-                kept = {"ogx": "responses", "id": item["id"],
+                owner = self._origin.partition(",")[0]  # only it can read its own
+                kept = {"ogx": "responses", "by": owner, "id": item["id"],
                         "encrypted_content": item["encrypted_content"]}  # fmt: skip
                 self.writer.signature(json.dumps(kept, separators=(",", ":")))
         elif kind == "web_search_call":
@@ -2622,7 +2661,7 @@ def demo_stream(body: Json) -> Iterator[bytes]:
 DIALECTS = {
     "chat": Dialect(chat_request, ChatTranslator),
     "responses": Dialect(responses_request, ResponsesTranslator, finished_responses),
-    "messages": Dialect(messages_request, MessagesTranslator, native=True),
+    "messages": Dialect(messages_request, MessagesTranslator, finished_messages, native=True),
     "demo": Dialect(demo_request, ChatTranslator),
 }
 
@@ -2648,6 +2687,8 @@ class Lesson:
     field: str
     value: Any = None
     keep: bool = True  # False: it holds for this request only
+    dialect: str = ""  # whose requests it is about; empty: it is about the row
+    at: float = 0.0  # when it was learned, seconds since 1970
 
     def __str__(self) -> str:
         value = "" if self.value is None else f" to {self.value}"
@@ -2767,7 +2808,8 @@ def lesson_from_refusal(
     for pattern, row_field, value in ROW_REMEDIES:
         if row_field not in tried and pattern.search(words) and getattr(kind, row_field) != value:
             return Lesson("row", row_field, value)
-    if refusal.status in (404, 405) and "input" in body and "model" not in words.lower():
+    no_path = refusal.status in (404, 405) and not re.search("model|item", words, re.I)
+    if no_path and "input" in body:
         return Lesson("row", "responses", False)  # there is no such path
     for remedy in REMEDIES if refusal.status != 500 else ():
         lesson = remedy(refusal, body)
@@ -2788,6 +2830,8 @@ ROW_REMEDIES: tuple[tuple[re.Pattern[str], str, Any], ...] = (
      "responses", False),
     (re.compile(r"use /?v1/responses|only supported in /?v1/responses|not a chat model"),
      "responses", True),
+    (re.compile(r"encrypted content .*(verified|decrypted|invalid)|[Ii]tem with id 'rs_"),
+     "own_reasoning", False),
     (re.compile(r"must be verified to .*summar|summary.*verif", re.I), "summaries", False),
     # chat templates of Mistral's models
     (re.compile(r"roles must alternate"), "user_after_tool", False),
@@ -2802,7 +2846,8 @@ ROW_REMEDIES: tuple[tuple[re.Pattern[str], str, Any], ...] = (
     (re.compile(r"[Ss]ystem message must be (at|the) (the )?(beginning|first)"),
      "system_anywhere", False),
     # OpenAI, vLLM, Groq, Ollama
-    (re.compile(r"(does not|doesn't|n[o']t) support image|image_url is only supported|"
+    (re.compile(r"(does not|doesn't|n[o']t) support images?\b(?! \w*(larger|format|url|of))|"
+                r"image_url is only supported|"
                 r"At most 0 image|image input is not supported|missing data required for image|"
                 r"mmproj", re.I), "images", False),
     (re.compile(r"(file|document|pdf).{0,40}not supported|'?type'?: ?'?file'?.{0,60}invalid|"
@@ -2940,9 +2985,10 @@ REMEDIES: tuple[Callable[[Refusal, Json], Lesson | None], ...] = (
 def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxError | None:
     """Anthropic's error for a prompt that is too long, in the words that make Claude Code compact
     and go on; None for a refusal of another kind. Numbers the upstream didn't tell are ours."""
-    if refusal.status not in (400, 413, 422, 500):
-        return None
     words = f"{refusal.message} {refusal.code}"
+    at_once = refusal.status == 429 and "Request too large" in words  # waiting won't help
+    if refusal.status not in (400, 413, 422, 500) and not at_once:
+        return None
     match = next((m for m in (p.search(words) for p in OVERFLOWS) if m), None)
     if match is None:
         return None
@@ -3056,44 +3102,52 @@ class Lessons:
         self._store = store
         self._lock = threading.Lock()
         self._lessons: dict[str, tuple[Lesson, ...]] = {}
-        oldest = time.time() - LESSON_DAYS * 86400
         for key, entries in store.all("lessons").items():
-            fresh = [e["lesson"] for e in entries if e["at"] > oldest]
-            self._lessons[key] = tuple(lesson_from_json(fields) for fields in fresh)
+            made = map(lesson_from_json, entries if isinstance(entries, list) else ())
+            self._lessons[key] = tuple(lesson for lesson in made if lesson)
 
     def of(self, model: Model) -> tuple[Lesson, ...]:
-        return self._lessons.get(model.served, ())
+        oldest = time.time() - LESSON_DAYS * 86400
+        return tuple(k for k in self._lessons.get(model.served, ()) if k.at > oldest)
 
-    def add(self, model: Model, lesson: Lesson) -> None:
-        """Keep a lesson; one about the same field takes the place of the older one."""
-        if not lesson.keep:
-            return
+    def add(self, model: Model, lessons: Iterable[Lesson]) -> None:
+        """Keep lessons; one about the same field takes the place of the older one."""
+        for lesson in lessons:
+            if lesson.keep:
+                self._add(model, replace(lesson, at=lesson.at or time.time()))
+
+    def _add(self, model: Model, lesson: Lesson) -> None:
+        same = (lesson.action, lesson.field, lesson.dialect)
         with self._lock:
-            same = (lesson.action, lesson.field)
-            known = [k for k in self._lessons.get(model.served, ()) if (k.action, k.field) != same
-                     or lesson.action == "unschema"]  # fmt: skip
+            known = [k for k in self.of(model) if (k.action, k.field, k.dialect) != same
+                     or (lesson.action == "unschema" and k.value != lesson.value)]  # fmt: skip
             self._lessons[model.served] = (*known, lesson)
-            now = time.time()
-            entries = [{"at": now, "lesson": asdict(kept)} for kept in (*known, lesson)]
-        self._store.put("lessons", model.served, entries)
+            entries = [asdict(kept) for kept in (*known, lesson)]
+            self._store.put("lessons", model.served, entries)
 
     def forget(self, model: Model) -> bool:
         """Whether there was something to forget."""
         with self._lock:
             known = self._lessons.pop(model.served, ())
-        self._store.delete("lessons", model.served)
+            self._store.delete("lessons", model.served)
         return bool(known)
 
 
 LESSON_DAYS = 30
 
 
-def lesson_from_json(fields: Json) -> Lesson:
-    """A lesson as it was kept; JSON made lists of its tuples."""
-    value = fields["value"]
-    if isinstance(value, list):
-        fields = {**fields, "value": tuple(tuple(item) for item in value)}
-    return Lesson(**fields)
+def lesson_from_json(fields: Any) -> Lesson | None:
+    """A lesson as it was kept, JSON having made lists of its tuples; None for what another
+    version kept."""
+    try:
+        value = fields["value"]
+        if isinstance(value, list):
+            fields = {**fields, "value": tuple(tuple(item) for item in value)}
+        lesson = Lesson(**fields)
+    except (TypeError, KeyError):
+        return None
+    known = lesson.action in (*ACTIONS, "set", "drop", "rename", "row")
+    return lesson if known and isinstance(lesson.at, (int, float)) else None
 
 
 # ======== Upstream ===========================================================================
@@ -3667,6 +3721,7 @@ class Gateway:
         self.store = store or Store()
         self.registry = Registry(config)
         for model_id, kept in self.store.all("alias").items():
+            kept = dict_or_empty(kept)
             if kept.get("deleted"):
                 self.registry.unregister(model_id)
             else:
@@ -3730,22 +3785,26 @@ class Gateway:
         """One model's answer, its refusals remedied and its failures retried."""
         exchange.served = model.served
         lessons = list(self.lessons.of(model))
-        waited, retries, key = 0.0, 0, None
+        waited, retries, key, again, known = 0.0, 0, None, False, len(lessons)
         for attempt in range(1, MAX_REQUESTS + 1):
             taught, answered = taught_model(model, lessons), False
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
             dialect = DIALECTS[name]
             if not taught.provider.kind.keeps_billing_header:  # everyone but Anthropic itself
                 refuse_untranslatable(exchange.request)
-            body = with_lessons(dialect.request(exchange.request, taught), lessons)
-            data = dialect.native and with_model(exchange.raw, exchange.request, body)
-            data = data or json_bytes(dialect.finished(dict(body)))
+            own = [lesson for lesson in lessons if lesson.dialect in ("", name)]
+            body = with_lessons(dialect.request(exchange.request, taught), own)
+            sent = dialect.finished(dict(body))
+            data = dialect.native and with_model(exchange.raw, exchange.request, sent)
+            data = data or json_bytes(sent)
             headers = exchange.headers if dialect.native else {}
             key = key or hash((model.served, data, tuple(headers.items())))
             self._raise_known_refusal(key)
             try:
                 for piece in self._answer(taught, name, data, exchange):
-                    answered = answered or bool(piece)
+                    if piece and not answered:  # what was changed has helped
+                        answered = True
+                        self.lessons.add(model, lessons[known:])
                     yield piece
                 return
             except OgxError as error:
@@ -3758,12 +3817,18 @@ class Gateway:
                     self.registry.native[model.provider.id] = False
                     continue
                 lesson = refusal and lesson_from_refusal(refusal, body, taught, lessons)
-                if lesson and not (lesson.action == "again" and lesson in lessons):
-                    lessons.append(lesson)
-                    self.lessons.add(model, lesson)
+                if lesson and not (lesson.action == "again" and again):
+                    again = again or lesson.action == "again"
+                    about = "" if lesson.action == "row" else name
+                    lessons.append(replace(lesson, dialect=about, at=time.time()))
                     log.info("%s: %s refused: %s; sent again after: %s", exchange.request_id,
                              model.served, one_line(error.message), lesson)  # fmt: skip
                     continue
+                overflow = refusal and overflow_error(
+                    refusal, estimated_tokens(exchange.request), model.context
+                )
+                if overflow and "prompt is too long" not in error.message:
+                    raise overflow from None
                 pause = pause_before(error, retries, self.backoff)
                 if answered or attempt == MAX_REQUESTS or pause is None or (
                     retries == self.config.retries or waited + pause > self.config.retry_seconds
@@ -3780,13 +3845,14 @@ class Gateway:
         with changes to betas that often come to nothing in the translation."""
         until, error = self._refused.get(key, (0.0, None))
         if error and until > time.monotonic():
-            raise error
+            raise error.again()
 
     def _note_refusal(self, key: int, error: OgxError) -> None:
-        if error.refusal and error.status in (400, 422):
+        chance = error.refusal and error.refusal.code == "tool_use_failed"
+        if error.refusal and error.status in (400, 422) and not chance:
             now = time.monotonic()
             fresh = {k: known for k, known in list(self._refused.items()) if known[0] > now}
-            self._refused = {**fresh, key: (now + SAME_REFUSAL, error)}
+            self._refused = {**fresh, key: (now + SAME_REFUSAL, error.again())}
 
     def _answer(
         self, model: Model, name: str, data: bytes, exchange: Exchange
@@ -3807,7 +3873,7 @@ class Gateway:
                 native = answer if dialect.native else b""
                 raise refused_error(refusal, exchange.request, model, reply.headers, native)
             if dialect.native and not kind.native_repair:
-                yield from self._handed_on(reply, exchange)
+                yield from self._handed_on(reply, model.provider, exchange)
                 return
             events = self._translated(reply, translator, exchange.watch)
             yield from answer_bytes(events, exchange.stream)
@@ -3850,9 +3916,11 @@ class Gateway:
         native = self.registry.native.get(provider.id, False)
         return "messages" if native and not lost_natively(request, provider.kind) else kinds[-1]
 
-    def _handed_on(self, reply: Reply, exchange: Exchange) -> Iterator[bytes | None]:
+    def _handed_on(
+        self, reply: Reply, provider: Provider, exchange: Exchange
+    ) -> Iterator[bytes | None]:
         """A native answer's bytes, but for the model's id."""
-        model_id = exchange.request["model"]
+        model_id, begun = exchange.request["model"], False
         stream, whole = NativeStream(model_id), bytearray()
         while not stream.ended:
             data = reply.read(self.tick, exchange.watch)
@@ -3861,7 +3929,12 @@ class Gateway:
             elif not data:
                 break
             elif exchange.stream:
-                yield stream.feed(data)
+                events = stream.feed(data)
+                if stream.ended and not begun:
+                    raise_if_error(events, exchange.served)
+                begun = begun or bool(events)
+                key = provider.api_key.encode() if stream.ended else b""
+                yield events.replace(key, b"***") if key else events
             else:
                 whole += data
                 if len(whole) > MAX_ANSWER:
@@ -3873,6 +3946,7 @@ class Gateway:
                 origin = exchange.served
                 raise OgxError(502, f"{origin} ended the answer before it was complete")
             return
+        raise_if_error(b"data: " + bytes(whole).strip() + b"\n\n", exchange.served)
         try:
             message = json.loads(whole)
             exchange.usage = usage_from_message(message)
@@ -4146,6 +4220,15 @@ def refused_error(refusal: Refusal, request: Json, model: Model, headers: Mappin
         hint = " or ".join(model.provider.kind.key_vars) or "api_key"
         error.message += f"; check {hint} where ogx.py runs"
     return error
+
+
+def raise_if_error(events: bytes, origin: str) -> None:
+    """Raise the error that an answer begins with, with the status of its type."""
+    for item in SseReader().feed(events)[:1]:
+        if is_anthropic_error(item):
+            kind = json.loads(item)["error"]["type"]
+            status = next((code for code, name in ERROR_TYPES.items() if name == kind), 500)
+            raise upstream_error(refusal_from_body(status, item), origin, {})
 
 
 PASSING = (408, 429, 500, 502, 503, 504, 529)  # statuses of failures that another try may not meet
@@ -4741,6 +4824,7 @@ class LaunchPlan:
 
     set: Mapping[str, str]
     unset: tuple[str, ...]
+    model: str = ""  # for all tiers, if the user chose one
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         kept = {k: v for k, v in environ.items() if k not in self.unset}
@@ -4910,11 +4994,13 @@ def launch_plan(
     variables.update(limit_variables([models.get(model_id, {}) for model_id in tiers.values()]))
     host = urllib.parse.urlsplit(base_url).hostname or ""
     for name in ("NO_PROXY", "no_proxy"):
-        if name == "NO_PROXY" or environ.get(name):
-            hosts = [h for h in environ.get(name, "").split(",") if h.strip()]
+        known = environ.get(name) or environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+        if known.strip() != "*" and (name == "NO_PROXY" or environ.get(name)):
+            hosts = [h for h in known.split(",") if h.strip()]
             wanted = dict.fromkeys([host, "localhost", "127.0.0.1"])
             variables[name] = ",".join(hosts + [h for h in wanted if h not in hosts])
-    return LaunchPlan(variables, tuple(name for name in UNSET if name not in variables))
+    unset = tuple(name for name in UNSET if name not in variables)
+    return LaunchPlan(variables, unset, options.model or "")
 
 
 def is_listed_llm(entry: Json) -> bool:
@@ -4948,8 +5034,10 @@ def is_alias(entry: Json) -> bool:
 def limit_variables(entries: Sequence[Json]) -> dict[str, str]:
     """Claude Code's window and output limit, in tokens: it knows one for all tiers, so the
     smallest; nothing where the server doesn't know."""
-    contexts = [e["max_input_tokens"] for e in entries if e.get("max_input_tokens")]
-    outputs = [e["max_tokens"] for e in entries if e.get("max_tokens")]
+    windows = (first_number(entry, ("max_input_tokens",)) for entry in entries)
+    contexts = [number for number in windows if number]
+    limits_told = (first_number(entry, ("max_tokens",)) for entry in entries)
+    outputs = [number for number in limits_told if number]
     limits = {}
     if contexts:
         limits["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(min(contexts))
@@ -4993,9 +5081,13 @@ def launched(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str])
     temporary file, since arguments show in the process list. Its exit code."""
     import tempfile
 
-    argv, given = without_settings_flag(argv)
-    files = {path: read_settings(path) for path in settings_files(os.environ)}
+    rest, given = without_settings_flag(argv)
     given_settings = read_settings(given) if given else {}
+    if given and not given_settings:  # Claude Code says best what is wrong with them
+        given = ""
+    else:
+        argv = rest
+    files = {path: read_settings(path) for path in settings_files(os.environ)}
     conflicts = [path for path, tree in files.items() if overrides(tree, plan)]
     for path in conflicts:
         if "managed" in os.path.basename(path):
@@ -5005,13 +5097,18 @@ def launched(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str])
         argv = [argv[0], "--permission-mode", "default", *argv[1:]]
     if not given and not conflicts:
         return exit_code_of(argv, plan.environment(os.environ))
-    handle, path = tempfile.mkstemp(prefix="ogx-", suffix=".json")  # mode 0600
+    try:
+        handle, path = tempfile.mkstemp(prefix="ogx-", suffix=".json")  # mode 0600
+    except OSError as error:
+        words = f"settings files lead elsewhere, and a temporary one can't be written: {error}"
+        raise OgxError(500, words) from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(merged_settings(given_settings, plan), file)
         return exit_code_of([argv[0], "--settings", path, *argv[1:]], plan.environment(os.environ))
     finally:
-        os.unlink(path)
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def without_settings_flag(argv: Sequence[str]) -> tuple[list[str], str]:
@@ -5033,7 +5130,9 @@ def settings_files(environ: Mapping[str, str]) -> list[str]:
     user = environ.get("CLAUDE_CONFIG_DIR") or os.path.join(os.path.expanduser("~"), ".claude")
     managed = {"darwin": "/Library/Application Support/ClaudeCode", "win32":
                "C:\\ProgramData\\ClaudeCode"}.get(sys.platform, "/etc/claude-code")  # fmt: skip
-    return [os.path.join(user, "settings.json"), os.path.join(".claude", "settings.json"),
+    home = environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~")
+    return [os.path.join(home, ".claude.json"), os.path.join(user, "settings.json"),
+            os.path.join(".claude", "settings.json"),
             os.path.join(".claude", "settings.local.json"),
             os.path.join(managed, "managed-settings.json")]  # fmt: skip
 
@@ -5044,7 +5143,7 @@ def read_settings(source: str) -> Json:
     try:
         if source.lstrip().startswith("{"):
             return dict_or_empty(json.loads(source))
-        with open(source, encoding="utf-8") as file:
+        with open(source, encoding="utf-8-sig") as file:
             return dict_or_empty(json.load(file))
     except (OSError, ValueError, RecursionError):
         return {}
@@ -5053,13 +5152,15 @@ def read_settings(source: str) -> Json:
 def overrides(settings: Json, plan: LaunchPlan) -> bool:
     """Whether settings would beat the plan: they go before the environment."""
     names = set(dict_or_empty(settings.get("env")))
-    return bool(names & {*plan.set, *plan.unset} or settings.get("apiKeyHelper"))
+    other_model = plan.model and settings.get("model") not in (None, plan.model)
+    return bool(names & {*plan.set, *plan.unset} or settings.get("apiKeyHelper") or other_model)
 
 
 def merged_settings(given: Json, plan: LaunchPlan) -> Json:
     """The user's own --settings with the plan's variables on top; "" counts as unset."""
     env = {**dict_or_empty(given.get("env")), **dict.fromkeys(plan.unset, ""), **plan.set}
-    return {**given, "env": env, "apiKeyHelper": ""}
+    model = {"model": plan.model} if plan.model else {}
+    return {**given, "env": env, "apiKeyHelper": "", **model}
 
 
 def permission_mode(files: Mapping[str, Json]) -> str:
@@ -5073,8 +5174,12 @@ def is_interactive(argv: Sequence[str]) -> bool:
     flags = {word.partition("=")[0] for word in argv[1:]}
     chosen = flags & {"-p", "--print", "--permission-mode", "--dangerously-skip-permissions",
                       "-v", "--version", "-h", "--help"}  # fmt: skip
-    command = len(argv) > 1 and re.fullmatch("[a-z-]+", argv[1]) and not argv[1].startswith("-")
-    return not chosen and not command
+    return not chosen and not set(argv[1:2]) & CLAUDE_COMMANDS
+
+
+CLAUDE_COMMANDS = {"agents", "auth", "auto-mode", "config", "doctor", "install", "mcp",
+                   "migrate-installer", "plugin", "plugins", "setup-token", "update",
+                   "upgrade"}  # fmt: skip
 
 
 def exit_code_of(argv: Sequence[str], environment: Mapping[str, str]) -> int:

@@ -852,7 +852,13 @@ class TestRegistry:
         names = (self.LLMS + " " + self.OTHERS).split()
         entries = [{"id": upstream_id, "object": "model"} for upstream_id in names]
         found = [m.upstream_id for m in ogx.models_from_list(provider(), {"data": entries})]
-        assert found == self.LLMS.split()
+        assert sorted(found) == sorted(self.LLMS.split())
+
+    def test_the_newest_model_is_first_and_those_called_pro_are_last(self):
+        entries = [{"id": "gpt-4-0613", "created": 1}, {"id": "gpt-9-pro", "created": 9},
+                   {"id": "gpt-8", "created": 8}, {"id": "provider-x", "created": 7}]  # fmt: skip
+        found = [m.upstream_id for m in ogx.models_from_list(provider(), entries)]
+        assert found == ["gpt-8", "provider-x", "gpt-4-0613", "gpt-9-pro"]
 
     @pytest.mark.parametrize("created", [1_700_000_000_000_000_000, -1, "x", None, True])
     def test_an_odd_date_is_no_date(self, created):
@@ -1881,12 +1887,13 @@ class TestResponses:
         assert responses(request(), summaries=False)["reasoning"] == {"effort": "medium"}
 
     def test_the_history_as_items(self):
-        kept = '{"ogx":"responses","id":"rs_1","encrypted_content":"enc"}'
+        kept = '{"ogx":"responses","by":"openai","id":"rs_1","encrypted_content":"enc"}'
         turns = [
             user(image(), pdf(title="P")),
             assistant({"type": "thinking", "thinking": "hm", "signature": kept},
                       {"type": "redacted_thinking", "data": kept.replace("rs_1", "rs_2")},
                       {"type": "thinking", "thinking": "x", "signature": "of another"},
+                      {"type": "redacted_thinking", "data": kept.replace("openai", "azure")},
                       text("ok"), call("c1", command="ls")),
             user(result("c1", [text("see"), image()], is_error=True), text("and?")),
             {"role": "system", "content": "s"},
@@ -1953,7 +1960,7 @@ class TestResponses:
         thinking, words = message["content"]
         assert (thinking["thinking"], words["text"]) == ("hm\n\nso", "Hello")
         assert json.loads(thinking["signature"]) == {
-            "ogx": "responses", "id": "rs_1", "encrypted_content": "enc"
+            "ogx": "responses", "by": "openai", "id": "rs_1", "encrypted_content": "enc"
         }
         usage = message["usage"]
         assert (usage["input_tokens"], usage["cache_read_input_tokens"], usage["output_tokens"]) \
@@ -2377,27 +2384,39 @@ class TestStore:
     def test_lessons_are_kept_by_model(self):
         lessons = ogx.Lessons(ogx.Store())
         clamp = ogx.Lesson("clamp", "max_tokens", 5)
-        for lesson in (clamp, clamp, ogx.Lesson("drop", "stop", keep=False)):
-            lessons.add(model(), lesson)
-        assert lessons.of(model()) == (clamp,)
+        lessons.add(model(), [clamp, clamp, ogx.Lesson("drop", "stop", keep=False)])
+        (kept,) = lessons.of(model())
+        assert str(kept) == str(clamp) and kept.at > 0
         assert lessons.of(model(upstream_id="other")) == ()
 
     def test_a_newer_lesson_about_the_same_takes_the_place_of_the_older(self):
         lessons = ogx.Lessons(ogx.Store())
         for value in (5, 4):
-            lessons.add(model(), ogx.Lesson("clamp", "max_tokens", value))
+            lessons.add(model(), [ogx.Lesson("clamp", "max_tokens", value)])
         for keyword in ("format", "pattern"):
-            lessons.add(model(), ogx.Lesson("unschema", "tools", keyword))
+            lessons.add(model(), [ogx.Lesson("unschema", "tools", keyword)])
         assert [lesson.value for lesson in lessons.of(model())] == [4, "format", "pattern"]
 
     def test_lessons_survive_and_expire(self, tmp_path, monkeypatch):
         path = str(tmp_path / "state.sqlite")
         gemini = ogx.lesson_from_refusal(ogx.Refusal(400, "no thought_signature"), {}, model())
-        ogx.Lessons(ogx.Store(path)).add(model(), gemini)
-        assert ogx.Lessons(ogx.Store(path)).of(model()) == (gemini,)
+        ogx.Lessons(ogx.Store(path)).add(model(), [gemini])
+        lessons = ogx.Lessons(ogx.Store(path))
+        assert lessons.of(model())[0].value == gemini.value
         later = time.time() + 31 * 86400
         monkeypatch.setattr(ogx.time, "time", lambda: later)
-        assert ogx.Lessons(ogx.Store(path)).of(model()) == ()
+        assert lessons.of(model()) == ()
+
+    @pytest.mark.parametrize(
+        "kept",
+        [{}, [5], [{"action": "drop"}], [{"action": "fly", "field": "a", "value": 1}],
+         [{"action": "drop", "field": "a", "value": None, "brand_new": 1}],
+         [{"action": "drop", "field": "a", "value": None, "at": "x"}]],
+    )  # fmt: skip
+    def test_lessons_of_another_version_are_passed_over(self, kept):
+        store = ogx.Store()
+        store.put("lessons", "openai/gpt-x", kept)
+        assert ogx.Lessons(store).of(model()) == ()
 
 
 # For localhost and 127.0.0.1, signed by itself, good until 2126.
@@ -2967,6 +2986,68 @@ class TestGateway:
         with gateway_over(refusal, said()) as (client, upstream):
             assert client.post(request(top_p=0.5, stream=True))[0] == 200
         assert ["top_p" in body for body in upstream.seen] == [True, False]
+
+    @pytest.mark.parametrize("first", [delta(role="assistant", content=""), {"choices": []}])
+    def test_an_error_after_an_empty_first_chunk_can_still_be_remedied(self, first):
+        refusal = sse(first, {"error": {"message": "Unsupported parameter: 'top_p'", "code": 400}})
+        with gateway_over(refusal, said()) as (client, upstream):
+            assert client.post(request(top_p=0.5, stream=True))[0] == 200
+        assert len(upstream.seen) == 2
+
+    def test_a_prompt_too_long_is_told_so_inside_a_stream_too(self):
+        error = {"message": "This model's maximum context length is 4097 tokens. However, your "
+                            "messages resulted in 4294 tokens.", "code": 400}  # fmt: skip
+        with gateway_over(sse({"error": error})) as (client, _):
+            status, _, body = client.post(request(stream=True))
+        assert status == 400
+        assert body["error"]["message"] == "prompt is too long: 4294 tokens > 4097 maximum"
+
+    def test_a_lesson_that_did_not_help_is_not_kept(self):
+        refusal = (400, {"error": {"message": "Unsupported parameter: 'top_p'"}})
+        other = (400, {"error": {"message": "the moon is not full"}})
+        with gateway_over(refusal, other) as (client, upstream):
+            assert client.post(request(top_p=0.5))[0] == 400
+            client.post(request("next", top_p=0.5))
+        assert upstream.seen[2]["top_p"] == 0.5
+
+    def test_what_chat_taught_is_not_done_to_messages(self):
+        refusal = (400, {"error": {"message": "Unsupported parameter: 'max_tokens'. Use "
+                                              "'max_completion_tokens' instead."}})
+        with self.native(refusal, said(), native_message()) as (client, upstream):
+            client.post(request(user([pdf()]), model="vllm/gpt-x"))  # goes by chat
+            assert client.post(request(model="vllm/gpt-x"))[0] == 200
+        assert [("max_tokens" in body) for body in upstream.seen] == [True, False, True]
+
+    def test_a_lowered_limit_lowers_the_thinking_budget(self):
+        body = {"max_tokens": 2000, "thinking": {"type": "enabled", "budget_tokens": 5000}}
+        assert ogx.finished_messages(body)["thinking"]["budget_tokens"] == 1999
+        assert "thinking" not in ogx.finished_messages({**body, "max_tokens": 500})
+        assert ogx.finished_messages({**body, "max_tokens": 9000})["thinking"] is body["thinking"]
+
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_a_native_answer_that_is_an_error_is_an_http_status(self, stream):
+        error = {"type": "error", "error": {"type": "overloaded_error",
+                                            "message": "busy sk-secret-1234"}}  # fmt: skip
+        answer = ogx.sse_bytes(error) if stream else error
+        with self.native(answer, answer) as (client, _):
+            status, _, body = client.post(request(model="vllm/gpt-x", stream=stream))
+        assert status == 529 and body["error"]["message"].startswith("busy ***")
+
+    def test_a_key_in_a_later_error_event_is_hidden(self):
+        error = {"type": "error", "error": {"type": "api_error", "message": "sk-secret-1234"}}
+        start = native_stream()[: native_stream().index(b"event: content_block_stop")]
+        with self.native(start + ogx.sse_bytes(error)) as (client, _):
+            data = client.post(request(model="vllm/gpt-x", stream=True))[2]
+        assert b'"message":"***"' in data and b"sk-secret" not in data
+
+    def test_thinking_that_anthropic_did_not_sign_is_left_out(self):
+        ours = {"type": "thinking", "thinking": "x", "signature": '{"ogx":"responses"}'}
+        theirs = {"type": "thinking", "thinking": "y", "signature": "c2ln"}
+        unsigned = {"type": "thinking", "thinking": "z", "signature": ""}
+        body = request(user("a"), assistant(ours, theirs, unsigned, text("b")), user("c"))
+        sent = ogx.messages_request(body, model("anthropic"))["messages"]
+        assert sent[1]["content"] == [theirs, text("b")] and sent[0] is body["messages"][0]
+        assert ogx.messages_request(body, model("vllm"))["messages"] is body["messages"]
 
     def test_a_native_refusal_teaches_too(self):
         refusal = (400, {"type": "error", "error": {"type": "invalid_request_error", "message":
@@ -3981,6 +4062,7 @@ class TestConnect:
         [
             ([], True), (["hello there"], True), (["--continue"], True), (["--model", "x"], True),
             (["-p", "hi"], False), (["--print"], False), (["mcp", "list"], False),
+            (["fix"], True),
             (["--permission-mode", "plan"], False), (["--permission-mode=plan"], False),
             (["--dangerously-skip-permissions"], False), (["--version"], False),
         ],
@@ -4079,6 +4161,38 @@ class TestConnect:
             path = claude / "home/.claude/settings.json"
             path.write_text('{"permissions": {"defaultMode": "acceptEdits"}}')
             assert self.launch(client, capfd)[0] == []
+
+    def test_the_model_flag_goes_before_the_settings_model(self, claude, capfd):
+        (claude / "home/.claude/settings.json").write_text('{"model": "claude-opus-4-5"}')
+        with gateway_over() as (client, _):
+            flag = ["--model", "openai/gpt-x", "--", "-p", "hi"]
+            assert self.launch(client, capfd, *flag)[2][2]["model"] == "openai/gpt-x"
+            assert self.launch(client, capfd, "--", "-p", "hi")[2] is None
+
+    def test_settings_with_a_byte_order_mark_and_those_in_claude_json_count(self, claude, capfd):
+        evil = json.dumps({"env": {"ANTHROPIC_BASE_URL": "http://elsewhere"}})
+        for path in (claude / "home/.claude/settings.json", claude / "home/.claude.json"):
+            path.write_text("\ufeff" + evil, encoding="utf-8")
+            with gateway_over() as (client, _):
+                made = self.launch(client, capfd, "--", "-p", "hi")[2][2]
+            assert made["env"]["ANTHROPIC_BASE_URL"] == f"http://localhost:{client.port}"
+            path.unlink()
+
+    def test_settings_that_cannot_be_read_are_left_to_claude_code(self, claude, capfd, monkeypatch):
+        script = claude / "claude"
+        script.write_text(
+            f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n"
+        )
+        with gateway_over() as (client, _):
+            words = ["-p", "hi", "--settings", "/no/such.json"]
+            assert ogx.main(["connect", "claude", "--port", str(client.port), "--", *words]) == 0
+        assert json.loads(capfd.readouterr().out) == words
+
+    def test_no_proxy_for_all_stays_so(self):
+        plan = self.plan(self.listing("a"), {"NO_PROXY": "*"})
+        assert "NO_PROXY" not in plan.set
+        plan = self.plan(self.listing("a"), {"no_proxy": "corp.test"})
+        assert plan.set["NO_PROXY"] == plan.set["no_proxy"] == "corp.test,localhost,127.0.0.1"
 
     def test_quiet(self, claude, capfd):
         with gateway_over() as (client, _):
