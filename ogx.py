@@ -64,10 +64,10 @@ import time
 import urllib.parse
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Callable, ClassVar, Union
+from typing import Any, Callable, ClassVar
 
 __version__ = "0.1.0"
 
@@ -89,10 +89,9 @@ CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 class OgxError(Exception):
     """A failure told to the client: HTTP status, Anthropic error type, message, headers."""
 
-    def __init__(
-        self, status: int, message: str, error_type: str = "",
-        headers: Mapping[str, str] | None = None, details: Json | None = None, raw: bytes = b"",
-    ) -> None:  # fmt: skip
+    def __init__(self, status: int, message: str, error_type: str = "",
+                 headers: Mapping[str, str] | None = None, details: Json | None = None,
+                 raw: bytes = b"") -> None:  # fmt: skip
         super().__init__(message)
         self.status = status
         self.message = message
@@ -134,14 +133,17 @@ class Refusal:
     code: str = ""
     param: str = ""
 
+    @property
+    def words(self) -> str:
+        return f"{self.message} {self.param}"  # some gateways move the sentence into `param`
+
 
 def refusal_from_body(status: int, body: bytes) -> Refusal:
     """The refusal in an error body of any provider (shapes: OpenAI's object, vLLM's string,
     Gemini's list, Mistral's bare object, FastAPI's `detail`, HTML or plain text)."""
     text = body[:100_000].decode("utf-8", "replace").strip()
-    try:
-        node: Any = json.loads(text)
-    except (ValueError, RecursionError):
+    node = json_or_none(text)
+    if node is None:
         return Refusal(status, readable_text(text) or http.client.responses.get(status, "no words"))
     if isinstance(node, list) and node:
         node = node[0]
@@ -158,11 +160,26 @@ def refusal_from_body(status: int, body: bytes) -> Refusal:
 
 
 def is_anthropic_error(body: bytes) -> bool:
+    node = dict_or_empty(json_or_none(body))
+    error = dict_or_empty(node.get("error"))
+    return node.get("type") == "error" and {"type", "message"} <= set(error)
+
+
+def json_or_none(data: str | bytes) -> Any:
+    """The value of a JSON text; None for null and for what is no JSON."""
     try:
-        node = json.loads(body)
-        return node["type"] == "error" and {"type", "message"} <= set(node["error"])
-    except (ValueError, RecursionError, TypeError, KeyError):
-        return False
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def dict_or_empty(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def beginning(data: bytes) -> str:
+    """How an answer begins that isn't what it should be, in words."""
+    return readable_text(data[:2000].decode("utf-8", "replace"))
 
 
 def readable_text(text: str) -> str:
@@ -184,14 +201,12 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
     then `(from ORIGIN)`. `retry-after` is passed on; what can't get better by itself says so,
     since Claude Code would retry it for minutes."""
     told = {k: headers[k] for k in ("retry-after",) if k in headers}
-    status, kind = refusal.status, ""
+    status = refusal.status if 400 <= refusal.status <= 599 else 502
     out_of_money = status in (400, 403) and re.search("credit balance|billing", refusal.message)
-    if out_of_money or (status == 429 and "quota" in refusal.code):
-        kind = "billing_error"
+    out_of_quota = status == 429 and "quota" in refusal.code
+    kind = "billing_error" if out_of_money or out_of_quota else ""
     if kind or status in (401, 402, 403):
         told["x-should-retry"] = "false"
-    if not 400 <= status <= 599:
-        status = 502
     error = OgxError(status, f"{refusal.message} (from {origin})", kind, told)
     error.refusal = refusal
     return error
@@ -205,7 +220,6 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
 @dataclass(frozen=True)
 class ProviderKind:
     """A kind of provider; the defaults describe the OpenAI format as most servers speak it.
-
     Paths of requests are below the base URL; one that begins with ~ is below the server's root."""
 
     name: str
@@ -258,95 +272,81 @@ class ProviderKind:
 
 
 BOTH = ("messages", "chat")
-PROVIDER_KINDS = {
-    kind.name: kind
-    for kind in (
-        ProviderKind("ollama", "http://localhost:11434/v1", ("OLLAMA_API_KEY",), ("OLLAMA_URL",),
-                     enabled_by="url", list_path="~/api/tags", loaded_path="~/api/ps",
-                     context_hint="restart it with OLLAMA_CONTEXT_LENGTH=64000 ollama serve",
-                     local_port=11434, identity=("~/", "Ollama is running"), dialects=BOTH,
-                     native_gaps=("document", "url_image", "tool_choice", "search_result",
-                                  "is_error", "output_format")),
-        ProviderKind("vllm", "", ("VLLM_API_TOKEN",), ("VLLM_URL", "HOSTED_VLLM_API_BASE"),
-                     enabled_by="url", verify_var="VLLM_TLS_VERIFY",
-                     local_port=8000, identity=("/models", '"owned_by":"vllm"'), dialects=BOTH,
-                     native_gaps=("document", "search_result", "server_tool"), top_k=True),
-        ProviderKind("lm-studio", "http://localhost:1234/v1", ("LM_STUDIO_API_KEY",),
-                     ("LM_STUDIO_URL", "LM_STUDIO_API_BASE"), enabled_by="url",
-                     list_path="~/api/v0/models", local_port=1234,
-                     identity=("~/lmstudio-greeting", '"lmstudio":true'),
-                     dialects=BOTH, native_gaps=("document", "search_result", "server_tool")),
-        ProviderKind("llama-cpp", "http://localhost:8080/v1", ("LLAMA_API_KEY",),
-                     ("LLAMA_CPP_URL",), enabled_by="url", local_port=8080,
-                     identity=("/models", '"owned_by":"llamacpp"'), dialects=BOTH,
-                     native_gaps=("document", "search_result", "server_tool", "tool_choice",
-                                  "text_after_result", "url_image", "output_format"),
-                     native_repair=True, native_system=False, named_tool_choice=False,
-                     top_k=True),
-        ProviderKind("sglang", "http://localhost:30000/v1", ("SGLANG_API_KEY",), ("SGLANG_URL",),
-                     enabled_by="url", dialects=BOTH,
-                     native_gaps=("document", "search_result", "server_tool"), top_k=True),
-        ProviderKind("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",),
-                     ("OPENAI_BASE_URL",), responses_hosts=("api.openai.com",),
-                     max_tokens_field="max_completion_tokens", system_anywhere=True, files=True,
-                     cache_key=True),
-        ProviderKind("anthropic", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",),
-                     key_header="x-api-key", headers=(("anthropic-version", "2023-06-01"),),
-                     list_path="/models?limit=1000", dialects=("messages",),
-                     keeps_billing_header=True),
-        ProviderKind("fireworks", "https://api.fireworks.ai/inference/v1",
-                     ("FIREWORKS_API_KEY",), ("FIREWORKS_BASE_URL",), dialects=BOTH,
-                     native_gaps=("server_tool",), top_k=True, stream_above=4096),
-        ProviderKind("together", "https://api.together.ai/v1", ("TOGETHER_API_KEY",),
-                     ("TOGETHER_BASE_URL",), top_k=True),
-        ProviderKind("groq", "https://api.groq.com/openai/v1", ("GROQ_API_KEY",),
-                     ("GROQ_BASE_URL",)),
-        ProviderKind("bedrock",
-                     "https://bedrock-mantle.${env.AWS_REGION|AWS_DEFAULT_REGION:=us-east-2}"
-                     ".api.aws/v1",
-                     ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN"), dialects=BOTH,
-                     messages_path="~/anthropic/v1/messages", native_models=r"anthropic\."),
-        ProviderKind("azure", "", ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
-                     ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
-                     default_path="/openai/v1", key_header="api-key",
-                     responses_hosts=(".openai.azure.com", ".cognitiveservices.azure.com",
-                                      ".services.ai.azure.com"),
-                     max_tokens_field="max_completion_tokens", system_anywhere=True, files=True,
-                     cache_key=True),
-        ProviderKind("gemini", "https://generativelanguage.googleapis.com/v1beta/openai",
-                     ("GEMINI_API_KEY", "GOOGLE_API_KEY"),
-                     tool_call_extra=(("extra_content", {"google": {
-                         "thought_signature": "skip_thought_signature_validator"}}),)),
-        ProviderKind("mistral", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",),
-                     short_tool_ids=True, named_tool_choice=False),
-        ProviderKind("deepseek", "https://api.deepseek.com", ("DEEPSEEK_API_KEY",),
-                     default_path="", dialects=BOTH, messages_path="~/anthropic/v1/messages",
-                     native_gaps=("image", "document", "search_result", "server_tool"),
-                     reasoning_echo="reasoning_content"),
-        ProviderKind("moonshot", "https://api.moonshot.ai/v1", ("MOONSHOT_API_KEY",),
-                     dialects=BOTH, messages_path="~/anthropic/v1/messages",
-                     native_gaps=("document", "search_result", "server_tool"),
-                     reasoning_echo="reasoning_content"),
-        ProviderKind("openrouter", "https://openrouter.ai/api/v1", ("OPENROUTER_API_KEY",),
-                     dialects=BOTH, top_k=True, files=True),
-        ProviderKind("zai", "https://api.z.ai/api/paas/v4", ("ZAI_API_KEY",), dialects=BOTH,
-                     messages_path="~/api/anthropic/v1/messages",
-                     native_gaps=("document", "search_result", "server_tool")),
-        ProviderKind("minimax", "https://api.minimax.io/v1", ("MINIMAX_API_KEY",), dialects=BOTH,
-                     messages_path="~/anthropic/v1/messages",
-                     native_gaps=("document", "search_result", "server_tool")),
-        ProviderKind("cerebras", "https://api.cerebras.ai/v1", ("CEREBRAS_API_KEY",),
-                     ("CEREBRAS_BASE_URL",), list_path="/models?format=openrouter",
-                     max_tokens_field="max_completion_tokens"),
-        ProviderKind("xai", "https://api.x.ai/v1", ("XAI_API_KEY",)),
-        ProviderKind("nvidia", "https://integrate.api.nvidia.com/v1", ("NVIDIA_API_KEY",),
-                     ("NVIDIA_BASE_URL",)),
-        ProviderKind("sambanova", "https://api.sambanova.ai/v1", ("SAMBANOVA_API_KEY",)),
-        # Any other server, by its URL.
-        ProviderKind("openai-compatible"),
-        ProviderKind("messages", dialects=("messages",)),
-    )
-}  # fmt: skip
+GAPS = ("document", "search_result", "server_tool")  # of most servers' Messages APIs
+SKIP_SIGNATURE = (("extra_content", {"google": {
+    "thought_signature": "skip_thought_signature_validator"}}),)  # fmt: skip
+PROVIDER_KINDS = {kind.name: kind for kind in (
+    ProviderKind("ollama", "http://localhost:11434/v1", ("OLLAMA_API_KEY",), ("OLLAMA_URL",),
+                 enabled_by="url", list_path="~/api/tags", loaded_path="~/api/ps",
+                 context_hint="restart it with OLLAMA_CONTEXT_LENGTH=64000 ollama serve",
+                 local_port=11434, identity=("~/", "Ollama is running"), dialects=BOTH,
+                 native_gaps=("document", "url_image", "tool_choice", "search_result", "is_error",
+                              "output_format")),
+    ProviderKind("vllm", "", ("VLLM_API_TOKEN",), ("VLLM_URL", "HOSTED_VLLM_API_BASE"),
+                 enabled_by="url", verify_var="VLLM_TLS_VERIFY", local_port=8000,
+                 identity=("/models", '"owned_by":"vllm"'), dialects=BOTH, native_gaps=GAPS,
+                 top_k=True),
+    ProviderKind("lm-studio", "http://localhost:1234/v1", ("LM_STUDIO_API_KEY",),
+                 ("LM_STUDIO_URL", "LM_STUDIO_API_BASE"), enabled_by="url",
+                 list_path="~/api/v0/models", local_port=1234,
+                 identity=("~/lmstudio-greeting", '"lmstudio":true'), dialects=BOTH,
+                 native_gaps=GAPS),
+    ProviderKind("llama-cpp", "http://localhost:8080/v1", ("LLAMA_API_KEY",), ("LLAMA_CPP_URL",),
+                 enabled_by="url", local_port=8080, identity=("/models", '"owned_by":"llamacpp"'),
+                 dialects=BOTH, native_gaps=(*GAPS, "tool_choice", "text_after_result",
+                                             "url_image", "output_format"),
+                 native_repair=True, native_system=False, named_tool_choice=False, top_k=True),
+    ProviderKind("sglang", "http://localhost:30000/v1", ("SGLANG_API_KEY",), ("SGLANG_URL",),
+                 enabled_by="url", dialects=BOTH, native_gaps=GAPS, top_k=True),
+    ProviderKind("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",),
+                 responses_hosts=("api.openai.com",), max_tokens_field="max_completion_tokens",
+                 system_anywhere=True, files=True, cache_key=True),
+    ProviderKind("anthropic", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",),
+                 key_header="x-api-key", headers=(("anthropic-version", "2023-06-01"),),
+                 list_path="/models?limit=1000", dialects=("messages",), keeps_billing_header=True),
+    ProviderKind("fireworks", "https://api.fireworks.ai/inference/v1", ("FIREWORKS_API_KEY",),
+                 ("FIREWORKS_BASE_URL",), dialects=BOTH, native_gaps=("server_tool",), top_k=True,
+                 stream_above=4096),
+    ProviderKind("together", "https://api.together.ai/v1", ("TOGETHER_API_KEY",),
+                 ("TOGETHER_BASE_URL",), top_k=True),
+    ProviderKind("groq", "https://api.groq.com/openai/v1", ("GROQ_API_KEY",), ("GROQ_BASE_URL",)),
+    ProviderKind("bedrock", "https://bedrock-mantle.${env.AWS_REGION|AWS_DEFAULT_REGION:="
+                 "us-east-2}.api.aws/v1", ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN"),
+                 dialects=BOTH, messages_path="~/anthropic/v1/messages",
+                 native_models=r"anthropic\."),
+    ProviderKind("azure", "", ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
+                 ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
+                 default_path="/openai/v1", key_header="api-key",
+                 responses_hosts=(".openai.azure.com", ".cognitiveservices.azure.com",
+                                  ".services.ai.azure.com"),
+                 max_tokens_field="max_completion_tokens", system_anywhere=True, files=True,
+                 cache_key=True),
+    ProviderKind("gemini", "https://generativelanguage.googleapis.com/v1beta/openai",
+                 ("GEMINI_API_KEY", "GOOGLE_API_KEY"), tool_call_extra=SKIP_SIGNATURE),
+    ProviderKind("mistral", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",), short_tool_ids=True,
+                 named_tool_choice=False),
+    ProviderKind("deepseek", "https://api.deepseek.com", ("DEEPSEEK_API_KEY",), default_path="",
+                 dialects=BOTH, messages_path="~/anthropic/v1/messages",
+                 native_gaps=(*GAPS, "image"), reasoning_echo="reasoning_content"),
+    ProviderKind("moonshot", "https://api.moonshot.ai/v1", ("MOONSHOT_API_KEY",), dialects=BOTH,
+                 messages_path="~/anthropic/v1/messages", native_gaps=GAPS,
+                 reasoning_echo="reasoning_content"),
+    ProviderKind("openrouter", "https://openrouter.ai/api/v1", ("OPENROUTER_API_KEY",),
+                 dialects=BOTH, top_k=True, files=True),
+    ProviderKind("zai", "https://api.z.ai/api/paas/v4", ("ZAI_API_KEY",), dialects=BOTH,
+                 messages_path="~/api/anthropic/v1/messages", native_gaps=GAPS),
+    ProviderKind("minimax", "https://api.minimax.io/v1", ("MINIMAX_API_KEY",), dialects=BOTH,
+                 messages_path="~/anthropic/v1/messages", native_gaps=GAPS),
+    ProviderKind("cerebras", "https://api.cerebras.ai/v1", ("CEREBRAS_API_KEY",),
+                 ("CEREBRAS_BASE_URL",), list_path="/models?format=openrouter",
+                 max_tokens_field="max_completion_tokens"),
+    ProviderKind("xai", "https://api.x.ai/v1", ("XAI_API_KEY",)),
+    ProviderKind("nvidia", "https://integrate.api.nvidia.com/v1", ("NVIDIA_API_KEY",),
+                 ("NVIDIA_BASE_URL",)),
+    ProviderKind("sambanova", "https://api.sambanova.ai/v1", ("SAMBANOVA_API_KEY",)),
+    # Any other server, by its URL.
+    ProviderKind("openai-compatible"),
+    ProviderKind("messages", dialects=("messages",)))}  # fmt: skip
 DEMO_KIND = ProviderKind("demo", "demo:", dialects=("demo",))
 
 
@@ -412,12 +412,10 @@ def starter_config() -> Json:
     alias = {"provider_id": "all", "provider_model_id": "auto", "model_type": "llm"}
     models = [{"model_id": model_id, **alias} for model_id in STARTER_ALIASES]
     return {
-        "version": 2,
-        "distro_name": "starter",
+        "version": 2, "distro_name": "starter",
         "providers": {"inference": [starter_line(kind) for kind in kinds]},
         "registered_resources": {"models": models},
-        "server": {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "discover_local": True},
-    }
+        "server": {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "discover_local": True}}  # fmt: skip
 
 
 def starter_line(kind: ProviderKind) -> Json:
@@ -453,13 +451,11 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
         source, server.text("host", DEFAULT_HOST), port, tuple(providers), tuple(aliases),
         {tier: model for tier, model in tiers.items() if model},
         server.flag("discover_local", True), int(server.number("retries", 3)),
-        server.number("retry_seconds", 5.0),
-    )  # fmt: skip
+        server.number("retry_seconds", 5.0))  # fmt: skip
 
 
 def expanded(node: Any, environ: Mapping[str, str], where: str) -> Any:
     """The tree with each `${env.VAR}`, `${env.VAR:=default}` and `${env.VAR:+value}` replaced.
-
     As in OGX, an empty variable counts as unset. `A|B` stands for the first of them that is set."""
     if isinstance(node, dict):
         return {k: expanded(v, environ, f"{where}.{k}") for k, v in node.items()}
@@ -560,8 +556,7 @@ def provider_from_node(node: Node) -> Provider | None:
         raise settings.wrong("dialect", '"auto", "messages", "chat" or "responses"', dialect)
     return Provider(
         provider_id, kind, checked_base_url(settings, kind), api_key, dialect,
-        settings.flag("verify", True), settings.text("ca_file", ""),
-    )  # fmt: skip
+        settings.flag("verify", True), settings.text("ca_file", ""))  # fmt: skip
 
 
 def checked_base_url(node: Node, kind: ProviderKind) -> str:
@@ -611,7 +606,6 @@ def port_number(value: Any, where: str) -> int:
 # Which provider serves a model id. Lists come in from discovery; nothing here does I/O, so every
 # answer is computed when asked and heals by itself when a provider comes or goes.
 
-
 # Ids that aren't chat models, for lists that don't say (found by running it over public model
 # maps: hits guard, OCR, audio, image and search models, misses vendors we don't list).
 NOT_LLM = re.compile(
@@ -619,17 +613,13 @@ NOT_LLM = re.compile(
     r"imagen|flux|stable-diffusion|sdxl|canvas|nano-banana|moderation|guard|ocr|sora|"
     r"(^|[-_./])veo|video|t2v|i2v|lyria|bge-|gte-|(^|[-_./])e5-|minilm|colbert|nomic|jina-|"
     r"voyage-|m2-bert|davinci-00|babbage|orpheus|playai|kokoro|parakeet|scribe|chirp|reward|"
-    r"computer-use|deep-research|search-(api|preview)",
-    re.I,
-)
+    r"computer-use|deep-research|search-(api|preview)", re.I)  # fmt: skip
 # Fields of list entries with the context window and the output limit, in tokens: Anthropic, vLLM,
 # Groq, Together and OpenRouter, LM Studio, Mistral, Fireworks, llama.cpp.
 CONTEXT_FIELDS = ("max_input_tokens", "max_model_len", "context_window", "context_length",
                   "loaded_context_length", "max_context_length", "contextLength",
                   "n_ctx")  # fmt: skip
 OUTPUT_FIELDS = ("max_completion_tokens", "max_output_length", "max_tokens")
-
-
 PRO = re.compile(r"(^|[-_./])pro\b", re.I)
 BAD_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, half characters
 NOT_LLM_TYPES = ("embedding", "embeddings", "rerank", "image", "moderation", "audio", "video",
@@ -674,15 +664,10 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
         created = entry.get("created")
         limits = {**entry, **dict_or_empty(entry.get("meta")),
                   **dict_or_empty(entry.get("top_provider"))}  # fmt: skip
-        model = Model(
-            f"{provider.id}/{upstream_id}",
-            provider,
-            upstream_id,
-            created if isinstance(created, int) and 0 <= created < 1 << 32 else 0,
-            first_number(limits, CONTEXT_FIELDS),
-            first_number(limits, OUTPUT_FIELDS),
-        )
-        models.setdefault(model.id, model)
+        model_id, known = f"{provider.id}/{upstream_id}", isinstance(created, int)
+        models.setdefault(model_id, Model(
+            model_id, provider, upstream_id, created if known and 0 <= created < 1 << 32 else 0,
+            first_number(limits, CONTEXT_FIELDS), first_number(limits, OUTPUT_FIELDS)))  # fmt: skip
     # The newest first, but those called "pro" last, which tend to be slow and dear: the first one
     # is what a tier means where nothing else is chosen.
     return sorted(models.values(), key=lambda m: (bool(PRO.search(m.upstream_id)), -m.created))
@@ -703,10 +688,6 @@ def is_llm(upstream_id: str, entry: Json) -> bool:
     if isinstance(modalities, list) and "text" not in modalities:
         return False
     return not NOT_LLM.search(upstream_id)
-
-
-def dict_or_empty(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
 
 
 def first_number(fields: Json, names: Iterable[str]) -> int | None:
@@ -757,10 +738,6 @@ class Registry:
         """All listed LLMs in the order of the providers."""
         return [model for pid in self.providers for model in self.lists.get(pid, [])]
 
-    def _usable_models(self) -> list[Model]:
-        """All listed LLMs, those of providers that were down at the last asking at the end."""
-        return sorted(self.models(), key=lambda model: model.provider.id in self.problems)
-
     def chain(self, model_id: str) -> list[Model]:
         """The models to try for an id, in order; OgxError(404) when there is none."""
         alias = self.aliases.get(model_id)
@@ -774,7 +751,6 @@ class Registry:
 
     def resolve(self, model_id: str) -> Model:
         """The model that serves an id; OgxError(404) when none does.
-
         In this order: a listed id; an alias with a fixed target; a tier chosen by
         ANTHROPIC_DEFAULT_*_MODEL; an upstream's bare id where only one provider has it; an alias
         for `auto`, and any `claude-*` id by its family, which both mean the first LLM, or the
@@ -817,7 +793,8 @@ class Registry:
         if alias is None and not tier and not wanted.startswith("claude-"):
             return None
         if alias is None or alias.provider_id == "all":
-            candidates = self._usable_models()
+            # Those of providers that were down at the last asking come last.
+            candidates = sorted(self.models(), key=lambda m: m.provider.id in self.problems)
         else:
             candidates = self.lists.get(alias.provider_id, [])
         if alias and alias.provider_model_id != "auto":
@@ -868,8 +845,21 @@ BLOCK_TYPES = frozenset((
     "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
     "bash_code_execution_tool_result", "text_editor_code_execution_tool_result",
     "tool_search_tool_result", "advisor_tool_result", "mcp_tool_use", "mcp_tool_result",
-    "container_upload", "compaction",
-))  # fmt: skip
+    "container_upload", "compaction"))  # fmt: skip
+BLOCK_FIELDS: dict[str, dict[str, type]] = {  # what translation relies on
+    "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict},
+    "thinking": {"thinking": str}, "tool_use": {"id": str, "name": str, "input": dict},
+    "tool_result": {"tool_use_id": str}, "search_result": {"content": list}}  # fmt: skip
+SOURCE_FIELDS: dict[str, dict[str, type]] = {
+    "base64": {"media_type": str, "data": str}, "url": {"url": str}, "text": {"data": str},
+    "file": {"file_id": str}}  # fmt: skip
+OPTIONS = {"tools": list, "tool_choice": dict, "stop_sequences": list, "stream": bool,
+           "temperature": float, "top_p": float, "top_k": int, "thinking": dict,
+           "output_config": dict, "metadata": dict}  # fmt: skip
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
+KIND_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
+              float: "a number", bool: "true or false", type(None): "null"}  # fmt: skip
+PLACEHOLDER = "DeferredToolPlaceholder"  # Claude Code's; stands for tools that may be found later
 BILLING_HEADER = "x-anthropic-billing-header:"  # varies per prompt and would spoil prefix caches
 NO_RESULT = "[No result: the tool call was interrupted before it answered.]"
 TOOL_ERROR = "[The tool reported an error]\n"
@@ -877,7 +867,6 @@ TOOL_ERROR = "[The tool reported an error]\n"
 
 def check_request(body: Any, counting: bool = False) -> None:
     """Raise OgxError(400) with one sentence about the first wrong field of a Messages request.
-
     Unknown fields are accepted. `counting` is for count_tokens, which has no max_tokens."""
     if not isinstance(body, dict):
         raise OgxError(400, f"the request body: expected a JSON object, got {kind_of(body)}")
@@ -924,31 +913,13 @@ def check_blocks(blocks: Any, where: str) -> None:
         if not isinstance(block_type, str):
             shown = json.dumps(block_type)[:80]
             raise OgxError(400, f"{here}.type: expected the type of a content block, got {shown}")
-        for name, kind in BLOCK_FIELDS.get(block_type, ()):
+        for name, kind in BLOCK_FIELDS.get(block_type, {}).items():
             expect(block, name, kind, required=True, where=f"{here}.")
-        if block_type in ("tool_result", "search_result") and not isinstance(
-            block.get("content") or "", str
-        ):
-            check_blocks(block["content"], f"{here}.content")
+        inner = block.get("content") or ""
+        if block_type in ("tool_result", "search_result") and not isinstance(inner, str):
+            check_blocks(inner, f"{here}.content")
         elif block_type in ("image", "document"):
             check_source(block["source"], f"{here}.source.")
-
-
-BLOCK_FIELDS: dict[str, tuple[tuple[str, type], ...]] = {  # what translation relies on
-    "text": (("text", str),),
-    "image": (("source", dict),),
-    "document": (("source", dict),),
-    "thinking": (("thinking", str),),
-    "tool_use": (("id", str), ("name", str), ("input", dict)),
-    "tool_result": (("tool_use_id", str),),
-    "search_result": (("content", list),),
-}
-SOURCE_FIELDS: dict[str, tuple[tuple[str, type], ...]] = {
-    "base64": (("media_type", str), ("data", str)),
-    "url": (("url", str),),
-    "text": (("data", str),),
-    "file": (("file_id", str),),
-}
 
 
 def check_source(source: Json, where: str) -> None:
@@ -960,15 +931,12 @@ def check_source(source: Json, where: str) -> None:
         known = ", ".join((*SOURCE_FIELDS, "content"))
         shown = json.dumps(source_type)[:80]
         raise OgxError(400, f"{where}type: expected one of {known}, got {shown}")
-    for name, kind in SOURCE_FIELDS.get(str(source_type), ()):
+    for name, kind in SOURCE_FIELDS.get(str(source_type), {}).items():
         expect(source, name, kind, required=True, where=where)
 
 
 def check_options(body: Json) -> None:
-    for name, kind in (("tools", list), ("tool_choice", dict), ("stop_sequences", list),
-                       ("stream", bool), ("temperature", float), ("top_p", float), ("top_k", int),
-                       ("thinking", dict), ("output_config", dict),
-                       ("metadata", dict)):  # fmt: skip
+    for name, kind in OPTIONS.items():
         expect(body, name, kind)
     for index, tool in enumerate(body.get("tools") or ()):
         if not isinstance(tool, dict):
@@ -985,10 +953,12 @@ def check_options(body: Json) -> None:
         raise OgxError(400, "tool_choice.type: expected one of auto, any, tool, none")
     if choice["type"] == "tool":
         expect(choice, "name", str, required=True, where="tool_choice.")
-    check_output_config(body.get("output_config") or {})
-
-
-PLACEHOLDER = "DeferredToolPlaceholder"  # Claude Code's; stands for tools that may be found later
+    config = body.get("output_config") or {}
+    for name, kind in (("effort", str), ("format", dict)):
+        expect(config, name, kind, where="output_config.")
+    output_format = config.get("format") or {}
+    if output_format.get("type") == "json_schema":
+        expect(output_format, "schema", dict, required=True, where="output_config.format.")
 
 
 def search_notice(request: Json) -> str:
@@ -1006,20 +976,6 @@ def is_client_tool(tool: Json) -> bool:
     if tool.get("name") == PLACEHOLDER:
         return False
     return tool.get("type") in (None, "custom") or "input_schema" in tool
-
-
-def check_output_config(config: Json) -> None:
-    """`output_config`: {"effort": ..., "format": {"type": "json_schema", "schema": {...}}}."""
-    expect(config, "effort", str, where="output_config.")
-    expect(config, "format", dict, where="output_config.")
-    output_format = config.get("format") or {}
-    if output_format.get("type") == "json_schema":
-        expect(output_format, "schema", dict, required=True, where="output_config.format.")
-
-
-EFFORTS = ("low", "medium", "high", "xhigh", "max")
-KIND_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
-              float: "a number", bool: "true or false", type(None): "null"}  # fmt: skip
 
 
 def kind_of(value: Any) -> str:
@@ -1040,7 +996,6 @@ def expect(node: Json, name: str, kind: type, required: bool = False, where: str
 
 def refuse_untranslatable(body: Json) -> None:
     """Refuse what only Anthropic can honour, in the words that the clients' recovery looks for.
-
     The SDK's tool runner goes on without server-side threads when it reads this error code;
     Claude Code checks tool calls by ordinary requests when a 400 names `safeguards`. A verdict
     must never be made up, so ignoring the field is no option."""
@@ -1114,7 +1069,6 @@ class Turn:
 
 def turns_from_messages(messages: Sequence[Json]) -> list[Turn]:
     """The history as turns in which every tool call is answered directly after it.
-
     Results that come late (behind a system message, say) move up, missing ones are made up in
     words, results without a call become text; consecutive messages of one role are merged."""
     turns: list[Turn] = []
@@ -1125,10 +1079,11 @@ def turns_from_messages(messages: Sequence[Json]) -> list[Turn]:
         calls = turns[-1].blocks if turns and turns[-1].role == "assistant" else []
         ids = [b["id"] for b in calls if b["type"] == "tool_use"]
         if ids:
-            answered = [results.pop(i) if i in results else missing_result(i) for i in ids]
+            missing = {"type": "tool_result", "content": NO_RESULT}
+            answered = [results.pop(i, {**missing, "tool_use_id": i}) for i in ids]
             turns.append(Turn("results", answered))
         orphans = [{"type": "text", "text": block_text(b)} for b in results.values()]
-        for turn in [Turn("user", orphans)] * bool(orphans) + rest:
+        for turn in (Turn("user", orphans), *rest):
             add_turn(turns, turn)
         rest.clear()
         results.clear()
@@ -1157,10 +1112,6 @@ def add_turn(turns: list[Turn], turn: Turn) -> None:
         turns[-1] = Turn(turn.role, turns[-1].blocks + turn.blocks)
     else:
         turns.append(turn)
-
-
-def missing_result(tool_use_id: str) -> Json:
-    return {"type": "tool_result", "tool_use_id": tool_use_id, "content": NO_RESULT}
 
 
 def block_text(block: Json) -> str:
@@ -1249,6 +1200,12 @@ def add_tokens(node: Any, total: list[float]) -> None:
 # Anthropic's side of a stream. Blocks never overlap: one is open, the others wait their turn, and
 # one method makes every transition. Also server-sent events, both ways, as bytes. Pure.
 
+DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
+          "tool_use": ("input_json_delta", "partial_json")}  # fmt: skip
+DELTA_FIELDS = dict(DELTAS.values())  # type of delta -> its field
+DELTA_EVENT = ('event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
+               '"delta":{"type":"%s","%s":%s}}\n\n')  # fmt: skip
+
 
 def new_message(message_id: str, model: str, input_tokens: int) -> Json:
     """A message at its start, with every field that Anthropic's OpenAPI requires."""
@@ -1257,8 +1214,7 @@ def new_message(message_id: str, model: str, input_tokens: int) -> Json:
     return {
         "id": message_id, "type": "message", "role": "assistant", "model": model, "content": [],
         "stop_reason": None, "stop_sequence": None, "stop_details": None, "container": None,
-        "context_management": None, "usage": usage,
-    }  # fmt: skip
+        "context_management": None, "usage": usage}  # fmt: skip
 
 
 @dataclass
@@ -1294,28 +1250,16 @@ class Block:
 
 
 def is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+    return json_or_none(text) is not None or text.strip() == "null"
 
 
 class MessageWriter:
     """Writes one message as events; `take()` hands out those not taken yet.
-
     Grammar: message_start; then per block start, deltas, stop, with indices from 0 and never two
     open at once; message_delta, message_stop."""
 
-    DELTAS: ClassVar[dict[str, tuple[str, str]]] = {
-        "text": ("text_delta", "text"),
-        "thinking": ("thinking_delta", "thinking"),
-        "tool_use": ("input_json_delta", "partial_json"),
-    }
-
-    def __init__(
-        self, message: Json, used_ids: Iterable[str] = (), stops: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, message: Json, used_ids: Iterable[str] = (),
+                 stops: Sequence[str] = ()) -> None:  # fmt: skip
         self._stops = stops  # sequences that end the text, for upstreams that don't look for them
         self._tail = ""  # of the text, held while it may be the beginning of one
         self.stopped: str | None = None  # the one that was found
@@ -1362,10 +1306,7 @@ class MessageWriter:
     def signature(self, signature: str) -> None:
         """Sign the thinking that is open, or stand for thinking that isn't shown."""
         if self._open and self._open.kind == "thinking":
-            delta = {"type": "signature_delta", "signature": signature}
-            self._events.append(
-                {"type": "content_block_delta", "index": self._index, "delta": delta}
-            )
+            self._delta("signature_delta", "signature", signature)
         else:
             self.whole({"type": "redacted_thinking", "data": signature})
 
@@ -1374,18 +1315,13 @@ class MessageWriter:
         self.start()
         self._close()
         self._index += 1
-        self._events += [
-            {"type": "content_block_start", "index": self._index, "content_block": content},
-            {"type": "content_block_stop", "index": self._index},
-        ]
+        start = {"type": "content_block_start", "index": self._index, "content_block": content}
+        self._events += [start, {"type": "content_block_stop", "index": self._index}]
 
     def citation(self, citation: Json) -> None:
         """A source of the text that is open."""
         if self._open and self._open.kind == "text":
-            delta = {"type": "citations_delta", "citation": citation}
-            self._events.append(
-                {"type": "content_block_delta", "index": self._index, "delta": delta}
-            )
+            self._delta("citations_delta", "citation", citation)
 
     def thinking(self, text: str) -> None:
         if text:
@@ -1465,14 +1401,14 @@ class MessageWriter:
 
     def _flush(self, block: Block) -> None:
         if block.pending:
-            kind, name = self.DELTAS[block.kind]
-            delta = {"type": kind, name: block.pending}
-            self._events.append(
-                {"type": "content_block_delta", "index": self._index, "delta": delta}
-            )
+            self._delta(*DELTAS[block.kind], block.pending)
             if block.kind == "tool_use":
                 block.text += block.pending
             block.pending = ""
+
+    def _delta(self, kind: str, name: str, value: Any) -> None:
+        delta = {"type": kind, name: value}
+        self._events.append({"type": "content_block_delta", "index": self._index, "delta": delta})
 
     def _close(self) -> None:
         block = self._open
@@ -1537,16 +1473,8 @@ def sse_bytes(event: Json) -> bytes:
     return f"event: {event['type']}\ndata: {data}\n\n".encode("ascii")
 
 
-DELTA_FIELDS = dict(MessageWriter.DELTAS.values())  # type of delta -> its field
-DELTA_EVENT = (
-    'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
-    '"delta":{"type":"%s","%s":%s}}\n\n'
-)
-
-
 class SseReader:
     """Server-sent events from bytes cut anywhere: `feed` gives the data of each complete event.
-
     CR, LF and CRLF end lines; comments and other fields are ignored; several data lines are
     joined by LF (WHATWG HTML, 9.2). An event larger than `limit` bytes raises OgxError(502)."""
 
@@ -1587,14 +1515,14 @@ class SseReader:
 # OpenAI's Chat Completions. chat_request() makes the request, ChatTranslator turns chunks into
 # events; a completion that wasn't streamed is one big chunk. Pure.
 
-
 # Models that take reasoning_effort; others may refuse it. By name, since lists don't tell.
 REASONS = re.compile(
     r"(^|[/:_-])(o[134](-|$)|gpt-(5|6|oss)|deepseek-(r|v4|reasoner)|qwq|magistral)|"
-    r"thinking|reasoner|qwen3(?!.*(instruct|coder))",
-    re.I,
-)
+    r"thinking|reasoner|qwen3(?!.*(instruct|coder))", re.I)  # fmt: skip
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # OpenAI's rule; Anthropic allows 128 characters
+STOP_REASONS = {  # finish_reason -> stop_reason
+    "stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use",
+    "function_call": "tool_use", "content_filter": "refusal"}  # fmt: skip
 
 
 def chat_request(request: Json, model: Model) -> Json:
@@ -1604,9 +1532,8 @@ def chat_request(request: Json, model: Model) -> Json:
     limit = request["max_tokens"]
     body[kind.max_tokens_field] = min(limit, model.max_output) if model.max_output else limit
     body.update(tool_fields(request, names, kind))
-    for name in ("temperature", "top_p", "top_k") if kind.top_k else ("temperature", "top_p"):
-        if request.get(name) is not None:
-            body[name] = request[name]
+    sampling = ("temperature", "top_p", "top_k") if kind.top_k else ("temperature", "top_p")
+    body.update({name: request[name] for name in sampling if request.get(name) is not None})
     if request.get("stop_sequences"):
         body["stop"] = request["stop_sequences"][: kind.max_stop]
     if kind.cache_key and conversation_key(request):
@@ -1644,9 +1571,7 @@ class ToolNames:
 
 def chat_messages(request: Json, kind: ProviderKind, names: ToolNames) -> list[Json]:
     """The system prompt and the history as chat messages that strict providers accept."""
-    system = system_text(request)
-    note = unserved_tools_note(request)
-    head = "\n\n".join(filter(None, (system, note)))
+    head = "\n\n".join(filter(None, (system_text(request), unserved_tools_note(request))))
     messages: list[Json] = [{"role": "system", "content": head}] if head else []
     for turn in turns_from_messages(request["messages"]):
         if turn.role == "assistant":
@@ -1656,8 +1581,13 @@ def chat_messages(request: Json, kind: ProviderKind, names: ToolNames) -> list[J
         elif turn.role == "system" and kind.system_anywhere:
             text = "\n\n".join(map(block_text, turn.blocks))
             messages.append({"role": "system", "content": text})
+        elif turn.role == "system":
+            # In its place, but marked: templates that refuse it there are many, and moving it
+            # would spoil prefix caches.
+            messages.append({"role": "user", "content": [reminder_part(turn.blocks)]})
         else:
-            messages.append({"role": "user", "content": user_parts(turn, kind)})
+            parts = [attachment_part(b, kind) or text_part(block_text(b)) for b in turn.blocks]
+            messages.append({"role": "user", "content": parts})
     messages = [with_plain_content(m) for m in merged_user_messages(messages)]
     return messages if kind.user_after_tool else without_user_after_tool(messages)
 
@@ -1683,8 +1613,7 @@ def assistant_message(blocks: Sequence[Json], kind: ProviderKind, names: ToolNam
         {"id": tool_call_id(b["id"], kind), "type": "function",
          "function": {"name": names.there(b["name"]), "arguments": json.dumps(b["input"])},
          **dict(kind.tool_call_extra)}
-        for b in blocks if b["type"] == "tool_use"
-    ]  # fmt: skip
+        for b in blocks if b["type"] == "tool_use"]  # fmt: skip
     if calls:
         message["tool_calls"] = calls
         message["content"] = text or None
@@ -1747,14 +1676,6 @@ def text_part(text: str) -> Json:
     return {"type": "text", "text": text}
 
 
-def user_parts(turn: Turn, kind: ProviderKind) -> list[Json]:
-    """The parts of a user turn. A system message in mid-conversation stays in its place, marked:
-    templates that refuse it there are many, and moving it would spoil prefix caches."""
-    if turn.role == "system":
-        return [reminder_part(turn.blocks)]
-    return [attachment_part(block, kind) or text_part(block_text(block)) for block in turn.blocks]
-
-
 def reminder_part(blocks: Sequence[Json]) -> Json:
     """A system message as text that the model knows not to be the user's."""
     text = "\n\n".join(map(block_text, blocks))
@@ -1780,10 +1701,9 @@ def without_user_after_tool(messages: Sequence[Json]) -> list[Json]:
     joined: list[Json] = []
     for message in messages:
         last = joined[-1] if joined else message
-        if message["role"] == "user" and last["role"] == "tool" and isinstance(
-            message["content"], str
-        ):
-            joined[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}
+        text = message["content"]
+        if message["role"] == "user" and last["role"] == "tool" and isinstance(text, str):
+            joined[-1] = {**last, "content": f"{last['content']}\n\n{text}"}
         else:
             joined.append(message)
     return joined
@@ -1835,10 +1755,7 @@ def conversation_key(request: Json) -> str:
     """What keeps a conversation's requests on one cache: Claude Code's session, which it writes
     as JSON into metadata.user_id, or else a digest of that; at most 64 characters."""
     user_id = str((request.get("metadata") or {}).get("user_id") or "")
-    try:
-        session = json.loads(user_id).get("session_id")
-    except (ValueError, RecursionError, AttributeError):
-        session = None
+    session = dict_or_empty(json_or_none(user_id)).get("session_id")
     if isinstance(session, str) and 0 < len(session) <= 64 and session.isascii():
         return session
     return uuid.uuid5(uuid.NAMESPACE_OID, ascii(user_id)).hex if user_id else ""
@@ -1871,39 +1788,30 @@ def is_strict(schema: Any) -> bool:
     if schema.get("type") == "object" or isinstance(properties, dict):
         closed = schema.get("additionalProperties") is False
         required = schema.get("required") or []
-        if not closed or not isinstance(required, list) or any(
-            name not in required for name in properties or ()
-        ):
+        whole = isinstance(required, list) and all(name in required for name in properties or ())
+        if not closed or not whole:
             return False
     return all(map(is_strict, schema.values()))
 
 
-STOP_REASONS = {  # finish_reason -> stop_reason
-    "stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use",
-    "function_call": "tool_use", "content_filter": "refusal",
-}  # fmt: skip
+class Translator:
+    """What an upstream sends, to the events of one message; each dialect `_read`s in its way."""
 
-
-class ChatTranslator:
-    """Chunks of one completion to the events of one message."""
+    NO_SHAPE = "sent a chunk of unknown shape:"
 
     def __init__(self, writer: MessageWriter, request: Json, origin: str) -> None:
         self.writer = writer
-        self._names = ToolNames(request)
-        self._stops = request.get("stop_sequences") or ()
-        self._origin = origin
-        self._finish_reason: str | None = None
-        self._stop_sequence: str | None = None
-        self._refused = False
-        self._calls: list[ToolCall] = []
-        self._thoughts = ThoughtSplitter()
-        self._notice = search_notice(request)
-        self._chunks = 0
         self.usage: Usage | None = None
         self.done = False
+        self._origin = origin
+        self._names = ToolNames(request)
+        self._stop_reason = ""
+        self._stop_sequence: str | None = None
+        self._refused = False
+        self._chunks = 0
 
     def feed(self, data: bytes) -> None:
-        """Write the events for the data of one server-sent event."""
+        """Write the events for the data of one server-sent event, or for a whole answer."""
         if self.done:
             return
         if data.strip() == b"[DONE]":
@@ -1912,38 +1820,58 @@ class ChatTranslator:
         try:
             chunk = json.loads(data)
         except (ValueError, RecursionError):
-            words = readable_text(data[:2000].decode("utf-8", "replace"))
-            raise OgxError(502, f"{self._origin} sent no JSON but {words}") from None
+            raise OgxError(502, f"{self._origin} sent no JSON but {beginning(data)}") from None
+        self._chunks += 1
         try:
-            if chunk.get("error") or chunk.get("object") == "error":
-                raise self._error(data)
-            self._chunks += 1
-            self._read_usage(chunk)
-            for choice in chunk.get("choices") or ():
-                self._read_choice(choice)
-            if self.writer.stopped:
-                self._finish_reason, self._stop_sequence = "stop", self.writer.stopped
-                self.end()
-        except (AttributeError, KeyError, TypeError, ValueError):
+            self._read(chunk, data)
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
             words = data[:200].decode("utf-8", "replace")
-            raise OgxError(502, f"{self._origin} sent a chunk of unknown shape: {words}") from None
+            raise OgxError(502, f"{self._origin} {self.NO_SHAPE} {words}") from None
 
     def end(self) -> None:
         """Write the last events; OgxError(502) where the upstream stopped without saying why."""
         if self.done:
             return
-        if self._finish_reason is None:
+        if not self._stop_reason:
             raise OgxError(502, f"{self._origin} ended the answer before it was complete")
         self.done = True
-        self._write(self._thoughts.end())
-        reason = STOP_REASONS.get(self._finish_reason, "end_turn")
-        if self._refused:
-            reason = "refusal"
-        elif self._stop_sequence is not None:
-            reason = "stop_sequence"
         if self.usage is None:  # not told: our estimate, and about a token a chunk
             self.usage = Usage(self.writer.input_tokens, self._chunks)
+        reason = "refusal" if self._refused else self._stop_reason
         self.writer.finish(reason, self._stop_sequence, self.usage)
+
+    def _read(self, chunk: Json, data: bytes) -> None:
+        raise NotImplementedError
+
+
+class ChatTranslator(Translator):
+    """Chunks of one completion to the events of one message."""
+
+    def __init__(self, writer: MessageWriter, request: Json, origin: str) -> None:
+        super().__init__(writer, request, origin)
+        self._stops = request.get("stop_sequences") or ()
+        self._calls: list[ToolCall] = []
+        self._thoughts = ThoughtSplitter()
+        self._notice = search_notice(request)
+
+    def _read(self, chunk: Json, data: bytes) -> None:
+        if chunk.get("error") or chunk.get("object") == "error":
+            raise self._error(data)
+        usage = chunk.get("usage") or dict_or_empty(chunk.get("x_groq")).get("usage")
+        if isinstance(usage, dict):
+            self.usage = usage_from_chat(usage)
+        for choice in chunk.get("choices") or ():
+            self._read_choice(choice)
+        if self.writer.stopped:
+            self._stop_reason, self._stop_sequence = "stop_sequence", self.writer.stopped
+            self.end()
+
+    def end(self) -> None:
+        if self._stop_reason:
+            self._write(self._thoughts.end())
+            named = self._stop_sequence is not None
+            self._stop_reason = "stop_sequence" if named else self._stop_reason
+        super().end()
 
     def _error(self, data: bytes) -> OgxError:
         """An error inside a stream; its `code` may be the status it would have had."""
@@ -1956,11 +1884,6 @@ class ChatTranslator:
         elif "rate_limit" in refusal.code:
             refusal = replace(refusal, status=429)
         return upstream_error(refusal, self._origin, {})
-
-    def _read_usage(self, chunk: Json) -> None:
-        usage = chunk.get("usage") or dict_or_empty(chunk.get("x_groq")).get("usage")
-        if isinstance(usage, dict):
-            self.usage = usage_from_chat(usage)
 
     def _read_choice(self, choice: Json) -> None:
         self.writer.text(self._notice)
@@ -1978,7 +1901,7 @@ class ChatTranslator:
         for fragment in delta.get("tool_calls") or ():
             self._read_call(fragment)
         if choice.get("finish_reason"):
-            self._finish_reason = str(choice["finish_reason"])
+            self._stop_reason = STOP_REASONS.get(str(choice["finish_reason"]), "end_turn")
         # vLLM and others name the sequence that stopped them beside the finish_reason.
         if choice.get("stop_reason") in self._stops:
             self._stop_sequence = choice["stop_reason"]
@@ -2013,7 +1936,6 @@ class ChatTranslator:
 
     def _call_of(self, index: Any, call_id: str, name: str) -> ToolCall:
         """The call a fragment belongs to, or a new one.
-
         Servers leave out the index, the id or both, number every call 0, or repeat id and name
         with each fragment. A new id begins a call; without ids, so does a new name, or the same
         name when the call's arguments are whole."""
@@ -2084,12 +2006,14 @@ class ToolCall:
     arguments: str = ""
 
 
-def usage_from_chat(usage: Json) -> Usage:
-    """Anthropic's usage from OpenAI's, whose prompt_tokens include those of the cache."""
-    details = dict_or_empty(usage.get("prompt_tokens_details"))
+def usage_from_chat(usage: Json, estimate: int = 0) -> Usage:
+    """Anthropic's usage from that of OpenAI's APIs, whose input includes what the cache held."""
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+    details = dict_or_empty(details)
     read = details.get("cached_tokens") or usage.get("prompt_cache_hit_tokens") or 0
     written = details.get("cache_write_tokens") or 0
-    prompt, output = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    prompt = usage.get("prompt_tokens") or usage.get("input_tokens") or estimate
+    output = usage.get("completion_tokens") or usage.get("output_tokens") or 0
     output = max(output, (usage.get("total_tokens") or 0) - prompt)  # xAI counts reasoning apart
     return Usage(max(0, prompt - read - written), output, read, written)
 
@@ -2103,6 +2027,11 @@ SIGNATURE_MARK = '{"ogx":'  # begins the signatures that we made: JSON with what
 CORE_BLOCKS = ("text", "image", "document", "search_result", "thinking", "redacted_thinking",
                "tool_use", "tool_result", "tool_reference")  # fmt: skip
 MODEL_FIELD = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
+MAX_EVENT = 16 * 1024 * 1024  # bytes
+# Quotes and line breaks in a model's text are escaped, so none of these can stand in one.
+LAST_EVENT = re.compile(rb'(?m)^(event: ?(message_stop|error)\b|data: ?\{"type": ?"error")'
+                        rb'|(?<!\\)"type": ?"message_stop"')  # fmt: skip
+LOGGED_USAGE = ("input_tokens", "output_tokens", "cache_read_input_tokens")
 
 
 def lost_natively(request: Json, kind: ProviderKind) -> set[str]:
@@ -2158,10 +2087,7 @@ def messages_request(request: Json, model: Model) -> Json:
     if not kind.native_system and any(m["role"] == "system" for m in request["messages"]):
         body["messages"] = folded_system(request["messages"])
     if not kind.images:
-        body["messages"] = [
-            m if isinstance(m["content"], str) else {**m, "content": told_images(m["content"])}
-            for m in body["messages"]
-        ]  # fmt: skip
+        body["messages"] = [{**m, "content": told_images(m["content"])} for m in body["messages"]]
     return body
 
 
@@ -2202,22 +2128,23 @@ def folded_system(messages: Sequence[Json]) -> list[Json]:
             continue
         text = reminder_part(blocks_of(message["content"]))
         before = blocks_of(folded[-1]["content"]) if folded else []
-        if folded and folded[-1]["role"] == "user" and not any(
-            block["type"] == "tool_result" for block in before
-        ):
+        after_results = any(block["type"] == "tool_result" for block in before)
+        if folded and folded[-1]["role"] == "user" and not after_results:
             folded[-1] = {"role": "user", "content": [*before, text]}
         else:
             folded.append({"role": "user", "content": [text]})
     return folded
 
 
-def told_images(blocks: Sequence[Json]) -> list[Json]:
-    """The blocks with words in the place of images, in tool results too."""
+def told_images(content: Any) -> Any:
+    """Content with words in the place of images, in tool results too."""
+    if not isinstance(content, list):
+        return content
     told = []
-    for block in blocks:
+    for block in content:
         if block["type"] == "image":
             block = text_part(block_text(block))
-        elif block["type"] == "tool_result" and isinstance(block.get("content"), list):
+        elif block["type"] == "tool_result" and block.get("content"):
             block = {**block, "content": told_images(block["content"])}
         told.append(block)
     return told
@@ -2235,33 +2162,24 @@ def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
     return raw[: match.end(1)] + json.dumps(body["model"]).encode() + raw[match.end() :]
 
 
-class MessagesTranslator:
+class MessagesTranslator(Translator):
     """Events of a server that breaks the grammar (llama.cpp leaves blocks open and overlaps them,
     and starts tool calls without an input) to Anthropic's; a whole message is written as events."""
 
-    def __init__(self, writer: MessageWriter, request: Json, origin: str) -> None:
-        self.writer = writer
-        self.usage: Usage | None = None
-        self.done = False
-        self._origin = origin
-        self._tools: dict[Any, tuple[str, str]] = {}  # index -> id and name
-        self._delta: Json = {}
+    NO_SHAPE = "sent an event of unknown shape:"
 
-    def feed(self, data: bytes) -> None:
-        try:
-            event = json.loads(data)
-            kind = event.get("type")
-            if self.done:
-                return
-            if kind == "message":
-                self._read_message(event)
-            elif not re.match("message_|content_block_|ping", str(kind)):
-                raise upstream_error(refusal_from_body(500, data), self._origin, {})
-            else:
-                self._read_event(event)
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-            words = data[:200].decode("utf-8", "replace")
-            raise OgxError(502, f"{self._origin} sent an event of unknown shape: {words}") from None
+    def __init__(self, writer: MessageWriter, request: Json, origin: str) -> None:
+        super().__init__(writer, request, origin)
+        self._tools: dict[Any, tuple[str, str]] = {}  # index -> id and name
+
+    def _read(self, chunk: Json, data: bytes) -> None:
+        kind = str(chunk.get("type"))
+        if kind == "message":
+            self._read_message(chunk)
+        elif re.match("message_|content_block_|ping", kind):
+            self._read_event(chunk)
+        else:
+            raise upstream_error(refusal_from_body(500, data), self._origin, {})
 
     def _read_message(self, message: Json) -> None:
         self._read_event({"type": "message_start", "message": message})
@@ -2270,7 +2188,7 @@ class MessagesTranslator:
             self._read_event(start)
             if block["type"] == "tool_use":
                 self.writer.tool(index, block["id"], block["name"], json.dumps(block["input"]))
-        self._delta = {**message, "usage": None}
+        self._read_event({"type": "message_delta", "delta": message})
         self.end()
 
     def _read_event(self, event: Json) -> None:
@@ -2291,7 +2209,9 @@ class MessagesTranslator:
             if "partial_json" in delta:
                 self.writer.tool(index, *self._tools[index], delta["partial_json"])
         elif kind == "message_delta":
-            self._delta = dict_or_empty(event["delta"])
+            delta = dict_or_empty(event["delta"])
+            self._stop_reason = delta.get("stop_reason") or ""
+            self._stop_sequence = delta.get("stop_sequence")
             self._read_usage(event.get("usage"))
         elif kind == "message_stop":
             self.end()
@@ -2302,17 +2222,7 @@ class MessagesTranslator:
         self.usage = Usage(
             usage.get("input_tokens", known.input), usage.get("output_tokens", known.output),
             usage.get("cache_read_input_tokens", known.cache_read),
-            usage.get("cache_creation_input_tokens", known.cache_written),
-        )  # fmt: skip
-
-    def end(self) -> None:
-        if self.done:
-            return
-        if not self._delta.get("stop_reason"):
-            raise OgxError(502, f"{self._origin} ended the answer before it was complete")
-        self.done = True
-        reason, sequence = self._delta["stop_reason"], self._delta.get("stop_sequence")
-        self.writer.finish(reason, sequence, self.usage or Usage())
+            usage.get("cache_creation_input_tokens", known.cache_written))  # fmt: skip
 
 
 class NativeStream:
@@ -2353,16 +2263,9 @@ class NativeStream:
     def usage(self) -> Usage | None:
         """The tokens that the last events told, for the log."""
         found = dict(re.findall(rb'"(\w+_tokens)"\s*:\s*(\d{1,15})', self._tail))
-        names = (b"input_tokens", b"output_tokens", b"cache_read_input_tokens")
-        return Usage(*(int(found.get(name, 0)) for name in names)) if found else None
+        told = (found.get(name.encode(), 0) for name in LOGGED_USAGE)
+        return Usage(*map(int, told)) if found else None
 
-
-MAX_EVENT = 16 * 1024 * 1024  # bytes
-# Quotes and line breaks in a model's text are escaped, so none of these can stand in one.
-LAST_EVENT = re.compile(
-    rb'(?m)^(event: ?(message_stop|error)\b|data: ?\{"type": ?"error")'
-    rb'|(?<!\\)"type": ?"message_stop"'
-)
 
 # ======== Responses ==========================================================================
 # OpenAI's Responses, which its newest models need for tools; then the table of dialects, and that
@@ -2380,16 +2283,13 @@ def responses_request(request: Json, model: Model) -> Json:
         "input": [item for turn in turns_from_messages(request["messages"])
                   for item in input_items(turn, model.provider, names)],
         "max_output_tokens": max(16, min(request["max_tokens"], model.max_output or 1 << 40)),
-        "store": False,
-        "include": ["reasoning.encrypted_content"],
-    }  # fmt: skip
+        "store": False, "include": ["reasoning.encrypted_content"]}  # fmt: skip
     instructions = "\n\n".join(filter(None, (system_text(request), note)))
     if instructions:
         body["instructions"] = instructions
     body.update(flat_tool_fields(request, names, kind))
-    for name in ("temperature", "top_p"):
-        if request.get(name) is not None:
-            body[name] = request[name]
+    sampling = ("temperature", "top_p")
+    body.update({name: request[name] for name in sampling if request.get(name) is not None})
     if conversation_key(request):
         body["prompt_cache_key"] = conversation_key(request)
     if REASONS.search(model.upstream_id):
@@ -2455,10 +2355,7 @@ def kept_reasoning(block: Json) -> Json | None:
     signature = block.get("signature") or block.get("data")
     if not isinstance(signature, str) or not signature.startswith(SIGNATURE_MARK):
         return None
-    try:
-        kept = dict_or_empty(json.loads(signature))
-    except (ValueError, RecursionError):
-        return None
+    kept = dict_or_empty(json_or_none(signature))
     is_whole = all(isinstance(kept.get(name), str) for name in ("id", "encrypted_content"))
     return kept if is_whole and kept.get("ogx") == "responses" else None
 
@@ -2490,37 +2387,26 @@ def flat_tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Jso
     return {**fields, "tools": tools}
 
 
-class ResponsesTranslator:
+class ResponsesTranslator(Translator):
     """Events of one response to the events of one message; a whole response is read as events."""
 
+    NO_SHAPE = "sent no event but"
+
     def __init__(self, writer: MessageWriter, request: Json, origin: str) -> None:
-        self.writer = writer
-        self.usage: Usage | None = None
-        self.done = False
-        self._names = ToolNames(request)
-        self._origin = origin
-        self._refused = False
+        super().__init__(writer, request, origin)
         self._streamed: set[Any] = set()  # indices of items whose deltas came
 
-    def feed(self, data: bytes) -> None:
-        if self.done or data.strip() == b"[DONE]":
-            return
-        try:
-            event = json.loads(data)
-            if event.get("object") == "response":
-                self._read_whole(event)
-            else:
-                self._read_event(event)
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-            words = readable_text(data[:2000].decode("utf-8", "replace"))
-            raise OgxError(502, f"{self._origin} sent no event but {words}") from None
+    def _read(self, chunk: Json, data: bytes) -> None:
+        if chunk.get("object") == "response":
+            self._read_whole(chunk)
+        else:
+            self._read_event(chunk)
 
     def _read_whole(self, response: Json) -> None:
         for index, item in enumerate(response.get("output") or ()):
-            self._read_event({"type": "response.output_item.added", "output_index": index,
-                              "item": item})  # fmt: skip
-            self._read_event({"type": "response.output_item.done", "output_index": index,
-                              "item": item})  # fmt: skip
+            for step in ("added", "done"):
+                kind = f"response.output_item.{step}"
+                self._read_event({"type": kind, "output_index": index, "item": item})
         status = response.get("status") or "completed"
         self._read_event({"type": f"response.{status}", "response": response})
 
@@ -2597,20 +2483,12 @@ class ResponsesTranslator:
             })  # fmt: skip
 
     def _finish(self, response: Json) -> None:
-        usage = response.get("usage") or {}
-        details = usage.get("input_tokens_details") or {}
-        read, written = details.get("cached_tokens") or 0, details.get("cache_write_tokens") or 0
-        known = (usage.get("input_tokens") or self.writer.input_tokens) - read - written
-        self.usage = Usage(max(0, known), usage.get("output_tokens") or 0, read, written)
+        self.usage = usage_from_chat(response.get("usage") or {}, self.writer.input_tokens)
         why = str((response.get("incomplete_details") or {}).get("reason"))
         reasons = {"max_output_tokens": "max_tokens", "content_filter": "refusal"}
-        reason = reasons.get(why, "end_turn")
-        if self._refused:
-            reason = "refusal"
-        elif self.writer.stopped:
-            reason = "stop_sequence"
-        self.done = True
-        self.writer.finish(reason, self.writer.stopped, self.usage)
+        self._stop_sequence = self.writer.stopped
+        self._stop_reason = "stop_sequence" if self.writer.stopped else reasons.get(why, "end_turn")
+        self.end()
 
     def _error(self, event: Json) -> OgxError:
         fields = (event.get("response") or {}).get("error") or event.get("error") or event
@@ -2619,13 +2497,6 @@ class ResponsesTranslator:
                   "context_length_exceeded": 400, "invalid_prompt": 400}.get(code, 500)  # fmt: skip
         words = fields.get("message") or code or "the response failed"
         return upstream_error(Refusal(status, str(words), code), self._origin, {})
-
-    def end(self) -> None:
-        if not self.done:
-            raise OgxError(502, f"{self._origin} ended the answer before it was complete")
-
-
-Translator = Union[ChatTranslator, MessagesTranslator, ResponsesTranslator]
 
 
 @dataclass(frozen=True)
@@ -2677,6 +2548,91 @@ def request_path(dialect: str, kind: ProviderKind) -> str:
 # gives a lesson, one change to the request's fields; the request is sent again with it. Patterns
 # are generic, since wordings change; each has its real texts as cases in the tests. Pure.
 
+EFFORT_LADDER = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+# What each action does to a field that the request has.
+ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "clamp": min,
+    "raise": max,
+    "truncate": lambda items, count: items[:count],
+    "limit": lambda effort, most: min(effort, most, key=EFFORT_LADDER.index),
+    "unschema": lambda tools, keyword: without_keyword(tools, keyword),
+    "again": lambda value, _: value,
+}
+LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+# Fields a request can do without. An upstream that refuses another one must be told apart.
+OPTIONAL_FIELDS = ("temperature", "top_p", "top_k", "stop", "stream_options", "reasoning_effort",
+                   "parallel_tool_calls", "response_format", "tool_choice", "prompt_cache_key",
+                   "store", "include", "stop_sequences", "thinking", "output_config", "metadata",
+                   "context_management")  # fmt: skip
+# Keywords that constrain without being needed to fill in a call.
+SCHEMA_KEYWORDS = ("propertyNames", "exclusiveMinimum", "exclusiveMaximum", "additionalProperties",
+                   "patternProperties", "pattern", "format", "default", "const", "minLength",
+                   "maxLength", "minItems", "maxItems", "uniqueItems", "minimum", "maximum",
+                   "$schema", "title", "examples")  # fmt: skip
+RENAMED_LIMIT = re.compile(r"['`\"]?(max_\w*tokens)['`\"]?.{0,60}[Uu]se ['`\"]?(max_\w*tokens)")
+UNSUPPORTED = re.compile(r"(unsupported|not supported|unrecognized|unknown|unexpected|does not "
+                         r"support|not permitted|extra (fields|inputs))", re.I)  # fmt: skip
+# Seen live: vLLM's. The others are from issue threads; DeepSeek's and Anthropic's from memory.
+OUTPUT_LIMITS = tuple(map(re.compile, (
+    r"supports at most (\d+) (?:completion|output) tokens",  # OpenAI
+    r"\d+ > (\d+), which is the maximum allowed number of output tokens",  # Anthropic
+    r"max_tokens.{0,80}less than or equal to `?(\d+)",  # Groq
+    r"model limit of (\d+)",  # Bedrock
+    r"max_tokens\D{0,60}\[1, ?(\d+)\]",  # DeepSeek
+    r"max_model_len=(\d+)",  # vLLM 0.33
+    r"expected a value <= (\d+)",  # Volcano
+)))  # fmt: skip
+# (limit, prompt, asked for): the prompt fits, prompt and output together don't.
+ROOM_LEFT = tuple(map(re.compile, (
+    r"context length is (?P<limit>\d+) tokens.*?\((?P<prompt>\d+) in the messages",
+    r"context length is (?P<limit>\d+) tokens and your request has (?P<prompt>\d+) input",
+    r"exceed context limit: (?P<prompt>\d+) \+ \d+ > (?P<limit>\d+)",
+    r"must be <= (?P<limit>\d+)\. Given: (?P<prompt>\d+) `inputs`")))  # fmt: skip
+# Seen live: vLLM's and llama.cpp's. The others are from issue threads; xAI's, Groq's, Bedrock's and
+# Mistral's from memory.
+OVERFLOWS = tuple(map(re.compile, (
+    r"context length is (?P<limit>\d+) tokens\. However, your messages resulted in (?P<prompt>\d+)",
+    r"context length is (?P<limit>\d+) tokens\. However, your prompt contains (?:at least )?"
+    r"(?P<prompt>\d+) input tokens",
+    r"context length is (?P<limit>\d+) tokens.*?\((?P<prompt>\d+) in the messages",
+    r"Input length \((?P<prompt>\d+)\) exceeds model's maximum context length \((?P<limit>\d+)\)",
+    r"limit of (?P<limit>\d+) tokens\. Your messages resulted in (?P<prompt>\d+) tokens",
+    r"input token count \((?P<prompt>\d+)\) exceeds the maximum number of tokens allowed "
+    r"\((?P<limit>\d+)\)",
+    r"request \((?P<prompt>\d+) tokens\) exceeds the available context size \((?P<limit>\d+)",
+    r"Current length is (?P<prompt>\d+) while limit is (?P<limit>\d+)",
+    r"maximum prompt length is (?P<limit>\d+) but the request contains (?P<prompt>\d+)",
+    r"Request too large for model.*Limit (?P<limit>\d+), Requested (?P<prompt>\d+)",
+    r"Prompt contains (?P<prompt>\d+) tokens.*?(?P<limit>\d+) maximum context length",
+    r"context_length_exceeded|exceeds the context window|[Ii]nput is too long|"
+    r"exceed_context_size|maximum context length|prompt is too long")))  # fmt: skip
+# Words that tell how a server differs from the row it was configured under: the row is put right.
+# Seen live: llama.cpp's and chat templates'. The others are from vendors' pages and issue threads.
+ROW_REMEDIES: tuple[tuple[re.Pattern[str], str, Any], ...] = (
+    # OpenAI: models that take tools, or anything, only there, and those that don't
+    (re.compile(r"not supported (in|on|with) (the )?(/?v1/responses|Responses API)", re.I),
+     "responses", False),
+    (re.compile(r"use /?v1/responses|only supported in /?v1/responses|not a chat model"),
+     "responses", True),
+    (re.compile(r"encrypted content .*(verified|decrypted|invalid)|[Ii]tem with id 'rs_"),
+     "own_reasoning", False),
+    (re.compile(r"must be verified to .*summar|summary.*verif", re.I), "summaries", False),
+    (re.compile(r"roles must alternate"), "user_after_tool", False),  # Mistral's chat templates
+    (re.compile(r"Tool call id was .* must be a-z"), "short_tool_ids", True),  # mistral-common
+    (re.compile(r"reasoning_content.{0,60}(must be passed back|is missing)"),
+     "reasoning_echo", "reasoning_content"),  # DeepSeek, Moonshot
+    (re.compile(r"property '(reasoning\w*)' is unsupported"), "reasoning_echo", ""),  # Groq
+    (re.compile(r"[Ss]ystem message must be (at|the) (the )?(beginning|first)"),
+     "system_anywhere", False),  # chat templates of Qwen and others
+    # OpenAI, vLLM, Groq, Ollama
+    (re.compile(r"(does not|doesn't|n[o']t) support images?\b(?! \w*(larger|format|url|of))|"
+                r"image_url is only supported|"
+                r"At most 0 image|image input is not supported|missing data required for image|"
+                r"mmproj", re.I), "images", False),
+    (re.compile(r"(file|document|pdf).{0,40}not supported|'?type'?: ?'?file'?.{0,60}invalid|"
+                r"Invalid value: 'file'|unknown part type: file", re.I), "files", False),
+    (re.compile(r"thought_signature"), "tool_call_extra", SKIP_SIGNATURE))  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -2693,18 +2649,6 @@ class Lesson:
     def __str__(self) -> str:
         value = "" if self.value is None else f" to {self.value}"
         return f"{self.action} {self.field}{value}"
-
-
-EFFORT_LADDER = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-# What each action does to a field that the request has.
-ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
-    "clamp": min,
-    "raise": max,
-    "truncate": lambda items, count: items[:count],
-    "limit": lambda effort, most: min(effort, most, key=EFFORT_LADDER.index),
-    "unschema": lambda tools, keyword: without_keyword(tools, keyword),
-    "again": lambda value, _: value,
-}
 
 
 def with_lessons(body: Json, lessons: Iterable[Lesson]) -> Json:
@@ -2742,68 +2686,16 @@ def without_keyword(tree: Any, keyword: str) -> Any:
     return {
         name: {k: without_keyword(v, keyword) for k, v in value.items()}
         if name == "properties" and isinstance(value, dict) else without_keyword(value, keyword)
-        for name, value in tree.items() if name != keyword
-    }  # fmt: skip
+        for name, value in tree.items() if name != keyword}  # fmt: skip
 
 
-LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-# Fields a request can do without. An upstream that refuses another one must be told apart.
-OPTIONAL_FIELDS = ("temperature", "top_p", "top_k", "stop", "stream_options", "reasoning_effort",
-                   "parallel_tool_calls", "response_format", "tool_choice", "prompt_cache_key",
-                   "store", "include", "stop_sequences", "thinking", "output_config", "metadata",
-                   "context_management")  # fmt: skip
-RENAMED_LIMIT = re.compile(r"['`\"]?(max_\w*tokens)['`\"]?.{0,60}[Uu]se ['`\"]?(max_\w*tokens)")
-UNSUPPORTED = re.compile(
-    r"(unsupported|not supported|unrecognized|unknown|unexpected|not permitted|extra (fields|"
-    r"inputs)|does not support)", re.I
-)  # fmt: skip
-# Seen live: vLLM's. The others are from issue threads; DeepSeek's and Anthropic's from memory.
-OUTPUT_LIMITS = tuple(map(re.compile, (
-    r"supports at most (\d+) (?:completion|output) tokens",  # OpenAI
-    r"\d+ > (\d+), which is the maximum allowed number of output tokens",  # Anthropic
-    r"max_tokens.{0,80}less than or equal to `?(\d+)",  # Groq
-    r"model limit of (\d+)",  # Bedrock
-    r"max_tokens\D{0,60}\[1, ?(\d+)\]",  # DeepSeek
-    r"max_model_len=(\d+)",  # vLLM 0.33
-    r"expected a value <= (\d+)",  # Volcano
-)))  # fmt: skip
-# (limit, prompt, asked for): the prompt fits, prompt and output together don't.
-ROOM_LEFT = tuple(map(re.compile, (
-    r"context length is (?P<limit>\d+) tokens.*?\((?P<prompt>\d+) in the messages",
-    r"context length is (?P<limit>\d+) tokens and your request has (?P<prompt>\d+) input",
-    r"exceed context limit: (?P<prompt>\d+) \+ \d+ > (?P<limit>\d+)",
-    r"must be <= (?P<limit>\d+)\. Given: (?P<prompt>\d+) `inputs`",
-)))  # fmt: skip
-# Seen live: vLLM's and llama.cpp's. The others are from issue threads; xAI's, Groq's, Bedrock's and
-# Mistral's from memory.
-OVERFLOWS = tuple(map(re.compile, (
-    r"context length is (?P<limit>\d+) tokens\. However, your messages resulted in (?P<prompt>\d+)",
-    r"context length is (?P<limit>\d+) tokens\. However, your prompt contains (?:at least )?"
-    r"(?P<prompt>\d+) input tokens",
-    r"context length is (?P<limit>\d+) tokens.*?\((?P<prompt>\d+) in the messages",
-    r"Input length \((?P<prompt>\d+)\) exceeds model's maximum context length \((?P<limit>\d+)\)",
-    r"limit of (?P<limit>\d+) tokens\. Your messages resulted in (?P<prompt>\d+) tokens",
-    r"input token count \((?P<prompt>\d+)\) exceeds the maximum number of tokens allowed "
-    r"\((?P<limit>\d+)\)",
-    r"request \((?P<prompt>\d+) tokens\) exceeds the available context size \((?P<limit>\d+)",
-    r"Current length is (?P<prompt>\d+) while limit is (?P<limit>\d+)",
-    r"maximum prompt length is (?P<limit>\d+) but the request contains (?P<prompt>\d+)",
-    r"Request too large for model.*Limit (?P<limit>\d+), Requested (?P<prompt>\d+)",
-    r"Prompt contains (?P<prompt>\d+) tokens.*?(?P<limit>\d+) maximum context length",
-    r"context_length_exceeded|exceeds the context window|[Ii]nput is too long|"
-    r"exceed_context_size|maximum context length|prompt is too long",
-)))  # fmt: skip
-
-
-def lesson_from_refusal(
-    refusal: Refusal, body: Json, model: Model, known: Sequence[Lesson] = ()
-) -> Lesson | None:
+def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
+                        known: Sequence[Lesson] = ()) -> Lesson | None:  # fmt: skip
     """What to change so that the same request is accepted; None when nothing is known to help, or
     what would help was tried."""
     if refusal.status not in (400, 404, 405, 413, 422, 500):
         return None
-    words = f"{refusal.message} {refusal.param}"  # some gateways move the sentence into `param`
-    kind = model.provider.kind
+    words, kind = refusal.words, model.provider.kind
     tried = {lesson.field for lesson in known if lesson.action == "row"}
     for pattern, row_field, value in ROW_REMEDIES:
         if row_field not in tried and pattern.search(words) and getattr(kind, row_field) != value:
@@ -2813,48 +2705,13 @@ def lesson_from_refusal(
         return Lesson("row", "responses", False)  # there is no such path
     for remedy in REMEDIES if refusal.status != 500 else ():
         lesson = remedy(refusal, body)
-        if lesson and {lesson.action, *(k.action for k in known if k.field == lesson.field)} == {
-            "set", "drop"
-        }:  # that would go to and fro
+        if lesson is None:
             continue
-        if lesson and (lesson.action == "again" or with_lessons(body, [lesson]) != body):
+        actions = {lesson.action, *(k.action for k in known if k.field == lesson.field)}
+        useful = lesson.action == "again" or with_lessons(body, [lesson]) != body
+        if useful and actions != {"set", "drop"}:  # that would go to and fro
             return lesson
     return None
-
-
-# Words that tell how a server differs from the row it was configured under: the row is put right.
-# Seen live: llama.cpp's and chat templates'. The others are from vendors' pages and issue threads.
-ROW_REMEDIES: tuple[tuple[re.Pattern[str], str, Any], ...] = (
-    # OpenAI: models that take tools, or anything, only there, and those that don't
-    (re.compile(r"not supported (in|on|with) (the )?(/?v1/responses|Responses API)", re.I),
-     "responses", False),
-    (re.compile(r"use /?v1/responses|only supported in /?v1/responses|not a chat model"),
-     "responses", True),
-    (re.compile(r"encrypted content .*(verified|decrypted|invalid)|[Ii]tem with id 'rs_"),
-     "own_reasoning", False),
-    (re.compile(r"must be verified to .*summar|summary.*verif", re.I), "summaries", False),
-    # chat templates of Mistral's models
-    (re.compile(r"roles must alternate"), "user_after_tool", False),
-    # Mistral, and servers with mistral-common
-    (re.compile(r"Tool call id was .* must be a-z"), "short_tool_ids", True),
-    # DeepSeek, Moonshot
-    (re.compile(r"reasoning_content.{0,60}(must be passed back|is missing)"),
-     "reasoning_echo", "reasoning_content"),
-    # Groq, when reasoning was echoed
-    (re.compile(r"property '(reasoning\w*)' is unsupported"), "reasoning_echo", ""),
-    # chat templates of Qwen and others
-    (re.compile(r"[Ss]ystem message must be (at|the) (the )?(beginning|first)"),
-     "system_anywhere", False),
-    # OpenAI, vLLM, Groq, Ollama
-    (re.compile(r"(does not|doesn't|n[o']t) support images?\b(?! \w*(larger|format|url|of))|"
-                r"image_url is only supported|"
-                r"At most 0 image|image input is not supported|missing data required for image|"
-                r"mmproj", re.I), "images", False),
-    (re.compile(r"(file|document|pdf).{0,40}not supported|'?type'?: ?'?file'?.{0,60}invalid|"
-                r"Invalid value: 'file'|unknown part type: file", re.I), "files", False),
-    (re.compile(r"thought_signature"), "tool_call_extra", (("extra_content", {"google": {
-        "thought_signature": "skip_thought_signature_validator"}}),)),
-)  # fmt: skip
 
 
 def renamed_limit(refusal: Refusal, body: Json) -> Lesson | None:
@@ -2865,9 +2722,8 @@ def renamed_limit(refusal: Refusal, body: Json) -> Lesson | None:
 
 def clamped_limit(refusal: Refusal, body: Json) -> Lesson | None:
     """`max_tokens is too large: 32000. This model supports at most 16384 completion tokens`"""
-    name = next((n for n in LIMIT_FIELDS if n in body), None)
-    words = f"{refusal.message} {refusal.param}"  # some gateways move the sentence into `param`
-    match = next((m for m in (p.search(words) for p in OUTPUT_LIMITS) if m), None)
+    name, words = limit_field(body), refusal.words
+    match = first_match(OUTPUT_LIMITS, words)
     if name is None or match is None or int(match.group(1)) < 16:
         return None
     # Other limits are told in the same words: of images, of tools, of the temperature.
@@ -2876,10 +2732,17 @@ def clamped_limit(refusal: Refusal, body: Json) -> Lesson | None:
     return Lesson("clamp", name, int(match.group(1)))
 
 
+def limit_field(body: Json) -> str | None:
+    return next((name for name in LIMIT_FIELDS if name in body), None)
+
+
+def first_match(patterns: Iterable[re.Pattern[str]], words: str) -> re.Match[str] | None:
+    return next(filter(None, (pattern.search(words) for pattern in patterns)), None)
+
+
 def room_left(refusal: Refusal, body: Json) -> Lesson | None:
     """The prompt fits, but not with the output asked for: ask for what is left, this once."""
-    name = next((n for n in LIMIT_FIELDS if n in body), None)
-    match = next((m for m in (p.search(refusal.message) for p in ROOM_LEFT) if m), None)
+    name, match = limit_field(body), first_match(ROOM_LEFT, refusal.message)
     if name is None or match is None:
         return None
     left = int(match.group("limit")) - int(match.group("prompt"))
@@ -2889,16 +2752,15 @@ def room_left(refusal: Refusal, body: Json) -> Lesson | None:
 def no_reasoning_with_tools(refusal: Refusal, body: Json) -> Lesson | None:
     """`Function tools with reasoning_effort are not supported for gpt-5.6-terra in
     /v1/chat/completions. To use function tools, use /v1/responses or set ... to 'none'.`"""
-    if "Function tools with reasoning_effort" not in refusal.message:
-        return None
-    return Lesson("set", "reasoning_effort", "none")
+    told = "Function tools with reasoning_effort" in refusal.message
+    return Lesson("set", "reasoning_effort", "none") if told else None
 
 
 def lower_effort(refusal: Refusal, body: Json) -> Lesson | None:
     """`Unsupported value: 'reasoning_effort' does not support 'max' with this model. Supported
     values are: 'low', 'medium', and 'high'.`: the highest of those that isn't above what was
     asked, else a step down the ladder."""
-    words, asked = f"{refusal.message} {refusal.param}", body.get("reasoning_effort")
+    words, asked = refusal.words, body.get("reasoning_effort")
     if asked not in EFFORT_LADDER[1:] or not re.search(r"effort", words):
         return None
     rank = EFFORT_LADDER.index(asked)
@@ -2916,11 +2778,10 @@ def lower_effort(refusal: Refusal, body: Json) -> Lesson | None:
 
 def raised_limit(refusal: Refusal, body: Json) -> Lesson | None:
     """`integer below minimum value. Expected a value >= 16, but got 1 instead.`"""
-    match = re.search(r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)",
-                      refusal.message)  # fmt: skip
-    name = next((n for n in LIMIT_FIELDS if n in body), None)
+    name, said = limit_field(body), refusal.message
+    match = re.search(r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)", said)
     least = int(match.group(1)) if match else 0
-    if not 0 < least <= 64 or name is None or "token" not in f"{refusal.message} {refusal.param}":
+    if not 0 < least <= 64 or name is None or "token" not in refusal.words:
         return None
     return Lesson("raise", name, least)
 
@@ -2934,7 +2795,7 @@ def fewer_tools(refusal: Refusal, body: Json) -> Lesson | None:
 def plainer_schema(refusal: Refusal, body: Json) -> Lesson | None:
     """A keyword of JSON schema that a tool's schema may not have: `Invalid schema for function
     'X': ... 'propertyNames' is not permitted`, or a path such as parameters.properties.a.format."""
-    words = f"{refusal.message} {refusal.param}"
+    words = refusal.words
     if "tools" not in body or not re.search(r"schema|parameters|function_declarations", words):
         return None
     named = re.findall(r"\w+", words)
@@ -2942,18 +2803,10 @@ def plainer_schema(refusal: Refusal, body: Json) -> Lesson | None:
     return Lesson("unschema", "tools", keyword) if keyword else None
 
 
-# Keywords that constrain without being needed to fill in a call.
-SCHEMA_KEYWORDS = ("propertyNames", "exclusiveMinimum", "exclusiveMaximum", "additionalProperties",
-                   "patternProperties", "pattern", "format", "default", "const", "minLength",
-                   "maxLength", "minItems", "maxItems", "uniqueItems", "minimum", "maximum",
-                   "$schema", "title", "examples")  # fmt: skip
-
-
 def garbled_call(refusal: Refusal, body: Json) -> Lesson | None:
     """Groq's `tool_use_failed`: the model wrote a call that the provider couldn't read."""
-    if refusal.code == "tool_use_failed" or "tool call validation failed" in refusal.message:
-        return Lesson("again", "messages", keep=False)
-    return None
+    told = refusal.code == "tool_use_failed" or "tool call validation failed" in refusal.message
+    return Lesson("again", "messages", keep=False) if told else None
 
 
 def dropped_field(refusal: Refusal, body: Json) -> Lesson | None:
@@ -2978,8 +2831,7 @@ def dropped_field(refusal: Refusal, body: Json) -> Lesson | None:
 
 REMEDIES: tuple[Callable[[Refusal, Json], Lesson | None], ...] = (
     renamed_limit, clamped_limit, room_left, raised_limit, no_reasoning_with_tools, lower_effort,
-    fewer_tools, garbled_call, dropped_field, plainer_schema,
-)  # fmt: skip
+    fewer_tools, garbled_call, dropped_field, plainer_schema)  # fmt: skip
 
 
 def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxError | None:
@@ -2989,7 +2841,7 @@ def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxErr
     at_once = refusal.status == 429 and "Request too large" in words  # waiting won't help
     if refusal.status not in (400, 413, 422, 500) and not at_once:
         return None
-    match = next((m for m in (p.search(words) for p in OVERFLOWS) if m), None)
+    match = first_match(OVERFLOWS, words)
     if match is None:
         return None
     found = match.groupdict()
@@ -3007,6 +2859,9 @@ def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxErr
 # says so.
 
 
+LESSON_DAYS = 30
+
+
 class Store:
     """JSON values by kind and key, in a file or, for an empty path, in memory. Safe for threads."""
 
@@ -3017,20 +2872,22 @@ class Store:
         self._lock = threading.Lock()
         self._errors = (sqlite3.Error, OSError)
         try:
-            self._database = self._opened(sqlite3, path or ":memory:")
+            self._database = self._opened_or_replaced(sqlite3, path or ":memory:")
+        except self._errors as error:
+            log.warning("can't use the state file %s (%s); registered models are forgotten at the "
+                        "end", path, error)  # fmt: skip
+            self._database = self._opened(sqlite3, ":memory:")
+
+    def _opened_or_replaced(self, sqlite3: Any, path: str) -> Any:
+        try:
+            return self._opened(sqlite3, path)
+        except sqlite3.OperationalError:  # locked, read-only, no space
+            raise
         except (sqlite3.DatabaseError, ValueError) as error:
-            if isinstance(error, sqlite3.OperationalError):  # locked, read-only, no space
-                self._keep_in_memory(sqlite3, error)
-                return
             aside = f"{path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
-            try:
-                os.replace(path, aside)
-                log.warning("the state file %s was corrupt (%s); it is now %s", path, error, aside)
-                self._database = self._opened(sqlite3, path)
-            except self._errors as problem:
-                self._keep_in_memory(sqlite3, problem)
-        except OSError as error:
-            self._keep_in_memory(sqlite3, error)
+            os.replace(path, aside)
+            log.warning("the state file %s was corrupt (%s); it is now %s", path, error, aside)
+            return self._opened(sqlite3, path)
 
     def _opened(self, sqlite3: Any, path: str) -> Any:
         """The database; sqlite3.DatabaseError or ValueError where it isn't one of ours."""
@@ -3054,11 +2911,6 @@ class Store:
                 raise ValueError("it is of another program") from None
             raise
         return database
-
-    def _keep_in_memory(self, sqlite3: Any, error: Exception) -> None:
-        log.warning("can't use the state file %s (%s); registered models are forgotten at the end",
-                    self.path, error)  # fmt: skip
-        self._database = self._opened(sqlite3, ":memory:")
 
     def all(self, kind: str) -> dict[str, Any]:
         """All values of a kind by key, oldest first."""
@@ -3133,9 +2985,6 @@ class Lessons:
         return bool(known)
 
 
-LESSON_DAYS = 30
-
-
 def lesson_from_json(fields: Any) -> Lesson | None:
     """A lesson as it was kept, JSON having made lists of its tuples; None for what another
     version kept."""
@@ -3167,7 +3016,6 @@ HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-
 
 def headers_from_lines(lines: Iterable[bytes]) -> dict[str, str]:
     """Header fields by lower-case name; fields that come twice are joined by a comma.
-
     Raises OgxError(400) for what smuggles: continued lines, control characters, bad names."""
     headers: dict[str, str] = {}
     for line in lines:
@@ -3333,13 +3181,12 @@ class Upstream:
              headers: Mapping[str, str] | None = None,
              timeout: float = CONNECT_TIMEOUT) -> Reply:  # fmt: skip
         """Send a request to one of the provider's paths; the reply is still to be read.
-
         Raises OgxError 502 or 504, told for the user, when the provider can't be reached."""
         if provider.kind is DEMO_KIND:
             return DemoReply(json.loads(body or b"{}"))
         own = {"x-ogx-instance": self.instance, **(headers or {})}
         data = request_bytes(provider, method, path, body, own)
-        return SocketReply(self, provider, data, timeout)
+        return Reply(self, provider, data, timeout)
 
     def ask(self, provider: Provider, path: str, timeout: float, body: bytes | None = None,
             headers: Mapping[str, str] | None = None) -> tuple[Reply, bytes]:  # fmt: skip
@@ -3369,9 +3216,8 @@ class Upstream:
         try:
             return json.loads(body)
         except (ValueError, RecursionError):
-            words = readable_text(body[:2000].decode("utf-8", "replace"))[:120]
-            url = provider.url(path)
-            raise OgxError(502, f"expected JSON from {url}, got {words}") from None
+            words = f"expected JSON from {provider.url(path)}, got {beginning(body)[:120]}"
+            raise OgxError(502, words) from None
 
     def take(self, provider: Provider, timeout: float, fresh: bool) -> tuple[socket.socket, bool]:
         """A connection to the provider, and whether it was used before."""
@@ -3409,14 +3255,11 @@ class Upstream:
         try:
             proxy = proxy_of(parts.scheme, host)
             at = proxy or parts
-            port = at.port or (443 if secure and not proxy else 80)
-            connection: http.client.HTTPConnection
+            name, port = at.hostname or "", at.port or (443 if secure and not proxy else 80)
+            connection = http.client.HTTPConnection(name, port, timeout=timeout)
             if secure:
-                connection = http.client.HTTPSConnection(
-                    at.hostname or "", port, timeout=timeout, context=self._context(provider)
-                )
-            else:
-                connection = http.client.HTTPConnection(at.hostname or "", port, timeout=timeout)
+                tls = self._context(provider)
+                connection = http.client.HTTPSConnection(name, port, timeout=timeout, context=tls)
             if proxy and secure:
                 connection.set_tunnel(host, parts.port or 443, proxy_headers(proxy))
             connection.connect()
@@ -3517,42 +3360,13 @@ def received_now(sock: socket.socket) -> bytes | None:
 
 
 class Reply:
-    """An upstream's answer while it comes in; headers by lower-case name."""
-
-    def __init__(self, status: int = 0, headers: Mapping[str, str] | None = None) -> None:
-        self.status = status
-        self.headers: Mapping[str, str] = headers or {}
-
-    def head(self, timeout: float, watch: socket.socket | None = None) -> bool:
-        """Read status and headers; False when they haven't come within `timeout` seconds."""
-        raise NotImplementedError
-
-    def read(self, timeout: float, watch: socket.socket | None = None) -> bytes | None:
-        """The next piece of the body, b"" at its end, None after `timeout` seconds of silence."""
-        raise NotImplementedError
-
-    def release(self) -> None:
-        """Done with it: keep the connection where it is clean, else close it."""
-
-
-class DemoReply(Reply):
-    def __init__(self, body: Json) -> None:
-        super().__init__(200, {"content-type": "text/event-stream"})
-        self._pieces = demo_stream(body)
-
-    def head(self, timeout: float, watch: socket.socket | None = None) -> bool:
-        return True
-
-    def read(self, timeout: float, watch: socket.socket | None = None) -> bytes | None:
-        return next(self._pieces, b"")
-
-
-class SocketReply(Reply):
-    """An answer over a connection. A request that met a dead pooled connection is sent again."""
+    """An upstream's answer while it comes in; headers by lower-case name. A request that met a
+    dead pooled connection is sent again."""
 
     def __init__(self, upstream: Upstream, provider: Provider, request: bytes,
                  timeout: float) -> None:  # fmt: skip
-        super().__init__()
+        self.status = 0
+        self.headers: Mapping[str, str] = {}
         self._upstream, self._provider = upstream, provider
         self._request, self._timeout = request, timeout
         self._buffer = b""
@@ -3573,6 +3387,7 @@ class SocketReply(Reply):
         self._sent_at = time.monotonic()
 
     def head(self, timeout: float, watch: socket.socket | None = None) -> bool:
+        """Read status and headers; False when they haven't come within `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self._body is None:
             data = self._receive(deadline, watch, FIRST_BYTE_TIMEOUT)
@@ -3616,6 +3431,7 @@ class SocketReply(Reply):
         return True
 
     def read(self, timeout: float, watch: socket.socket | None = None) -> bytes | None:
+        """The next piece of the body, b"" at its end, None after `timeout` seconds of silence."""
         body, deadline = self._body, time.monotonic() + timeout
         assert body is not None, "head() comes before read()"
         while not body.done:
@@ -3636,9 +3452,7 @@ class SocketReply(Reply):
                 return payload
         return b""
 
-    def _receive(
-        self, deadline: float, watch: socket.socket | None, limit: float
-    ) -> bytes | None:
+    def _receive(self, deadline: float, watch: socket.socket | None, limit: float) -> bytes | None:
         """Bytes as they come, b"" at the end, None when the deadline passed; OgxError(504) after
         `limit` seconds without a byte."""
         began = time.monotonic()
@@ -3663,6 +3477,7 @@ class SocketReply(Reply):
                              f"{self._provider.base_url}: {why}")  # fmt: skip
 
     def release(self) -> None:
+        """Done with it: keep the connection where it is clean, else close it."""
         body = self._body
         with suppress(OgxError):
             # The end of a chunked body often comes a moment after the last event.
@@ -3674,6 +3489,21 @@ class SocketReply(Reply):
             self._socket.close()
 
 
+class DemoReply(Reply):
+    def __init__(self, body: Json) -> None:
+        self.status, self.headers = 200, {"content-type": "text/event-stream"}
+        self._pieces = demo_stream(body)
+
+    def head(self, timeout: float, watch: socket.socket | None = None) -> bool:
+        return True
+
+    def read(self, timeout: float, watch: socket.socket | None = None) -> bytes | None:
+        return next(self._pieces, b"")
+
+    def release(self) -> None:
+        pass
+
+
 # ======== Gateway ============================================================================
 # One method per endpoint. messages() is the one way through: resolve the model, translate, send,
 # learn from a refusal and send again, translate what comes back. Clients' keys stop here.
@@ -3682,6 +3512,7 @@ MAX_REQUESTS = 5  # to one upstream for one request of a client: remedies and re
 BACKOFF = 0.3  # seconds before the first retry, doubled for each further one
 SAME_REFUSAL = 5.0  # seconds for which a refused request is not sent again as it was
 REST = 30.0  # seconds for which a failed target of a chain is tried last
+PASSING = (408, 429, 500, 502, 503, 504, 529)  # statuses of failures that another try may not meet
 TICK = 10.0  # seconds of silence after which the client gets a sign of life
 LIST_TIMEOUT = 5.0  # for a provider's model list
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of an answer that isn't streamed
@@ -3699,6 +3530,7 @@ class Exchange:
     headers: Mapping[str, str] = field(default_factory=dict)  # for upstreams that speak Messages
     watch: socket.socket | None = None  # the client's connection, to notice that it left
     asked: str = ""
+    answered: bool = False  # a part of the answer is with the client: there is no second try
     served: str = ""
     dialect: str = ""
     session: str = ""
@@ -3727,8 +3559,7 @@ class Gateway:
             else:
                 self.registry.register(Alias(
                     model_id, str(kept.get("provider_id")), str(kept.get("provider_model_id")),
-                    tuple(map(str, kept.get("targets") or ())),
-                ))  # fmt: skip
+                    tuple(map(str, kept.get("targets") or ()))))  # fmt: skip
         self.upstream = upstream or Upstream()
         self.lessons = Lessons(self.store)
         self.backoff = BACKOFF
@@ -3740,20 +3571,18 @@ class Gateway:
 
     # -- messages
 
-    def messages(self, exchange: Exchange) -> Iterator[bytes | None]:
+    def messages(self, exchange: Exchange) -> Generator[bytes | None, None, None]:
         """The answer's bytes as they come: server-sent events, or one JSON object where no stream
         was asked for. None when there was nothing to hand on for a tick.
-
         Raises OgxError: before the first bytes it can still become an HTTP status. Closing the
         iterator closes the upstream's connection."""
         exchange.asked = one_line(BAD_ID.sub("?", exchange.request["model"]))[:200]
         chain = self._chain(exchange.request["model"])
         since = time.monotonic()
         for place, model in enumerate(chain, 1):
-            answered = False
             try:
                 for piece in self._tried(model, exchange):
-                    answered = answered or bool(piece)
+                    exchange.answered = exchange.answered or bool(piece)
                     now = time.monotonic()
                     if piece or now - since >= self.tick * 0.9:
                         yield piece or None
@@ -3763,7 +3592,7 @@ class Gateway:
                 error.without(model.provider.api_key)
                 if len(chain) > 1 and is_passing(error):
                     self._resting[model.served] = time.monotonic() + REST
-                if answered or place == len(chain) or not is_passing(error):
+                if exchange.answered or place == len(chain) or not is_passing(error):
                     raise
                 log.warning("%s: %s failed: %s; trying %s", exchange.request_id, model.served,
                             one_line(error.message), chain[place].served)  # fmt: skip
@@ -3787,7 +3616,7 @@ class Gateway:
         lessons = list(self.lessons.of(model))
         waited, retries, key, again, known = 0.0, 0, None, False, len(lessons)
         for attempt in range(1, MAX_REQUESTS + 1):
-            taught, answered = taught_model(model, lessons), False
+            taught = taught_model(model, lessons)
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
             dialect = DIALECTS[name]
             if not taught.provider.kind.keeps_billing_header:  # everyone but Anthropic itself
@@ -3802,14 +3631,15 @@ class Gateway:
             self._raise_known_refusal(key)
             try:
                 for piece in self._answer(taught, name, data, exchange):
-                    if piece and not answered:  # what was changed has helped
-                        answered = True
+                    if piece and not exchange.answered:  # what was changed has helped
+                        exchange.answered = True
                         self.lessons.add(model, lessons[known:])
                     yield piece
                 return
             except OgxError as error:
                 error.without(model.provider.api_key)
-                refusal = error.refusal if attempt < MAX_REQUESTS and not answered else None
+                final = exchange.answered or attempt == MAX_REQUESTS
+                refusal = None if final else error.refusal
                 if refusal and name == "messages" and refusal.status in (404, 405) and (
                     "chat" in taught.provider.kind.dialects and model.provider.dialect == "auto"
                     and "model" not in refusal.message.lower()
@@ -3830,9 +3660,8 @@ class Gateway:
                 if overflow and "prompt is too long" not in error.message:
                     raise overflow from None
                 pause = pause_before(error, retries, self.backoff)
-                if answered or attempt == MAX_REQUESTS or pause is None or (
-                    retries == self.config.retries or waited + pause > self.config.retry_seconds
-                ):
+                spent = final or retries == self.config.retries
+                if spent or pause is None or waited + pause > self.config.retry_seconds:
                     self._note_refusal(key, error)
                     raise
                 log.info("%s: %s failed: %s; trying again in %.1f s", exchange.request_id,
@@ -3854,9 +3683,8 @@ class Gateway:
             fresh = {k: known for k, known in list(self._refused.items()) if known[0] > now}
             self._refused = {**fresh, key: (now + SAME_REFUSAL, error.again())}
 
-    def _answer(
-        self, model: Model, name: str, data: bytes, exchange: Exchange
-    ) -> Iterator[bytes | None]:
+    def _answer(self, model: Model, name: str, data: bytes,
+                exchange: Exchange) -> Iterator[bytes | None]:  # fmt: skip
         """What one request to the upstream brings."""
         dialect, kind = DIALECTS[name], model.provider.kind
         headers = exchange.headers if dialect.native else {}
@@ -3881,10 +3709,8 @@ class Gateway:
         finally:
             reply.release()
 
-    def _translated(
-        self, reply: Reply, translator: Translator,
-        watch: socket.socket | None,
-    ) -> Iterator[list[Json] | None]:  # fmt: skip
+    def _translated(self, reply: Reply, translator: Translator,
+                    watch: socket.socket | None) -> Iterator[list[Json] | None]:  # fmt: skip
         """The answer's events in batches, each what came together; None for a tick of silence."""
         try:
             for items in upstream_items(reply, self.tick, watch):
@@ -3947,13 +3773,12 @@ class Gateway:
                 raise OgxError(502, f"{origin} ended the answer before it was complete")
             return
         raise_if_error(b"data: " + bytes(whole).strip() + b"\n\n", exchange.served)
-        try:
-            message = json.loads(whole)
-            exchange.usage = usage_from_message(message)
-            yield json_bytes({**message, "model": model_id})
-        except (ValueError, RecursionError, TypeError, AttributeError):
-            words = readable_text(whole[:2000].decode("utf-8", "replace"))
-            raise OgxError(502, f"{exchange.served} sent no message but {words}") from None
+        message = json_or_none(bytes(whole))
+        if not isinstance(message, dict):
+            raise OgxError(502, f"{exchange.served} sent no message but {beginning(bytes(whole))}")
+        usage = dict_or_empty(message.get("usage"))
+        exchange.usage = Usage(*(usage.get(name) or 0 for name in LOGGED_USAGE))
+        yield json_bytes({**message, "model": model_id})
 
     def count_tokens(self, exchange: Exchange) -> Json:
         """{"input_tokens": N}: by the upstream where it counts for free, else an estimate."""
@@ -3965,12 +3790,12 @@ class Gateway:
             data = json_bytes(messages_request(request, model))
             try:
                 reply, body = self.upstream.ask(model.provider, path, 30.0, data, exchange.headers)
-                if reply.status == 200 and isinstance(json.loads(body)["input_tokens"], int):
-                    counted: Json = json.loads(body)
+                counted = dict_or_empty(json_or_none(body))
+                if reply.status == 200 and isinstance(counted.get("input_tokens"), int):
                     return counted
                 if reply.status in (404, 405, 501):
                     self.registry.counts[model.provider.id] = False
-            except (OgxError, ValueError, KeyError, TypeError):
+            except OgxError:
                 log.debug("%s did not count tokens; estimating", model.provider.id)
         count = estimated_tokens(request)
         return {"input_tokens": count, "context_management": {"original_input_tokens": count}}
@@ -4024,15 +3849,13 @@ class Gateway:
 
     def unregister(self, model_id: str) -> Json:
         """Forget a registered id or, for a provider's own model, what was learned about it."""
-        if model_id not in self.registry.aliases:
-            if not self.lessons.forget(self.registry.resolve(model_id)):
-                raise OgxError(404, f"nothing was registered or learned for '{model_id[:200]}'")
-            return {"id": model_id, "object": "model", "deleted": True}
-        self.registry.unregister(model_id)
-        if any(alias.model_id == model_id for alias in self.config.aliases):
-            self.store.put("alias", model_id, {"deleted": True})  # or it would be back at the start
-        else:
+        if model_id in self.registry.aliases:
+            self.registry.unregister(model_id)
             self.store.delete("alias", model_id)
+            if any(alias.model_id == model_id for alias in self.config.aliases):
+                self.store.put("alias", model_id, {"deleted": True})  # else it would come back
+        elif not self.lessons.forget(self.registry.resolve(model_id)):
+            raise OgxError(404, f"nothing was registered or learned for '{model_id[:200]}'")
         return {"id": model_id, "object": "model", "deleted": True}
 
     def _entry(self, model: Model) -> Json:
@@ -4172,14 +3995,13 @@ def speaks_responses(provider: Provider) -> bool:
     return host.endswith(provider.kind.responses_hosts) if learned is None else learned
 
 
-def new_translator(
-    dialect: Dialect, request: Json, model: Model
-) -> Translator:
+def new_translator(dialect: Dialect, request: Json, model: Model) -> Translator:
     """The dialect's translator, ready for the answer to a request."""
     message_id = f"msg_{uuid.uuid4().hex[:24]}"
     message = new_message(message_id, request["model"], estimated_tokens(request))
-    stops = request.get("stop_sequences") or ()
-    writer = MessageWriter(message, used_tool_ids(request), stops)
+    used = (b["id"] for m in request["messages"] if m["role"] == "assistant"
+            for b in blocks_of(m["content"]) if b["type"] == "tool_use")  # fmt: skip
+    writer = MessageWriter(message, used, request.get("stop_sequences") or ())
     return dialect.translator(writer, request, model.origin)
 
 
@@ -4195,13 +4017,6 @@ def answer_bytes(batches: Iterable[list[Json] | None], stream: bool) -> Iterator
             events += batch
     if not stream:
         yield json_bytes(message_from_events(events))
-
-
-def usage_from_message(message: Json) -> Usage:
-    """What a message's `usage` tells, for the log."""
-    usage = dict_or_empty(message.get("usage"))
-    names = ("input_tokens", "output_tokens", "cache_read_input_tokens")
-    return Usage(*(usage.get(name) or 0 for name in names))
 
 
 def refused_error(refusal: Refusal, request: Json, model: Model, headers: Mapping[str, str],
@@ -4229,9 +4044,6 @@ def raise_if_error(events: bytes, origin: str) -> None:
             kind = json.loads(item)["error"]["type"]
             status = next((code for code, name in ERROR_TYPES.items() if name == kind), 500)
             raise upstream_error(refusal_from_body(status, item), origin, {})
-
-
-PASSING = (408, 429, 500, 502, 503, 504, 529)  # statuses of failures that another try may not meet
 
 
 def is_passing(error: OgxError) -> bool:
@@ -4294,13 +4106,6 @@ def whole_body(reply: Reply, limit: int = 1024 * 1024) -> bytes:
     return bytes(body)
 
 
-def used_tool_ids(request: Json) -> Iterator[str]:
-    """The ids of the tool calls in the history."""
-    for message in request["messages"]:
-        if message["role"] == "assistant" and not isinstance(message["content"], str):
-            yield from (b["id"] for b in message["content"] if b["type"] == "tool_use")
-
-
 def model_entry(model: Model, alias_of: str = "") -> Json:
     """A model as OpenAI's list and Anthropic's both have it; custom_metadata is OGX's."""
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.created))
@@ -4314,13 +4119,11 @@ def model_entry(model: Model, alias_of: str = "") -> Json:
         "id": model.id, "object": "model", "created": model.created, "owned_by": model.provider.id,
         "type": "model", "display_name": model.id, "created_at": created, "lifecycle": "active",
         "capabilities": None, "max_input_tokens": model.context, "max_tokens": model.max_output,
-        "custom_metadata": metadata,
-    }  # fmt: skip
+        "custom_metadata": metadata}  # fmt: skip
 
 
 def with_loaded_context(model: Model, loaded: Any) -> Model:
     """The model with the context it has in its server's memory, and a warning if that is small.
-
     Ollama cuts prompts that are longer than it in silence, from the front."""
     entries = loaded.get("models") if isinstance(loaded, dict) else None
     for entry in entries if isinstance(entries, list) else ():
@@ -4364,9 +4167,8 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024  # with fewer, a burst of clients loses SYNs and waits a second
     allow_reuse_address = os.name != "nt"  # on Windows it would let two programs share the port
 
-    def __init__(
-        self, gateway: Gateway, host: str = DEFAULT_HOST, port: int = 0, token: str = ""
-    ) -> None:
+    def __init__(self, gateway: Gateway, host: str = DEFAULT_HOST, port: int = 0,
+                 token: str = "") -> None:  # fmt: skip
         self.gateway = gateway
         self.token = token.encode()  # which clients must show; empty: everyone may come in
         self.stopping = False
@@ -4586,14 +4388,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _post_messages(self, query: str, body: bytes) -> None:
         self.exchange.request, self.exchange.raw = checked_json(body), body
         self.exchange.watch = self.connection
-        pieces = self.server.gateway.messages(self.exchange)
-        try:
+        with closing(self.server.gateway.messages(self.exchange)) as pieces:
             if self.exchange.stream:
                 self._stream(pieces)
             else:
                 self._send(200, b"".join(piece or b"" for piece in pieces))
-        finally:
-            pieces.close()  # type: ignore[attr-defined]
 
     def _post_count_tokens(self, query: str, body: bytes) -> None:
         self.exchange.request = checked_json(body, counting=True)
@@ -4619,9 +4418,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         "/v1/messages": {"POST": _post_messages},
         "/v1/messages/count_tokens": {"POST": _post_count_tokens},
         "/v1/models": {"GET": _get_models, "POST": _post_models},
-        "/v1/health": {"GET": _get_root},
-        "/api/hello": {"GET": _get_root},
-        "/": {"GET": _get_root},
+        **dict.fromkeys(("/v1/health", "/api/hello", "/"), {"GET": _get_root}),
     }
 
     # -- answers
@@ -4700,25 +4497,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _log(self) -> None:
         """One line per request; what clients ask all the time only at level DEBUG."""
-        exchange = self.exchange
-        now = time.monotonic()
-        parts = [exchange.request_id, self.command, self.path.partition("?")[0], str(self.status)]
-        if exchange.asked:
-            served = f"{exchange.served} by {exchange.dialect}" if exchange.served else "nothing"
-            parts.append(f"{exchange.asked} -> {served}")
-        if exchange.first_event:
-            parts.append(f"first {exchange.first_event - exchange.started:.3f}s")
-        parts.append(f"total {now - exchange.started:.3f}s")
-        if exchange.usage:
-            usage = exchange.usage
-            parts.append(f"in {usage.input} cached {usage.cache_read} out {usage.output}")
-        if exchange.session:
-            parts.append(f"session {exchange.session}")
-        if exchange.error:
-            parts.append(f"error: {one_line(exchange.error)}")
-        quiet = not exchange.error and not self.path.startswith("/v1/messages")
+        done, usage = self.exchange, self.exchange.usage
+        served = f"{done.served} by {done.dialect}" if done.served else "nothing"
+        parts = (
+            f"{done.request_id} {self.command} {self.path.partition('?')[0]} {self.status}",
+            done.asked and f"{done.asked} -> {served}",
+            done.first_event and f"first {done.first_event - done.started:.3f}s",
+            f"total {time.monotonic() - done.started:.3f}s",
+            usage and f"in {usage.input} cached {usage.cache_read} out {usage.output}",
+            done.session and f"session {done.session}",
+            done.error and f"error: {one_line(done.error)}",
+        )
+        quiet = not done.error and not self.path.startswith("/v1/messages")
         level = logging.DEBUG if quiet else logging.INFO
-        log.log(level, "%s", " ".join(parts))
+        log.log(level, "%s", " ".join(part for part in parts if part))
 
 
 def too_large() -> OgxError:
@@ -4756,8 +4548,6 @@ def parsed_json(body: bytes) -> Any:
         raise OgxError(400, "the request has no body; expected a JSON object")
     try:
         return STRICT_JSON.decode(body.decode("utf-8-sig"))
-    except RecursionError:
-        raise OgxError(400, "the request's JSON is nested too deeply") from None
     except UnicodeDecodeError:
         raise OgxError(400, "the request's body is not UTF-8") from None
     except ValueError as error:
@@ -4766,10 +4556,9 @@ def parsed_json(body: bytes) -> Any:
 
 def checked_json(body: bytes, counting: bool = False) -> Json:
     """The Messages request in a body."""
-    request = parsed_json(body)
+    request: Json = parsed_json(body)
     check_request(request, counting)
-    checked: Json = request
-    return checked
+    return request
 
 
 def host_allowed(host: str, bound: str) -> bool:
@@ -4814,8 +4603,16 @@ UNSET = (
     "ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_CUSTOM_HEADERS", "CLAUDE_CODE_OAUTH_TOKEN",
     "CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST", "CLAUDE_CODE_HOST_AUTH_ENV_VAR", "CLAUDECODE",
     "CLAUDE_CODE_SUBAGENT_MODEL", "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
-    "CLAUDE_CODE_MAX_OUTPUT_TOKENS",
-)  # fmt: skip
+    "CLAUDE_CODE_MAX_OUTPUT_TOKENS")  # fmt: skip
+SHELLS = {  # shell -> how it sets and unsets a variable
+    "sh": ("export {}={}", "unset {}", shlex.quote),
+    "fish": ("set -gx {} {}", "set -e {}",
+             lambda text: "'" + re.sub(r"([\\'])", r"\\\1", text) + "'"),
+    "powershell": ("$env:{} = {}", "Remove-Item Env:{} -ErrorAction SilentlyContinue",
+                   lambda text: "'" + text.replace("'", "''") + "'")}  # fmt: skip
+CHECK_TOOL = {"name": "add", "description": "Add two numbers.", "input_schema": {
+    "type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
+    "required": ["a", "b"]}}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -4839,7 +4636,8 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
     try:
         listing = model_listing(base_url, token)
     except OgxError:
-        if not options.serve or not is_default_server(options):
+        elsewhere = options.host != "localhost" or options.port is not None or options.url
+        if not options.serve or elsewhere:
             raise
         own_server, log_file = served_for_session()
         base_url, token = own_server.url, TOKEN
@@ -4892,10 +4690,6 @@ def server_token(options: argparse.Namespace, environ: Mapping[str, str]) -> str
     if re.search(r"[^\x21-\x7e]", key):
         raise OgxError(400, "OGX_API_KEY: expected printable ASCII without spaces")
     return key
-
-
-def is_default_server(options: argparse.Namespace) -> bool:
-    return options.host == "localhost" and options.port is None and not options.url
 
 
 def served_for_session() -> tuple[Server, str]:
@@ -4953,11 +4747,8 @@ def model_listing(base_url: str, token: str) -> Json:
         if reply.status == 401:
             words += "\nIt asks for a token: set OGX_API_KEY, or use --api-key-file"
         raise OgxError(502, words)
-    try:
-        listing = json.loads(body)
-    except ValueError:
-        listing = None
-    if not isinstance(listing, dict) or not isinstance(listing.get("data"), list):
+    listing = dict_or_empty(json_or_none(body))
+    if not isinstance(listing.get("data"), list):
         raise OgxError(502, f"Failed to query models from OGX server at {base_url}: "
                             "it doesn't answer with a model list")  # fmt: skip
     return listing
@@ -4971,10 +4762,8 @@ def command_name() -> str:
     return os.path.basename(path) or "ogx"
 
 
-def launch_plan(
-    base_url: str, token: str, listing: Json, options: argparse.Namespace,
-    environ: Mapping[str, str],
-) -> LaunchPlan:  # fmt: skip
+def launch_plan(base_url: str, token: str, listing: Json, options: argparse.Namespace,
+                environ: Mapping[str, str]) -> LaunchPlan:  # fmt: skip
     """What to set and unset so that Claude Code talks to the server and knows its models."""
     entries = [m for m in listing["data"] if isinstance(m, dict) and isinstance(m.get("id"), str)]
     models = {entry["id"]: entry for entry in entries if is_listed_llm(entry)}
@@ -5060,15 +4849,6 @@ def plan_lines(plan: LaunchPlan) -> list[str]:
     return lines
 
 
-SHELLS = {  # shell -> how it sets and unsets a variable
-    "sh": ("export {}={}", "unset {}", shlex.quote),
-    "fish": ("set -gx {} {}", "set -e {}",
-             lambda text: "'" + re.sub(r"([\\'])", r"\\\1", text) + "'"),
-    "powershell": ("$env:{} = {}", "Remove-Item Env:{} -ErrorAction SilentlyContinue",
-                   lambda text: "'" + text.replace("'", "''") + "'"),
-}  # fmt: skip
-
-
 def shell_lines(plan: LaunchPlan, shell: str = "sh") -> list[str]:
     """Lines that set and unset the plan's variables, safe for the shell's `eval`."""
     export, unset, quoted = SHELLS[shell]
@@ -5142,7 +4922,7 @@ def read_settings(source: str) -> Json:
     be read is left for Claude Code to complain about."""
     try:
         if source.lstrip().startswith("{"):
-            return dict_or_empty(json.loads(source))
+            return dict_or_empty(json_or_none(source))
         with open(source, encoding="utf-8-sig") as file:
             return dict_or_empty(json.load(file))
     except (OSError, ValueError, RecursionError):
@@ -5211,11 +4991,6 @@ def exit_code_of(argv: Sequence[str], environment: Mapping[str, str]) -> int:
 
 def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
-
-
-CHECK_TOOL = {"name": "add", "description": "Add two numbers.", "input_schema": {
-    "type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
-    "required": ["a", "b"]}}  # fmt: skip
 
 
 def print_check(base_url: str, token: str, plan: LaunchPlan) -> int:
@@ -5372,12 +5147,10 @@ def run(options: argparse.Namespace) -> int:
 
 def give_back_memory() -> None:
     """Return what compiling this file took, some 10 MB, which glibc keeps otherwise."""
-    try:
+    with suppress(ImportError, OSError, AttributeError, TypeError):  # another C library
         import ctypes
 
         ctypes.CDLL(None).malloc_trim(0)
-    except (ImportError, OSError, AttributeError, TypeError):  # another C library
-        pass
 
 
 def leave(stopped: threading.Event) -> None:
