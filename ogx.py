@@ -3516,6 +3516,7 @@ PASSING = (408, 429, 500, 502, 503, 504, 529)  # statuses of failures that anoth
 TICK = 10.0  # seconds of silence after which the client gets a sign of life
 LIST_TIMEOUT = 5.0  # for a provider's model list
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of an answer that isn't streamed
+MAX_PAGES = 20  # of a model list
 MIN_CONTEXT = 32_000  # tokens; Claude Code's own prompt and tools take 15,000 of them
 REFRESH = 300.0  # seconds between model lists; a 20th for local servers and after a problem
 
@@ -3533,6 +3534,9 @@ class Exchange:
     answered: bool = False  # a part of the answer is with the client: there is no second try
     served: str = ""
     dialect: str = ""
+    begun: bool = False  # an upstream began to answer with status 200
+    retries: int = 0  # of the present model
+    waited: float = 0.0  # seconds between them
     session: str = ""
     started: float = field(default_factory=time.monotonic)
     first_event: float | None = None
@@ -3612,21 +3616,15 @@ class Gateway:
 
     def _tried(self, model: Model, exchange: Exchange) -> Iterator[bytes | None]:
         """One model's answer, its refusals remedied and its failures retried."""
-        exchange.served = model.served
+        exchange.served, exchange.retries, exchange.waited = model.served, 0, 0.0
+        exchange.begun = False
         lessons = list(self.lessons.of(model))
-        waited, retries, key, again, known = 0.0, 0, None, False, len(lessons)
+        known, key = len(lessons), None
         for attempt in range(1, MAX_REQUESTS + 1):
             taught = taught_model(model, lessons)
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
-            dialect = DIALECTS[name]
-            if not taught.provider.kind.keeps_billing_header:  # everyone but Anthropic itself
-                refuse_untranslatable(exchange.request)
-            own = [lesson for lesson in lessons if lesson.dialect in ("", name)]
-            body = with_lessons(dialect.request(exchange.request, taught), own)
-            sent = dialect.finished(dict(body))
-            data = dialect.native and with_model(exchange.raw, exchange.request, sent)
-            data = data or json_bytes(sent)
-            headers = exchange.headers if dialect.native else {}
+            body, data = self._request(taught, name, exchange, lessons)
+            headers = exchange.headers if DIALECTS[name].native else {}
             key = key or hash((model.served, data, tuple(headers.items())))
             self._raise_known_refusal(key)
             try:
@@ -3638,36 +3636,67 @@ class Gateway:
                 return
             except OgxError as error:
                 error.without(model.provider.api_key)
-                final = exchange.answered or attempt == MAX_REQUESTS
-                refusal = None if final else error.refusal
-                if refusal and name == "messages" and refusal.status in (404, 405) and (
-                    "chat" in taught.provider.kind.dialects and model.provider.dialect == "auto"
-                    and "model" not in refusal.message.lower()
-                ):  # the server was changed, or another one answered the probe
-                    self.registry.native[model.provider.id] = False
+                last = exchange.answered or attempt == MAX_REQUESTS
+                if not last and self._learned(error, body, taught, exchange, lessons):
                     continue
-                lesson = refusal and lesson_from_refusal(refusal, body, taught, lessons)
-                if lesson and not (lesson.action == "again" and again):
-                    again = again or lesson.action == "again"
-                    about = "" if lesson.action == "row" else name
-                    lessons.append(replace(lesson, dialect=about, at=time.time()))
-                    log.info("%s: %s refused: %s; sent again after: %s", exchange.request_id,
-                             model.served, one_line(error.message), lesson)  # fmt: skip
-                    continue
-                overflow = refusal and overflow_error(
-                    refusal, estimated_tokens(exchange.request), model.context
-                )
-                if overflow and "prompt is too long" not in error.message:
-                    raise overflow from None
-                pause = pause_before(error, retries, self.backoff)
-                spent = final or retries == self.config.retries
-                if spent or pause is None or waited + pause > self.config.retry_seconds:
+                error = error if exchange.answered else told_error(error, exchange, model)
+                pause = None if last else self._pause(error, exchange)
+                if pause is None:
                     self._note_refusal(key, error)
-                    raise
+                    raise error from None
                 log.info("%s: %s failed: %s; trying again in %.1f s", exchange.request_id,
                          model.served, one_line(error.message), pause)  # fmt: skip
                 pause_unless_closed(pause, exchange.watch)
-                waited, retries = waited + pause, retries + 1
+
+    def _request(
+        self, model: Model, name: str, exchange: Exchange, lessons: Sequence[Lesson]
+    ) -> tuple[Json, bytes]:
+        """The request in the dialect's words, for remedies to look at, and its bytes."""
+        if not model.provider.kind.keeps_billing_header:  # everyone but Anthropic itself
+            refuse_untranslatable(exchange.request)
+        dialect = DIALECTS[name]
+        own = [lesson for lesson in lessons if lesson.dialect in ("", name)]
+        body = with_lessons(dialect.request(exchange.request, model), own)
+        sent = dialect.finished(dict(body))
+        data = with_model(exchange.raw, exchange.request, sent) if dialect.native else None
+        return body, data or json_bytes(sent)
+
+    def _learned(
+        self, error: OgxError, body: Json, model: Model, exchange: Exchange, lessons: list[Lesson]
+    ) -> bool:
+        """Whether a refusal taught something that makes another request worthwhile."""
+        refusal, provider = error.refusal, model.provider
+        if refusal is None:
+            return False
+        if exchange.dialect == "messages" and refusal.status in (404, 405) and (
+            "chat" in provider.kind.dialects and provider.dialect == "auto"
+            and "model" not in refusal.message.lower()
+        ):  # the server was changed, or another one answered the probe
+            self.registry.native[provider.id] = False
+            log.info("%s: %s has no Messages API; translating", exchange.request_id, provider.id)
+            return True
+        lesson = lesson_from_refusal(refusal, body, model, lessons)
+        if lesson is None or (lesson.action == "again" and lesson.action in
+                              [known.action for known in lessons]):  # fmt: skip
+            return False
+        about = "" if lesson.action == "row" else exchange.dialect
+        lessons.append(replace(lesson, dialect=about, at=time.time()))
+        log.info("%s: %s refused: %s; sent again after: %s", exchange.request_id, model.served,
+                 one_line(error.message), lesson)  # fmt: skip
+        return True
+
+    def _pause(self, error: OgxError, exchange: Exchange) -> float | None:
+        """Seconds before a failed request is sent again; None when it is not. What was begun to
+        be answered is never asked for twice, unless the upstream said itself that it failed."""
+        if exchange.begun and error.refusal is None:
+            return None
+        pause = pause_before(error, exchange.retries, self.backoff)
+        if pause is None or exchange.retries == self.config.retries or (
+            exchange.waited + pause > self.config.retry_seconds
+        ):
+            return None
+        exchange.retries, exchange.waited = exchange.retries + 1, exchange.waited + pause
+        return pause
 
     def _raise_known_refusal(self, key: int) -> None:
         """Repeat a refusal that the same request just met: Claude Code asks six times after a 400,
@@ -3700,6 +3729,7 @@ class Gateway:
                 refusal = refusal_from_body(reply.status, answer)
                 native = answer if dialect.native else b""
                 raise refused_error(refusal, exchange.request, model, reply.headers, native)
+            exchange.begun = True
             if dialect.native and not kind.native_repair:
                 yield from self._handed_on(reply, model.provider, exchange)
                 return
@@ -3936,6 +3966,13 @@ class Gateway:
                 raise
             listing = self.upstream.json(provider, "/models", LIST_TIMEOUT)
         models = models_from_list(provider, listing)
+        for _ in range(MAX_PAGES):  # Anthropic's pages
+            if not dict_or_empty(listing).get("has_more") or not listing.get("last_id"):
+                break
+            after = urllib.parse.quote(str(listing["last_id"]), safe="")
+            path = f"{kind.list_path}{'&' if '?' in kind.list_path else '?'}after_id={after}"
+            listing = self.upstream.json(provider, path, LIST_TIMEOUT)
+            models += models_from_list(provider, listing)
         if not kind.loaded_path:
             return models
         try:
@@ -4035,6 +4072,14 @@ def refused_error(refusal: Refusal, request: Json, model: Model, headers: Mappin
         hint = " or ".join(model.provider.kind.key_vars) or "api_key"
         error.message += f"; check {hint} where ogx.py runs"
     return error
+
+
+def told_error(error: OgxError, exchange: Exchange, model: Model) -> OgxError:
+    """The error as the client understands it best: a prompt that is too long in those words."""
+    if error.refusal is None or "prompt is too long" in error.message:
+        return error
+    count = estimated_tokens(exchange.request)
+    return overflow_error(error.refusal, count, model.context) or error
 
 
 def raise_if_error(events: bytes, origin: str) -> None:
@@ -4646,6 +4691,9 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
     try:
         plan = launch_plan(base_url, token, listing, options, os.environ)
         if options.print_env:
+            for path in settings_files(os.environ):
+                if overrides(read_settings(path), plan):
+                    tell(options, f"{path} goes before these lines, and leads elsewhere")
             print("\n".join(shell_lines(plan, options.shell)))
             return 0
         if options.check:
@@ -4972,8 +5020,8 @@ def exit_code_of(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     handlers: dict[int, Any] = {}
     if in_main_thread():
         handlers[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
-        for name in ("SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
+        for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
+            number = getattr(signal, name, None)  # Windows has only the first
             if number:
                 handlers[number] = signal.signal(
                     number, lambda got, _: child.send_signal(got) if child else None
@@ -4996,9 +5044,11 @@ def in_main_thread() -> bool:
 def print_check(base_url: str, token: str, plan: LaunchPlan) -> int:
     """Try each tier's model with a real message and a tool, and print a table; 0 when all work."""
     upstream, server = Upstream(), Provider("OGX", ProviderKind("OGX"), base_url, token)
-    models = dict.fromkeys(plan.set[f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL"] for tier in TIERS)
+    models: dict[str, list[str]] = {}
+    for tier in TIERS:
+        models.setdefault(plan.set[f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL"], []).append(tier)
     width, failed = max(map(len, models)), False
-    for model_id in models:
+    for model_id, tiers in models.items():
         body = {"model": model_id, "max_tokens": 1000, "stream": True, "tools": [CHECK_TOOL],
                 "messages": [{"role": "user", "content": "Call the tool add with 2 and 3."}]}
         began = time.monotonic()
@@ -5014,7 +5064,8 @@ def print_check(base_url: str, token: str, plan: LaunchPlan) -> int:
             verdict = error.message
         failed = failed or bool(verdict)
         seconds = f"{first - began if first else 0:6.2f} {time.monotonic() - began:6.2f} s"
-        print(f"{model_id:<{width}}  {seconds}  {verdict or 'works, tools too'}")
+        verdict = verdict or "works, tools too"
+        print(f"{model_id:<{width}}  {seconds}  {verdict} ({', '.join(tiers)})")
     upstream.close()
     return int(failed)
 
@@ -5055,6 +5106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = "; arguments for Claude Code go after --" if options.command == "connect" else ""
             parser.error(f"unrecognized arguments: {' '.join(extra or forwarded)}{hint}")
         if options.command == "connect":
+            if options.serve and (options.print_env or options.check):
+                parser.error("--serve starts a server for a session of Claude Code alone")
             return connect_claude(options, forwarded)
         return run(options)
     except SystemExit as stop:  # argparse, after its own words

@@ -3108,6 +3108,14 @@ class TestGateway:
             assert client.post(request(top_p=1))[0] == 503
         assert len(upstream.seen) == 5
 
+    def test_half_an_answer_is_never_asked_for_again(self):
+        def answer(fake, connection):
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 5000\r\n\r\n{")
+
+        with gateway_over(answer, said(), retries=3) as (client, upstream):
+            assert client.post(request())[0] == 502
+        assert len(upstream.seen) == 1
+
     def test_what_was_begun_is_never_asked_again(self):
         def answer(fake, connection):
             begin_stream(connection)
@@ -3597,6 +3605,13 @@ class TestGateway:
             ids = [e["id"] for e in client.get("/v1/models")[2]["data"]]
             assert ids[-1] == "openai/gpt-x" and len(set(ids)) == len(ids)
             assert client.post(request(model=ids[0]))[0] == 200
+
+    def test_a_list_in_pages_is_read_to_its_end(self, monkeypatch):
+        pages = {"/models": {"data": [{"id": "a"}], "has_more": True, "last_id": "a/b"},
+                 "/models?after_id=a%2Fb": {"data": [{"id": "c"}], "has_more": False}}  # fmt: skip
+        gateway = ogx.Gateway(config(provider()))
+        monkeypatch.setattr(gateway.upstream, "json", lambda owner, path, limit: pages[path])
+        assert [m.upstream_id for m in gateway._models_of(provider())] == ["a", "c"]
 
     def test_a_page_instead_of_a_list_is_called_so(self):
         with FakeUpstream(models=(200, b"<html><title>Sign in</title></html>")) as fake:
@@ -4227,7 +4242,9 @@ class TestConnect:
             flags = ["--port", str(client.port), "--haiku-model", "openai/a", "--model", "openai/b"]
             assert ogx.main(["connect", "claude", "--check", *flags]) == 1
             one, two = capfd.readouterr().out.splitlines()
-            assert re.fullmatch(r"openai/a +[\d.]+ +[\d.]+ s +works, tools too", one)
+            assert re.fullmatch(
+                r"openai/a +[\d.]+ +[\d.]+ s +works, tools too \(haiku\)", one)
+            assert two.endswith(" (sonnet, opus, fable)")
             assert re.match(r"openai/b .*answers, but called no tool", two)
             upstream.answers += [good]
             upstream.answers += [(500, {"error": {"message": "oops"}})]
@@ -4302,6 +4319,19 @@ class TestConnect:
             assert ogx.main(["connect", "claude", "--url", fake.url]) == 1
         told = capsys.readouterr().err
         assert told.startswith("Failed to ") and told.endswith(words + "\n")
+
+    def test_a_server_for_the_session_needs_a_session(self, capsys):
+        assert ogx.main(["connect", "claude", "--serve", "--print-env"]) == 2
+        assert "--serve starts a server for a session" in capsys.readouterr().err
+
+    def test_print_env_names_settings_that_beat_it(self, claude, capfd):
+        path = claude / "home/.claude/settings.json"
+        path.write_text('{"env": {"ANTHROPIC_BASE_URL": "http://elsewhere"}}')
+        with gateway_over() as (client, _):
+            ogx.main(["connect", "claude", "--port", str(client.port), "--print-env"])
+        assert capfd.readouterr().err == (
+            f"{path} goes before these lines, and leads elsewhere\n"
+        )
 
     def test_a_forgotten_double_dash_is_explained(self, capsys):
         assert ogx.main(["connect", "claude", "-p", "hi"]) == 2
