@@ -40,9 +40,7 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
-import hmac
 import http.client
 import http.server
 import ipaddress
@@ -820,9 +818,16 @@ class Registry:
 
     def _not_found_words(self, model_id: str) -> str:
         known = [m.id for m in self.models()] + list(self.aliases)
-        near = difflib.get_close_matches(model_id, known, 1, 0.5)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        hint = near_miss(model_id, known)
         return f"model '{model_id[:200]}' not found.{hint} GET /v1/models lists what there is."
+
+
+def near_miss(word: str, known: Iterable[str]) -> str:
+    """` Did you mean '...'?` where a known id is near to the word, else nothing."""
+    import difflib  # only now, to start sooner and smaller
+
+    near = difflib.get_close_matches(word[:256], list(known), 1, 0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def tier_of(model_id: str) -> str | None:
@@ -2866,16 +2871,21 @@ class Store:
     """JSON values by kind and key, in a file or, for an empty path, in memory. Safe for threads."""
 
     def __init__(self, path: str = "") -> None:
-        import sqlite3  # only here: it costs start-up time, and `connect` needs none
-
         self.path = path
         self._lock = threading.Lock()
+        self._database: Any = None  # until there is something to read or to write
+        if path and os.path.exists(path):
+            self._open()
+
+    def _open(self) -> None:
+        import sqlite3  # only now: it costs a megabyte and start-up time
+
         self._errors = (sqlite3.Error, OSError)
         try:
-            self._database = self._opened_or_replaced(sqlite3, path or ":memory:")
+            self._database = self._opened_or_replaced(sqlite3, self.path or ":memory:")
         except self._errors as error:
             log.warning("can't use the state file %s (%s); registered models are forgotten at the "
-                        "end", path, error)  # fmt: skip
+                        "end", self.path, error)  # fmt: skip
             self._database = self._opened(sqlite3, ":memory:")
 
     def _opened_or_replaced(self, sqlite3: Any, path: str) -> Any:
@@ -2915,6 +2925,8 @@ class Store:
     def all(self, kind: str) -> dict[str, Any]:
         """All values of a kind by key, oldest first."""
         with self._lock:
+            if self._database is None:
+                return {}
             query = "SELECT key, value FROM facts WHERE kind = ? ORDER BY at"
             return {key: json.loads(value) for key, value in self._database.execute(query, (kind,))}
 
@@ -2928,6 +2940,8 @@ class Store:
     def _write(self, statement: str, values: tuple[Any, ...]) -> None:
         """Write and commit; a full disk or a locked file is told in the log alone."""
         with self._lock:
+            if self._database is None:
+                self._open()
             try:
                 with self._database:
                     self._database.execute(statement, values)
@@ -2936,7 +2950,8 @@ class Store:
 
     def close(self) -> None:
         with self._lock:
-            self._database.close()
+            if self._database is not None:
+                self._database.close()
 
 
 def state_path(given: str | None, environ: Mapping[str, str]) -> str:
@@ -4399,10 +4414,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if headers.get("x-ogx-instance") == self.server.gateway.upstream.instance:
             raise OgxError(400, "a provider's base_url points back at ogx.py itself",
                            headers={"x-should-retry": "false"})  # fmt: skip
-        bearer = re.sub("(?i)^bearer +", "", headers.get("authorization", ""))
-        shown = (headers.get("x-api-key", "").encode(), bearer.encode())
-        token = self.server.token
-        if token and not any([hmac.compare_digest(token, key) for key in shown]):
+        if self.server.token and not shows_token(headers, self.server.token):
             raise OgxError(401, "this server asks for its token, as Authorization: Bearer or "
                                 "x-api-key", headers={"x-should-retry": "false"})  # fmt: skip
         origin = headers.get("origin")
@@ -4604,6 +4616,15 @@ def checked_json(body: bytes, counting: bool = False) -> Json:
     request: Json = parsed_json(body)
     check_request(request, counting)
     return request
+
+
+def shows_token(headers: Mapping[str, str], token: bytes) -> bool:
+    """Whether a request shows the server's token; takes the same time whatever it shows."""
+    import hmac  # only where there is a token, to start smaller
+
+    bearer = re.sub("(?i)^bearer +", "", headers.get("authorization", ""))
+    shown = (headers.get("x-api-key", "").encode(), bearer.encode())
+    return any([hmac.compare_digest(token, key) for key in shown])
 
 
 def host_allowed(host: str, bound: str) -> bool:
@@ -4853,8 +4874,7 @@ def tier_choice(tier: str, options: argparse.Namespace, models: Mapping[str, Jso
     wanted = getattr(options, f"{tier}_model") or options.model
     if wanted:
         if wanted not in models:
-            near = difflib.get_close_matches(wanted, models, 1, 0.5)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
+            hint = near_miss(wanted, models)
             raise OgxError(404, f"Failed to find model '{wanted}' on the OGX server.{hint}\n"
                                 f"Available models: {', '.join(models)}")  # fmt: skip
         return str(wanted)
@@ -5185,7 +5205,6 @@ def run(options: argparse.Namespace) -> int:
                     server.host)  # fmt: skip
     server.start()
     gateway.start()
-    give_back_memory()
     gateway.discovered.wait(1.0)
     say(*summary_lines(gateway, server))
     while not stopped.is_set() and not gateway.discovered.is_set():
@@ -5196,14 +5215,6 @@ def run(options: argparse.Namespace) -> int:
     log.info("stopping; running answers have %g s to finish", DRAIN_TIMEOUT)
     server.stop()
     return 0
-
-
-def give_back_memory() -> None:
-    """Return what compiling this file took, some 10 MB, which glibc keeps otherwise."""
-    with suppress(ImportError, OSError, AttributeError, TypeError):  # another C library
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def leave(stopped: threading.Event) -> None:

@@ -2341,7 +2341,9 @@ class TestStore:
     )
     def test_a_file_with_other_contents_is_set_aside(self, tmp_path, caplog, statement):
         path = str(tmp_path / "state.sqlite")
-        ogx.Store(path).close()
+        store = ogx.Store(path)
+        store.put("alias", "z", {})
+        store.close()
         with contextlib.closing(sqlite3.connect(path)) as database:
             database.executescript(statement)
             database.commit()
@@ -2368,12 +2370,21 @@ class TestStore:
 
     def test_a_write_that_fails_is_told_and_nothing_else(self, tmp_path, caplog):
         path = str(tmp_path / "state.sqlite")
-        store, other = ogx.Store(path), sqlite3.connect(path)
+        store = ogx.Store(path)
+        store.put("alias", "a", {})
+        other = sqlite3.connect(path)
         store._database.execute("PRAGMA busy_timeout = 10")
         other.execute("BEGIN EXCLUSIVE")
         store.put("alias", "a", 1)
         assert "can't write the state file" in caplog.text
         other.close()
+
+    def test_there_is_no_file_before_there_is_something_to_keep(self, tmp_path):
+        path = tmp_path / "state.sqlite"
+        store = ogx.Store(str(path))
+        assert store.all("alias") == {} and not path.exists()
+        store.put("alias", "a", {})
+        assert path.exists()
 
     def test_where_the_file_is_by_default(self):
         assert ogx.state_path(None, {"XDG_STATE_HOME": "/x"}) == "/x/ogx/state.sqlite"
