@@ -262,6 +262,7 @@ class ProviderKind:
     named_tool_choice: bool = True  # can be told to call one tool
     tool_call_extra: tuple[tuple[str, Any], ...] = ()  # fields that each call of the history needs
     max_stop: int = 4
+    format_with_tools: bool = True  # takes response_format beside tools; else it is asked in words
 
     @property
     def switches(self) -> tuple[str, ...]:
@@ -304,10 +305,12 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  list_path="/models?limit=1000", dialects=("messages",), keeps_billing_header=True),
     ProviderKind("fireworks", "https://api.fireworks.ai/inference/v1", ("FIREWORKS_API_KEY",),
                  ("FIREWORKS_BASE_URL",), dialects=BOTH, native_gaps=("server_tool",), top_k=True,
-                 stream_above=4096),
+                 stream_above=4096,
+                 format_with_tools=False),
     ProviderKind("together", "https://api.together.ai/v1", ("TOGETHER_API_KEY",),
                  ("TOGETHER_BASE_URL",), top_k=True),
-    ProviderKind("groq", "https://api.groq.com/openai/v1", ("GROQ_API_KEY",), ("GROQ_BASE_URL",)),
+    ProviderKind("groq", "https://api.groq.com/openai/v1", ("GROQ_API_KEY",), ("GROQ_BASE_URL",),
+                 format_with_tools=False),
     ProviderKind("bedrock", "https://bedrock-mantle.${env.AWS_REGION|AWS_DEFAULT_REGION:="
                  "us-east-2}.api.aws/v1", ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN"),
                  dialects=BOTH, messages_path="~/anthropic/v1/messages",
@@ -1547,7 +1550,7 @@ def chat_request(request: Json, model: Model) -> Json:
     if effort:
         body["reasoning_effort"] = effort
     output_format = (request.get("output_config") or {}).get("format")
-    if output_format:
+    if output_format and (kind.format_with_tools or "tools" not in body):
         body["response_format"] = response_format(output_format["schema"])
     if request.get("stream") or (kind.stream_above and limit > kind.stream_above):
         body["stream"] = True
@@ -1576,7 +1579,8 @@ class ToolNames:
 
 def chat_messages(request: Json, kind: ProviderKind, names: ToolNames) -> list[Json]:
     """The system prompt and the history as chat messages that strict providers accept."""
-    head = "\n\n".join(filter(None, (system_text(request), unserved_tools_note(request))))
+    notes = (system_text(request), unserved_tools_note(request), format_note(request, kind))
+    head = "\n\n".join(filter(None, notes))
     messages: list[Json] = [{"role": "system", "content": head}] if head else []
     for turn in turns_from_messages(request["messages"]):
         if turn.role == "assistant":
@@ -1595,6 +1599,15 @@ def chat_messages(request: Json, kind: ProviderKind, names: ToolNames) -> list[J
             messages.append({"role": "user", "content": parts})
     messages = [with_plain_content(m) for m in merged_user_messages(messages)]
     return messages if kind.user_after_tool else without_user_after_tool(messages)
+
+
+def format_note(request: Json, kind: ProviderKind) -> str:
+    """The schema of the answer in words, where it can't be sent beside tools."""
+    output_format = (request.get("output_config") or {}).get("format")
+    if not output_format or kind.format_with_tools or not request.get("tools"):
+        return ""
+    schema = json.dumps(output_format["schema"])
+    return f"Your last answer must be JSON alone, valid against this JSON schema: {schema}"
 
 
 def unserved_tools_note(request: Json, served: str = "") -> str:

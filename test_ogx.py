@@ -1470,6 +1470,15 @@ class TestChat:
             "json_schema": {"name": "answer", "schema": schema, "strict": strict},
         }
 
+    @pytest.mark.parametrize("kind", ["groq", "fireworks"])  # from vendors' pages, not seen live
+    def test_where_an_answers_schema_cannot_stand_beside_tools_it_is_asked_in_words(self, kind):
+        schema = {"type": "object", "properties": {"marker": {}}}
+        fields = {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+        body = chat(request(tools=[tool()], **fields), kind)
+        assert "response_format" not in body
+        assert json.dumps(schema) in body["messages"][0]["content"]
+        assert "response_format" in chat(request(**fields), kind)
+
     # -- the answer
 
     def test_text_and_usage(self):
@@ -3302,6 +3311,13 @@ class TestGateway:
         head = upstream.heads[0][1]
         assert head["x-api-key"] == "sk-secret-1234" and "authorization" not in head
         assert head["anthropic-version"] == "2023-06-01"
+
+    def test_azure_is_asked_with_its_own_header(self):
+        with gateway_over(kind="azure") as (client, upstream):
+            assert client.post(request(model="azure/my-deployment"))[0] == 200
+        head = upstream.heads[0][1]
+        assert head["api-key"] == "sk-secret-1234" and "authorization" not in head
+        assert upstream.seen[0]["model"] == "my-deployment"
 
     def test_a_server_without_messages_is_translated(self):
         with gateway_over(said(), kind="vllm") as (client, upstream):
