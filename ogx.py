@@ -323,7 +323,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  max_tokens_field="max_completion_tokens", system_anywhere=True, files=True,
                  cache_key=True),
     ProviderKind("gemini", "https://generativelanguage.googleapis.com/v1beta/openai",
-                 ("GEMINI_API_KEY", "GOOGLE_API_KEY"), tool_call_extra=SKIP_SIGNATURE),
+                 ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GEMINI_ACCESS_TOKEN"), tool_call_extra=SKIP_SIGNATURE),
     ProviderKind("mistral", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",), short_tool_ids=True,
                  named_tool_choice=False),
     ProviderKind("deepseek", "https://api.deepseek.com", ("DEEPSEEK_API_KEY",), default_path="",

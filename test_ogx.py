@@ -524,6 +524,8 @@ class TestProviders:
              "https://bedrock-mantle.us-east-2.api.aws/v1"),
             ("GEMINI_API_KEY", "k", "gemini",
              "https://generativelanguage.googleapis.com/v1beta/openai"),
+            ("GEMINI_ACCESS_TOKEN", "k", "gemini",
+             "https://generativelanguage.googleapis.com/v1beta/openai"),
             ("MISTRAL_API_KEY", "k", "mistral", "https://api.mistral.ai/v1"),
             ("DEEPSEEK_API_KEY", "k", "deepseek", "https://api.deepseek.com"),
             ("OPENROUTER_API_KEY", "k", "openrouter", "https://openrouter.ai/api/v1"),
