@@ -81,6 +81,7 @@ ERROR_TYPES = {  # Anthropic's error types by status (OpenAPI of the Messages AP
     403: "permission_error", 404: "not_found_error", 413: "request_too_large",
     429: "rate_limit_error", 501: "not_supported", 504: "timeout_error", 529: "overloaded_error",
 }  # fmt: skip
+MIN_SECRET = 8  # characters of a key worth hiding; shorter ones are dummies, and words of any text
 CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 
 
@@ -107,9 +108,8 @@ class OgxError(Exception):
         return error
 
     def without(self, secret: str) -> OgxError:
-        """This error with a key hidden that an upstream may have quoted; shorter ones are dummies,
-        and words of any text."""
-        if len(secret) >= 8:
+        """This error with a key hidden that an upstream may have quoted."""
+        if len(secret) >= MIN_SECRET:
             self.message = self.message.replace(secret, "***")
             self.raw = self.raw.replace(secret.encode(), b"***")
         return self
@@ -2255,6 +2255,7 @@ class NativeStream:
         self._named = False  # the first event, which names the model, went by
         self._tail = b""
         self.ended = False  # the last event came: message_stop, or an error
+        self.failed = False  # it was an error
 
     def feed(self, data: bytes) -> bytes:
         data = self._rest + data
@@ -2275,7 +2276,9 @@ class NativeStream:
             self._named = True
             data = MODEL_FIELD.sub(self._model, data, count=1)
         self._tail = (self._tail + data)[-2000:]
-        self.ended = self.ended or bool(LAST_EVENT.search(data))
+        last = LAST_EVENT.search(data)
+        if last:
+            self.ended, self.failed = True, b"error" in last.group()
         return data
 
     @property
@@ -3615,7 +3618,6 @@ class Gateway:
         for place, model in enumerate(chain, 1):
             try:
                 for piece in self._tried(model, exchange):
-                    exchange.answered = exchange.answered or bool(piece)
                     now = time.monotonic()
                     if piece or now - since >= self.tick * 0.9:
                         yield piece or None
@@ -3815,11 +3817,12 @@ class Gateway:
                 break
             elif exchange.stream:
                 events = stream.feed(data)
-                if stream.ended and not begun:
+                if stream.failed and not begun:
                     raise_if_error(events, exchange.served)
                 begun = begun or bool(events)
-                key = provider.api_key.encode() if stream.ended else b""
-                yield events.replace(key, b"***") if key else events
+                if stream.failed and len(provider.api_key) >= MIN_SECRET:
+                    events = events.replace(provider.api_key.encode(), b"***")
+                yield events
             else:
                 whole += data
                 if len(whole) > MAX_ANSWER:

@@ -3062,6 +3062,12 @@ class TestGateway:
             data = client.post(request(model="vllm/gpt-x", stream=True))[2]
         assert b'"message":"***"' in data and b"sk-secret" not in data
 
+    def test_a_models_own_words_pass_even_where_they_hold_the_key(self):
+        stream = native_stream("say sk-secret-1234")
+        with self.native(stream) as (client, _):
+            data = client.post(request(model="vllm/gpt-x", stream=True))[2]
+        assert data == stream.replace(b"their/name", b"vllm/gpt-x")
+
     def test_thinking_that_anthropic_did_not_sign_is_left_out(self):
         ours = {"type": "thinking", "thinking": "x", "signature": '{"ogx":"responses"}'}
         theirs = {"type": "thinking", "thinking": "y", "signature": "c2ln"}
