@@ -3042,19 +3042,21 @@ IDLE_TIMEOUT = 300.0
 POOL_SECONDS = 50.0  # an idle connection is used no longer: many servers close them after 60
 POOL_SIZE = 64  # idle connections kept for one provider
 RECEIVE_SIZE = 64 * 1024
-LINE_END = re.compile(rb"\r?\n")
-HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+HEAD_END = re.compile(rb"\r?\n\r?\n")
+HEADER_LINE = re.compile(
+    r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r?$", re.M)  # fmt: skip
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-def headers_from_lines(lines: Iterable[bytes]) -> dict[str, str]:
+def headers_from_bytes(lines: bytes) -> dict[str, str]:
     """Header fields by lower-case name; fields that come twice are joined by a comma.
     Raises OgxError(400) for what smuggles: continued lines, control characters, bad names."""
+    found = HEADER_LINE.findall(lines.decode("latin-1"))
+    if len(found) != lines.count(b"\n") + bool(lines):
+        raise OgxError(400, "malformed header line")
     headers: dict[str, str] = {}
-    for line in lines:
-        match = HEADER_LINE.fullmatch(line.decode("latin-1"))
-        if not match:
-            raise OgxError(400, "malformed header line")
-        name, value = match.group(1).lower(), match.group(2).rstrip()
+    for name, value in found:
+        name, value = name.lower(), value.rstrip()
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
@@ -3141,16 +3143,37 @@ class BodyReader:
         self.done, self.reusable = True, False
 
 
-def wait_readable(sock: socket.socket, timeout: float, watch: socket.socket | None = None) -> bool:
-    """Whether the socket has bytes, or its end, within `timeout` seconds. Raises
+def received(sock: socket.socket, size: int = RECEIVE_SIZE) -> bytes | None:
+    """What a connection holds, b"" at its end; None where it holds nothing yet, or with TLS half
+    a record. All connections are non-blocking: with a timeout, Python asks the system twice."""
+    try:
+        return sock.recv(size)
+    except WOULD_BLOCK:
+        return None
+
+
+def send_all(sock: socket.socket, data: bytes, timeout: float,
+             watch: socket.socket | None = None) -> None:  # fmt: skip
+    """Send it all; socket.timeout once the other side took nothing for `timeout` seconds."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[sock.send(view) :]
+        except WOULD_BLOCK:
+            if not wait_ready(sock, timeout, watch, to_send=True):
+                raise socket.timeout("the other side reads nothing") from None
+
+
+def wait_ready(sock: socket.socket, timeout: float, watch: socket.socket | None = None,
+               to_send: bool = False) -> bool:  # fmt: skip
+    """Whether the socket has bytes, or its end, or can take some, within `timeout` seconds. Raises
     OgxError(CLIENT_GONE) as soon as the `watch`ed connection, the client's, is closed."""
-    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+    if isinstance(sock, ssl.SSLSocket) and sock.pending() and not to_send:
         return True
     deadline = time.monotonic() + timeout
     while True:
-        sockets = [sock] if watch is None else [sock, watch]
-        ready = readable_sockets(sockets, max(0.0, deadline - time.monotonic()))
-        if sock in ready:
+        ready = ready_sockets(sock, watch, max(0.0, deadline - time.monotonic()), to_send)
+        if sock.fileno() in ready:
             return True
         if not ready:
             return False
@@ -3159,20 +3182,28 @@ def wait_readable(sock: socket.socket, timeout: float, watch: socket.socket | No
         watch = None  # it sent its next request already
 
 
-def readable_sockets(sockets: Sequence[socket.socket], timeout: float) -> list[socket.socket]:
+def ready_sockets(sock: socket.socket, watch: socket.socket | None, timeout: float,
+                  to_send: bool) -> list[int]:  # fmt: skip
+    """The descriptors of those of two sockets that are ready."""
     if not hasattr(select, "poll"):  # Windows
-        return select.select(sockets, [], [], timeout)[0]
+        readers = [s for s in (None if to_send else sock, watch) if s]
+        ready = select.select(readers, [sock] if to_send else [], [], timeout)
+        return [s.fileno() for s in ready[0] + ready[1]]
     poll = select.poll()  # unlike select, it takes descriptors above 1,023
-    for sock in sockets:
-        poll.register(sock, select.POLLIN)
-    ready = {descriptor for descriptor, _ in poll.poll(timeout * 1000)}
-    return [sock for sock in sockets if sock.fileno() in ready]
+    poll.register(sock, select.POLLOUT if to_send else select.POLLIN)
+    if watch is not None:
+        poll.register(watch, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(timeout * 1000)]
 
 
 def is_closed(sock: socket.socket) -> bool:
-    """Whether a readable socket has come to its end."""
+    """Whether a readable connection has come to its end."""
     try:
         return not sock.recv(1, socket.MSG_PEEK)
+    except WOULD_BLOCK:
+        return False
+    except ValueError:  # TLS can't peek; a client speaks before its answer only to say goodbye
+        return True
     except OSError:
         return True
 
@@ -3210,22 +3241,25 @@ class Upstream:
         self._tls: dict[tuple[bool, str], ssl.SSLContext] = {}
 
     def send(self, provider: Provider, method: str, path: str, body: bytes | None = None,
-             headers: Mapping[str, str] | None = None,
-             timeout: float = CONNECT_TIMEOUT) -> Reply:  # fmt: skip
+             headers: Mapping[str, str] | None = None, timeout: float = CONNECT_TIMEOUT,
+             watch: socket.socket | None = None) -> Reply:  # fmt: skip
         """Send a request to one of the provider's paths; the reply is still to be read.
-        Raises OgxError 502 or 504, told for the user, when the provider can't be reached."""
+        Raises OgxError 502 or 504, told for the user, when the provider can't be reached, and
+        CLIENT_GONE here or later when the `watch`ed connection, the client's, is closed."""
         if provider.kind is DEMO_KIND:
             return DemoReply(json.loads(body or b"{}"))
         own = {"x-ogx-instance": self.instance, **(headers or {})}
         data = request_bytes(provider, method, path, body, own)
-        return Reply(self, provider, data, timeout)
+        return Reply(self, provider, data, timeout, watch)
 
     def ask(self, provider: Provider, path: str, timeout: float, body: bytes | None = None,
-            headers: Mapping[str, str] | None = None) -> tuple[Reply, bytes]:  # fmt: skip
+            headers: Mapping[str, str] | None = None,
+            watch: socket.socket | None = None) -> tuple[Reply, bytes]:  # fmt: skip
         """The reply to a GET, or to a POST where there is a body, and what it holds; OgxError
         when that takes longer than `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        reply = self.send(provider, "POST" if body else "GET", path, body, headers, timeout)
+        method = "POST" if body else "GET"
+        reply = self.send(provider, method, path, body, headers, timeout, watch)
         answer = bytearray()
         try:
             data = b"" if reply.head(timeout) else None
@@ -3260,9 +3294,10 @@ class Upstream:
                 since, sock = idle.pop() if idle else (0.0, None)
             if sock is None:
                 break
-            # A readable idle connection has been closed by the other side, or is out of step.
-            if time.monotonic() - since < POOL_SECONDS and not readable_sockets([sock], 0):
-                return sock, True
+            with suppress(OSError):
+                # One that has bytes, or its end, was closed by the other side or is out of step.
+                if time.monotonic() - since < POOL_SECONDS and received(sock, 1) is None:
+                    return sock, True
             sock.close()
         return self._connected(provider, timeout), False
 
@@ -3298,7 +3333,7 @@ class Upstream:
         except (OSError, http.client.HTTPException, ValueError) as error:  # UnicodeError too
             raise unreachable(provider, error) from None
         sock: socket.socket = connection.sock
-        sock.settimeout(IDLE_TIMEOUT)
+        sock.setblocking(False)
         return sock
 
     def _context(self, provider: Provider) -> ssl.SSLContext:
@@ -3377,29 +3412,15 @@ def json_bytes(value: Json) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode("ascii")
 
 
-def received_now(sock: socket.socket) -> bytes | None:
-    """What a readable socket holds; None where TLS has half a record, or a session ticket."""
-    if not isinstance(sock, ssl.SSLSocket):
-        return sock.recv(RECEIVE_SIZE)
-    timeout = sock.gettimeout()
-    sock.settimeout(0)
-    try:
-        return sock.recv(RECEIVE_SIZE)
-    except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-        return None
-    finally:
-        sock.settimeout(timeout)
-
-
 class Reply:
     """An upstream's answer while it comes in; headers by lower-case name. A request that met a
     dead pooled connection is sent again."""
 
-    def __init__(self, upstream: Upstream, provider: Provider, request: bytes,
-                 timeout: float) -> None:  # fmt: skip
+    def __init__(self, upstream: Upstream, provider: Provider, request: bytes, timeout: float,
+                 watch: socket.socket | None = None) -> None:  # fmt: skip
         self.status = 0
         self.headers: Mapping[str, str] = {}
-        self._upstream, self._provider = upstream, provider
+        self._upstream, self._provider, self._watch = upstream, provider, watch
         self._request, self._timeout = request, timeout
         self._buffer = b""
         self._body: BodyReader | None = None
@@ -3410,7 +3431,7 @@ class Reply:
     def _connect(self, fresh: bool) -> None:
         self._socket, self._reused = self._upstream.take(self._provider, self._timeout, fresh)
         try:
-            self._socket.sendall(self._request)
+            send_all(self._socket, self._request, IDLE_TIMEOUT, self._watch)
         except OSError:
             if self._reused:
                 self._socket.close()
@@ -3418,11 +3439,11 @@ class Reply:
             # Else it may have answered already, that the body is too large say: head() tells.
         self._sent_at = time.monotonic()
 
-    def head(self, timeout: float, watch: socket.socket | None = None) -> bool:
+    def head(self, timeout: float) -> bool:
         """Read status and headers; False when they haven't come within `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self._body is None:
-            data = self._receive(deadline, watch, FIRST_BYTE_TIMEOUT)
+            data = self._receive(deadline, FIRST_BYTE_TIMEOUT)
             if data is None:
                 return False
             if not data:
@@ -3439,12 +3460,12 @@ class Reply:
 
     def _parse_head(self) -> bool:
         """Take a complete head off the buffer; whether there was one. 1xx heads are skipped."""
-        end = re.search(rb"\r?\n\r?\n", self._buffer)
+        end = HEAD_END.search(self._buffer)
         if end is None:
             if len(self._buffer) > MAX_HEAD:
                 raise OgxError(502, f"{self._provider.id} sent headers that are too large")
             return False
-        first, *lines = LINE_END.split(self._buffer[: end.start()])
+        first, _, lines = self._buffer[: end.start()].partition(b"\n")
         status = re.match(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b", first)
         if not status:
             raise OgxError(502, f"{self._provider.id} at {self._provider.base_url} doesn't answer "
@@ -3454,7 +3475,7 @@ class Reply:
             return True
         self.status = int(status.group(1))
         try:
-            self.headers = headers_from_lines(lines)
+            self.headers = headers_from_bytes(lines)
         except OgxError:
             raise OgxError(502, f"{self._provider.id} sent malformed headers") from None
         self._body = BodyReader(self.status, self.headers)
@@ -3462,20 +3483,20 @@ class Reply:
             self._body.reusable = False
         return True
 
-    def read(self, timeout: float, watch: socket.socket | None = None) -> bytes | None:
+    def read(self, timeout: float) -> bytes | None:
         """The next piece of the body, b"" at its end, None after `timeout` seconds of silence."""
         body, deadline = self._body, time.monotonic() + timeout
         assert body is not None, "head() comes before read()"
         while not body.done:
             data, self._buffer = self._buffer, b""
-            received = data or self._receive(deadline, watch, IDLE_TIMEOUT)
-            if received is None:
+            raw = data or self._receive(deadline, IDLE_TIMEOUT)
+            if raw is None:
                 return None
             try:
-                if not received:
+                if not raw:
                     body.end()
                     break
-                payload = body.feed(received)
+                payload = body.feed(raw)
             except zlib.error:
                 raise OgxError(502, f"{self._provider.id} sent broken gzip data") from None
             except OgxError as error:
@@ -3484,13 +3505,13 @@ class Reply:
                 return payload
         return b""
 
-    def _receive(self, deadline: float, watch: socket.socket | None, limit: float) -> bytes | None:
+    def _receive(self, deadline: float, limit: float) -> bytes | None:
         """Bytes as they come, b"" at the end, None when the deadline passed; OgxError(504) after
         `limit` seconds without a byte."""
         began = time.monotonic()
-        while wait_readable(self._socket, max(0.0, deadline - time.monotonic()), watch):
+        while wait_ready(self._socket, max(0.0, deadline - time.monotonic()), self._watch):
             try:
-                data = received_now(self._socket)
+                data = received(self._socket)
             except OSError as error:
                 if self._reused and self._body is None and not self._buffer:
                     return b""
@@ -3526,10 +3547,10 @@ class DemoReply(Reply):
         self.status, self.headers = 200, {"content-type": "text/event-stream"}
         self._pieces = demo_stream(body)
 
-    def head(self, timeout: float, watch: socket.socket | None = None) -> bool:
+    def head(self, timeout: float) -> bool:
         return True
 
-    def read(self, timeout: float, watch: socket.socket | None = None) -> bytes | None:
+    def read(self, timeout: float) -> bytes | None:
         return next(self._pieces, b"")
 
     def release(self) -> None:
@@ -3749,11 +3770,12 @@ class Gateway:
         dialect, kind = DIALECTS[name], model.provider.kind
         headers = exchange.headers if dialect.native else {}
         path = request_path(name, kind)
-        reply = self.upstream.send(model.provider, "POST", path, data, headers)
+        reply = self.upstream.send(model.provider, "POST", path, data, headers,
+                                   watch=exchange.watch)  # fmt: skip
         try:
             # Made while the upstream works: counting takes a while for a long conversation.
             translator = new_translator(dialect, exchange.request, model)
-            while not reply.head(self.tick, exchange.watch):
+            while not reply.head(self.tick):
                 yield None
             if reply.status != 200:
                 answer = whole_body(reply)
@@ -3764,17 +3786,18 @@ class Gateway:
             if dialect.native and not kind.native_repair:
                 yield from self._handed_on(reply, model.provider, exchange)
                 return
-            events = self._translated(reply, translator, exchange.watch)
+            events = self._translated(reply, translator)
             yield from answer_bytes(events, exchange.stream)
             exchange.usage = translator.usage
         finally:
             reply.release()
 
-    def _translated(self, reply: Reply, translator: Translator,
-                    watch: socket.socket | None) -> Iterator[list[Json] | None]:  # fmt: skip
+    def _translated(
+        self, reply: Reply, translator: Translator
+    ) -> Iterator[list[Json] | None]:
         """The answer's events in batches, each what came together; None for a tick of silence."""
         try:
-            for items in upstream_items(reply, self.tick, watch):
+            for items in upstream_items(reply, self.tick):
                 for item in items or ():
                     translator.feed(item)
                 yield translator.writer.take() if items is not None else None
@@ -3810,7 +3833,7 @@ class Gateway:
         model_id, begun = exchange.request["model"], False
         stream, whole = NativeStream(model_id), bytearray()
         while not stream.ended:
-            data = reply.read(self.tick, exchange.watch)
+            data = reply.read(self.tick)
             if data is None:
                 yield None
             elif not data:
@@ -3851,13 +3874,16 @@ class Gateway:
             path = request_path(name, model.provider.kind) + "/count_tokens"
             data = json_bytes(messages_request(request, model))
             try:
-                reply, body = self.upstream.ask(model.provider, path, 30.0, data, exchange.headers)
+                reply, body = self.upstream.ask(model.provider, path, 30.0, data, exchange.headers,
+                                                exchange.watch)  # fmt: skip
                 counted = dict_or_empty(json_or_none(body))
                 if reply.status == 200 and isinstance(counted.get("input_tokens"), int):
                     return counted
                 if reply.status in (404, 405, 501):
                     self.registry.counts[model.provider.id] = False
-            except OgxError:
+            except OgxError as error:
+                if error.status == CLIENT_GONE:
+                    raise
                 log.debug("%s did not count tokens; estimating", model.provider.id)
         count = estimated_tokens(request)
         return {"input_tokens": count, "context_management": {"original_input_tokens": count}}
@@ -4144,18 +4170,17 @@ def pause_unless_closed(seconds: float, watch: socket.socket | None) -> None:
     """Wait; OgxError(CLIENT_GONE) as soon as the client has left."""
     if watch is None:
         time.sleep(seconds)
-    elif readable_sockets([watch], seconds) and is_closed(watch):
+    elif wait_ready(watch, seconds) and is_closed(watch):
         raise OgxError(CLIENT_GONE, "the client closed the connection")
 
 
-def upstream_items(reply: Reply, tick: float,
-                   watch: socket.socket | None) -> Iterator[list[bytes] | None]:  # fmt: skip
+def upstream_items(reply: Reply, tick: float) -> Iterator[list[bytes] | None]:
     """The data of the server-sent events that came together, or a whole body as one; None for a
     tick of silence."""
     reader, whole = SseReader(), bytearray()
     is_whole: bool | None = None
     while True:
-        data = reply.read(tick, watch)
+        data = reply.read(tick)
         if data is None:
             yield None
             continue
@@ -4319,7 +4344,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.status, self.command, self.path, self.request_headers = 0, "", "", {}
         self._unread = False
         try:
-            self.connection.settimeout(KEEP_ALIVE)
             head = self._read_head()
             if head:
                 self.exchange.started = time.monotonic()
@@ -4332,26 +4356,36 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             log.debug("%s: connection lost: %s", self.exchange.request_id, error)
 
-    def _read_head(self) -> list[bytes]:
-        """The lines of a request's head; [] when the client closed or was silent."""
-        lines: list[bytes] = []
-        size = 0
-        while True:
-            line = self.rfile.readline(MAX_HEAD)
-            size += len(line)
-            if not line.endswith(b"\n") or size > MAX_HEAD:
-                if size >= MAX_HEAD:
-                    self._send_error(OgxError(431, "the request's headers are too large"))
-                return []
-            line = line.rstrip(b"\r\n")
-            if not line and lines:
-                return lines
-            if line:
-                if not lines:
-                    self.connection.settimeout(CLIENT_TIMEOUT)
-                lines.append(line)
+    def setup(self) -> None:
+        self.connection = self.request
+        self.connection.setblocking(False)
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._received = b""  # and not yet read
 
-    def _answer(self, head: list[bytes]) -> None:
+    def finish(self) -> None:
+        pass
+
+    def _receive(self, timeout: float = CLIENT_TIMEOUT, size: int = RECEIVE_SIZE) -> bytes:
+        """Bytes from the client, b"" at its end; socket.timeout after that many silent seconds."""
+        while (data := received(self.connection, size)) is None:
+            if not wait_ready(self.connection, timeout):
+                raise socket.timeout("the client sent nothing")
+        return data
+
+    def _read_head(self) -> bytes:
+        """A request's head without its last line break; b"" when the client closed."""
+        while not (end := HEAD_END.search(self._received)) and len(self._received) <= MAX_HEAD:
+            data = self._receive(CLIENT_TIMEOUT if self._received else KEEP_ALIVE)
+            if not data:
+                return b""
+            self._received = (self._received + data).lstrip(b"\r\n")
+        if not end or end.start() > MAX_HEAD:
+            self._send_error(OgxError(431, "the request's headers are too large"))
+            return b""
+        head, self._received = self._received[: end.start()], self._received[end.end() :]
+        return head
+
+    def _answer(self, head: bytes) -> None:
         try:
             self._parse_head(head)
             body = self._read_body()
@@ -4369,15 +4403,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._send_error(OgxError(500, "internal error; the log of ogx.py has the trace"))
         self._log()
 
-    def _parse_head(self, head: list[bytes]) -> None:
+    def _parse_head(self, head: bytes) -> None:
         """Take in the request line and headers; OgxError(400) for anything malformed."""
-        match = re.fullmatch(rb"([A-Z]+) ([\x21-\x7e]+) HTTP/(1\.[01])", head[0])
+        first, _, lines = head.partition(b"\n")
+        match = re.fullmatch(rb"([A-Z]+) ([\x21-\x7e]+) HTTP/(1\.[01])\r?", first)
         if not match:
             raise OgxError(400, "malformed request line")
         self.command = match.group(1).decode()
         self.path = match.group(2).decode()
         self.request_version = "HTTP/" + match.group(3).decode()
-        headers = self.request_headers = headers_from_lines(head[1:])
+        headers = self.request_headers = headers_from_bytes(lines)
         self.exchange.session = headers.get("x-claude-code-session-id", "")[:64]
         names = ("anthropic-version", "anthropic-beta")
         self.exchange.headers = {k: headers[k] for k in names if k in headers}
@@ -4401,25 +4436,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif int(length or 0) > MAX_BODY:
             raise too_large()
         if headers.get("expect", "").lower() == "100-continue":
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        size = int(length or 0)
-        data = self._read_chunked() if coding else self.rfile.read(size)
-        if len(data) < size:
-            raise ConnectionResetError("the client closed in the middle of its request")
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        data = self._read_chunked() if coding else self._read_exactly(int(length or 0))
         self._unread = False
         return unpacked(data, headers.get("content-encoding", "identity").lower())
 
+    def _read_exactly(self, size: int) -> bytes:
+        pieces, left = [self._received[:size]], size - len(self._received)
+        self._received = self._received[size:]
+        while left > 0:
+            pieces.append(self._body_piece(left))
+            left -= len(pieces[-1])
+        return b"".join(pieces)
+
     def _read_chunked(self) -> bytes:
-        reader, body = ChunkedReader(), bytearray()
+        reader = ChunkedReader()
+        body = bytearray(reader.feed(self._received))
         while not reader.done:
-            data = self.rfile.peek(RECEIVE_SIZE)  # type: ignore[attr-defined]
-            if not data:
-                raise ConnectionResetError("the client closed in the middle of its request")
-            body += reader.feed(data)
-            self.rfile.read(len(data) - len(reader.rest))
+            body += reader.feed(self._body_piece(RECEIVE_SIZE))
             if len(body) > MAX_BODY:
                 raise too_large()
+        self._received = reader.rest
         return bytes(body)
+
+    def _body_piece(self, size: int) -> bytes:
+        data = self._receive(size=min(size, 4 * RECEIVE_SIZE))
+        if not data:
+            raise ConnectionResetError("the client closed in the middle of its request")
+        return data
 
     def _guard(self) -> None:
         """Keep browsers out: a page that a user visits must not be able to spend their keys, by
@@ -4470,6 +4514,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _post_count_tokens(self, query: str, body: bytes) -> None:
         self.exchange.request = checked_json(body, counting=True)
+        self.exchange.watch = self.connection
         self._send_json(200, self.server.gateway.count_tokens(self.exchange))
 
     def _get_models(self, query: str, body: bytes) -> None:
@@ -4510,7 +4555,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.exchange.error = f"the stream broke: {error.message}"
             self._send_piece(sse_bytes(error.body(self.exchange.request_id)))
         if self.request_version == "HTTP/1.1":
-            self.connection.sendall(b"0\r\n\r\n")
+            self._write(b"0\r\n\r\n")
 
     def _send_piece(self, data: bytes) -> None:
         """One piece of a stream, as one chunk; the head goes with the first."""
@@ -4524,7 +4569,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 self.close_connection = True
             data = self._head(200, headers) + data
-        self.connection.sendall(data)
+        self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        send_all(self.connection, data, CLIENT_TIMEOUT)
 
     def _send_json(self, status: int, value: Json) -> None:
         self._send(status, json_bytes(value) + b"\n")
@@ -4532,7 +4580,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _send(self, status: int, data: bytes, headers: Mapping[str, str] = {}) -> None:
         fields = {"content-type": "application/json", "content-length": str(len(data)), **headers}
         head = self._head(status, fields)
-        self.connection.sendall(head if self.command == "HEAD" else head + data)
+        self._write(head if self.command == "HEAD" else head + data)
 
     def _send_error(self, error: OgxError) -> None:
         """Answer with an error where an answer is still possible."""
@@ -4552,8 +4600,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         the client would never see the answer."""
         self.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + 2.0
-        while time.monotonic() < deadline and wait_readable(self.connection, 0.5):
-            if not self.connection.recv(RECEIVE_SIZE):
+        while time.monotonic() < deadline and wait_ready(self.connection, 0.5):
+            if received(self.connection) == b"":
                 return
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
@@ -5116,7 +5164,7 @@ def checked_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[fl
             pass
         if reply.status != 200:
             raise OgxError(reply.status, refusal_from_body(reply.status, whole_body(reply)).message)
-        for items in upstream_items(reply, 60.0, None):
+        for items in upstream_items(reply, 60.0):
             events += [json.loads(item) for item in items or ()]
             first = first or (time.monotonic() if events else 0.0)
     finally:
