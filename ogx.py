@@ -50,6 +50,7 @@ import os
 import random
 import re
 import select
+import selectors
 import shlex
 import shutil
 import signal
@@ -3136,6 +3137,13 @@ class BodyReader:
             self.done = self._left == 0
         return self._unpacker.decompress(data) if self._unpacker else data
 
+    def ended_by(self, data: bytes | None) -> bool:
+        """Whether its last bytes, None for none, end the body and nothing else: the end of a
+        chunked one often comes a moment after the last event."""
+        if self.done or not data or not self._chunked:
+            return self.done and data is None
+        return not self._chunked.feed(data) and self._chunked.done and not self._chunked.rest
+
     def end(self) -> None:
         """The connection ended: fine only for a body that has no other end."""
         if not self.done and (self._chunked or self._left):
@@ -3237,7 +3245,7 @@ class Upstream:
     def __init__(self) -> None:
         self.instance = uuid.uuid4().hex  # goes with every request, to recognise our own
         self._lock = threading.Lock()
-        self._idle: dict[str, list[tuple[float, socket.socket]]] = {}
+        self._idle: dict[str, list[tuple[float, socket.socket, BodyReader]]] = {}
         self._tls: dict[tuple[bool, str], ssl.SSLContext] = {}
 
     def send(self, provider: Provider, method: str, path: str, body: bytes | None = None,
@@ -3291,28 +3299,28 @@ class Upstream:
         while not fresh:
             with self._lock:
                 idle = self._idle.get(key)
-                since, sock = idle.pop() if idle else (0.0, None)
-            if sock is None:
-                break
-            with suppress(OSError):
-                # One that has bytes, or its end, was closed by the other side or is out of step.
-                if time.monotonic() - since < POOL_SECONDS and received(sock, 1) is None:
+                if not idle:
+                    break
+                since, sock, body = idle.pop()
+            with suppress(OSError, OgxError):
+                # One that holds anything else was closed by the other side, or is out of step.
+                if time.monotonic() - since < POOL_SECONDS and body.ended_by(received(sock)):
                     return sock, True
             sock.close()
         return self._connected(provider, timeout), False
 
-    def give_back(self, provider: Provider, sock: socket.socket) -> None:
+    def give_back(self, provider: Provider, sock: socket.socket, body: BodyReader) -> None:
         with self._lock:
             idle = self._idle.setdefault(origin_of(provider), [])
             if len(idle) < POOL_SIZE:
-                idle.append((time.monotonic(), sock))
+                idle.append((time.monotonic(), sock, body))
                 return
         sock.close()
 
     def close(self) -> None:
         with self._lock:
             for idle in self._idle.values():
-                for _, sock in idle:
+                for _, sock, _ in idle:
                     sock.close()
             self._idle.clear()
 
@@ -3414,30 +3422,31 @@ def json_bytes(value: Json) -> bytes:
 
 class Reply:
     """An upstream's answer while it comes in; headers by lower-case name. A request that met a
-    dead pooled connection is sent again."""
+    dead pooled connection is sent again. One that isn't `patient` never waits for bytes; one that
+    is `complete` has nothing to say any more."""
 
     def __init__(self, upstream: Upstream, provider: Provider, request: bytes, timeout: float,
                  watch: socket.socket | None = None) -> None:  # fmt: skip
         self.status = 0
         self.headers: Mapping[str, str] = {}
+        self.patient, self.complete = True, False
         self._upstream, self._provider, self._watch = upstream, provider, watch
         self._request, self._timeout = request, timeout
         self._buffer = b""
         self._body: BodyReader | None = None
-        self._silence = 0.0  # seconds without a byte
-        self._sent_at = 0.0
+        self._heard_at = self._sent_at = 0.0
         self._connect(fresh=False)
 
     def _connect(self, fresh: bool) -> None:
-        self._socket, self._reused = self._upstream.take(self._provider, self._timeout, fresh)
+        self.socket, self._reused = self._upstream.take(self._provider, self._timeout, fresh)
         try:
-            send_all(self._socket, self._request, IDLE_TIMEOUT, self._watch)
+            send_all(self.socket, self._request, IDLE_TIMEOUT, self._watch)
         except OSError:
             if self._reused:
-                self._socket.close()
+                self.socket.close()
                 self._connect(fresh=True)
             # Else it may have answered already, that the body is too large say: head() tells.
-        self._sent_at = time.monotonic()
+        self._sent_at = self._heard_at = time.monotonic()
 
     def head(self, timeout: float) -> bool:
         """Read status and headers; False when they haven't come within `timeout` seconds."""
@@ -3450,7 +3459,7 @@ class Reply:
                 at_once = time.monotonic() - self._sent_at < 1.0
                 if not self._reused or self._buffer or not at_once:
                     raise self._broken(None)
-                self._socket.close()
+                self.socket.close()
                 self._connect(fresh=True)
                 continue
             self._buffer += data
@@ -3508,20 +3517,21 @@ class Reply:
     def _receive(self, deadline: float, limit: float) -> bytes | None:
         """Bytes as they come, b"" at the end, None when the deadline passed; OgxError(504) after
         `limit` seconds without a byte."""
-        began = time.monotonic()
-        while wait_ready(self._socket, max(0.0, deadline - time.monotonic()), self._watch):
+        while not self.patient or wait_ready(self.socket, deadline - time.monotonic(), self._watch):
             try:
-                data = received(self._socket)
+                data = received(self.socket)
             except OSError as error:
                 if self._reused and self._body is None and not self._buffer:
                     return b""
                 raise self._broken(error) from None
             if data is not None:
-                self._silence = 0.0
+                self._heard_at = time.monotonic()
                 return data
-        self._silence += time.monotonic() - began
-        if self._silence >= limit:
-            raise OgxError(504, f"{self._provider.id} sent nothing for {self._silence:.0f} s")
+            if not self.patient:
+                break
+        silence = time.monotonic() - self._heard_at
+        if silence >= limit:
+            raise OgxError(504, f"{self._provider.id} sent nothing for {silence:.0f} s")
         return None
 
     def _broken(self, error: OSError | None) -> OgxError:
@@ -3532,19 +3542,16 @@ class Reply:
     def release(self) -> None:
         """Done with it: keep the connection where it is clean, else close it."""
         body = self._body
-        with suppress(OgxError):
-            # The end of a chunked body often comes a moment after the last event.
-            if body and not body.done and self.status == 200:
-                self.read(0.02)
-        if body and body.done and body.reusable and not self._buffer:
-            self._upstream.give_back(self._provider, self._socket)
+        if body and body.reusable and (self.complete or body.done) and not self._buffer:
+            self._upstream.give_back(self._provider, self.socket, body)
         else:
-            self._socket.close()
+            self.socket.close()
 
 
 class DemoReply(Reply):
     def __init__(self, body: Json) -> None:
         self.status, self.headers = 200, {"content-type": "text/event-stream"}
+        self.patient = True
         self._pieces = demo_stream(body)
 
     def head(self, timeout: float) -> bool:
@@ -3593,6 +3600,7 @@ class Exchange:
     session: str = ""
     started: float = field(default_factory=time.monotonic)
     first_event: float | None = None
+    reply: Reply | None = None  # the upstream's answer while it streams
     usage: Usage | None = None
     error: str = ""
 
@@ -3630,19 +3638,14 @@ class Gateway:
 
     def messages(self, exchange: Exchange) -> Generator[bytes | None, None, None]:
         """The answer's bytes as they come: server-sent events, or one JSON object where no stream
-        was asked for. None when there was nothing to hand on for a tick.
+        was asked for. None when the upstream was silent for a tick.
         Raises OgxError: before the first bytes it can still become an HTTP status. Closing the
         iterator closes the upstream's connection."""
         exchange.asked = one_line(BAD_ID.sub("?", exchange.request["model"]))[:200]
         chain = self._chain(exchange.request["model"])
-        since = time.monotonic()
         for place, model in enumerate(chain, 1):
             try:
-                for piece in self._tried(model, exchange):
-                    now = time.monotonic()
-                    if piece or now - since >= self.tick * 0.9:
-                        yield piece or None
-                        since = now
+                yield from self._tried(model, exchange)
                 return
             except OgxError as error:
                 error.without(model.provider.api_key)
@@ -3782,7 +3785,7 @@ class Gateway:
                 refusal = refusal_from_body(reply.status, answer)
                 native = answer if dialect.native else b""
                 raise refused_error(refusal, exchange.request, model, reply.headers, native)
-            exchange.begun = True
+            exchange.begun, exchange.reply = True, reply
             if dialect.native and not kind.native_repair:
                 yield from self._handed_on(reply, model.provider, exchange)
                 return
@@ -3800,6 +3803,7 @@ class Gateway:
             for items in upstream_items(reply, self.tick):
                 for item in items or ():
                     translator.feed(item)
+                reply.complete = translator.done and not translator.writer.stopped
                 yield translator.writer.take() if items is not None else None
                 if translator.done:
                     return
@@ -3842,7 +3846,7 @@ class Gateway:
                 events = stream.feed(data)
                 if stream.failed and not begun:
                     raise_if_error(events, exchange.served)
-                begun = begun or bool(events)
+                begun, reply.complete = begun or bool(events), stream.ended
                 if stream.failed and len(provider.api_key) >= MIN_SECRET:
                     events = events.replace(provider.api_key.encode(), b"***")
                 yield events
@@ -4274,6 +4278,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.gateway = gateway
         self.token = token.encode()  # which clients must show; empty: everyone may come in
         self.stopping = False
+        self.relay = Relay(gateway.tick)
         self._running = 0
         self._idle = threading.Condition()
         self.host = host.strip("[]")
@@ -4296,6 +4301,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def start(self, poll: float = 0.1) -> None:
         """Serve in a thread of its own until stop(), which it notices within `poll` seconds."""
+        threading.Thread(target=self.relay.run, name="relay", daemon=True).start()
         threading.Thread(target=self.serve_forever, args=(poll,), daemon=True).start()
 
     def stop(self, drain: float = DRAIN_TIMEOUT) -> None:
@@ -4305,6 +4311,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()
         with self._idle:
             self._idle.wait_for(lambda: self._running == 0, drain)
+            self.relay.close()
+            self._idle.wait_for(lambda: self._running == 0, 1.0)
         self.gateway.close()
 
     def count(self, change: int) -> None:
@@ -4327,6 +4335,147 @@ def listen_problem(error: Exception, host: str, port: int) -> str:
     if name in ("EACCES", "EPERM"):
         return f"no permission to listen on port {port}; ports below 1024 are privileged"
     return f"can't listen on {host}:{port}: {error}"
+
+
+@dataclass(eq=False)
+class Stream:
+    """A streamed answer that the relay writes while its handler sleeps."""
+
+    handler: Handler
+    pieces: Generator[bytes | None, None, None]
+    source: socket.socket  # where the pieces come from
+    unsent: bytes = b""  # what the client was too slow to take
+    written_at: float = field(default_factory=time.monotonic)
+    ended: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+
+    @property
+    def client(self) -> socket.socket:
+        client: socket.socket = self.handler.connection
+        return client
+
+
+class Relay:
+    """One thread that moves the bytes of all streams that wait for their upstreams: with a thread
+    for each, most of the time would go into switching between them. It never waits for one stream
+    alone; a client that is slow to read stops its own upstream."""
+
+    def __init__(self, tick: float) -> None:
+        self._tick = tick  # seconds of silence before a ping
+        self._streams: set[Stream] = set()
+        self._new: list[Stream] = []
+        self._selector = selectors.DefaultSelector()
+        self._bell, self._ear = socket.socketpair()
+        self._selector.register(self._ear, selectors.EVENT_READ)
+        self._looked_at = 0.0
+        self._closed = False
+
+    def finish(self, stream: Stream) -> None:
+        """Write the rest of an answer; raises what ended it early."""
+        self._new.append(stream)
+        self._bell.send(b"!")
+        stream.ended.wait()
+        if stream.error:
+            raise stream.error
+
+    def close(self) -> None:
+        """End what still runs with an error."""
+        if not self._closed:
+            self._closed = True
+            self._bell.send(b"!")
+
+    def run(self) -> None:
+        while not self._closed:
+            for key, _ in self._selector.select(self._tick / 10 if self._streams else None):
+                stream = key.data
+                if stream is None:
+                    self._ear.recv(1000)
+                    self._admit()
+                elif stream not in self._streams:  # it ended a moment ago
+                    pass
+                elif key.fileobj is stream.source or stream.unsent:
+                    self._move(stream)
+                elif is_closed(stream.client):
+                    self._end(stream, OgxError(CLIENT_GONE, "the client closed the connection"))
+                else:  # it sent its next request already
+                    self._selector.unregister(stream.client)
+            self._look_after_silent()
+        for stream in [*self._streams, *self._new]:
+            self._end(stream, OgxError(529, "ogx.py is stopping; ask again in a moment"))
+        self._selector.close()
+        self._bell.close()
+        self._ear.close()
+
+    def _admit(self) -> None:
+        while self._new:
+            stream = self._new.pop()
+            self._streams.add(stream)
+            self._watch(stream)
+            self._move(stream)  # TLS may hold what came in meanwhile
+
+    def _move(self, stream: Stream) -> None:
+        """Write what there is, as far as the client takes it."""
+        blocked = bool(stream.unsent)
+        try:
+            self._send(stream, b"")
+            while not stream.unsent:
+                piece = next(stream.pieces)
+                if piece is None:
+                    break
+                if piece:
+                    self._send(stream, stream.handler.framed(piece))
+        except StopIteration:
+            self._end(stream)
+        except BaseException as error:  # its handler knows what to do
+            self._end(stream, error)
+        else:
+            if blocked != bool(stream.unsent):
+                self._watch(stream)
+
+    def _send(self, stream: Stream, data: bytes) -> None:
+        data = stream.unsent + data
+        if data:
+            with suppress(*WOULD_BLOCK):
+                data = data[stream.client.send(data) :]
+                stream.written_at = time.monotonic()
+        stream.unsent = data
+
+    def _watch(self, stream: Stream) -> None:
+        """Wait for the upstream or, when the client is behind, for the client alone."""
+        behind = bool(stream.unsent)
+        self._await(stream, stream.source, 0 if behind else selectors.EVENT_READ)
+        self._await(stream, stream.client,
+                    selectors.EVENT_WRITE if behind else selectors.EVENT_READ)  # fmt: skip
+
+    def _await(self, stream: Stream, sock: socket.socket, events: int) -> None:
+        if sock in self._selector.get_map():
+            self._selector.unregister(sock)
+        if events:
+            self._selector.register(sock, events, stream)
+
+    def _look_after_silent(self) -> None:
+        """Pings for clients that got nothing for a tick, and an end of those that take nothing."""
+        now = time.monotonic()
+        if now - self._looked_at < self._tick / 10:
+            return
+        self._looked_at = now
+        for stream in list(self._streams):
+            silence = now - stream.written_at
+            if stream.unsent and silence >= CLIENT_TIMEOUT:
+                self._end(stream, socket.timeout("the client reads nothing"))
+            elif not stream.unsent and silence >= self._tick * 0.9:
+                self._move(stream)  # the upstream may have been silent for too long
+                if stream in self._streams and not stream.unsent and stream.written_at < now:
+                    self._send(stream, stream.handler.framed(PING))
+
+    def _end(self, stream: Stream, error: BaseException | None = None) -> None:
+        self._streams.discard(stream)
+        self._await(stream, stream.source, 0)
+        self._await(stream, stream.client, 0)
+        with suppress(Exception):
+            stream.pieces.close()
+        stream.error = error
+        stream.ended.set()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -4542,13 +4691,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- answers
 
-    def _stream(self, pieces: Iterable[bytes | None]) -> None:
-        """Write a stream as it comes; an error before its first piece is the caller's to answer."""
+    def _stream(self, pieces: Generator[bytes | None, None, None]) -> None:
+        """Write a stream as it comes; an error before its first piece is the caller's to answer.
+        Once there is nothing more to read at once, the relay goes on with it."""
+        done, written_at = self.exchange, time.monotonic()
         try:
             for piece in pieces:
-                if piece and not self.exchange.first_event:
-                    self.exchange.first_event = time.monotonic()
-                self._send_piece(piece or (PING if self.exchange.first_event else SIGN_OF_LIFE))
+                now = time.monotonic()
+                if piece:
+                    done.first_event = done.first_event or now
+                    if done.reply:
+                        done.reply.patient = False
+                elif piece is None and done.first_event and done.reply:
+                    self.server.relay.finish(Stream(self, pieces, done.reply.socket))
+                    break
+                if piece or now - written_at >= self.server.gateway.tick * 0.9:
+                    self._send_piece(piece or (PING if done.first_event else SIGN_OF_LIFE))
+                    written_at = now
         except OgxError as error:
             if not self.status or error.status == CLIENT_GONE:
                 raise
@@ -4558,18 +4717,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._write(b"0\r\n\r\n")
 
     def _send_piece(self, data: bytes) -> None:
-        """One piece of a stream, as one chunk; the head goes with the first."""
-        chunked = self.request_version == "HTTP/1.1"
-        if chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
+        """One piece of a stream; the head goes with the first."""
+        data = self.framed(data)
         if not self.status:
             headers = {"content-type": "text/event-stream", "cache-control": "no-cache"}
-            if chunked:
+            if self.request_version == "HTTP/1.1":
                 headers["transfer-encoding"] = "chunked"
             else:
                 self.close_connection = True
             data = self._head(200, headers) + data
         self._write(data)
+
+    def framed(self, data: bytes) -> bytes:
+        """A piece of a stream as one chunk, for clients that know chunks."""
+        if self.request_version != "HTTP/1.1":
+            return data
+        return b"%x\r\n%b\r\n" % (len(data), data)
 
     def _write(self, data: bytes) -> None:
         send_all(self.connection, data, CLIENT_TIMEOUT)
