@@ -1264,7 +1264,7 @@ def is_json(text: str) -> bool:
 
 
 class MessageWriter:
-    """Writes one message as events; `take()` hands out those not taken yet.
+    """Writes one message as events; `take()` hands out those not taken yet, bytes as they are.
     Grammar: message_start; then per block start, deltas, stop, with indices from 0 and never two
     open at once; message_delta, message_stop."""
 
@@ -1276,7 +1276,7 @@ class MessageWriter:
         self._message: Json | None = message  # until it was started
         self.input_tokens: int = message["usage"]["input_tokens"]
         self._used_ids = set(used_ids)  # of tool calls; Claude Code drops a call whose id recurs
-        self._events: list[Json] = []
+        self.events: list[Json | bytes] = []
         self._open: Block | None = None
         self._waiting: list[Block] = []
         self._ended: set[Any] = set()  # keys of closed tool calls
@@ -1284,14 +1284,21 @@ class MessageWriter:
         self.tools = 0
         self.broken_input = False  # a tool call ended before its input was whole
 
-    def take(self) -> list[Json]:
-        events, self._events = self._events, []
+    def take(self) -> list[Json | bytes]:
+        events, self.events = self.events, []
         return events
+
+    def goes_on(self, kind: str, escaped: str) -> bool:
+        """Whether a block of that kind is open and went on by a text in JSON's quotes."""
+        if self._open is None or self._open.kind != kind:
+            return False
+        self.events.append((DELTA_EVENT % (self._index, *DELTAS[kind], escaped)).encode("ascii"))
+        return True
 
     def start(self) -> None:
         """Write message_start, once."""
         if self._message is not None:
-            self._events.append({"type": "message_start", "message": self._message})
+            self.events.append({"type": "message_start", "message": self._message})
             self._message = None
 
     def text(self, text: str) -> None:
@@ -1326,7 +1333,7 @@ class MessageWriter:
         self._close()
         self._index += 1
         start = {"type": "content_block_start", "index": self._index, "content_block": content}
-        self._events += [start, {"type": "content_block_stop", "index": self._index}]
+        self.events += [start, {"type": "content_block_stop", "index": self._index}]
 
     def citation(self, citation: Json) -> None:
         """A source of the text that is open."""
@@ -1361,8 +1368,8 @@ class MessageWriter:
             stop_reason = "tool_use"
         delta = {"stop_reason": stop_reason, "stop_sequence": stop_sequence, "stop_details": None,
                  "container": None}  # fmt: skip
-        self._events.append({"type": "message_delta", "delta": delta, "usage": usage.as_json()})
-        self._events.append({"type": "message_stop"})
+        self.events.append({"type": "message_delta", "delta": delta, "usage": usage.as_json()})
+        self.events.append({"type": "message_stop"})
 
     def break_off(self) -> None:
         """The answer ends in an error: close an open text, since Claude Code then keeps it and
@@ -1407,7 +1414,7 @@ class MessageWriter:
         else:
             content = {"type": "text", "text": "", "citations": None}
         start = {"type": "content_block_start", "index": self._index, "content_block": content}
-        self._events.append(start)
+        self.events.append(start)
 
     def _flush(self, block: Block) -> None:
         if block.pending:
@@ -1418,7 +1425,7 @@ class MessageWriter:
 
     def _delta(self, kind: str, name: str, value: Any) -> None:
         delta = {"type": kind, name: value}
-        self._events.append({"type": "content_block_delta", "index": self._index, "delta": delta})
+        self.events.append({"type": "content_block_delta", "index": self._index, "delta": delta})
 
     def _close(self) -> None:
         block = self._open
@@ -1431,7 +1438,7 @@ class MessageWriter:
         self._flush(block)
         if block.kind == "tool_use" and not is_json(block.text):
             self.broken_input = True
-        self._events.append({"type": "content_block_stop", "index": self._index})
+        self.events.append({"type": "content_block_stop", "index": self._index})
         self._open = None
 
     def _fresh_id(self, call_id: str) -> str:
@@ -1472,8 +1479,10 @@ def message_from_events(events: Iterable[Json]) -> Json:
     return message
 
 
-def sse_bytes(event: Json) -> bytes:
+def sse_bytes(event: Json | bytes) -> bytes:
     """One event as Anthropic sends it."""
+    if isinstance(event, bytes):
+        return event
     if event["type"] == "content_block_delta" and event["delta"]["type"] in DELTA_FIELDS:
         # Nearly all events are these: the same bytes as below at a sixth of the time.
         kind, name = event["delta"]["type"], DELTA_FIELDS[event["delta"]["type"]]
@@ -1873,6 +1882,18 @@ class ChatTranslator(Translator):
         self._calls: list[ToolCall] = []
         self._thoughts = ThoughtSplitter()
         self._notice = search_notice(request)
+        self._usual = UsualChunk()
+        self._learns = bool(request.get("stream")) and not self._stops
+
+    def feed(self, data: bytes) -> None:
+        text = self._usual.text_in(data)
+        if text and self.writer.goes_on(self._usual.kind, text):
+            self._chunks += 1
+            return
+        count = len(self.writer.events)
+        super().feed(data)
+        if self._learns and len(self.writer.events) == count + 1:
+            self._learns = self._usual.learn(data, self.writer.events[-1], self._thoughts.kind)
 
     def _read(self, chunk: Json, data: bytes) -> None:
         if chunk.get("error") or chunk.get("object") == "error":
@@ -1974,6 +1995,49 @@ class ChatTranslator(Translator):
         return found
 
 
+class UsualChunk:
+    """What the chunks of a stream have in common when they bring nothing but text. One that has
+    the same bytes around its text comes to the same event and needn't be parsed, which would be
+    two thirds of the work. OpenAI's `obfuscation`, noise of any length, may differ."""
+
+    PLAIN = re.compile(  # text escaped just as we would
+        rb'"(?:[^"\\\x00-\x1f\x7f-\xff]|\\["\\bfnrt]|\\u(?!00[0-7])[0-9a-f]{4})+"')  # fmt: skip
+    NOISE = re.compile(rb'"obfuscation": ?"[A-Za-z0-9]*"')
+
+    def __init__(self) -> None:
+        self.kind = ""  # of the block that the text belongs to
+        self._before = b"\0"  # with which no chunk begins
+        self._after = self._quiet = b""  # what follows the text; the same without noise
+        self._in_vain = 0  # chunks learned from since one was recognised
+
+    def text_in(self, chunk: bytes) -> str | None:
+        """The text, in JSON's quotes; None where the chunk is another, and must be parsed."""
+        if not chunk.startswith(self._before):
+            return None
+        match = self.PLAIN.match(chunk, len(self._before))
+        if match is None:
+            return None
+        after = chunk[match.end() :]
+        if after != self._after and self.NOISE.sub(b"", after) != self._quiet:
+            return None
+        self._in_vain = 0
+        return match.group().decode("ascii")
+
+    def learn(self, chunk: bytes, event: Json | bytes, thoughts: str) -> bool:
+        """Take in a chunk and the one event it came to; False once that is of no use. `thoughts`
+        is what the text was found to be: its thinking may end in any chunk."""
+        delta = {} if isinstance(event, bytes) else event.get("delta") or {}
+        kind = {"text_delta": "text", "thinking_delta": "thinking"}.get(delta.get("type", ""), "")
+        if kind and thoughts != "thinking":
+            text = json.encoder.encode_basestring_ascii(delta[kind]).encode("ascii")
+            before, found, after = chunk.partition(text)
+            if found and text not in after and self.PLAIN.fullmatch(text):
+                self.kind, self._before, self._after = kind, before, after
+                self._quiet = self.NOISE.sub(b"", after)
+        self._in_vain += 1
+        return self._in_vain < 10
+
+
 class ThoughtSplitter:
     """Tells the thinking that some servers leave in the text, at its beginning and between <think>
     and </think>, from the text. What may yet become a mark is held."""
@@ -1981,7 +2045,7 @@ class ThoughtSplitter:
     MARKS = ("<think>", "<thinking>", "<thought>")
 
     def __init__(self) -> None:
-        self._kind = ""  # "thinking" or "text", once it is known
+        self.kind = ""  # "thinking" or "text", once it is known
         self._held = self._closing = ""
         self._after_mark = False  # white space there is the mark's
 
@@ -1989,19 +2053,19 @@ class ThoughtSplitter:
         """("thinking" or "text", words) pairs."""
         self._held += text.lstrip() if self._after_mark else text
         self._after_mark = self._after_mark and not self._held
-        if not self._kind:
+        if not self.kind:
             begun = self._held.lstrip()
             opening = next((mark for mark in self.MARKS if begun.startswith(mark)), "")
             if opening:
-                self._kind, self._closing = "thinking", f"</{opening[1:]}"
+                self.kind, self._closing = "thinking", f"</{opening[1:]}"
                 self._held = begun[len(opening) :].lstrip()
                 self._after_mark = not self._held
             elif not any(mark.startswith(begun) for mark in self.MARKS):
-                self._kind = "text"
-        if self._kind == "thinking":
+                self.kind = "text"
+        if self.kind == "thinking":
             thought, closing, rest = self._held.partition(self._closing)
             if closing:
-                self._kind, self._held = "text", rest.lstrip()
+                self.kind, self._held = "text", rest.lstrip()
                 self._after_mark = not self._held
             else:
                 lengths = range(len(self._closing) - 1, 0, -1)
@@ -2009,13 +2073,13 @@ class ThoughtSplitter:
                 self._held = thought[len(thought) - kept :]
                 thought = thought[: len(thought) - kept]
             yield "thinking", thought
-        if self._kind == "text":
+        if self.kind == "text":
             yield from self.end()
 
     def end(self) -> Iterator[tuple[str, str]]:
         """What was held."""
         held, self._held = self._held, ""
-        yield self._kind or "text", held
+        yield self.kind or "text", held
 
 
 @dataclass
@@ -3797,7 +3861,7 @@ class Gateway:
 
     def _translated(
         self, reply: Reply, translator: Translator
-    ) -> Iterator[list[Json] | None]:
+    ) -> Iterator[list[Json | bytes] | None]:
         """The answer's events in batches, each what came together; None for a tick of silence."""
         try:
             for items in upstream_items(reply, self.tick):
@@ -4104,7 +4168,9 @@ def new_translator(dialect: Dialect, request: Json, model: Model) -> Translator:
     return dialect.translator(writer, request, model.origin)
 
 
-def answer_bytes(batches: Iterable[list[Json] | None], stream: bool) -> Iterator[bytes | None]:
+def answer_bytes(
+    batches: Iterable[list[Json | bytes] | None], stream: bool
+) -> Iterator[bytes | None]:
     """Batches of events as server-sent events or, at the end, as one message."""
     events: list[Json] = []
     for batch in batches:
@@ -4113,7 +4179,7 @@ def answer_bytes(batches: Iterable[list[Json] | None], stream: bool) -> Iterator
         elif stream:
             yield b"".join(map(sse_bytes, batch))
         else:
-            events += batch
+            events += (event for event in batch if not isinstance(event, bytes))
     if not stream:
         yield json_bytes(message_from_events(events))
 

@@ -14,6 +14,7 @@ import http.client
 import importlib.util
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -1663,6 +1664,64 @@ class TestChat:
         writer = ogx.MessageWriter(ogx.new_message("m", "m", 1))
         error = refused(ogx.ChatTranslator(writer, request(), "o").feed, data)
         assert error.status == status and words in error.message
+
+    # -- chunks that needn't be parsed
+
+    def written(self, chunks, learns=True):
+        """The bytes that the data of chunks comes to, and how many of them were parsed."""
+        writer = ogx.MessageWriter(ogx.new_message("msg_1", "m", 5))
+        translator = ogx.ChatTranslator(writer, request(stream=True), "openai, model gpt-x")
+        translator._learns = learns
+        parsed = []
+        read = translator._read
+        translator._read = lambda chunk, data: (parsed.append(data), read(chunk, data))
+        for chunk in chunks:
+            translator.feed(chunk)
+        translator.end()
+        return b"".join(map(ogx.sse_bytes, writer.take())), translator.usage, len(parsed)
+
+    def test_usual_chunks_come_to_the_same_bytes_without_being_parsed(self):
+        words = ["a", " b", 'say "hi"\n', "back\\slash\t", "stop", "assistant", "c", "0", "\u20ac"]
+        for ascii_only in (True, False):
+            chunks = [json.dumps(c, ensure_ascii=ascii_only).encode() for c in (
+                delta(role="assistant", content=""), *(delta(content=w) for w in words * 20),
+                *(delta(reasoning_content=w) for w in words * 20), delta("stop", USAGE))]
+            quick, parsed = self.written(chunks), self.written(chunks, learns=False)
+            assert quick[:2] == parsed[:2] and parsed[2] == len(chunks)
+            assert quick[2] < (20 if ascii_only else 100)
+
+    def test_noise_and_the_clock_do_not_keep_chunks_from_being_usual(self):
+        chunks = [json.dumps({**delta(content=f"w{i} "), "created": i // 50,
+                              "obfuscation": "x" * (i % 7)}).encode() for i in range(200)]
+        chunks.append(json.dumps(delta("stop")).encode())
+        assert self.written(chunks)[2] < 10
+        assert self.written(chunks)[:2] == self.written(chunks, learns=False)[:2]
+
+    def test_what_never_repeats_is_not_learned_for_long(self):
+        chunks = [json.dumps({**delta(content="w"), "n": i}).encode() for i in range(50)]
+        writer = ogx.MessageWriter(ogx.new_message("msg_1", "m", 5))
+        translator = ogx.ChatTranslator(writer, request(stream=True), "x")
+        for chunk in chunks:
+            translator.feed(chunk)
+        assert translator._learns is False
+
+    def test_usual_chunks_among_all_others_come_to_the_same_bytes(self):
+        """Seeded streams of everything a chunk can be, in any order."""
+        source = random.Random(4)
+        kinds = (
+            lambda i: delta(content=source.choice(["x", "<think>", "</think>", "y z", "é", "\n"])),
+            lambda i: delta(content="plain"), lambda i: delta(content="plain"),
+            lambda i: delta(reasoning_content="hm"), lambda i: delta(refusal="no"),
+            lambda i: {**delta(content="plain"), "usage": {"prompt_tokens": i}},
+            lambda i: delta(tool_calls=[fragment(i, f"call_{i}", "f", "{}")]),
+            lambda i: delta(content="plain", tool_calls=[fragment(i, f"call_{i}", "f", "{}")]),
+            lambda i: {"choices": []},
+            lambda i: delta("stop", content="plain"))  # fmt: skip
+        for _ in range(300):
+            chunks = [json.dumps(source.choice(kinds)(i)).encode() for i in range(30)]
+            chunks.append(json.dumps(delta("stop")).encode())
+            quick = self.written(chunks)
+            assert quick[:2] == self.written(chunks, learns=False)[:2]
 
 
 class TestMessages:
