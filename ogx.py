@@ -2324,8 +2324,10 @@ class NativeStream:
 
     def feed(self, data: bytes) -> bytes:
         data = self._rest + data
-        ends = (data.rfind(b"\n\n") + 2, data.rfind(b"\r\n\r\n") + 4, data.rfind(b"\r\r") + 2)
-        end = max(end if end > 3 else 0 for end in ends)
+        end = len(data)
+        if not data.endswith(b"\n\n"):
+            ends = (data.rfind(mark) + len(mark) for mark in (b"\n\n", b"\r\n\r\n", b"\r\r"))
+            end = max(end if end > 3 else 0 for end in ends)
         self._rest = data[end:]
         if len(self._rest) > MAX_EVENT:
             raise OgxError(502, "the upstream sent an event that is too large")
@@ -2340,8 +2342,9 @@ class NativeStream:
         if not self._named and b"message_start" in data:
             self._named = True
             data = MODEL_FIELD.sub(self._model, data, count=1)
-        self._tail = (self._tail + data)[-2000:]
-        last = LAST_EVENT.search(data)
+        self._tail = (self._tail + data)[-2000:] if len(data) < 2000 else data[-2000:]
+        # The expression is slow, and most data is no last event.
+        last = (b"message_stop" in data or b"error" in data) and LAST_EVENT.search(data)
         if last:
             self.ended, self.failed = True, b"error" in last.group()
         return data
@@ -3840,8 +3843,9 @@ class Gateway:
         reply = self.upstream.send(model.provider, "POST", path, data, headers,
                                    watch=exchange.watch)  # fmt: skip
         try:
-            # Made while the upstream works: counting takes a while for a long conversation.
-            translator = new_translator(dialect, exchange.request, model)
+            handed_on = dialect.native and not kind.native_repair
+            if not handed_on:  # made while the upstream works: counting takes a while
+                translator = new_translator(dialect, exchange.request, model)
             while not reply.head(self.tick):
                 yield None
             if reply.status != 200:
@@ -3850,7 +3854,7 @@ class Gateway:
                 native = answer if dialect.native else b""
                 raise refused_error(refusal, exchange.request, model, reply.headers, native)
             exchange.begun, exchange.reply = True, reply
-            if dialect.native and not kind.native_repair:
+            if handed_on:
                 yield from self._handed_on(reply, model.provider, exchange)
                 return
             events = self._translated(reply, translator)
