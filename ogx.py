@@ -40,7 +40,9 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
 from __future__ import annotations
 
 import argparse
+import email.utils
 import errno
+import functools
 import http.client
 import http.server
 import ipaddress
@@ -770,7 +772,7 @@ class Registry:
                  or self._automatic(wanted) or self._routed(wanted))  # fmt: skip
         if found is None:
             raise OgxError(404, self._not_found_words(model_id))
-        return replace(found, id=model_id)
+        return found if found.id == model_id else replace(found, id=model_id)
 
     def _named(self, wanted: str) -> Model | None:
         if wanted in self._by_id:
@@ -1445,9 +1447,14 @@ class MessageWriter:
         """An id of Anthropic's alphabet that the conversation doesn't have yet."""
         call_id = re.sub(r"[^A-Za-z0-9_-]", "_", call_id)
         if not call_id or call_id in self._used_ids:
-            call_id = f"toolu_{uuid.uuid4().hex[:24]}"
+            call_id = fresh_id("toolu")
         self._used_ids.add(call_id)
         return call_id
+
+
+def fresh_id(prefix: str) -> str:
+    """An id as Anthropic's look; it need not be hard to guess, so no system call is made for it."""
+    return f"{prefix}_{random.getrandbits(96):024x}"
 
 
 def message_from_events(events: Iterable[Json]) -> Json:
@@ -1847,7 +1854,7 @@ class Translator:
             self.end()
             return
         try:
-            chunk = json.loads(data)
+            chunk = json.loads(data.decode())  # bytes would be searched for their encoding
         except (ValueError, RecursionError):
             raise OgxError(502, f"{self._origin} sent no JSON but {beginning(data)}") from None
         self._chunks += 1
@@ -3124,8 +3131,8 @@ def headers_from_bytes(lines: bytes) -> dict[str, str]:
         raise OgxError(400, "malformed header line")
     headers: dict[str, str] = {}
     for name, value in found:
-        name, value = name.lower(), value.rstrip()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        name = name.lower()
+        headers[name] = f"{headers[name]}, {value.rstrip()}" if name in headers else value.rstrip()
     return headers
 
 
@@ -3283,6 +3290,7 @@ def is_closed(sock: socket.socket) -> bool:
         return True
 
 
+@functools.lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address is this machine by its spelling, without asking DNS."""
     host = host.strip("[]").lower().rstrip(".")
@@ -3370,8 +3378,11 @@ class Upstream:
                     break
                 since, sock, body = idle.pop()
             with suppress(OSError, OgxError):
+                idle_for = time.monotonic() - since
+                if idle_for < 0.1 and body.done:  # hardly closed yet; if so, it is noticed later
+                    return sock, True
                 # One that holds anything else was closed by the other side, or is out of step.
-                if time.monotonic() - since < POOL_SECONDS and body.ended_by(received(sock)):
+                if idle_for < POOL_SECONDS and body.ended_by(received(sock)):
                     return sock, True
             sock.close()
         return self._connected(provider, timeout), False
@@ -3484,7 +3495,10 @@ def request_bytes(provider: Provider, method: str, path: str, body: bytes | None
 
 
 def json_bytes(value: Json) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode("ascii")
+    return COMPACT_JSON.encode(value).encode("ascii")
+
+
+COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
 class Reply:
@@ -4164,8 +4178,7 @@ def speaks_responses(provider: Provider) -> bool:
 
 def new_translator(dialect: Dialect, request: Json, model: Model) -> Translator:
     """The dialect's translator, ready for the answer to a request."""
-    message_id = f"msg_{uuid.uuid4().hex[:24]}"
-    message = new_message(message_id, request["model"], estimated_tokens(request))
+    message = new_message(fresh_id("msg"), request["model"], estimated_tokens(request))
     used = (b["id"] for m in request["messages"] if m["role"] == "assistant"
             for b in blocks_of(m["content"]) if b["type"] == "tool_use")  # fmt: skip
     writer = MessageWriter(message, used, request.get("stop_sequences") or ())
@@ -4389,7 +4402,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Count a running request in (1) or out (-1)."""
         with self._idle:
             self._running += change
-            self._idle.notify_all()
+            if self.stopping:
+                self._idle.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection failed unexpectedly")
@@ -4559,7 +4573,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection = True
-        self.exchange = Exchange(f"req_{uuid.uuid4().hex[:24]}")
+        self.exchange = Exchange(fresh_id("req"))
         self.status, self.command, self.path, self.request_headers = 0, "", "", {}
         self._unread = False
         try:
@@ -4841,7 +4855,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The head of an answer, as bytes; from here on the answer counts as sent."""
         self.status = status
         reason = http.client.responses.get(status, "Overloaded" if status == 529 else "Error")
-        fields = {"date": self.date_time_string(), "request-id": self.exchange.request_id,
+        fields = {"date": http_date(int(time.time())), "request-id": self.exchange.request_id,
                   "anthropic-version": ANTHROPIC_VERSION, **headers}  # fmt: skip
         if self.exchange.served:
             fields["x-ogx-served"] = re.sub(r"[^\x21-\x7e]", "?", self.exchange.served[:256])
@@ -4866,6 +4880,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         quiet = not done.error and not self.path.startswith("/v1/messages")
         level = logging.DEBUG if quiet else logging.INFO
         log.log(level, "%s", " ".join(part for part in parts if part))
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(seconds: int) -> str:
+    return email.utils.formatdate(seconds, usegmt=True)
 
 
 def too_large() -> OgxError:
@@ -4894,6 +4913,7 @@ def no_number(text: str) -> Any:
     raise ValueError(f"{text} is no number of JSON")
 
 
+BOM = b"\xef\xbb\xbf"
 STRICT_JSON = json.JSONDecoder(parse_constant=no_number)  # without Python's NaN and Infinity
 
 
@@ -4902,7 +4922,7 @@ def parsed_json(body: bytes) -> Any:
     if not body:
         raise OgxError(400, "the request has no body; expected a JSON object")
     try:
-        return STRICT_JSON.decode(body.decode("utf-8-sig"))
+        return STRICT_JSON.decode(body[3:].decode() if body[:3] == BOM else body.decode())
     except UnicodeDecodeError:
         raise OgxError(400, "the request's body is not UTF-8") from None
     except ValueError as error:
@@ -5489,6 +5509,9 @@ def port_argument(text: str) -> int:
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal; the exit code."""
     logging.basicConfig(format=LOG_FORMAT, level=options.log_level.upper())
+    # What no line of this log shows is not looked up (logging's HOWTO, "Optimization").
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     config = config_from_name(options.config, os.environ)
     token = server_token(options, os.environ)
     gateway = Gateway(config, store=Store(state_path(options.state, os.environ)))
