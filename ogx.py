@@ -4450,23 +4450,31 @@ class Relay:
         self._new: list[Stream] = []
         self._selector = selectors.DefaultSelector()
         self._bell, self._ear = socket.socketpair()
+        self._bell.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ)
         self._looked_at = 0.0
         self._closed = False
 
     def finish(self, stream: Stream) -> None:
         """Write the rest of an answer; raises what ended it early."""
-        self._new.append(stream)
-        self._bell.send(b"!")
+        self._call_for(stream)
         stream.ended.wait()
         if stream.error:
             raise stream.error
+
+    def _call_for(self, stream: Stream) -> None:
+        self._new.append(stream)
+        self._ring()
+
+    def _ring(self) -> None:
+        with suppress(BlockingIOError):  # it is full of rings: heard soon anyway
+            self._bell.send(b"!")
 
     def close(self) -> None:
         """End what still runs with an error."""
         if not self._closed:
             self._closed = True
-            self._bell.send(b"!")
+            self._ring()
 
     def run(self) -> None:
         while not self._closed:
@@ -4491,23 +4499,27 @@ class Relay:
         self._ear.close()
 
     def _admit(self) -> None:
-        while self._new:
-            stream = self._new.pop()
-            self._streams.add(stream)
-            self._watch(stream)
+        for _ in range(len(self._new)):
+            stream = self._new.pop(0)
+            if stream.ended.is_set():
+                continue
+            if stream not in self._streams:
+                self._streams.add(stream)
+                self._watch(stream)
             self._move(stream)  # TLS may hold what came in meanwhile
 
     def _move(self, stream: Stream) -> None:
-        """Write what there is, as far as the client takes it."""
-        blocked = bool(stream.unsent)
+        """Write what there is, as far as the client takes it, and others aren't kept waiting."""
+        blocked, moves = bool(stream.unsent), 0
         try:
             self._send(stream, b"")
-            while not stream.unsent:
-                piece = next(stream.pieces)
-                if piece is None:
-                    break
+            while not stream.unsent and (piece := next(stream.pieces)) is not None:
                 if piece:
                     self._send(stream, stream.handler.framed(piece))
+                moves += 1
+                if moves == 4:
+                    self._call_for(stream)
+                    break
         except StopIteration:
             self._end(stream)
         except BaseException as error:  # its handler knows what to do

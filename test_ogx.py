@@ -4035,6 +4035,136 @@ def options(**given):
     flags += ["--print-env"] if given.get("print_env") else []
     return ogx.argument_parser().parse_args(["connect", "claude", *flags])
 
+    # -- the relay
+
+    def stream_of(self, client, body=None):
+        """A connection on which a stream was asked for."""
+        sock = socket.create_connection(("127.0.0.1", client.port), timeout=20)
+        data = json.dumps(body or request(stream=True)).encode()
+        sock.sendall(b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n"
+                     b"content-length: %d\r\n\r\n%b" % (len(data), data))  # fmt: skip
+        return sock
+
+    def read_until(self, sock, mark):
+        data = b""
+        while mark not in data:
+            piece = sock.recv(65536)
+            assert piece, data[-300:]
+            data += piece
+        return data
+
+    def test_a_reader_that_stops_holds_up_its_own_upstream_alone(self):
+        taken, hold = [], threading.Event()
+
+        def endless(fake, connection):
+            begin_stream(connection)
+            connection.settimeout(20)
+            chunk = sse(*[delta(content="x" * 1000)] * 50, done=False)
+            try:
+                while not hold.is_set():
+                    send_chunk(connection, chunk)
+                    taken.append(len(chunk))
+            except OSError:
+                fake.client_left.set()
+
+        def steady(fake, connection):
+            begin_stream(connection)
+            for word in ("one ", "two ", "three"):
+                send_chunk(connection, sse(delta(content=word), done=False))
+                go_on[word].wait(20)
+            send_chunk(connection, sse(delta("stop")))
+            connection.sendall(b"0\r\n\r\n")
+
+        go_on = {word: threading.Event() for word in ("one ", "two ", "three")}
+        with gateway_over(endless, steady) as (client, upstream):
+            with self.stream_of(client) as stuck:
+                self.read_until(stuck, b"xxx")
+                amounts = []
+                while len(amounts) < 3 or amounts[-1] != amounts[-3]:  # until nothing moves
+                    amounts.append(len(taken))
+                    time.sleep(0.05)
+                with self.stream_of(client) as other:
+                    for word in go_on:
+                        self.read_until(other, word.strip().encode())
+                        go_on[word].set()
+                    self.read_until(other, b"0\r\n\r\n")
+                assert sum(taken) < 30_000_000, "what a client doesn't take must not be kept"
+            assert upstream.client_left.wait(10), "the upstream of a client that left is closed"
+            hold.set()
+
+    def test_streams_that_run_at_once_arrive_whole(self):
+        def paced(fake, connection):
+            begin_stream(connection)
+            words = fake.seen[-1]["messages"][0]["content"]
+            for i in range(20):
+                send_chunk(connection, sse(delta(content=f"{words}{i} "), done=False))
+                everyone.wait(20)
+            send_chunk(connection, sse(delta("stop")))
+            connection.sendall(b"0\r\n\r\n")
+
+        everyone = threading.Barrier(30)
+        with gateway_over(*[paced] * 30) as (client, _):
+            answers = {}
+
+            def ask(name):
+                with self.stream_of(client, request(name, stream=True)) as sock:
+                    data = self.read_until(sock, b"\r\n0\r\n\r\n")
+                body = re.sub(rb"\r\n[0-9a-f]+\r\n", b"", data.split(b"\r\n\r\n", 1)[1])
+                answers[name] = re.findall(rb'"text_delta","text":"(.*?)"', body)
+
+            threads = [threading.Thread(target=ask, args=(f"s{n}-",)) for n in range(30)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(30)
+            assert len(answers) == 30
+            for name, words in answers.items():
+                assert words == [f"{name}{i} ".encode() for i in range(20)]
+
+    def test_streams_that_outlive_the_time_to_finish_end_with_an_error_event(self):
+        def forever(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="Hello"), done=False))
+            fake.client_left.wait(20)
+
+        with gateway_over(forever) as (client, upstream):
+            with self.stream_of(client) as sock:
+                self.read_until(sock, b"Hello")
+                client.server.stop(drain=0.01)
+                rest = self.read_until(sock, b"0\r\n\r\n")
+            upstream.client_left.set()
+        assert b"event: error" in rest and b"overloaded_error" in rest
+
+    def test_an_upstream_that_dies_while_relayed_ends_in_an_error_event(self):
+        def dies(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="Hello"), done=False))
+            fake.client_left.wait(20)
+
+        with gateway_over(dies) as (client, upstream), self.stream_of(client) as sock:
+            self.read_until(sock, b"Hello")
+            upstream.client_left.set()
+            rest = self.read_until(sock, b"0\r\n\r\n")
+            assert b"content_block_stop" in rest and b"event: error" in rest
+            assert client.post(request())[0] == 200, "the server goes on"
+
+    def test_a_request_sent_while_the_answer_streams_is_answered_after_it(self):
+        def slow(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="Hello"), done=False))
+            fake.client_left.wait(20)
+            send_chunk(connection, sse(delta("stop")))
+            connection.sendall(b"0\r\n\r\n")
+
+        with gateway_over(slow) as (client, upstream), self.stream_of(client) as sock:
+            self.read_until(sock, b"Hello")
+            sock.sendall(b"GET /v1/health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            time.sleep(0.05)
+            upstream.client_left.set()
+            rest = self.read_until(sock, b'"status"')
+            assert rest.index(b"message_stop") < rest.index(b'"status"')
+
+
 
 class TestConnect:
     def listing(self, *ids, tiers=None, **fields):
