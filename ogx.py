@@ -761,7 +761,7 @@ class Registry:
         for `auto`, and any `claude-*` id by its family, which both mean the first LLM, or the
         first of that family; `provider/anything`.
         """
-        wanted = re.sub(r"\[1m\]$", "", model_id.strip())
+        wanted = model_id.strip().removesuffix("[1m]")
         alias = self.aliases.get(wanted)
         if alias and alias.provider_id not in (*self.providers, "all"):
             gone = alias.provider_id
@@ -784,7 +784,7 @@ class Registry:
 
     def _by_tier(self, wanted: str) -> Model | None:
         tier = tier_of(wanted)
-        chosen = re.sub(r"\[1m\]$", "", self.tiers.get(tier or "", ""))
+        chosen = self.tiers.get(tier or "", "").removesuffix("[1m]")
         if not chosen or chosen == wanted:
             return None
         found = self._named(chosen) or self._bare(chosen) or self._routed(chosen)
@@ -3120,6 +3120,9 @@ RECEIVE_SIZE = 64 * 1024
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 HEADER_LINE = re.compile(
     r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r?$", re.M)  # fmt: skip
+REQUEST_LINE = re.compile(rb"([A-Z]+) ([\x21-\x7e]+) HTTP/(1\.[01])\r?")
+STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b")
+LENGTH = re.compile("[0-9]{1,18}")
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -3191,7 +3194,7 @@ class BodyReader:
         coding = headers.get("transfer-encoding", "").lower()
         length = headers.get("content-length", "").split(",")[0].strip()
         self._chunked = ChunkedReader() if coding.endswith("chunked") else None
-        known = re.fullmatch("[0-9]{1,18}", length) and not self._chunked
+        known = LENGTH.fullmatch(length) and not self._chunked
         self._left = int(length) if known else None
         self._unpacker = None
         if headers.get("content-encoding", "").lower() in ("gzip", "deflate"):
@@ -3556,7 +3559,7 @@ class Reply:
                 raise OgxError(502, f"{self._provider.id} sent headers that are too large")
             return False
         first, _, lines = self._buffer[: end.start()].partition(b"\n")
-        status = re.match(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b", first)
+        status = STATUS_LINE.match(first)
         if not status:
             raise OgxError(502, f"{self._provider.id} at {self._provider.base_url} doesn't answer "
                                 "in HTTP")  # fmt: skip
@@ -4563,6 +4566,7 @@ class Relay:
                 self._move(stream)  # the upstream may have been silent for too long
                 if stream in self._streams and not stream.unsent and stream.written_at < now:
                     self._send(stream, stream.handler.framed(PING))
+                    self._watch(stream)
 
     def _end(self, stream: Stream, error: BaseException | None = None) -> None:
         self._streams.discard(stream)
@@ -4651,7 +4655,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _parse_head(self, head: bytes) -> None:
         """Take in the request line and headers; OgxError(400) for anything malformed."""
         first, _, lines = head.partition(b"\n")
-        match = re.fullmatch(rb"([A-Z]+) ([\x21-\x7e]+) HTTP/(1\.[01])\r?", first)
+        match = REQUEST_LINE.fullmatch(first)
         if not match:
             raise OgxError(400, "malformed request line")
         self.command = match.group(1).decode()
@@ -4676,7 +4680,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if coding is not None:
             if length is not None or coding.lower() != "chunked":
                 raise OgxError(400, "transfer-encoding: expected chunked alone, without a length")
-        elif not re.fullmatch(r"[0-9]{1,18}", length or ""):
+        elif not LENGTH.fullmatch(length or ""):
             raise OgxError(400, "content-length: expected one whole number")
         elif int(length or 0) > MAX_BODY:
             raise too_large()
@@ -4731,8 +4735,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise OgxError(415, f"content-type: expected application/json, got {content_type}")
 
     def _route(self, body: bytes) -> None:
-        path, _, query = re.sub(r"^https?://[^/]*", "", self.path).partition("?")
-        path = re.sub(r"/{2,}", "/", path)
+        path, _, query = self.path.partition("?")
+        if path not in Handler.ROUTES:
+            path = re.sub(r"/{2,}", "/", re.sub(r"^https?://[^/]*", "", path))
         routes, argument = Handler.ROUTES.get(path), query
         if routes is None and path.startswith("/v1/models/"):
             routes = {"GET": Handler._get_model, "DELETE": Handler._delete_model}
@@ -4870,11 +4875,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fields = {"date": http_date(int(time.time())), "request-id": self.exchange.request_id,
                   "anthropic-version": ANTHROPIC_VERSION, **headers}  # fmt: skip
         if self.exchange.served:
-            fields["x-ogx-served"] = re.sub(r"[^\x21-\x7e]", "?", self.exchange.served[:256])
+            fields["x-ogx-served"] = BAD_ID.sub("?", self.exchange.served[:256])
         if self.close_connection:
             fields["connection"] = "close"
         lines = [f"HTTP/1.1 {status} {reason}", *(f"{k}: {v}" for k, v in fields.items()), "", ""]
-        return "\r\n".join(lines).encode("latin-1", "replace")
+        return "\r\n".join(lines).encode("ascii", "replace")
 
     def _log(self) -> None:
         """One line per request; what clients ask all the time only at level DEBUG."""
