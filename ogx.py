@@ -3571,7 +3571,7 @@ class Reply:
             self.headers = headers_from_bytes(lines)
         except OgxError:
             raise OgxError(502, f"{self._provider.id} sent malformed headers") from None
-        self._body = BodyReader(self.status, self.headers)
+        self._body, self._request = BodyReader(self.status, self.headers), b""
         if first.startswith(b"HTTP/1.0"):
             self._body.reusable = False
         return True
@@ -3692,6 +3692,11 @@ class Exchange:
     def stream(self) -> bool:
         return bool(self.request.get("stream"))
 
+    def note_answer(self) -> None:
+        """The answer begins; the request, a megabyte with all its objects, isn't needed again."""
+        self.answered, self.raw = True, b""
+        self.request = {name: self.request.get(name) for name in ("model", "stream")}
+
 
 class Gateway:
     """The service behind the server. `tick` is the silence before a sign of life, in seconds."""
@@ -3769,7 +3774,8 @@ class Gateway:
             try:
                 for piece in self._answer(taught, name, data, exchange):
                     if piece and not exchange.answered:  # what was changed has helped
-                        exchange.answered = True
+                        body, data = {}, b""
+                        exchange.note_answer()
                         self.lessons.add(model, lessons[known:])
                     yield piece
                 return
@@ -3859,6 +3865,7 @@ class Gateway:
         path = request_path(name, kind)
         reply = self.upstream.send(model.provider, "POST", path, data, headers,
                                    watch=exchange.watch)  # fmt: skip
+        data = b""
         try:
             handed_on = dialect.native and not kind.native_repair
             if not handed_on:  # made while the upstream works: counting takes a while
@@ -4637,9 +4644,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self, head: bytes) -> None:
         try:
             self._parse_head(head)
-            body = self._read_body()
+            self.exchange.raw = self._read_body()
             self._guard()
-            self._route(body)
+            self._route()
         except OgxError as error:
             self._send_error(error)
         except (ConnectionError, socket.timeout):
@@ -4734,7 +4741,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "POST" and content_type in SIMPLE_TYPES:
             raise OgxError(415, f"content-type: expected application/json, got {content_type}")
 
-    def _route(self, body: bytes) -> None:
+    def _route(self) -> None:
         path, _, query = self.path.partition("?")
         if path not in Handler.ROUTES:
             path = re.sub(r"/{2,}", "/", re.sub(r"^https?://[^/]*", "", path))
@@ -4749,12 +4756,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             allowed = ", ".join([*routes, *["HEAD"] * ("GET" in routes)])
             raise OgxError(405, f"{self.command} is not possible on {path}, only {allowed}",
                            headers={"allow": allowed})  # fmt: skip
-        routes[method](self, argument, body)
+        routes[method](self, argument)
 
     # -- endpoints
 
-    def _post_messages(self, query: str, body: bytes) -> None:
-        self.exchange.request, self.exchange.raw = checked_json(body), body
+    def _post_messages(self, query: str) -> None:
+        self.exchange.request = checked_json(self.exchange.raw)
         self.exchange.watch = self.connection
         with closing(self.server.gateway.messages(self.exchange)) as pieces:
             if self.exchange.stream:
@@ -4762,28 +4769,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 self._send(200, b"".join(piece or b"" for piece in pieces))
 
-    def _post_count_tokens(self, query: str, body: bytes) -> None:
-        self.exchange.request = checked_json(body, counting=True)
+    def _post_count_tokens(self, query: str) -> None:
+        self.exchange.request = checked_json(self.exchange.raw, counting=True)
         self.exchange.watch = self.connection
         self._send_json(200, self.server.gateway.count_tokens(self.exchange))
 
-    def _get_models(self, query: str, body: bytes) -> None:
+    def _get_models(self, query: str) -> None:
         fields = dict(urllib.parse.parse_qsl(query[:4000]))
         self._send_json(200, self.server.gateway.model_list(fields))
 
-    def _get_model(self, model_id: str, body: bytes) -> None:
+    def _get_model(self, model_id: str) -> None:
         self._send_json(200, self.server.gateway.model(model_id))
 
-    def _post_models(self, query: str, body: bytes) -> None:
-        self._send_json(200, self.server.gateway.register(parsed_json(body)))
+    def _post_models(self, query: str) -> None:
+        self._send_json(200, self.server.gateway.register(parsed_json(self.exchange.raw)))
 
-    def _delete_model(self, model_id: str, body: bytes) -> None:
+    def _delete_model(self, model_id: str) -> None:
         self._send_json(200, self.server.gateway.unregister(model_id))
 
-    def _get_root(self, query: str, body: bytes) -> None:
+    def _get_root(self, query: str) -> None:
         self._send_json(200, {"service": "ogx.py", "version": __version__, "status": "OK"})
 
-    ROUTES: ClassVar[dict[str, dict[str, Callable[[Handler, str, bytes], None]]]] = {
+    ROUTES: ClassVar[dict[str, dict[str, Callable[[Handler, str], None]]]] = {
         "/v1/messages": {"POST": _post_messages},
         "/v1/messages/count_tokens": {"POST": _post_count_tokens},
         "/v1/models": {"GET": _get_models, "POST": _post_models},
