@@ -30,6 +30,7 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
     Responses      the table of dialects
     Remedies       what an upstream's refusal teaches
     Store          what must outlive a request, or the process
+    Signing        AWS's credentials, and the signatures made with them
     Upstream       connections to providers
     Gateway        one function per endpoint, from request to reply
     Server         HTTP for the clients
@@ -85,6 +86,8 @@ ERROR_TYPES = {  # Anthropic's error types by status (OpenAPI of the Messages AP
     429: "rate_limit_error", 501: "not_supported", 504: "timeout_error", 529: "overloaded_error",
 }  # fmt: skip
 MIN_SECRET = 8  # characters of a key worth hiding; shorter ones are dummies, and words of any text
+# What AWS says with status 403 when it's the credentials that are wrong, not what they may do.
+WRONG_KEY = re.compile("security token|bearer token|authentication|signature", re.I)
 CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 
 
@@ -110,9 +113,9 @@ class OgxError(Exception):
         error.refusal = self.refusal
         return error
 
-    def without(self, secret: str) -> OgxError:
-        """This error with a key hidden that an upstream may have quoted."""
-        if len(secret) >= MIN_SECRET:
+    def without(self, secrets: Iterable[str]) -> OgxError:
+        """This error with keys hidden that an upstream may have quoted."""
+        for secret in secrets:
             self.message = self.message.replace(secret, "***")
             self.raw = self.raw.replace(secret.encode(), b"***")
         return self
@@ -141,7 +144,7 @@ class Refusal:
 
 def refusal_from_body(status: int, body: bytes) -> Refusal:
     """The refusal in an error body of any provider (shapes: OpenAI's object, vLLM's string,
-    Gemini's list, Mistral's bare object, FastAPI's `detail`, HTML or plain text)."""
+    Gemini's list, Mistral's and AWS's bare objects, FastAPI's `detail`, HTML or plain text)."""
     text = body[:100_000].decode("utf-8", "replace").strip()
     node = json_or_none(text)
     if node is None:
@@ -152,11 +155,11 @@ def refusal_from_body(status: int, body: bytes) -> Refusal:
     inner = fields.get("error")
     if isinstance(inner, dict):
         fields = inner
-    words = fields.get("message") or fields.get("detail") or inner or text
+    words = fields.get("message") or fields.get("Message") or fields.get("detail") or inner or text
     if not isinstance(words, str):
         words = json.dumps(words)
     words = words[:2000]
-    code = fields.get("code") or fields.get("type") or ""
+    code = fields.get("code") or fields.get("type") or fields.get("__type") or ""
     return Refusal(status, words, str(code)[:200], str(fields.get("param") or "")[:500])
 
 
@@ -202,7 +205,8 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
     then `(from ORIGIN)`. `retry-after` is passed on; what can't get better by itself says so,
     since Claude Code would retry it for minutes."""
     told = {k: headers[k] for k in ("retry-after",) if k in headers}
-    status = refusal.status if 400 <= refusal.status <= 599 else 502
+    wrong_key = refusal.status == 403 and WRONG_KEY.search(refusal.message)
+    status = 401 if wrong_key else refusal.status if 400 <= refusal.status <= 599 else 502
     out_of_money = status in (400, 403) and re.search("credit balance|billing", refusal.message)
     out_of_quota = status == 429 and "quota" in refusal.code
     kind = "billing_error" if out_of_money or out_of_quota else ""
@@ -231,9 +235,14 @@ class ProviderKind:
     enabled_by: str = "key"  # "key" or "url": the variable that switches the starter's line on
     default_path: str = "/v1"  # for a user's URL without a path, where base_url has none either
     key_header: str = "authorization"  # which takes "Bearer KEY"; others take the bare key
+    signed: str = ""  # AWS's service and region in a URL; signs, where there is no key
+    signed_by: tuple[str, ...] = ()  # further variables that switch the starter's line on
     headers: tuple[tuple[str, str], ...] = ()  # sent with every request
     # How its models are found, and what tells about them.
     list_path: str = "/models"
+    more_lists: tuple[tuple[str, str], ...] = ()  # further paths, and a pattern of the ids to take
+    # Its other servers: pattern of their ids or lists' paths, what to replace in base_url, by what
+    servers: tuple[tuple[str, str, str], ...] = ()
     loaded_path: str = ""  # lists the models in memory with the context they have there
     context_hint: str = ""  # how to give a model more context
     local_port: int = 0  # where `run` looks for it when nothing is configured
@@ -241,6 +250,7 @@ class ProviderKind:
     # What it speaks. With both, one free probe tells whether this server has "messages".
     dialects: tuple[str, ...] = ("chat",)
     messages_path: str = "/messages"
+    openai_root: str = ""  # where the paths of the other dialects begin, below the base URL
     native_gaps: tuple[str, ...] = ()  # what its Messages API refuses or loses: see lost_natively()
     native_models: str = ""  # pattern of the ids that have it; they have nothing else
     native_repair: bool = False  # its event stream breaks the grammar and is written anew
@@ -270,11 +280,12 @@ class ProviderKind:
     @property
     def switches(self) -> tuple[str, ...]:
         """The variables that switch the starter's line on."""
-        return self.url_vars if self.enabled_by == "url" else self.key_vars
+        return self.url_vars if self.enabled_by == "url" else self.key_vars + self.signed_by
 
 
 BOTH = ("messages", "chat")
 GAPS = ("document", "search_result", "server_tool")  # of most servers' Messages APIs
+AWS_HOST = r"bedrock-(?:mantle|runtime)\.([a-z0-9-]*)\.[^/]+.*"
 SKIP_SIGNATURE = (("extra_content", {"google": {
     "thought_signature": "skip_thought_signature_validator"}}),)  # fmt: skip
 PROVIDER_KINDS = {kind.name: kind for kind in (
@@ -314,10 +325,20 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  ("TOGETHER_BASE_URL",), top_k=True),
     ProviderKind("groq", "https://api.groq.com/openai/v1", ("GROQ_API_KEY",), ("GROQ_BASE_URL",),
                  format_with_tools=False),
+    # "mantle" serves short ids alone, "runtime" inference profiles (us.*) and versions (*:0).
     ProviderKind("bedrock", "https://bedrock-mantle.${env.AWS_REGION|AWS_DEFAULT_REGION:="
-                 "us-east-2}.api.aws/v1", ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN"),
-                 dialects=BOTH, messages_path="~/anthropic/v1/messages",
-                 native_models=r"anthropic\."),
+                 "}.api.aws/v1", ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN"),
+                 signed=r"//(?:[\w-]+\.)?(bedrock(?:-mantle)?)[\w-]*\.([a-z0-9-]*)\.(?:vpce\.)?"
+                        r"(?:amazonaws\.|api\.aws)", signed_by=("AWS_ACCESS_KEY_ID", "AWS_PROFILE"),
+                 headers=(("anthropic-version", "2023-06-01"),), dialects=BOTH,
+                 more_lists=(("~/inference-profiles?maxResults=1000&type=SYSTEM_DEFINED",
+                              r"\.(anthropic|openai)\."),
+                             ("~/foundation-models?byInferenceType=ON_DEMAND&byOutputModality=TEXT",
+                              "^(anthropic|openai).*:")),
+                 servers=((r"^~/(inf|found)", AWS_HOST, r"bedrock.\1.amazonaws.com"),
+                          (r"^([a-z]{2}|us-gov|apac|amer|global)\.|:", AWS_HOST,
+                           r"bedrock-runtime.\1.amazonaws.com/openai/v1")),
+                 messages_path="~/anthropic/v1/messages", native_models=r"anthropic\."),
     ProviderKind("azure", "", ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
                  ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
                  default_path="/openai/v1", key_header="api-key",
@@ -366,6 +387,12 @@ class Provider:
     dialect: str = "auto"  # or the one dialect to speak
     verify: bool = True  # its TLS certificate
     ca_file: str = ""  # of a private certificate authority
+
+    def at(self, place: str) -> Provider:
+        """This provider at the server that has a model's id or a list's path."""
+        urls = (re.sub(here, there, self.base_url) for pattern, here, there in self.kind.servers
+                if re.search(pattern, place))  # fmt: skip
+        return replace(self, base_url=next(urls, self.base_url)) if self.kind.servers else self
 
     def url(self, path: str) -> str:
         """The URL of a path below the base URL or, after a ~, below the server's root."""
@@ -624,6 +651,7 @@ NOT_LLM = re.compile(
 CONTEXT_FIELDS = ("max_input_tokens", "max_model_len", "context_window", "context_length",
                   "loaded_context_length", "max_context_length", "contextLength",
                   "n_ctx")  # fmt: skip
+ID_FIELDS = ("id", "name", "inferenceProfileId", "modelId")
 OUTPUT_FIELDS = ("max_completion_tokens", "max_output_length", "max_tokens")
 PRO = re.compile(r"(^|[-_./])pro\b", re.I)
 BAD_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, half characters
@@ -657,21 +685,21 @@ class Model:
 def models_from_list(provider: Provider, payload: Any) -> list[Model]:
     """The LLMs of a provider's model list: {"data": [...]}, {"models": [...]} or a bare list."""
     if isinstance(payload, dict):
-        payload = payload.get("data") or payload.get("models") or []
+        names = ("data", "models", "inferenceProfileSummaries", "modelSummaries")
+        payload = next((payload[name] for name in names if payload.get(name)), [])
     models: dict[str, Model] = {}
-    for entry in payload if isinstance(payload, list) else []:
-        upstream_id = entry.get("id") or entry.get("name") if isinstance(entry, dict) else None
-        if not isinstance(upstream_id, str) or not upstream_id or BAD_ID.search(upstream_id):
-            continue
-        if not is_llm(upstream_id, entry):
+    for entry in map(dict_or_empty, payload if isinstance(payload, list) else ()):
+        upstream_id = next((entry[name] for name in ID_FIELDS if entry.get(name)), None)
+        if (not isinstance(upstream_id, str) or BAD_ID.search(upstream_id)
+                or not is_llm(upstream_id, entry)):  # fmt: skip
             continue
         upstream_id = re.sub("^models/", "", upstream_id)
-        created = entry.get("created")
+        created = first_number(entry, ("created",)) or 0
         limits = {**entry, **dict_or_empty(entry.get("meta")),
                   **dict_or_empty(entry.get("top_provider"))}  # fmt: skip
-        model_id, known = f"{provider.id}/{upstream_id}", isinstance(created, int)
-        models.setdefault(model_id, Model(
-            model_id, provider, upstream_id, created if known and 0 <= created < 1 << 32 else 0,
+        models.setdefault(upstream_id, Model(
+            f"{provider.id}/{upstream_id}", provider.at(upstream_id), upstream_id,
+            created if created < 1 << 32 else 0,
             first_number(limits, CONTEXT_FIELDS), first_number(limits, OUTPUT_FIELDS)))  # fmt: skip
     # The newest first, but those called "pro" last, which tend to be slow and dear: the first one
     # is what a tier means where nothing else is chosen.
@@ -712,7 +740,7 @@ class Registry:
         self.lists: dict[str, list[Model]] = {}  # provider id -> its LLMs
         self.problems: dict[str, str] = {}  # provider id -> what was wrong at the last asking
         self.native: dict[str, bool] = {}  # provider id -> whether it has a Messages API
-        self.counts: dict[str, bool] = {}  # provider id -> whether it counts tokens there
+        self.counts: dict[str, bool] = {}  # base URL -> whether it counts tokens there
         self._by_id: dict[str, Model] = {}
         self._lock = threading.Lock()
 
@@ -808,8 +836,8 @@ class Registry:
             reasons = "; ".join(f"{pid}: {why}" for pid, why in self.problems.items())
             reasons = reasons or "no provider lists a model"
             raise OgxError(404, f"no model to serve '{wanted[:200]}' ({reasons})")
-        first = candidates[0].provider
-        family = (m for m in candidates if m.provider is first and tier_of(m.upstream_id) == tier)
+        family = (m for m in candidates if m.provider.id == candidates[0].provider.id
+                  and tier_of(re.sub(r"^.*\.(?=claude-)", "", m.upstream_id)) == tier)  # fmt: skip
         return next(family, candidates[0]) if tier else candidates[0]
 
     def _bare(self, wanted: str) -> Model | None:
@@ -820,7 +848,7 @@ class Registry:
         provider_id, slash, rest = wanted.partition("/")
         if slash and rest and provider_id in self.providers:
             listed = (m for m in self.lists.get(provider_id, []) if m.upstream_id == rest)
-            return next(listed, Model(wanted, self.providers[provider_id], rest))
+            return next(listed, Model(wanted, self.providers[provider_id].at(rest), rest))
         return None
 
     def _not_found_words(self, model_id: str) -> str:
@@ -2170,7 +2198,8 @@ def messages_request(request: Json, model: Model) -> Json:
             body["system"] = [block for block in system if not is_billing_header(block)]
         if any(tool.get("name") == PLACEHOLDER for tool in tools):
             body["tools"] = [tool for tool in tools if tool.get("name") != PLACEHOLDER]
-    if kind.keeps_billing_header and any(map(foreign_thoughts, request["messages"])):
+    of_claude = kind.keeps_billing_header or kind.native_models
+    if of_claude and any(map(foreign_thoughts, request["messages"])):
         body["messages"] = [
             {**m, "content": [b for b in m["content"] if not is_foreign_thought(b)]}
             if foreign_thoughts(m) else m for m in request["messages"]
@@ -2636,8 +2665,8 @@ DIALECTS = {
 
 def request_path(dialect: str, kind: ProviderKind) -> str:
     """Where requests of a dialect go, below the provider's base URL."""
-    paths = {"messages": kind.messages_path, "responses": "/responses"}
-    return paths.get(dialect, "/chat/completions")
+    paths = {"messages": kind.messages_path, "responses": kind.openai_root + "/responses"}
+    return paths.get(dialect, kind.openai_root + "/chat/completions")
 
 
 # ======== Remedies ===========================================================================
@@ -2707,10 +2736,11 @@ OVERFLOWS = tuple(map(re.compile, (
 # Seen live: llama.cpp's and chat templates'. The others are from vendors' pages and issue threads.
 ROW_REMEDIES: tuple[tuple[re.Pattern[str], str, Any], ...] = (
     # OpenAI: models that take tools, or anything, only there, and those that don't
-    (re.compile(r"not supported (in|on|with) (the )?(/?v1/responses|Responses API)", re.I),
-     "responses", False),
-    (re.compile(r"use /?v1/responses|only supported in /?v1/responses|not a chat model"),
-     "responses", True),
+    (re.compile(r"not supported (in|on|with) (the )?(/?v1/responses|Responses API)|"
+                r"does not support the '/v1/responses' API", re.I), "responses", False),
+    (re.compile(r"use /?v1/responses|only supported in /?v1/responses|not a chat model|"
+                r"does not support the '/v1/chat/completions' API"), "responses", True),
+    (re.compile(r"isn't supported on this route"), "openai_root", "~/openai/v1"),  # Bedrock
     (re.compile(r"encrypted content .*(verified|decrypted|invalid)|[Ii]tem with id 'rs_"),
      "own_reasoning", False),
     (re.compile(r"must be verified to .*summar|summary.*verif", re.I), "summaries", False),
@@ -3106,6 +3136,116 @@ def lesson_from_json(fields: Any) -> Lesson | None:
     return lesson if known and isinstance(lesson.at, (int, float)) else None
 
 
+# ======== Signing ============================================================================
+# AWS takes a signature (Signature Version 4) instead of a key, made with keys from variables or a
+# profile. Roles and sign-on: `credential_process = aws configure export-credentials --profile X`.
+
+AWS_FILES = {"AWS_SHARED_CREDENTIALS_FILE": "credentials", "AWS_CONFIG_FILE": "config"}
+AWS_KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+NO_CREDENTIALS = ("Unable to locate credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                  "or AWS_PROFILE; for single sign-on and roles to one with a credential_process")
+
+
+def aws_signature(method: str, url: str, headers: Mapping[str, str], body: bytes,
+                  keys: Sequence[str], scope: str, now: float) -> dict[str, str]:  # fmt: skip
+    """The headers that sign a request at `now`, in seconds since 1970. `headers` are signed too,
+    the host among them; `keys` are AWS_KEYS' values, `scope` is "region/service". Pure."""
+    import hashlib  # only now: few need them
+    import hmac
+
+    key_id, secret, token = keys
+    date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
+    made = {"x-amz-date": date, **({"x-amz-security-token": token} if token else {})}
+    signed = sorted((k.lower(), " ".join(v.split())) for k, v in {**headers, **made}.items())
+    names, parts = ";".join(name for name, _ in signed), urllib.parse.urlsplit(url)
+    pairs = sorted(pair.partition("=")[::2] for pair in parts.query.split("&") if pair)
+    path = urllib.parse.quote(parts.path or "/", safe="/~")  # encoded already, and once more here
+    canonical = "\n".join((method, path, "&".join(map("=".join, pairs)), *map(":".join, signed),
+                           "", names, hashlib.sha256(body).hexdigest()))  # fmt: skip
+    scope = f"{date[:8]}/{scope}/aws4_request"
+    digest, key = hashlib.sha256(canonical.encode()).hexdigest(), f"AWS4{secret}".encode()
+    for part in (*scope.split("/"), f"AWS4-HMAC-SHA256\n{date}\n{scope}\n{digest}"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return {**made, "authorization": f"AWS4-HMAC-SHA256 Credential={key_id}/{scope}, "
+                                     f"SignedHeaders={names}, Signature={key.hex()}"}  # fmt: skip
+
+
+def aws_settings(environ: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
+    """Where settings may stand, first things first: variables, then the profile in either file."""
+    region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or ""
+    yield {"region": region, **{name: environ.get(name.upper(), "") for name in AWS_KEYS}}
+    profile = environ.get("AWS_PROFILE") or "default"
+    files = [environ.get(name) or f"~/.aws/{AWS_FILES[name]}" for name in AWS_FILES]
+    for path in filter(os.path.exists, map(os.path.expanduser, files)):
+        import configparser  # only now, to start sooner
+
+        parser = configparser.RawConfigParser(default_section="", strict=False)
+        try:
+            parser.read(path, encoding="utf-8")
+        except (ValueError, configparser.Error) as error:  # whose words quote the file
+            raise OgxError(401, f"can't read {path} ({type(error).__name__})") from None
+        yield from (parser[s] for s in (profile, f"profile {profile}") if s in parser)
+
+
+def with_aws_region(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """The environment with the region of the user's profile where no variable names one."""
+    with suppress(OgxError):
+        region = next((s["region"] for s in aws_settings(environ) if s.get("region")), "")
+        return {**environ, "AWS_REGION": region}
+    return environ
+
+
+def keys_from_process(command: str) -> tuple[float, list[str]]:
+    """What a credential_process prints, {"AccessKeyId": ..., ...}, and until when it holds."""
+    import datetime
+    import subprocess
+
+    try:
+        told = json.loads(subprocess.run(shlex.split(command), capture_output=True, text=True,
+                                         timeout=60, check=True).stdout)  # fmt: skip
+        until = (told.get("Expiration") or "9000-01-01T00:00:00Z").replace("Z", "+00:00")
+        expires = datetime.datetime.fromisoformat(until).timestamp()
+        return expires, [str(told.get(n[4:].title().replace("_", "")) or "") for n in AWS_KEYS]
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
+        why = one_line(getattr(error, "stderr", "") or type(error).__name__)
+        raise OgxError(401, f"the credential_process of the AWS profile failed: {why}") from None
+
+
+class Signer:
+    """Signs with the user's keys of the moment, as files and processes give them."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.secrets: set[str] = set()  # all that were used
+        self._clock, self._lock = clock, threading.Lock()
+        self._made: dict[str, tuple[float, list[str]]] = {}  # by processes
+
+    def keys(self, environ: Mapping[str, str]) -> Sequence[str]:
+        """Values for AWS_KEYS; OgxError(401) where there are none."""
+        command = ""
+        for settings in aws_settings(environ):
+            keys = [settings.get(name, "") for name in AWS_KEYS]
+            if keys[0] and keys[1]:
+                return keys
+            command = command or settings.get("credential_process", "")
+        if not command:
+            raise OgxError(401, NO_CREDENTIALS)
+        with self._lock:
+            if self._made.get(command, (0.0,))[0] < self._clock() + 60:
+                self._made[command] = keys_from_process(command)
+            return self._made[command][1]
+
+    def headers(self, signed: str, method: str, url: str, body: bytes | None) -> dict[str, str]:
+        """The headers that sign a request now; none where the URL isn't AWS's."""
+        found = re.search(signed, url)
+        if not found:
+            return {}
+        content = {} if body is None else {"content-type": "application/json"}
+        headers = {"host": urllib.parse.urlsplit(url).netloc, **content}
+        keys, scope = self.keys(os.environ), f"{found.group(2)}/{found.group(1)}"
+        self.secrets.update(keys[1:])
+        return aws_signature(method, url, headers, body or b"", keys, scope, self._clock())
+
+
 # ======== Upstream ===========================================================================
 # Connections to providers. http.client makes them (TLS, proxies); requests are written and replies
 # are read straight from the socket, so that silence can be told from data at any byte, a client
@@ -3325,6 +3465,11 @@ class Upstream:
         self._lock = threading.Lock()
         self._idle: dict[str, list[tuple[float, socket.socket, BodyReader]]] = {}
         self._tls: dict[tuple[bool, str], ssl.SSLContext] = {}
+        self.signer = Signer()
+
+    def secrets(self, provider: Provider) -> list[str]:
+        """What the provider knows and may quote, and no one else may see."""
+        return [s for s in (provider.api_key, *self.signer.secrets) if len(s) >= MIN_SECRET]
 
     def send(self, provider: Provider, method: str, path: str, body: bytes | None = None,
              headers: Mapping[str, str] | None = None, timeout: float = CONNECT_TIMEOUT,
@@ -3335,6 +3480,8 @@ class Upstream:
         if provider.kind is DEMO_KIND:
             return DemoReply(json.loads(body or b"{}"))
         own = {"x-ogx-instance": self.instance, **(headers or {})}
+        if provider.kind.signed and not provider.api_key:
+            own.update(self.signer.headers(provider.kind.signed, method, provider.url(path), body))
         data = request_bytes(provider, method, path, body, own)
         return Reply(self, provider, data, timeout, watch)
 
@@ -3462,6 +3609,8 @@ def unreachable(provider: Provider, error: Exception) -> OgxError:
         why = f"its TLS certificate was not accepted ({error.verify_message})"
     elif isinstance(error, ssl.SSLError):
         why = f"TLS failed ({error.reason or error}); is the URL's https right?"
+    elif provider.kind.signed and ".." in provider.base_url:
+        return OgxError(400, f"{provider.id}: You must specify a region: set AWS_REGION")
     elif isinstance(error, socket.gaierror):
         why = "its host name can't be resolved"
     elif isinstance(error, socket.timeout):  # TimeoutError's other name from 3.10 on
@@ -3487,9 +3636,8 @@ def request_bytes(provider: Provider, method: str, path: str, body: bytes | None
         target = f"http://{parts.netloc}{target}"
         headers.update(proxy_headers(proxy))
     if provider.api_key:
-        name = provider.kind.key_header
-        bearer = "Bearer " if name == "authorization" else ""
-        headers[name] = f"{bearer}{provider.api_key}"
+        bearer = "Bearer " if provider.kind.key_header == "authorization" else ""
+        headers[provider.kind.key_header] = bearer + provider.api_key
     if body is not None:
         headers["Content-Type"] = "application/json"
         headers["Content-Length"] = str(len(body))
@@ -3737,7 +3885,7 @@ class Gateway:
                 yield from self._tried(model, exchange)
                 return
             except OgxError as error:
-                error.without(model.provider.api_key)
+                error.without(self.upstream.secrets(model.provider))
                 if len(chain) > 1 and is_passing(error):
                     self._resting[model.served] = time.monotonic() + REST
                 if exchange.answered or place == len(chain) or not is_passing(error):
@@ -3780,7 +3928,7 @@ class Gateway:
                     yield piece
                 return
             except OgxError as error:
-                error.without(model.provider.api_key)
+                error.without(self.upstream.secrets(model.provider))
                 last = exchange.answered or attempt == MAX_REQUESTS
                 if not last and self._learned(error, body, taught, exchange, lessons):
                     continue
@@ -3939,8 +4087,8 @@ class Gateway:
                 if stream.failed and not begun:
                     raise_if_error(events, exchange.served)
                 begun, reply.complete = begun or bool(events), stream.ended
-                if stream.failed and len(provider.api_key) >= MIN_SECRET:
-                    events = events.replace(provider.api_key.encode(), b"***")
+                for secret in self.upstream.secrets(provider) if stream.failed else ():
+                    events = events.replace(secret.encode(), b"***")
                 yield events
             else:
                 whole += data
@@ -3966,7 +4114,7 @@ class Gateway:
         request = exchange.request
         model = self._chain(request["model"])[0]
         name = self._dialect_of(model, request)
-        if DIALECTS[name].native and self.registry.counts.get(model.provider.id, True):
+        if DIALECTS[name].native and self.registry.counts.get(model.provider.base_url, True):
             path = request_path(name, model.provider.kind) + "/count_tokens"
             data = json_bytes(messages_request(request, model))
             try:
@@ -3976,7 +4124,7 @@ class Gateway:
                 if reply.status == 200 and isinstance(counted.get("input_tokens"), int):
                     return counted
                 if reply.status in (404, 405, 501):
-                    self.registry.counts[model.provider.id] = False
+                    self.registry.counts[model.provider.base_url] = False
             except OgxError as error:
                 if error.status == CLIENT_GONE:
                     raise
@@ -4101,7 +4249,7 @@ class Gateway:
             if provider_id not in self.registry.native or before:  # it may be another version now
                 self._probe(provider)
         except OgxError as error:
-            problem = error.without(provider.api_key).message
+            problem = error.without(self.upstream.secrets(provider)).message
         except Exception:  # a list that no one foresaw must not take the others down
             log.exception("reading the model list of %s", provider_id)
             problem = "its model list could not be read"
@@ -4112,28 +4260,29 @@ class Gateway:
     def _models_of(self, provider: Provider) -> list[Model]:
         if provider.kind is DEMO_KIND:
             return [Model("demo/echo", provider, "echo")]
-        kind = provider.kind
-        try:
-            listing = self.upstream.json(provider, kind.list_path, LIST_TIMEOUT)
-        except OgxError as error:
-            if error.status not in (404, 405) or kind.list_path == "/models":
-                raise
-            listing = self.upstream.json(provider, "/models", LIST_TIMEOUT)
-        models = models_from_list(provider, listing)
-        for _ in range(MAX_PAGES):  # Anthropic's pages
-            if not dict_or_empty(listing).get("has_more") or not listing.get("last_id"):
-                break
-            after = urllib.parse.quote(str(listing["last_id"]), safe="")
-            path = f"{kind.list_path}{'&' if '?' in kind.list_path else '?'}after_id={after}"
-            listing = self.upstream.json(provider, path, LIST_TIMEOUT)
-            models += models_from_list(provider, listing)
-        if not kind.loaded_path:
-            return models
-        try:
-            loaded = self.upstream.json(provider, kind.loaded_path, LIST_TIMEOUT)
-        except OgxError:  # what it tells is welcome, not needed
-            return models
-        return [with_loaded_context(model, loaded) for model in models]
+        kind, models, failure = provider.kind, list[Model](), None
+        lists = [(kind.list_path, ""), *kind.more_lists]
+        for path, ids in lists:
+            try:
+                told = self.upstream.json(provider.at(path), path, LIST_TIMEOUT)
+            except OgxError as error:
+                if error.status in (404, 405) and path == kind.list_path != "/models":
+                    lists.append(("/models", ""))
+                else:
+                    failure = failure or error
+                continue
+            models += [m for m in models_from_list(provider, told) if re.search(ids, m.upstream_id)]
+            last = dict_or_empty(told).get("has_more") and told.get("last_id")
+            if last and len(lists) < MAX_PAGES:  # Anthropic's pages
+                path = f"{kind.list_path}{'&' if '?' in kind.list_path else '?'}after_id="
+                lists.append((path + urllib.parse.quote(str(last), safe=""), ids))
+        if failure and not (models and kind.more_lists):
+            raise failure
+        with suppress(OgxError):  # what it tells is welcome, not needed
+            if kind.loaded_path:
+                loaded = self.upstream.json(provider, kind.loaded_path, LIST_TIMEOUT)
+                models = [with_loaded_context(model, loaded) for model in models]
+        return models
 
     def _probe(self, provider: Provider) -> None:
         """Learn whether a server has a Messages API from what it says to an empty request, which
@@ -4147,7 +4296,7 @@ class Gateway:
             return
         if reply.status in (400, 404, 405, 422, 500, 501):
             self.registry.native[provider.id] = reply.status in (400, 422, 500)
-            self.registry.counts.pop(provider.id, None)
+            self.registry.counts.pop(provider.base_url, None)
 
     def close(self) -> None:
         self._stopped.set()
@@ -4223,8 +4372,9 @@ def refused_error(refusal: Refusal, request: Json, model: Model, headers: Mappin
     error = upstream_error(refusal, model.origin, headers)
     if native and is_anthropic_error(native):
         error.raw = native
-    elif refusal.status == 401:
-        hint = " or ".join(model.provider.kind.key_vars) or "api_key"
+    elif error.status == 401:
+        hint = " or ".join(model.provider.kind.key_vars + model.provider.kind.signed_by)
+        hint = "the clock" if re.search("Z is (now|still) ", error.message) else hint or "api_key"
         error.message += f"; check {hint} where ogx.py runs"
     return error
 
@@ -5110,7 +5260,7 @@ def served_for_session() -> tuple[Server, str]:
     handle, path = tempfile.mkstemp(prefix="ogx-", suffix=".log")
     os.close(handle)
     logging.basicConfig(filename=path, format=LOG_FORMAT, level=logging.INFO)
-    config = config_from_json(starter_config(), "starter", os.environ)
+    config = config_from_json(starter_config(), "starter", with_aws_region(os.environ))
     server = Server(Gateway(config, store=Store(state_path(None, os.environ))))
     server.start()
     server.gateway.start()
@@ -5536,7 +5686,7 @@ def run(options: argparse.Namespace) -> int:
     # What no line of this log shows is not looked up (logging's HOWTO, "Optimization").
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    config = config_from_name(options.config, os.environ)
+    config = config_from_name(options.config, with_aws_region(os.environ))
     token = server_token(options, os.environ)
     gateway = Gateway(config, store=Store(state_path(options.state, os.environ)))
     port = config.port if options.port is None else options.port

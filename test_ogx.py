@@ -170,13 +170,13 @@ class FakeUpstream:
 
     An answer is bytes (a stream), a dict (JSON), (status, dict or bytes[, headers]) or a function
     of the connection, which then writes what it likes. Every GET lists `models`, or is answered
-    by them when they are (status, body). An empty request to /messages is answered as a server
-    does that has a Messages API, or has none.
+    by them when they are (status, body), unless a word of its path is in `lists`. An empty
+    request to /messages is answered as a server does that has a Messages API, or has none.
     """
 
     def __init__(self, *answers, models=("gpt-x",), native=False):
         self.answers, self.models, self.native = list(answers), models, native
-        self.seen, self.raw, self.heads = [], [], []
+        self.seen, self.raw, self.heads, self.gets, self.lists = [], [], [], [], {}
         self.connections = 0
         self.client_left = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -216,6 +216,10 @@ class FakeUpstream:
                     status, listing = 200, {"data": [{"id": m} for m in self.models]}
                     if isinstance(self.models[0], int):
                         status, listing = self.models
+                    self.gets.append((line.split()[1], head))
+                    for word in self.lists:
+                        if word in line:
+                            status, listing = self.lists[word]
                     if not isinstance(listing, bytes):
                         listing = json.dumps(listing).encode()
                     send(connection, status, listing, "application/json")
@@ -450,6 +454,7 @@ class TestErrors:
             (b'{"error":{"message":"m","type":"t","code":"c"}}', "m", "c"),  # OpenAI
             (b'{"error":{"message":"m","type":"t","code":null}}', "m", "t"),
             (b'{"error":"Unauthorized"}', "Unauthorized", ""),  # vLLM
+            (b'{"Message":"m","__type":"x#ThrottlingException"}', "m", "x#ThrottlingException"),
             (b'{"object":"error","message":"m","type":"x","code":"3280"}', "m", "3280"),  # Mistral
             (b'[{"error":{"code":400,"message":"m","status":"S"}}]', "m", "400"),  # Gemini
             (b'{"detail":"Not Found"}', "Not Found", ""),  # FastAPI
@@ -496,8 +501,29 @@ class TestErrors:
 
     def test_a_key_that_an_upstream_quotes_is_hidden(self):
         error = ogx.OgxError(401, "Incorrect API key provided: sk-secret-1234.")
-        assert error.without("sk-secret-1234").message == "Incorrect API key provided: ***."
-        assert error.without("").message == "Incorrect API key provided: ***."
+        assert error.without(["sk-secret-1234"]).message == "Incorrect API key provided: ***."
+
+    @pytest.mark.parametrize(
+        ("words", "status", "error_type"),
+        [  # AWS has 403 for both
+            ("The security token included in the request is expired", 401, "authentication_error"),
+            ("Signature expired: 20260101T000000Z is now earlier than 20260101T001000Z "
+             "(20260101T001500Z - 5 min.)", 401, "authentication_error"),
+            ("Signature not yet current: 20260101T001000Z is still later than 20260101T000500Z",
+             401, "authentication_error"),
+            ("The request signature we calculated does not match the signature you provided.",
+             401, "authentication_error"),
+            ("Authentication failed: Please make sure your API Key is valid.", 401,
+             "authentication_error"),
+            ("User: arn:aws:iam::1:user/x is not authorized to perform: bedrock:InvokeModel", 403,
+             "permission_error"),
+        ],
+    )  # fmt: skip
+    def test_wrong_credentials_are_told_from_missing_permission(self, words, status, error_type):
+        error = ogx.upstream_error(ogx.Refusal(403, words), "bedrock, model x", {})
+        assert (error.status, error.type) == (status, error_type)
+        assert error.message == f"{words} (from bedrock, model x)"
+        assert error.headers == {"x-should-retry": "false"}
 
 
 class TestProviders:
@@ -519,10 +545,9 @@ class TestProviders:
             ("FIREWORKS_API_KEY", "k", "fireworks", "https://api.fireworks.ai/inference/v1"),
             ("TOGETHER_API_KEY", "k", "together", "https://api.together.ai/v1"),
             ("GROQ_API_KEY", "k", "groq", "https://api.groq.com/openai/v1"),
-            ("AWS_BEARER_TOKEN_BEDROCK", "k", "bedrock",
-             "https://bedrock-mantle.us-east-2.api.aws/v1"),
-            ("AWS_BEDROCK_BEARER_TOKEN", "k", "bedrock",
-             "https://bedrock-mantle.us-east-2.api.aws/v1"),
+            *((variable, "k", "bedrock", "https://bedrock-mantle..api.aws/v1") for variable in (
+                "AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN", "AWS_ACCESS_KEY_ID",
+                "AWS_PROFILE")),  # the region is missing, which is told when it is needed
             ("GEMINI_API_KEY", "k", "gemini",
              "https://generativelanguage.googleapis.com/v1beta/openai"),
             ("GEMINI_ACCESS_TOKEN", "k", "gemini",
@@ -590,6 +615,30 @@ class TestProviders:
         row = ogx.PROVIDER_KINDS[kind]
         owner = ogx.Provider("x", row, base_url or row.base_url)
         assert owner.url(ogx.request_path("messages", row)) == url
+
+    @pytest.mark.parametrize(
+        ("upstream_id", "url"),
+        [
+            ("anthropic.claude-opus-5", "https://bedrock-mantle.eu-west-1.api.aws/v1"),
+            ("openai.gpt-oss-120b", "https://bedrock-mantle.eu-west-1.api.aws/v1"),
+            ("zai.glm-4.7", "https://bedrock-mantle.eu-west-1.api.aws/v1"),
+            *((upstream_id, "https://bedrock-runtime.eu-west-1.amazonaws.com/openai/v1")
+              for upstream_id in (
+                  "us.anthropic.claude-opus-5", "eu.anthropic.claude-opus-5",
+                  "global.anthropic.claude-opus-5", "us-gov.anthropic.claude-opus-5",
+                  "anthropic.claude-3-haiku-20240307-v1:0", "openai.gpt-oss-120b-1:0",
+                  "arn:aws:bedrock:us-east-1:1:application-inference-profile/abc")),
+            ("~/inference-profiles?x=1", "https://bedrock.eu-west-1.amazonaws.com"),
+        ],
+    )  # fmt: skip
+    def test_bedrock_has_three_servers(self, upstream_id, url):
+        owner = provider("bedrock", "https://bedrock-mantle.eu-west-1.api.aws/v1")
+        assert owner.at(upstream_id).base_url == url
+        assert dataclasses.replace(owner.at(upstream_id), base_url=owner.base_url) == owner
+
+    def test_a_server_of_the_users_own_has_all_models(self):
+        owner = provider("bedrock", "http://gateway.test/v1")
+        assert owner.at("us.anthropic.claude-opus-5") == owner
 
     def test_any_other_server_by_its_url(self):
         for kind, dialects in (("openai-compatible", ("chat",)), ("messages", ("messages",))):
@@ -758,6 +807,21 @@ class TestRegistry:
         registry.learn("anthropic", ogx.models_from_list(owner, [{"id": i} for i in ids]), "")
         assert registry.resolve(asked).upstream_id == upstream_id
 
+    def test_families_are_found_behind_a_prefix(self):
+        owner = provider("bedrock", "https://bedrock-mantle.us-east-1.api.aws/v1")
+        registry = ogx.Registry(config(owner))
+        ids = ("openai.gpt-oss", "anthropic.claude-opus-5", "us.anthropic.claude-haiku-4-5-v1:0")
+        registry.learn("bedrock", ogx.models_from_list(owner, [{"id": i} for i in ids]), "")
+        assert registry.resolve("claude-opus-4-1").upstream_id == "anthropic.claude-opus-5"
+        found = registry.resolve("claude-haiku-9")
+        assert found.upstream_id == "us.anthropic.claude-haiku-4-5-v1:0"
+        assert found.provider.base_url.startswith("https://bedrock-runtime.us-east-1")
+
+    def test_a_model_that_is_not_listed_has_its_server_too(self):
+        owner = provider("bedrock", "https://bedrock-mantle.us-east-1.api.aws/v1")
+        found = ogx.Registry(config(owner)).resolve("bedrock/jp.anthropic.claude-opus-5")
+        assert found.provider.url("~") == "https://bedrock-runtime.us-east-1.amazonaws.com"
+
     def test_a_tier_may_be_a_claude_model_that_is_listed(self):
         registry = self.registry(lists={"openai": ["gpt-x"], "vllm": ["claude-sonnet-4-5"]},
                                  tiers={"opus": "claude-sonnet-4-5[1m]"})  # fmt: skip
@@ -813,6 +877,10 @@ class TestRegistry:
             ({"object": "list", "data": [{"id": "a"}, {"id": "b"}, {"id": "a"}]}, ["a", "b"]),
             ([{"id": "a", "type": "chat"}, {"id": "b", "type": "embedding"}], ["a"]),  # Together
             ({"data": [{"id": "models/gemini-3"}]}, ["gemini-3"]),
+            ({"inferenceProfileSummaries": [{"inferenceProfileId": "us.anthropic.claude-5"},
+              {"inferenceProfileId": "us.cohere.embed-v4:0"}]}, ["us.anthropic.claude-5"]),
+            ({"modelSummaries": [{"modelId": "openai.gpt-oss-120b-1:0"}]},
+             ["openai.gpt-oss-120b-1:0"]),
             ({"models": [{"name": "a:8b", "capabilities": ["completion"]}]}, ["a:8b"]),
             ({"data": [{"id": "a", "capabilities": {"completion_chat": True}},
                        {"id": "b", "capabilities": {"completion_chat": False}}]}, ["a"]),
@@ -1757,6 +1825,14 @@ class TestMessages:
         body = request(system=[text("x-anthropic-billing-header: a"), text("b")])
         assert ogx.messages_request(body, model("anthropic"))["system"] == body["system"]
 
+    @pytest.mark.parametrize("kind", ["anthropic", "bedrock"])
+    def test_claude_gets_no_thinking_of_others(self, kind):
+        theirs = {"type": "thinking", "thinking": "t", "signature": "EqQB"}
+        blocks = [{"type": "thinking", "thinking": "t", "signature": ""}, theirs, text("a")]
+        body = request(user("q"), assistant(*blocks), user("r"))
+        sent = ogx.messages_request(body, model(kind, "anthropic.claude-x"))
+        assert sent["messages"][1]["content"] == [theirs, text("a")]
+
     def test_what_is_claude_codes_own_is_left_out(self):
         tools = [tool("DeferredToolPlaceholder"), tool("A")]
         sent = ogx.messages_request(request(tools=tools), model("vllm"))
@@ -2271,6 +2347,11 @@ class TestRemedies:
             ("At most 0 image(s) may be provided in one prompt.", "images to False", 400),  # vLLM
             ("Function call is missing a thought_signature in functionCall parts.",
              "tool_call_extra to (('extra_content', ", 400),  # Gemini
+            ("model `google.gemma-4-31b` isn't supported on this route",
+             "openai_root to ~/openai/v1", 400),  # Bedrock
+            ("The model 'openai.gpt-5.5' does not support the '/v1/chat/completions' API.",
+             "responses to True", 400),  # Bedrock
+            ("The model 'x' does not support the '/v1/responses' API.", "responses to False", 400),
         ],
     )  # fmt: skip
     def test_words_put_the_row_right_whatever_it_was_configured_as(self, words, row, status):
@@ -2519,6 +2600,217 @@ zj0EAwIDRwAwRAIgLCtmnP0jOC7VCCsKCJjkcJSuSGy2rbytwp5aiQz7YZwCIAZB
 Gm4tK1ielNhErNKc7zYEntNmsx5T/oVbRICuZJhZ
 -----END CERTIFICATE-----
 """
+
+
+SIGNATURES = (
+    ("a list", "GET", "M/v1/models",
+     {}, b'', "",
+     "8a1bbbe06c7466f07d22e9d439ca3a3facf18c5f07ff82284edcbb81b6fa4535"),
+    ("an empty path", "GET", "M",
+     {}, b'', "",
+     "030b1f36b6bf5501274d036576e2ad51446992c79beea2437f24f6ec2fa9ef60"),
+    ("a message", "POST", "M/anthropic/v1/messages",
+     {'content-type': 'application/json'}, b'{"model":"x"}', "",
+     "3754cdaaa5bdd37dfa41df5d9da9dfd8863f510e9d748300af90390ef47e110c"),
+    ("a session token", "POST", "M/anthropic/v1/messages",
+     {'content-type': 'application/json'}, b'{}', "IQoJb3JpZ2lu+/Z2lu==",
+     "101f100d6b6c1ed0f1489b30c4ad42ca9d9f36a85c173cd5b0effbd84cf88078"),
+    ("an empty body", "POST", "R/openai/v1/chat/completions",
+     {'content-type': 'application/json'}, b'', "token",
+     "38a99092f9b7730e8af888bf544b1912d2409fc44aae2647934315adf0eaf321"),
+    ("a colon", "POST", "R/model/us.anthropic.claude-v1:0/invoke",
+     {'content-type': 'application/json'}, b'{}', "",
+     "acbabd40b0dbaa5def9b352bd07398433255326a4c8318b9b035f47b097a922d"),
+    ("an encoded colon", "POST", "R/model/us.anthropic.claude-v1%3A0/invoke",
+     {'content-type': 'application/json'}, b'{}', "",
+     "05aa9a0cafb1887d18427c6b4c9233e376ae385c1525f8a4c710c5df01c0735b"),
+    ("an ARN", "POST", "R/model/arn%3Aaws%3Abedrock%3A%3A1%3Aprofile%2Fabc/invoke",
+     {}, b'', "",
+     "f4d19659ed7187e133d398198b2beb44eefc47766305c6c159779363138d40a7"),
+    ("marks", "GET", "R/a~b-c_d.e/f(g)+h,i@j!k*l'm$n&o;p=q",
+     {}, b'', "",
+     "76f2b1e78c9c33e1580284f3fda6d0fbb9414938f1d2bafdc5f3226e25bb4bb5"),
+    ("unicode in the path", "GET", "R/model/caf%C3%A9-%F0%9F%98%80",
+     {}, b'', "",
+     "9cd1988ed105f741568f75baaf5eeceb4b018d32903d887a36c182534d096c5b"),
+    ("unicode in the body", "POST", "R/model",
+     {'content-type': 'application/json'}, b'{"a":"caf\xc3\xa9 \xf0\x9f\x98\x80"}', "",
+     "cd2a98aa383b737878c1a25416819053f3cb3089ef540e2c83d57874ec9616ee"),
+    ("a query", "GET", "R/inference-profiles?type=SYSTEM_DEFINED&maxResults=1000",
+     {}, b'', "t",
+     "219437d9bb3ac8b66d3283b38a2d5d7d8cdad4d399c6aff3679f34097c0bec7f"),
+    ("an encoded query", "GET", "R/l?nextToken=a%2Fb%2B%3D&b=%C3%A9%20z",
+     {}, b'', "",
+     "36a66f98bb28f232d281020aee0e86dab831a8e736ae0baca3b7177c4d422069"),
+    ("a query's order", "GET", "R/l?a=1&a-b=2&a=0&B=3&a.b=4&a%20=5",
+     {}, b'', "",
+     "acad059ce297e09d7890c2e4d494fa58a184d4a94b7e919176b3c878a51219a2"),
+    ("no value", "GET", "R/l?flag&b=&a",
+     {}, b'', "",
+     "c4f6e53c396a05667d6418899665a455f6183de63f9b3eceba202d7a2fe6a64e"),
+    ("repeated spaces", "POST", "R/l",
+     {'X-Amz-B': '  two   words \t here ', 'content-type': 'application/json'}, b'{}', "",
+     "858117e1024616d4cf711b7679f6c56262657e6588bd66e2a7cc38809e103bfd"),
+    ("a port", "POST", "L/v1/chat/completions",
+     {'content-type': 'application/json'}, b'{}', "t",
+     "9fe7256c5a84c27f98db8fb0b2926e6f9098bc5163b26149ec9549fe1bd6f804"),
+)  # fmt: skip
+
+AWS_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE",
+             "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_BEARER_TOKEN_BEDROCK")  # fmt: skip
+AWS_KEYS = {"AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SESSION_TOKEN": "session-token-1234",
+            "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"}  # fmt: skip
+
+
+@pytest.fixture
+def aws(tmp_path, monkeypatch):
+    """A function that writes AWS's files, of which there are none at first, nor variables."""
+    for name in (*AWS_NAMES, "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+
+    def write(credentials="", config=""):
+        (tmp_path / "credentials").write_text(credentials, encoding="utf-8")
+        (tmp_path / "config").write_text(config, encoding="utf-8")
+
+    return write
+
+
+def process_printing(tmp_path, **told):
+    """A credential_process that prints JSON and counts how often it ran."""
+    script = tmp_path / "process.py"
+    lines = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')", f"print({json.dumps(told)!r})"
+    script.write_text("\n".join(lines))
+    return f"credential_process = {shlex.quote(sys.executable)} {shlex.quote(str(script))}"
+
+
+class TestSigning:
+    @pytest.mark.parametrize(
+        ("words", "method", "short", "headers", "body", "token", "signature"), SIGNATURES,
+        ids=[row[0] for row in SIGNATURES],
+    )  # fmt: skip
+    def test_signatures_are_botocores(self, words, method, short, headers, body, token, signature):
+        host, scope = {
+            "R": ("https://bedrock-runtime.us-east-1.amazonaws.com", "us-east-1/bedrock"),
+            "M": ("https://bedrock-mantle.eu-west-1.api.aws", "eu-west-1/bedrock-mantle"),
+            "L": ("http://127.0.0.1:8080", "us-east-1/bedrock")}[short[0]]  # fmt: skip
+        headers = {"host": host.split("/")[2], **headers}
+        keys = AWS_KEYS["AWS_ACCESS_KEY_ID"], AWS_KEYS["AWS_SECRET_ACCESS_KEY"], token
+        made = ogx.aws_signature(method, host + short[1:], headers, body, keys, scope,
+                                 1_790_000_000)  # fmt: skip
+        assert made.pop("x-amz-security-token", "") == token
+        assert made.pop("x-amz-date") == "20260921T141320Z"
+        names = ";".join(sorted({k.lower() for k in headers} | {"x-amz-date"}
+                                | ({"x-amz-security-token"} if token else set())))  # fmt: skip
+        assert made == {"authorization": f"AWS4-HMAC-SHA256 Credential=AKIDEXAMPLE/20260921/{scope}"
+                        f"/aws4_request, SignedHeaders={names}, Signature={signature}"}  # fmt: skip
+
+    def keys(self, environ):
+        return ogx.Signer().keys(environ)
+
+    def test_variables_go_before_a_profile(self, aws):
+        aws("[default]\naws_access_key_id = other\naws_secret_access_key = secret\n")
+        found = self.keys({**os.environ, **AWS_KEYS})
+        assert (found[0], found[2]) == ("AKIDEXAMPLE", "session-token-1234")
+        found = self.keys({**os.environ, "AWS_ACCESS_KEY_ID": "half"})
+        assert (found[0], found[2]) == ("other", "")
+
+    @pytest.mark.parametrize(
+        ("profile", "key_id", "token"),
+        [("", "a", ""), ("default", "a", ""), ("work", "b", "t"), ("plain", "c", "")],
+    )
+    def test_a_profile_of_either_file(self, aws, profile, key_id, token):
+        aws("[default]\naws_access_key_id=a\naws_secret_access_key=s\n"
+            "[work]\naws_access_key_id = b\naws_secret_access_key = %s=\naws_session_token = t\n",
+            "[default]\naws_access_key_id=z\naws_secret_access_key=s\naws_session_token=old\n"
+            "[profile plain]\naws_access_key_id=c\naws_secret_access_key=s\n"
+            "s3 =\n  max_concurrent_requests = 20\n")  # fmt: skip
+        found = self.keys({**os.environ, "AWS_PROFILE": profile})
+        assert (found[0], found[2]) == (key_id, token)
+
+    def test_without_credentials_it_says_what_to_set(self, aws):
+        aws("[other]\naws_access_key_id=a\n", "[profile sso]\nsso_session = corp\n")
+        for profile in ("", "sso", "missing"):
+            error = refused(self.keys, {**os.environ, "AWS_PROFILE": profile})
+            assert error.status == 401 and error.message.startswith("Unable to locate credentials")
+            assert "single sign-on and roles" in error.message
+
+    def test_a_file_that_cannot_be_read_is_named_and_never_quoted(self, aws, tmp_path):
+        aws("aws_secret_access_key = top-secret-key\n")
+        error = refused(self.keys, os.environ)
+        assert error.status == 401 and str(tmp_path / "credentials") in error.message
+        assert "top-secret-key" not in error.message
+
+    @pytest.mark.parametrize(
+        ("environ", "region"),
+        [({}, "eu-west-3"), ({"AWS_PROFILE": "work"}, "ap-south-1"),
+         ({"AWS_PROFILE": "none"}, ""), ({"AWS_REGION": "us-west-2"}, "us-west-2"),
+         ({"AWS_DEFAULT_REGION": "us-west-2"}, "us-west-2")],
+    )  # fmt: skip
+    def test_the_profiles_region_counts_where_no_variable_does(self, aws, environ, region):
+        aws(config="[default]\nregion = eu-west-3\n[profile work]\nregion=ap-south-1\n")
+        assert ogx.with_aws_region({**os.environ, **environ}).get("AWS_REGION", "") == region
+
+    def test_a_broken_file_is_no_reason_not_to_start(self, aws):
+        aws(config="region = eu-west-3\n")
+        assert ogx.with_aws_region(os.environ) is os.environ
+
+    def signer(self, now=1_790_000_000.0):
+        """A signer, and the list whose last item its clock shows."""
+        times = [now]
+        return ogx.Signer(lambda: times[-1]), times
+
+    def key_id(self, signer):
+        headers = signer.headers(ogx.PROVIDER_KINDS["bedrock"].signed, "GET",
+                                 "https://bedrock-mantle.eu-west-1.api.aws/v1/models", None)
+        return re.search("Credential=([^/]+)/", headers["authorization"]).group(1)
+
+    def test_a_file_that_was_written_anew_is_read_again(self, aws):
+        signer, _ = self.signer()
+        for key_id in ("first", "second-one"):
+            aws(f"[default]\naws_access_key_id={key_id}\naws_secret_access_key=s-{key_id}\n")
+            assert self.key_id(signer) == key_id
+        assert {"s-first", "s-second-one"} <= signer.secrets
+
+    def test_a_process_is_asked_again_only_when_its_credentials_expire(self, aws, tmp_path):
+        aws(config="[default]\n" + process_printing(
+            tmp_path, AccessKeyId="made", SecretAccessKey="s", SessionToken="t",
+            Expiration="2026-09-21T14:20:00Z"))  # fmt: skip
+        signer, times = self.signer()
+        for moment, runs in ((times[0], 1), (times[0] + 300, 1), (times[0] + 350, 2)):
+            times.append(moment)
+            assert self.key_id(signer) == "made"
+            assert len((tmp_path / "ran").read_text()) == runs
+
+    @pytest.mark.parametrize(
+        ("command", "words"),
+        [("no-such-program-1", "FileNotFoundError"), ("true", "JSONDecodeError"),
+         ("sh -c 'echo top-secret; echo log in again >&2; exit 3'", "log in again")],
+    )  # fmt: skip
+    def test_a_process_that_fails_says_why_and_no_secret(self, aws, command, words):
+        aws(config=f"[default]\ncredential_process = {command}\n")
+        error = refused(self.keys, os.environ)
+        assert error.status == 401 and error.message.endswith(f"failed: {words}")
+
+    @pytest.mark.parametrize(
+        ("url", "scope"),
+        [
+            ("https://bedrock-mantle.eu-west-1.api.aws/v1", "eu-west-1/bedrock-mantle"),
+            ("https://bedrock-runtime.us-gov-west-1.amazonaws.com/openai/v1",
+             "us-gov-west-1/bedrock"),
+            ("https://bedrock-runtime-fips.us-east-1.amazonaws.com/x", "us-east-1/bedrock"),
+            ("https://bedrock.us-east-1.amazonaws.com/inference-profiles", "us-east-1/bedrock"),
+            ("https://vpce-1-a.bedrock-runtime.us-east-1.vpce.amazonaws.com", "us-east-1/bedrock"),
+            ("https://gateway.test/bedrock.x.y/v1", None),
+            ("https://bedrock.internal.corp.test/v1", None),  # signs for no one else
+        ],
+    )  # fmt: skip
+    def test_the_url_tells_region_and_service(self, aws, monkeypatch, url, scope):
+        for name, value in AWS_KEYS.items():
+            monkeypatch.setenv(name, value)
+        made = self.signer()[0].headers(ogx.PROVIDER_KINDS["bedrock"].signed, "GET", url, None)
+        assert (f"/{scope}/aws4_request," in made["authorization"]) if scope else made == {}
 
 
 class TestUpstream:
@@ -3379,12 +3671,43 @@ class TestGateway:
         assert head["x-api-key"] == "sk-secret-1234" and "authorization" not in head
         assert head["anthropic-version"] == "2023-06-01"
 
+    def test_anthropic_itself_gets_every_beta_and_cache_breakpoint(self):
+        cached = {"type": "text", "text": "s", "cache_control": {"type": "ephemeral", "ttl": "1h"}}
+        raw = json.dumps({"model": "anthropic/claude-x", "max_tokens": 9, "system": [cached],
+                          "messages": [user([cached])], "stream": True, "speed": "fast",
+                          "context_management": {"edits": []}}).encode()  # fmt: skip
+        usage = b'"cache_read_input_tokens": 4321'
+        stream = native_stream().replace(b'"cache_read_input_tokens":0', usage)
+        with self.native(stream, kind="anthropic") as (client, upstream):
+            _, _, data = client.post(raw, anthropic_beta="a-2030,b-2031", anthropic_version="2031")
+        assert upstream.raw[0] == raw.replace(b"anthropic/claude-x", b"claude-x")
+        head = upstream.heads[0][1]
+        assert (head["anthropic-beta"], head["anthropic-version"]) == ("a-2030,b-2031", "2031")
+        assert data == stream.replace(b"their/name", b"anthropic/claude-x") and usage in data
+
     def test_azure_is_asked_with_its_own_header(self):
         with gateway_over(kind="azure") as (client, upstream):
             assert client.post(request(model="azure/my-deployment"))[0] == 200
         head = upstream.heads[0][1]
         assert head["api-key"] == "sk-secret-1234" and "authorization" not in head
         assert upstream.seen[0]["model"] == "my-deployment"
+
+    def test_azures_own_variables_lead_to_its_responses(self, monkeypatch):
+        answer = sse(piece("output_text", 0, "Hi."), completed(), done=False)
+        environ = {"AZURE_OPENAI_ENDPOINT": "http://me.openai.azure.com/",
+                   "AZURE_OPENAI_API_KEY": "azure-key-1234"}  # fmt: skip
+        (azure,) = ogx.config_from_json(ogx.starter_config(), "starter", environ).providers
+        with FakeUpstream(answer) as upstream:
+            monkeypatch.setenv("http_proxy", upstream.url[:-3])
+            monkeypatch.delenv("no_proxy", raising=False)
+            with serving(azure) as client:
+                message = client.post(request(model="azure/my-deployment"))[2]
+        assert message["content"][0]["text"] == "Hi."
+        path, head = upstream.heads[0]
+        assert path == "http://me.openai.azure.com/openai/v1/responses"
+        assert head["api-key"] == "azure-key-1234" and "authorization" not in head
+        assert upstream.seen[0]["model"] == "my-deployment"
+        assert upstream.gets[0][0] == "http://me.openai.azure.com/openai/v1/models"
 
     def test_a_server_without_messages_is_translated(self):
         with gateway_over(said(), kind="vllm") as (client, upstream):
@@ -3450,6 +3773,174 @@ class TestGateway:
             for upstream_id in ("us.anthropic.claude-sonnet-5", "openai.gpt-oss-120b"):
                 assert client.post(request(model=f"bedrock/{upstream_id}"))[0] == 200
         assert [p for p, _ in upstream.heads] == ["/anthropic/v1/messages", "/v1/chat/completions"]
+
+    @contextlib.contextmanager
+    def signing(self, monkeypatch, *answers, **lists):
+        """(client, upstream): a gateway over AWS's hosts, all behind one proxy."""
+        for name, value in AWS_KEYS.items():
+            monkeypatch.setenv(name, value)
+        url = "http://bedrock-mantle.us-east-1.api.aws/v1"
+        with FakeUpstream(*answers) as upstream:
+            upstream.lists = lists
+            monkeypatch.setenv("http_proxy", upstream.url[:-3])
+            with serving(provider("bedrock", url, key=""), retries=1) as client:
+                yield client, upstream
+
+    PROFILES = {"inferenceProfileSummaries": [
+        {"inferenceProfileId": i, "status": "ACTIVE", "type": "SYSTEM_DEFINED"} for i in (
+            "us.anthropic.claude-opus-5-v1:0", "eu.anthropic.claude-opus-5", "us.meta.llama5-v1:0",
+            "global.anthropic.claude-opus-5")]}  # fmt: skip
+
+    def test_models_and_profiles_are_listed_by_signed_requests(self, aws, monkeypatch):
+        models = {"data": [{"id": "anthropic.claude-opus-5"}, {"id": "openai.gpt-oss-120b"}]}
+        versions = {"modelSummaries": [{"modelId": i} for i in (
+            "openai.gpt-oss-120b-1:0", "meta.llama5-v1:0", "anthropic.claude-opus-5")]}
+        lists = {"/models": (200, models), "profiles": (200, self.PROFILES),
+                 "foundation": (200, versions)}  # fmt: skip
+        with self.signing(monkeypatch, **lists) as (client, upstream):
+            ids = [entry["id"] for entry in client.get("/v1/models")[2]["data"]]
+        assert ids == ["bedrock/" + i for i in (
+            "anthropic.claude-opus-5", "openai.gpt-oss-120b", "us.anthropic.claude-opus-5-v1:0",
+            "eu.anthropic.claude-opus-5", "global.anthropic.claude-opus-5",
+            "openai.gpt-oss-120b-1:0")]  # fmt: skip
+        (models, head), (profiles, head2), (versions, _) = upstream.gets
+        assert models == "http://bedrock-mantle.us-east-1.api.aws/v1/models"
+        assert "/us-east-1/bedrock-mantle/aws4_request" in head["authorization"]
+        assert profiles == ("http://bedrock.us-east-1.amazonaws.com/inference-profiles"
+                            "?maxResults=1000&type=SYSTEM_DEFINED")  # fmt: skip
+        assert versions == ("http://bedrock.us-east-1.amazonaws.com/foundation-models"
+                            "?byInferenceType=ON_DEMAND&byOutputModality=TEXT")  # fmt: skip
+        assert "/us-east-1/bedrock/aws4_request" in head2["authorization"]
+        assert {h["x-amz-security-token"] for h in (head, head2)} == {"session-token-1234"}
+
+    @pytest.mark.parametrize(("failing", "left"), [("/models", 3), ("profiles", 1)])
+    def test_one_list_that_fails_leaves_the_other(self, aws, monkeypatch, failing, left):
+        lists = {"/models": (200, {"data": [{"id": "anthropic.claude-opus-5"}]}),
+                 "profiles": (200, self.PROFILES), "foundation": (403, {"message": "no"}),
+                 failing: (403, {"message": "no"})}  # fmt: skip
+        with self.signing(monkeypatch, **lists) as (client, _):
+            assert len(client.get("/v1/models")[2]["data"]) == left
+            assert client.gateway.registry.problems == {}
+
+    def test_where_all_lists_fail_the_first_says_why(self, aws, monkeypatch):
+        denied = (403, {"Message": "User: arn:aws:iam::1:user/x is not authorized"})
+        with self.signing(monkeypatch, aws=denied) as (client, _):
+            (problem,) = client.gateway.registry.problems.values()
+        assert problem.startswith("User: arn:aws:iam::1:user/x is not authorized (from http://")
+
+    def test_a_request_goes_to_the_server_that_has_the_model(self, aws, monkeypatch):
+        answers = (native_message(), native_message(), said(), said(), {"input_tokens": 7})
+        ids = ("anthropic.claude-opus-5", "us.anthropic.claude-opus-5", "openai.gpt-oss-120b",
+               "openai.gpt-oss-120b-1:0")  # fmt: skip
+        with self.signing(monkeypatch, *answers) as (client, upstream):
+            for upstream_id in ids:
+                assert client.post(request(model=f"bedrock/{upstream_id}"))[0] == 200
+            body = {"model": f"bedrock/{ids[0]}", "messages": [user("x")]}
+            assert client.post(body, "/v1/messages/count_tokens")[2] == {"input_tokens": 7}
+        assert [path for path, _ in upstream.heads] == [
+            "http://bedrock-mantle.us-east-1.api.aws/anthropic/v1/messages",
+            "http://bedrock-runtime.us-east-1.amazonaws.com/anthropic/v1/messages",
+            "http://bedrock-mantle.us-east-1.api.aws/v1/chat/completions",
+            "http://bedrock-runtime.us-east-1.amazonaws.com/openai/v1/chat/completions",
+            "http://bedrock-mantle.us-east-1.api.aws/anthropic/v1/messages/count_tokens"]
+        assert [body["model"] for body in upstream.seen] == [*ids, ids[0]]
+        for _, head in upstream.heads:
+            assert head["authorization"].startswith("aws4-hmac-sha256 credential=akidexample/")
+            assert head["anthropic-version"] == "2023-06-01" and "x-api-key" not in head
+
+    def test_a_retry_is_signed_anew(self, aws, monkeypatch):
+        with self.signing(monkeypatch, (500, {"message": "x"}), said()) as (client, upstream):
+            times = iter(range(1_790_000_000, 1_790_000_009))
+            client.gateway.upstream.signer = ogx.Signer(lambda: next(times))
+            assert client.post(request(model="bedrock/openai.gpt-oss-120b"))[0] == 200
+        first, second = (head for _, head in upstream.heads)
+        assert first["x-amz-date"] == "20260921t141320z" != second["x-amz-date"]
+        assert first["authorization"] != second["authorization"]
+
+    def test_a_key_goes_before_a_signature(self, aws, monkeypatch):
+        with self.signing(monkeypatch, said()) as (client, upstream):
+            client.gateway.registry.providers["bedrock"] = provider(
+                "bedrock", "http://bedrock-mantle.us-east-1.api.aws/v1", key="bearer-key-12")
+            assert client.post(request(model="bedrock/openai.gpt-oss-120b"))[0] == 200
+        head = upstream.heads[0][1]
+        assert head["authorization"] == "bearer bearer-key-12" and "x-amz-date" not in head
+
+    def test_a_model_at_another_route_and_api_is_found(self, aws, monkeypatch):
+        answers = ((400, {"error": {"message": "model `openai.gpt-5.5` isn't supported on this "
+                                               "route"}}),
+                   (400, {"error": {"message": "The model 'openai.gpt-5.5' does not support the "
+                                               "'/v1/chat/completions' API."}}),
+                   *[sse(piece("output_text", 0, "Hi."), completed(), done=False)] * 2)
+        with self.signing(monkeypatch, *answers) as (client, upstream):
+            for _ in "ab":
+                message = client.post(request(model="bedrock/openai.gpt-5.5"))[2]
+                assert message["content"][0]["text"] == "Hi."
+        paths = [path.partition(".api.aws")[2] for path, _ in upstream.heads]
+        assert paths == ["/v1/chat/completions", "/openai/v1/chat/completions",
+                         *["/openai/v1/responses"] * 2]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("refusal", "status", "error_type", "words"),
+        [
+            ((403, {"message": "The security token included in the request is expired"}), 401,
+             "authentication_error", "is expired (from bedrock, model "),
+            ((403, {"message": "Signature expired: 20260101T000000Z is now earlier than "
+                               "20260101T001000Z (20260101T001500Z - 5 min.)"}), 401,
+             "authentication_error", "; check the clock where ogx.py runs"),
+            ((403, {"Message": "User: x is not authorized to perform: bedrock:InvokeModel"}), 403,
+             "permission_error", "User: x is not authorized to perform: bedrock:InvokeModel"),
+            ((429, {"message": "Too many tokens, please wait before trying again.",
+                    "__type": "ThrottlingException"}, {"retry-after": "30"}), 429,
+             "rate_limit_error", "Too many tokens, please wait before trying again."),
+            ((400, {"message": "The provided model identifier is invalid."}), 400,
+             "invalid_request_error", "The provided model identifier is invalid."),
+            ((503, {"message": "Bedrock is unable to process your request.",
+                    "__type": "ServiceUnavailableException"}, {"retry-after": "30"}), 503,
+             "api_error", "Bedrock is unable to process your request."),
+            ((403, {"message": "The request signature we calculated does not match. The Canonical "
+                               "String should have been 'x-amz-security-token:session-token-1234 "
+                               f"{AWS_KEYS['AWS_SECRET_ACCESS_KEY']}'"}), 401,
+             "authentication_error", "'x-amz-security-token:*** ***'"),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("upstream_id", ["us.anthropic.claude-opus-5", "openai.gpt-oss-120b"])
+    def test_awss_own_words_with_the_right_type(self, aws, monkeypatch, caplog, refusal, status,
+                                                error_type, words, upstream_id):  # fmt: skip
+        with self.signing(monkeypatch, refusal) as (client, _), caplog.at_level("DEBUG"):
+            got, _, body = client.post(request(model=f"bedrock/{upstream_id}"))
+        assert (got, body["error"]["type"]) == (status, error_type)
+        assert words in body["error"]["message"]
+        for secret in ("session-token-1234", AWS_KEYS["AWS_SECRET_ACCESS_KEY"]):
+            assert secret not in json.dumps(body) + caplog.text
+
+    def test_an_error_inside_a_stream_has_awss_words_too(self, aws, monkeypatch):
+        words = "Too many tokens, x-amz-security-token:session-token-1234"
+        inner = {"type": "error", "error": {"type": "rate_limit_error", "message": words}}
+        begun = native_stream().partition(b"event: content_block_stop")[0]
+        native = begun + b"event: error\ndata: " + json.dumps(inner).encode() + b"\n\n"
+        chat = sse(delta(content="Hel"), {"error": {"message": words, "code": 429}}, done=False)
+        with self.signing(monkeypatch, native, chat) as (client, _):
+            for upstream_id in ("us.anthropic.claude-opus-5", "openai.gpt-oss-120b"):
+                body = request(model=f"bedrock/{upstream_id}", stream=True)
+                (event,) = [e for e in read_events(client.post(body)[2]) if e["type"] == "error"]
+                assert event["error"]["type"] == "rate_limit_error"
+                assert "Too many tokens, x-amz-security-token:***" in event["error"]["message"]
+
+    def test_without_credentials_or_region_the_error_says_what_to_set(self, aws, monkeypatch):
+        with self.signing(monkeypatch) as (client, upstream):
+            monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+            client.gateway.upstream.signer = ogx.Signer()
+            status, _, body = client.post(request(model="bedrock/openai.gpt-oss-120b"))
+            assert (status, body["error"]["type"]) == (401, "authentication_error")
+            assert body["error"]["message"].startswith("Unable to locate credentials")
+            assert upstream.seen == []
+        for key in ("", "bearer-key-12"):
+            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+            nowhere = provider("bedrock", "https://bedrock-mantle..api.aws/v1", key=key)
+            with serving(nowhere, discover=False) as client:
+                status, _, body = client.post(request(model="bedrock/x"))
+            assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+            assert "You must specify a region" in body["error"]["message"]
 
     def test_an_error_in_anthropics_shape_passes_as_it_is(self):
         theirs = {"type": "error", "error": {"type": "rate_limit_error", "message": "slow",
