@@ -188,12 +188,13 @@ class ScriptedUpstream(socketserver.ThreadingTCPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), UpstreamHandler)
+    def __init__(self, handler: Optional[type[BaseHTTPRequestHandler]] = None) -> None:
+        super().__init__(("127.0.0.1", 0), handler or UpstreamHandler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         self.script: dict[str, list[Reply]] = {}
         self.requests: list[Json] = []
         self.refusals: list[str] = []
+        self.models = MODELS
         self.strict = True  # as strict as OpenAI
         self.most_tokens = 128_000
         self.demand: Callable[[Json], str] = lambda body: ""  # what another provider would refuse
@@ -228,7 +229,7 @@ class UpstreamHandler(BaseHTTPRequestHandler):
             return self.refuse(404, f"Unknown request URL: GET {self.path}")
         limit = {"context_length": self.server.context} if self.server.context else {}
         models = [{"id": name, "object": "model", "created": 1, "owned_by": "test", **limit}
-                  for name in MODELS]
+                  for name in self.server.models]
         return self.answer(200, {"object": "list", "data": models})
 
     def do_POST(self) -> None:
@@ -238,7 +239,11 @@ class UpstreamHandler(BaseHTTPRequestHandler):
         self.server.requests.append(body)
         if self.headers["Authorization"] != f"Bearer {KEY}":
             return self.refuse(401, "Incorrect API key provided.")
-        if body.get("model") not in MODELS:
+        return self.complete(body)
+
+    def complete(self, body: Json) -> None:
+        """Answer a chat request."""
+        if body.get("model") not in self.server.models:
             return self.refuse(404, f"The model `{body.get('model')}` does not exist.")
         asked, most = body.get("max_completion_tokens", 0), self.server.most_tokens
         if asked > most:
