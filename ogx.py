@@ -236,7 +236,7 @@ class ProviderKind:
     default_path: str = "/v1"  # for a user's URL without a path, where base_url has none either
     key_header: str = "authorization"  # which takes "Bearer KEY"; others take the bare key
     signed: str = ""  # AWS's service and region in a URL; signs, where there is no key
-    signed_by: tuple[str, ...] = ()  # further variables that switch the starter's line on
+    signed_by: tuple[str, ...] = ()  # switch its line on, the last: they have other uses too
     headers: tuple[tuple[str, str], ...] = ()  # sent with every request
     # How its models are found, and what tells about them.
     list_path: str = "/models"
@@ -440,7 +440,7 @@ class Config:
 
 def starter_config() -> Json:
     """The built-in configuration; starter.json holds the same (a test compares them)."""
-    kinds = [kind for kind in PROVIDER_KINDS.values() if kind.switches]
+    kinds = sorted((k for k in PROVIDER_KINDS.values() if k.switches), key=lambda k: k.signed)
     alias = {"provider_id": "all", "provider_model_id": "auto", "model_type": "llm"}
     models = [{"model_id": model_id, **alias} for model_id in STARTER_ALIASES]
     return {
@@ -1931,7 +1931,7 @@ class ChatTranslator(Translator):
             self._learns = self._usual.learn(data, self.writer.events[-1], self._thoughts.kind)
 
     def _read(self, chunk: Json, data: bytes) -> None:
-        if chunk.get("error") or chunk.get("object") == "error":
+        if chunk.get("error") or ("choices" not in chunk and chunk.get("message")):
             raise self._error(data)
         usage = chunk.get("usage") or dict_or_empty(chunk.get("x_groq")).get("usage")
         if isinstance(usage, dict):
@@ -1957,7 +1957,7 @@ class ChatTranslator(Translator):
             refusal = replace(refusal, status=status)
         elif refusal.code.isdigit() and 400 <= int(refusal.code) <= 599:
             refusal = replace(refusal, status=int(refusal.code))
-        elif "rate_limit" in refusal.code:
+        elif re.search("rate_limit|throttl", refusal.code, re.I):
             refusal = replace(refusal, status=429)
         return upstream_error(refusal, self._origin, {})
 
@@ -3201,12 +3201,12 @@ def keys_from_process(command: str) -> tuple[float, list[str]]:
     import subprocess
 
     try:
-        told = json.loads(subprocess.run(shlex.split(command), capture_output=True, text=True,
-                                         timeout=60, check=True).stdout)  # fmt: skip
+        told = json.loads(subprocess.run(shlex.split(command), stdin=subprocess.DEVNULL, text=True,
+                          capture_output=True, timeout=60, check=True).stdout)  # fmt: skip
         until = (told.get("Expiration") or "9000-01-01T00:00:00Z").replace("Z", "+00:00")
-        expires = datetime.datetime.fromisoformat(until).timestamp()
-        return expires, [str(told.get(n[4:].title().replace("_", "")) or "") for n in AWS_KEYS]
-    except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
+        end = datetime.datetime.fromisoformat(until).timestamp()
+        return end, [told["AccessKeyId"], told["SecretAccessKey"], told.get("SessionToken") or ""]
+    except (OSError, ValueError, LookupError, AttributeError, subprocess.SubprocessError) as error:
         why = one_line(getattr(error, "stderr", "") or type(error).__name__)
         raise OgxError(401, f"the credential_process of the AWS profile failed: {why}") from None
 
@@ -3223,7 +3223,7 @@ class Signer:
         """Values for AWS_KEYS; OgxError(401) where there are none."""
         command = ""
         for settings in aws_settings(environ):
-            keys = [settings.get(name, "") for name in AWS_KEYS]
+            keys = [settings.get(name, "").strip() for name in AWS_KEYS]
             if keys[0] and keys[1]:
                 return keys
             command = command or settings.get("credential_process", "")
@@ -3963,7 +3963,7 @@ class Gateway:
             return False
         if exchange.dialect == "messages" and refusal.status in (404, 405) and (
             "chat" in provider.kind.dialects and provider.dialect == "auto"
-            and "model" not in refusal.message.lower()
+            and not provider.kind.native_models and "model" not in refusal.message.lower()
         ):  # the server was changed, or another one answered the probe
             self.registry.native[provider.id] = False
             log.info("%s: %s has no Messages API; translating", exchange.request_id, provider.id)
@@ -4371,7 +4371,7 @@ def refused_error(refusal: Refusal, request: Json, model: Model, headers: Mappin
             return overflow
     error = upstream_error(refusal, model.origin, headers)
     if native and is_anthropic_error(native):
-        error.raw = native
+        error.raw, error.status = native, refusal.status
     elif error.status == 401:
         hint = " or ".join(model.provider.kind.key_vars + model.provider.kind.signed_by)
         hint = "the clock" if re.search("Z is (now|still) ", error.message) else hint or "api_key"

@@ -592,6 +592,11 @@ class TestProviders:
         built = ogx.config_from_json(ogx.starter_config(), "starter", environ)
         assert base_url in [p.base_url for p in built.providers]
 
+    def test_awss_variables_which_have_other_uses_make_no_first_provider(self):
+        environ = {"AWS_PROFILE": "work", "GEMINI_API_KEY": "k", "XAI_API_KEY": "k"}
+        built = ogx.config_from_json(ogx.starter_config(), "starter", environ)
+        assert [p.id for p in built.providers] == ["gemini", "xai", "bedrock"]
+
     def test_anthropic_base_url_is_never_an_upstream(self):
         environ = {"ANTHROPIC_API_KEY": "k", "ANTHROPIC_BASE_URL": "http://localhost:8321"}
         (built,) = ogx.config_from_json(ogx.starter_config(), "starter", environ).providers
@@ -2713,6 +2718,7 @@ class TestSigning:
         aws("[default]\naws_access_key_id = other\naws_secret_access_key = secret\n")
         found = self.keys({**os.environ, **AWS_KEYS})
         assert (found[0], found[2]) == ("AKIDEXAMPLE", "session-token-1234")
+        assert self.keys({**os.environ, **AWS_KEYS, "AWS_SESSION_TOKEN": " t\n"})[2] == "t"
         found = self.keys({**os.environ, "AWS_ACCESS_KEY_ID": "half"})
         assert (found[0], found[2]) == ("other", "")
 
@@ -2786,6 +2792,7 @@ class TestSigning:
     @pytest.mark.parametrize(
         ("command", "words"),
         [("no-such-program-1", "FileNotFoundError"), ("true", "JSONDecodeError"),
+         ("echo '{\"Version\": 1}'", "KeyError"), ("echo []", "AttributeError"),
          ("sh -c 'echo top-secret; echo log in again >&2; exit 3'", "log in again")],
     )  # fmt: skip
     def test_a_process_that_fails_says_why_and_no_secret(self, aws, command, words):
@@ -3857,6 +3864,13 @@ class TestGateway:
         assert first["x-amz-date"] == "20260921t141320z" != second["x-amz-date"]
         assert first["authorization"] != second["authorization"]
 
+    def test_claude_that_is_not_there_is_told_at_once(self, aws, monkeypatch):
+        missing = (404, {"message": "Not Found"})
+        with self.signing(monkeypatch, *[missing] * 5) as (client, upstream):
+            status, _, body = client.post(request(model="bedrock/anthropic.claude-opus-9"))
+        assert (status, len(upstream.seen)) == (404, 1)
+        assert body["error"]["message"].startswith("Not Found (from bedrock, model anthropic.")
+
     def test_a_key_goes_before_a_signature(self, aws, monkeypatch):
         with self.signing(monkeypatch, said()) as (client, upstream):
             client.gateway.registry.providers["bedrock"] = provider(
@@ -3919,8 +3933,9 @@ class TestGateway:
         begun = native_stream().partition(b"event: content_block_stop")[0]
         native = begun + b"event: error\ndata: " + json.dumps(inner).encode() + b"\n\n"
         chat = sse(delta(content="Hel"), {"error": {"message": words, "code": 429}}, done=False)
-        with self.signing(monkeypatch, native, chat) as (client, _):
-            for upstream_id in ("us.anthropic.claude-opus-5", "openai.gpt-oss-120b"):
+        bare = sse(delta(content="Hel"), {"__type": "ThrottlingException", "message": words})
+        with self.signing(monkeypatch, native, chat, bare) as (client, _):
+            for upstream_id in ("us.anthropic.claude-opus-5", *["openai.gpt-oss-120b"] * 2):
                 body = request(model=f"bedrock/{upstream_id}", stream=True)
                 (event,) = [e for e in read_events(client.post(body)[2]) if e["type"] == "error"]
                 assert event["error"]["type"] == "rate_limit_error"
@@ -3967,6 +3982,13 @@ class TestGateway:
         with self.native(answer) as (client, _):
             got, _, body = client.post(request(model="vllm/gpt-x"))
         assert got == status and words in body["error"]["message"]
+
+    def test_a_passed_error_keeps_its_status(self):
+        theirs = {"type": "error", "error": {
+            "type": "permission_error", "message": "OAuth authentication is not allowed."}}
+        with self.native((403, theirs), kind="anthropic") as (client, _):
+            status, _, body = client.post(request(model="anthropic/gpt-x"))
+        assert (status, body) == (403, theirs)
 
     def test_a_key_in_a_passed_error_is_hidden(self):
         theirs = {"type": "error", "error": {"type": "x", "message": "bad sk-secret-1234"}}
