@@ -271,7 +271,7 @@ class ProviderKind:
     cache_key: bool = False  # takes prompt_cache_key
     reasoning_echo: str = ""  # field of assistant messages that must carry the reasoning back
     stream_above: int = 0  # refuses larger output limits unless streamed
-    short_tool_ids: bool = False  # takes only ids of nine letters and digits
+    tool_ids: str = ""  # pattern of the ids of tool calls that it takes
     named_tool_choice: bool = True  # can be told to call one tool
     tool_call_extra: tuple[tuple[str, Any], ...] = ()  # fields that each call of the history needs
     max_stop: int = 4
@@ -286,6 +286,7 @@ class ProviderKind:
 BOTH = ("messages", "chat")
 GAPS = ("document", "search_result", "server_tool")  # of most servers' Messages APIs
 AWS_HOST = r"bedrock-(?:mantle|runtime)\.([a-z0-9-]*)\.[^/]+.*"
+NINE, FORTY = "[a-zA-Z0-9]{9}", ".{1,40}"  # ids of tool calls
 SKIP_SIGNATURE = (("extra_content", {"google": {
     "thought_signature": "skip_thought_signature_validator"}}),)  # fmt: skip
 PROVIDER_KINDS = {kind.name: kind for kind in (
@@ -313,7 +314,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  enabled_by="url", dialects=BOTH, native_gaps=GAPS, top_k=True),
     ProviderKind("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",),
                  responses_hosts=("api.openai.com",), max_tokens_field="max_completion_tokens",
-                 system_anywhere=True, files=True, cache_key=True),
+                 system_anywhere=True, files=True, cache_key=True, tool_ids=FORTY),
     ProviderKind("anthropic", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",),
                  key_header="x-api-key", headers=(("anthropic-version", "2023-06-01"),),
                  list_path="/models?limit=1000", dialects=("messages",), keeps_billing_header=True),
@@ -345,11 +346,11 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  responses_hosts=(".openai.azure.com", ".cognitiveservices.azure.com",
                                   ".services.ai.azure.com"),
                  max_tokens_field="max_completion_tokens", system_anywhere=True, files=True,
-                 cache_key=True),
+                 cache_key=True, tool_ids=FORTY),
     ProviderKind("gemini", "https://generativelanguage.googleapis.com/v1beta/openai",
                  ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GEMINI_ACCESS_TOKEN"),
                  tool_call_extra=SKIP_SIGNATURE),
-    ProviderKind("mistral", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",), short_tool_ids=True,
+    ProviderKind("mistral", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",), tool_ids=NINE,
                  named_tool_choice=False),
     ProviderKind("deepseek", "https://api.deepseek.com", ("DEEPSEEK_API_KEY",), default_path="",
                  dialects=BOTH, messages_path="~/anthropic/v1/messages",
@@ -1710,10 +1711,11 @@ def tool_messages(results: Sequence[Json], kind: ProviderKind) -> Iterator[Json]
 
 
 def tool_call_id(call_id: str, kind: ProviderKind) -> str:
-    """The id of a call as the upstream takes it."""
-    if not kind.short_tool_ids or re.fullmatch("[a-zA-Z0-9]{9}", call_id):
+    """The id of a call as the upstream takes it: the same for the call and for its result."""
+    if not kind.tool_ids or re.fullmatch(kind.tool_ids, call_id):
         return call_id
-    return uuid.uuid5(uuid.NAMESPACE_OID, ascii(call_id)).hex[:9]
+    digest = uuid.uuid5(uuid.NAMESPACE_OID, ascii(call_id)).hex
+    return digest if re.fullmatch(kind.tool_ids, digest) else digest[:9]
 
 
 def attachment_part(block: Json, kind: ProviderKind) -> Json | None:
@@ -2449,8 +2451,8 @@ def input_items(turn: Turn, provider: Provider, names: ToolNames) -> Iterator[Js
             output: Any = parts
             if all(part["type"] == "input_text" for part in parts):
                 output = "\n".join(part["text"] for part in parts) or "(no output)"
-            yield {"type": "function_call_output", "call_id": result["tool_use_id"],
-                   "output": output}  # fmt: skip
+            call_id = tool_call_id(result["tool_use_id"], kind)
+            yield {"type": "function_call_output", "call_id": call_id, "output": output}
     elif turn.role == "assistant":
         for block in turn.blocks:
             yield from assistant_items(block, provider, names)
@@ -2462,7 +2464,8 @@ def input_items(turn: Turn, provider: Provider, names: ToolNames) -> Iterator[Js
 def assistant_items(block: Json, provider: Provider, names: ToolNames) -> Iterator[Json]:
     """What the model said, called or thought before; of thoughts, those it signed itself."""
     if block["type"] == "tool_use":
-        yield {"type": "function_call", "call_id": block["id"], "name": names.there(block["name"]),
+        call_id, name = tool_call_id(block["id"], provider.kind), names.there(block["name"])
+        yield {"type": "function_call", "call_id": call_id, "name": name,
                "arguments": json.dumps(block["input"])}  # fmt: skip
     elif block["type"] in ("thinking", "redacted_thinking"):
         kept = kept_reasoning(block) if provider.kind.own_reasoning else None
@@ -2745,7 +2748,8 @@ ROW_REMEDIES: tuple[tuple[re.Pattern[str], str, Any], ...] = (
      "own_reasoning", False),
     (re.compile(r"must be verified to .*summar|summary.*verif", re.I), "summaries", False),
     (re.compile(r"roles must alternate"), "user_after_tool", False),  # Mistral's chat templates
-    (re.compile(r"Tool call id was .* must be a-z"), "short_tool_ids", True),  # mistral-common
+    (re.compile(r"Tool call id was .* must be a-z"), "tool_ids", NINE),  # mistral-common
+    (re.compile(r"call(s\[\d+\]\.|_)id.{0,9}string too long"), "tool_ids", FORTY),  # OpenAI
     (re.compile(r"reasoning_content.{0,60}(must be passed back|is missing)"),
      "reasoning_echo", "reasoning_content"),  # DeepSeek, Moonshot
     (re.compile(r"property '(reasoning\w*)' is unsupported"), "reasoning_echo", ""),  # Groq
@@ -3132,7 +3136,8 @@ def lesson_from_json(fields: Any) -> Lesson | None:
         lesson = Lesson(**fields)
     except (TypeError, KeyError):
         return None
-    known = lesson.action in (*ACTIONS, "set", "drop", "rename", "row")
+    is_row = lesson.action == "row" and hasattr(ProviderKind, lesson.field)
+    known = is_row or lesson.action in (*ACTIONS, "set", "drop", "rename")
     return lesson if known and isinstance(lesson.at, (int, float)) else None
 
 

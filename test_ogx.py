@@ -1314,6 +1314,7 @@ class TestChat:
         ("user_id", "key"),
         [
             ('{"device_id":"d","session_id":"s-1"}', "s-1"),  # Claude Code
+            (json.dumps({"device_id": "d" * 64, "session_id": "s" * 65}), "too long"),
             ("x" * 500, "23f24cc7c2a75fbb8b0c1b1c5d2e7c11"),
             ('{"session_id":5}', ""), (None, ""), ("", ""),
         ],
@@ -1322,6 +1323,10 @@ class TestChat:
         made = ogx.conversation_key(request(metadata={"user_id": user_id}))
         assert len(made) <= 64 and bool(made) == bool(user_id)
         assert made == key or len(made) == 32
+        body = request(metadata={"user_id": user_id})
+        for there in (chat(body), responses(body)):
+            assert there.get("prompt_cache_key", "") == made
+            assert not {"user", "safety_identifier", "metadata"} & set(there)
         assert "prompt_cache_key" not in chat(request(metadata={"user_id": "u"}), "vllm")
 
     def test_rows_differ_where_providers_do(self):
@@ -1433,6 +1438,20 @@ class TestChat:
         ids = [c["id"] for c in one["tool_calls"]]
         assert ids == [m["tool_call_id"] for m in answers] and ids[1] == "abcDEF123"
         assert re.fullmatch("[a-zA-Z0-9]{9}", ids[0])
+
+    @pytest.mark.parametrize("kind", ["openai", "azure"])
+    def test_longer_ids_are_hashed_where_they_are_bounded(self, kind):
+        ids = ["c" * 40, "c" * 41, "c" * 42, "c" * 41 + "\u00e9", "toolu_01", "a.b:0"]
+        turns = [assistant(*map(call, ids)), user(*map(result, ids))]
+        one, *answers = chat(request(*turns), kind)["messages"]
+        there = [made["id"] for made in one["tool_calls"]]
+        assert there == [answer["tool_call_id"] for answer in answers]
+        assert len(set(there)) == len(ids) and all(len(one) <= 40 for one in there)
+        assert [one for one in there if one in ids] == ["c" * 40, "toolu_01", "a.b:0"]
+        items = responses(request(*turns), tool_ids=ogx.PROVIDER_KINDS[kind].tool_ids)["input"]
+        assert [item["call_id"] for item in items] == there + there
+        own, *_ = chat(request(*turns), "vllm")["messages"]  # whoever made an id knows it
+        assert [made["id"] for made in own["tool_calls"]] == ids
 
     def test_where_no_tool_can_be_named_only_that_one_is_sent(self):
         body = chat(request(tools=[tool("A"), tool("B")],
@@ -2342,9 +2361,9 @@ class TestRemedies:
         ("words", "row", "status"),
         [
             ("Tool call id was call_1 but must be a-z, A-Z, 0-9, with a length of 9.",
-             "short_tool_ids to True", 400),
+             "tool_ids to [a-zA-Z0-9]{9}", 400),
             ("Tool call id was call_1 but must be a-z, A-Z, 0-9, with a length of 9.",
-             "short_tool_ids to True", 500),  # local servers with mistral-common
+             "tool_ids to [a-zA-Z0-9]{9}", 500),  # local servers with mistral-common
             ("The `reasoning_content` in the thinking mode must be passed back to the API.",
              "reasoning_echo to reasoning_content", 400),  # DeepSeek
             ("System message must be at the beginning.", "system_anywhere to False", 400),
@@ -2366,6 +2385,14 @@ class TestRemedies:
         taught = ogx.taught_model(found, [lesson])
         assert ogx.lesson_from_refusal(ogx.Refusal(status, words), {}, taught) is None
         assert found.provider.kind is ogx.PROVIDER_KINDS["openai"]
+
+    @pytest.mark.parametrize("where", ["messages[9].tool_calls[0].id", "input[95].call_id",
+                                       "messages[2].tool_call_id"])  # fmt: skip
+    def test_who_passes_requests_on_to_openai_bounds_ids_too(self, where):
+        words = f"Invalid '{where}': string too long. Expected a string with maximum length 40, " \
+                "but got a string with length 51 instead."  # fmt: skip
+        lesson = ogx.lesson_from_refusal(ogx.Refusal(400, words), {}, model("openrouter"))
+        assert str(lesson) == "row tool_ids to .{1,40}"
 
     def test_what_changes_the_answer_is_left_out_only_once(self):
         for name in ("tool_choice", "response_format"):
@@ -2578,7 +2605,8 @@ class TestStore:
         "kept",
         [{}, [5], [{"action": "drop"}], [{"action": "fly", "field": "a", "value": 1}],
          [{"action": "drop", "field": "a", "value": None, "brand_new": 1}],
-         [{"action": "drop", "field": "a", "value": None, "at": "x"}]],
+         [{"action": "drop", "field": "a", "value": None, "at": "x"}],
+         [{"action": "row", "field": "of_another_version", "value": True, "at": 2e12}]],
     )  # fmt: skip
     def test_lessons_of_another_version_are_passed_over(self, kept):
         store = ogx.Store()
