@@ -7,6 +7,7 @@ test depends on time but for the limits that keep a broken one from hanging.
 from __future__ import annotations
 
 import ast
+import base64
 import contextlib
 import dataclasses
 import gzip
@@ -301,11 +302,11 @@ class Client:
             return b"".join(iter(lambda: sock.recv(65536), b""))
 
 
-def native_stream(words="Hello."):
+def native_stream(words="Hello.", usage=ogx.Usage(5, 2)):  # noqa: B008
     """A whole stream of a server that speaks Messages."""
     writer = ogx.MessageWriter(ogx.new_message("msg_native", "their/name", 5))
     writer.text(words)
-    writer.finish("end_turn", None, ogx.Usage(5, 2))
+    writer.finish("end_turn", None, usage)
     return b"".join(map(ogx.sse_bytes, writer.take()))
 
 
@@ -1122,22 +1123,190 @@ class TestRequests:
             assert isinstance(ogx.block_text(block), str)
 
 
+# Texts with their tokens in OpenAI's o200k_base, as .ci/o200k.cjs counts them.
+O200K = {
+    "prose": (125, """\
+The gateway keeps a connection to each provider open for as long as it is useful. When an
+answer breaks off in the middle, the client is told so in words it understands, and nothing is
+sent twice: whoever pays for tokens doesn't want to pay for the same ones again. A request that
+was refused may be sent once more, if the refusal said what was wrong with it. Most people never
+notice any of this. They ask a question, the model thinks about it for a while, and then it
+answers; what happened between the two programs is of interest only to those who maintain them.
+"""),
+    "python": (178, """\
+class Turns:
+    \"\"\"The messages of a conversation, oldest first.\"\"\"
+
+    def __init__(self, limit: int = 200) -> None:
+        self._turns: list[dict[str, Any]] = []
+        self._limit = limit
+
+    def add(self, role: str, text: str) -> None:
+        if self._turns and self._turns[-1]["role"] == role:
+            self._turns[-1]["content"] += f"\\n\\n{text}"
+            return
+        self._turns.append({"role": role, "content": text})
+        del self._turns[: -self._limit]
+
+    def last(self, role: str) -> Optional[str]:
+        for turn in reversed(self._turns):
+            if turn["role"] == role:
+                return turn["content"]
+        return None
+"""),
+    "json": (172, """\
+{
+  "name": "weather-service",
+  "version": "2.14.0",
+  "private": true,
+  "dependencies": {
+    "express": "^4.19.2",
+    "redis-client": "~1.5.11"
+  },
+  "stations": [
+    {"id": 10412, "city": "Lisbon", "latitude": 38.7223, "longitude": -9.1393, "active": true},
+    {"id": 10977, "city": "Oslo", "latitude": 59.9139, "longitude": 10.7522, "active": false}
+  ],
+  "settings": {"refreshSeconds": 900, "timeZone": "Europe/Lisbon", "units": ["celsius", "km/h"]}
+}
+"""),
+    "listing": (176, """\
+total 88
+drwxr-xr-x  6 root root  4096 Nov 22 20:31 .
+-rw-r--r--  1 root root   412 Sep  3 08:15 .editorconfig
+-rw-r--r--  1 root root  1279 Nov 20 11:02 Makefile
+-rw-r--r--  1 root root  9882 Nov 21 17:44 README.md
+drwxr-xr-x 14 root root  4096 Nov 22 19:58 node_modules
+-rwxr-xr-x  1 root root   933 Oct 30 23:07 run-tests.sh
+drwxr-xr-x  3 root root  4096 Nov 12 06:50 src
+"""),
+    "numbered": (115, """\
+     1\tpackage main
+     2\t
+     3\timport (
+     4\t\t"fmt"
+     5\t\t"os"
+     6\t)
+     7\t
+     8\tfunc main() {
+     9\t\tif len(os.Args) < 2 {
+    10\t\t\tfmt.Fprintln(os.Stderr, "usage: greet NAME")
+    11\t\t\tos.Exit(2)
+    12\t\t}
+    13\t\tfmt.Printf("Hello, %s!\\n", os.Args[1])
+    14\t}
+"""),
+    "markdown": (131, """\
+## Install
+
+1. Clone the repository and run `make install`; it needs **Python 3.9** or newer.
+2. Set `OPENAI_API_KEY` (or `VLLM_URL=http://localhost:8000`), then start `server.py run`.
+
+| option      | default     | meaning                                  |
+|-------------|-------------|------------------------------------------|
+| `--port`    | 8321        | where it listens                         |
+| `--verbose` | off         | also log what the upstream said          |
+
+See [the manual](https://example.com/docs/manual.html#options) for *all* of them.
+"""),
+}  # fmt: skip
+O200K_OTHERS = {
+    "de": (32, "Wir sind heute im Park spazieren gegangen, das Wetter war sehr schön. Die "
+           "Kinder spielten auf der Wiese, und am Abend haben wir zusammen gekocht."),
+    "fr": (35, "Nous nous sommes promenés dans le parc aujourd'hui, il faisait très beau. Les "
+           "enfants jouaient sur la pelouse, et le soir nous avons cuisiné ensemble."),
+    "ru": (34, "Сегодня мы гуляли в парке, погода была очень хорошая. Дети "
+           "играли на лужайке, а вечером мы вместе готовили ужин."),
+    "zh": (28, "今天我们去公园散步，天气非常好。孩"
+           "子们在草地上玩耍，晚上我们一起做饭。"),
+    "ja": (36, "今日は公園を散歩しました。天気がとても良かったです"
+           "。子供たちは芝生で遊び、夜はみんなで料理をしました。"),
+    "ar": (30, "ذهبنا اليوم للتنزه في الحديقة وكان الطقس جميلا جدا. "
+           "لعب الأطفال على العشب وفي المساء طبخنا معا."),
+    "hi": (30, "आज हम पार्क में टहलने गए, मौसम बहुत अच्छा था। बच्चे घास "
+           "पर खेल रहे थे और शाम को हमने साथ में खाना बनाया।"),
+}  # fmt: skip
+
+
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+
+
 class TestTokens:
-    def test_text_is_about_four_characters_a_token(self):
-        assert 90 <= ogx.estimated_tokens(request("word " * 80)) <= 130
+    def test_all_kinds_of_text_are_counted_as_o200k_does(self):
+        counted = {name: ogx.text_tokens(words) for name, (_, words) in O200K.items()}
+        for name, (tokens, _) in O200K.items():
+            assert counted[name] == pytest.approx(tokens, rel=0.15), name  # they are short
+        whole = sum(tokens for tokens, _ in O200K.values())
+        assert sum(counted.values()) == pytest.approx(whole, rel=0.05)
 
-    def test_system_tools_and_results_count(self):
-        small = ogx.estimated_tokens(request())
-        for fields in ({"system": "x" * 400}, {"tools": [tool(description="x" * 400)]}):
-            assert ogx.estimated_tokens(request(**fields)) >= small + 95
-        assert ogx.estimated_tokens(request(user([result("a", "x" * 400)]))) >= small + 90
+    @pytest.mark.parametrize(("tokens", "words"), O200K_OTHERS.values(), ids=list(O200K_OTHERS))
+    def test_other_languages_are_counted_nearly(self, tokens, words):
+        assert ogx.text_tokens(words) == pytest.approx(tokens, rel=0.35)
 
-    def test_an_image_counts_as_an_image_and_not_as_its_bytes(self):
-        count = ogx.estimated_tokens(request(user([image("A" * 1_000_000)])))
-        assert 1_600 <= count <= 1_700
+    def test_system_tools_calls_and_results_count(self):
+        tokens, words = O200K["prose"]
+        small, _ = ogx.prompt_tokens(request())
+        for body in (request(system=words), request(tools=[tool(description=words)]),
+                     request(system=[text(words)]), request(words),
+                     request(assistant([call("a", command=words)])),
+                     request(user([result("a", words)])),
+                     request(user([result("a", [text(words)])])),
+                     request(user([{"type": "document", "source": {"type": "text", "data": words,
+                                    "media_type": "text/plain"}}]))):  # fmt: skip
+            said, attached = ogx.prompt_tokens(body)
+            assert 0.85 * tokens < said - small < 1.15 * tokens + 40 and attached == 0
 
-    def test_other_scripts_count_by_their_bytes(self):
-        assert ogx.estimated_tokens(request("漢" * 300)) >= 300
+    def test_what_no_template_shows_does_not_count(self):
+        bare = ogx.prompt_tokens(request(assistant(text("a"), call("a")), user([result("a")])))
+        much = "x9" * 5000
+        thought = {"type": "thinking", "thinking": much, "signature": much}
+        full = ogx.prompt_tokens(request(
+            assistant(thought, {**text("a"), "cache_control": {"type": much}}, call("a" + much)),
+            user([result("a")])))  # fmt: skip
+        assert full == bare
+
+    @pytest.mark.parametrize(
+        ("pieces", "tokens"),
+        [
+            ((PNG, b"\0\0\2\xee\0\0\1\x90"), 400),  # 750 x 400
+            ((b"GIF89a", b"\xee\2\x90\1"), 400),
+            ((b"RIFF....WEBPVP8 ....\x30\1\0\x9d\1\x2a", b"\xee\2\x90\1"), 400),
+            ((b"RIFF....WEBPVP8L....\x2f", (750 | 400 << 14).to_bytes(4, "little")), 400),
+            ((b"RIFF....WEBPVP8X....\0\0\0\0", b"\xee\2\0\x90\1\0"), 400),
+            # A JPEG whose metadata hold a small one.
+            ((b"\xff\xd8\xff\xe1", b"\xff\xd8\xff\xc0\0\x11\x08\0\x10\0\x10", bytes(9000),
+              b"\xff\xc2\0\x11\x08\2\xee\1\x90\x03"), 400),
+            ((PNG, b"\0\0\x0c\x40\0\0\3\x10"), 819),  # 3136 x 784 is made smaller
+            ((PNG, b"\0\0\x0c\x40\0\0\x0c\x40"), 1600),
+            ((PNG, bytes(8)), 0),
+            ((b"BM",), 1600),  # of an unknown kind
+        ],
+        ids=lambda value: str(value)[:40],
+    )  # fmt: skip
+    def test_an_image_counts_by_its_sides(self, pieces, tokens):
+        data = base64.b64encode(b"".join(pieces) + bytes(4000)).decode()
+        for block in (image(data), result("a", [image(data)])):
+            assert ogx.prompt_tokens(request(user([block])))[1] == tokens
+
+    @pytest.mark.parametrize("data", ["", "A", "\xe9"])
+    def test_an_image_that_is_none_counts_as_the_largest(self, data):
+        assert ogx.prompt_tokens(request(user([image(data)])))[1] == 1600
+
+    def test_other_attachments_count_by_their_size_or_alike(self):
+        by_url = {"source": {"type": "url", "url": "https://x.example/a"}}
+        for block, tokens in ((pdf("A" * 80_000), 1500), ({"type": "image", **by_url}, 1600),
+                              ({"type": "document", **by_url}, 1600)):  # fmt: skip
+            assert ogx.prompt_tokens(request(user([block])))[1] == tokens
+
+    def test_what_was_counted_is_known_again_but_not_for_ever(self, monkeypatch):
+        monkeypatch.setattr(ogx, "known_texts", {})
+        tools = [tool(description="in Größe")]
+        first = ogx.prompt_tokens(request("hello", tools=tools))
+        assert ogx.prompt_tokens(request("hello", tools=tools)) == first
+        assert len(ogx.known_texts) == 3  # the empty system prompt, too
+        for number in range(11_000):
+            ogx.text_tokens(f"text {number}")
+        assert len(ogx.known_texts) <= 10_000
 
 
 class TestEvents:
@@ -2613,6 +2782,46 @@ class TestStore:
         store.put("lessons", "openai/gpt-x", kept)
         assert ogx.Lessons(store).of(model()) == ()
 
+    def test_the_ratio_is_the_median_of_the_last_answers(self):
+        ratios, prompt = ogx.Ratios(ogx.Store()), (1000.0, 0)
+        assert ratios.estimate(model(), (1000.0, 50)) == 1050
+        for told in (1200, 3000, 1210):
+            ratios.learn(model(), prompt, ogx.Usage(told))
+        assert ratios.estimate(model(), (1000.0, 50)) == 1260
+        assert ratios.estimate(model(upstream_id="other"), prompt) == 1000
+        for _ in range(9):
+            ratios.learn(model(), prompt, ogx.Usage(100, 7, cache_read=600, cache_written=200))
+        assert ratios.estimate(model(), prompt) == 900
+
+    @pytest.mark.parametrize(
+        ("prompt", "usage"),
+        [
+            ((1000.0, 0), None),  # nothing told
+            ((1000.0, 0), ogx.Usage(0)),
+            ((1000.0, 0), ogx.Usage(30)),  # the uncached ones alone
+            ((1000.0, 0), ogx.Usage(9_000_000)),
+            ((1000.0, 1600), ogx.Usage(2000)),  # with an image
+            ((9.0, 0), ogx.Usage(30)),  # mostly what the template adds
+        ],
+    )
+    def test_what_would_spoil_the_ratio_is_passed_over(self, prompt, usage):
+        ratios = ogx.Ratios(ogx.Store())
+        ratios.learn(model(), prompt, usage)
+        assert ratios.estimate(model(), (1000.0, 0)) == 1000
+
+    def test_the_ratio_is_written_when_it_moved(self):
+        store = ogx.Store()
+        ratios, written = ogx.Ratios(store), []
+        put, store.put = store.put, lambda *fact: (written.append(fact), put(*fact))
+        for told in (1010, 1250, 1240, 1240, 1241):
+            ratios.learn(model(), (1000.0, 0), ogx.Usage(told))
+            ratios.save()
+        assert written == [("ratio", "openai/gpt-x", {"ratio": 1.25}),
+                           ("ratio", "openai/gpt-x", {"ratio": 1.24})] or len(written) == 1
+        assert ogx.Ratios(store).estimate(model(), (1000.0, 0)) == 1250
+        store.put("ratio", "openai/gpt-x", {"ratio": "of another version"})
+        assert ogx.Ratios(store).estimate(model(), (1000.0, 0)) == 1000
+
 
 # For localhost and 127.0.0.1, signed by itself, good until 2126.
 LOCALHOST_PEM = """\
@@ -4023,19 +4232,110 @@ class TestGateway:
         with self.native((403, theirs)) as (client, _):
             assert client.post(request(model="vllm/gpt-x"))[2]["error"]["message"] == "bad ***"
 
+    COUNTED = "/v1/messages/count_tokens"
+
     def test_tokens_are_counted_by_who_can(self):
         with self.native({"input_tokens": 77}) as (client, upstream):
             body = {"model": "vllm/gpt-x", "messages": [user("x")]}
-            assert client.post(body, "/v1/messages/count_tokens")[2] == {"input_tokens": 77}
-            assert upstream.heads[0][0] == "/v1/messages/count_tokens"
-            assert upstream.seen[0]["model"] == "gpt-x"
+            assert client.post(body, self.COUNTED)[2] == {
+                "input_tokens": 77, "context_management": {"original_input_tokens": 77}
+            }
+            assert upstream.heads[0][0] == self.COUNTED
+            assert upstream.seen == [{"model": "gpt-x", "messages": [user("x")]}]
 
     def test_a_server_that_cannot_count_is_asked_once(self):
-        with self.native((404, {})) as (client, upstream):
+        with self.native((404, {}), (404, {})) as (client, upstream):
             for _ in range(2):
                 body = {"model": "vllm/gpt-x", "messages": [user("x")]}
-                assert 1 <= client.post(body, "/v1/messages/count_tokens")[2]["input_tokens"] < 20
-        assert len(upstream.seen) == 1
+                assert 1 <= client.post(body, self.COUNTED)[2]["input_tokens"] < 20
+        assert [path for path, _ in upstream.heads] == [self.COUNTED, "/tokenize"]
+
+    @pytest.mark.parametrize(
+        ("kind", "dialect", "paths", "answers", "last"),
+        [
+            ("vllm", "chat", ["/tokenize"], [{"count": 7, "tokens": [1] * 7}],
+             {"model": "gpt-x", "messages": [user("x")]}),
+            ("llama-cpp", "chat", ["/apply-template", "/tokenize"],
+             [{"prompt": "<u>x"}, {"tokens": [1] * 7}], {"content": "<u>x", "add_special": True}),
+            ("openai", "responses", ["/v1/responses/input_tokens"], [{"input_tokens": 7}],
+             {"model": "gpt-x", "input": [{"role": "user", "content": [
+                 {"type": "input_text", "text": "x"}]}]}),
+        ],
+    )  # fmt: skip
+    def test_translated_requests_are_counted_where_a_tokenizer_is(
+        self, kind, dialect, paths, answers, last
+    ):
+        tools = [tool("weather"), {"type": "web_search_20250305", "name": "web_search"}]
+        body = {"model": f"{kind}/gpt-x", "messages": [user("x")], "thinking": {"type": "enabled"},
+                "max_tokens": 5, "metadata": {"user_id": "u"}}  # fmt: skip
+        with FakeUpstream(*answers, (404, {})) as upstream, serving(
+            dataclasses.replace(provider(kind, upstream.url), dialect=dialect)
+        ) as client:
+            assert client.post(body, self.COUNTED)[2]["input_tokens"] == 7
+            assert [path for path, _ in upstream.heads] == paths
+            assert upstream.seen[-1] == last
+            counts = {client.post({**body, "tools": tools}, self.COUNTED)[2]["input_tokens"]
+                      for _ in range(2)}  # fmt: skip
+            assert len(counts) == 1 and counts.pop() > 20  # it went away: estimated, asked once
+            assert len(upstream.seen) == len(paths) + 1
+            assert "weather" in json.dumps(upstream.seen[-1]["tools"])
+
+    @pytest.mark.parametrize("answer", [(500, {}), (400, {"error": "no"}), {"tokens": []}, b"", {}])
+    def test_a_count_that_fails_is_estimated_and_asked_for_again(self, answer):
+        with gateway_over(answer, {"count": 70}, kind="vllm") as (client, _):
+            body = {"model": "vllm/gpt-x", "messages": [user("x")]}
+            counts = [client.post(body, self.COUNTED)[2]["input_tokens"] for _ in range(2)]
+        assert counts == [7, 70]
+
+    USAGE = {"prompt_tokens": 900, "completion_tokens": 2,
+             "prompt_tokens_details": {"cached_tokens": 800}}  # fmt: skip
+    NATIVE_USAGE = ogx.Usage(50, 2, 800, 50)
+
+    @pytest.mark.parametrize(
+        ("dialect", "stream", "answer"),
+        [
+            ("chat", True, sse(delta(content="Hi"), delta("stop", usage=USAGE))),
+            ("chat", False, {"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
+                             "usage": USAGE}),
+            ("messages", True, native_stream(usage=NATIVE_USAGE)),
+            ("messages", False, {**native_message(), "usage": NATIVE_USAGE.as_json()}),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )  # fmt: skip
+    def test_estimates_learn_from_what_the_upstream_counts(self, dialect, stream, answer):
+        body = request(O200K["prose"][1] * 4, stream=stream)
+        with FakeUpstream(answer, said()) as upstream, serving(
+            dataclasses.replace(provider(url=upstream.url), dialect=dialect)
+        ) as client:
+            ratios, prompt = client.gateway.ratios, ogx.prompt_tokens(body)
+            before = ratios.estimate(model(), prompt)
+            assert client.post(body)[0] == 200
+            client.get("/v1/health")  # after the end of the last answer
+            assert before < 600 and ratios.estimate(model(), prompt) == 900
+
+    def test_a_message_starts_with_the_estimate_and_ends_with_the_truth(self):
+        answer = sse(delta(content="Hi"), delta("stop", usage=self.USAGE))
+        with gateway_over(answer, answer) as (client, _):
+            body = request(O200K["prose"][1] * 4, stream=True)
+            told = []
+            for _ in range(2):
+                start, *_, end, _ = read_events(client.post(body)[2])
+                told.append((start["message"]["usage"]["input_tokens"], end["usage"]))
+        assert [first for first, _ in told] == [round(sum(ogx.prompt_tokens(body))), 900]
+        for _, usage in told:
+            assert (usage["input_tokens"], usage["cache_read_input_tokens"]) == (100, 800)
+
+    def test_what_was_learned_is_kept_for_the_next_process(self, tmp_path):
+        path = str(tmp_path / "state.sqlite")
+        words = O200K["prose"][1] * 4
+        usage = {"prompt_tokens": 1000, "completion_tokens": 2}
+        prompt = ogx.prompt_tokens(request(words))
+        with gateway_over(sse(delta(content="Hi"), delta("stop", usage=usage)),
+                          store=ogx.Store(path)) as (client, _):  # fmt: skip
+            client.post(request(words, stream=True))
+        with gateway_over(said(), store=ogx.Store(path)) as (client, _):
+            counted = client.post(request(words), self.COUNTED)[2]["input_tokens"]
+            assert counted == 1000 != round(sum(prompt))
 
     def test_comments_of_an_upstream_are_no_reason_to_leave_the_client_waiting(self):
         def answer(fake, connection):
