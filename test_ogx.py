@@ -1235,7 +1235,7 @@ class TestTokens:
     def test_all_kinds_of_text_are_counted_as_o200k_does(self):
         counted = {name: ogx.text_tokens(words) for name, (_, words) in O200K.items()}
         for name, (tokens, _) in O200K.items():
-            assert counted[name] == pytest.approx(tokens, rel=0.15), name  # they are short
+            assert counted[name] == pytest.approx(tokens, rel=0.2), name  # they are short
         whole = sum(tokens for tokens, _ in O200K.values())
         assert sum(counted.values()) == pytest.approx(whole, rel=0.05)
 

@@ -200,6 +200,7 @@ class ScriptedUpstream(socketserver.ThreadingTCPServer):
         self.demand: Callable[[Json], str] = lambda body: ""  # what another provider would refuse
         self.context = 0  # tokens that its list tells, if any
         self.usage: Json = {}  # what it says beside USAGE
+        self.counter: Callable[[Json], int] = lambda body: 0  # of a request's tokens, if any
         self.too_long = ""  # refuses the first conversation of more than six messages so
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -273,7 +274,7 @@ class UpstreamHandler(BaseHTTPRequestHandler):
         choice = {"message": reply.message(turn), "finish_reason": reply.finish_reason}
         head = self.head(body, "chat.completion")
         choices = [{"index": 0, **choice}]
-        return self.answer(200, {**head, "choices": choices, "usage": self.usage()})
+        return self.answer(200, {**head, "choices": choices, "usage": self.usage(body)})
 
     def stream(self, body: Json, reply: Reply, turn: int) -> None:
         head = self.head(body, "chat.completion.chunk")
@@ -282,7 +283,7 @@ class UpstreamHandler(BaseHTTPRequestHandler):
                   for delta, finish in deltas]
         if body.get("stream_options", {}).get("include_usage"):
             chunks = [{**chunk, "usage": None} for chunk in chunks]
-            chunks.append({**head, "choices": [], "usage": self.usage()})
+            chunks.append({**head, "choices": [], "usage": self.usage(body)})
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Transfer-Encoding", "chunked")
@@ -304,8 +305,9 @@ class UpstreamHandler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
-    def usage(self) -> Json:
-        return {**USAGE, **self.server.usage}
+    def usage(self, body: Json) -> Json:
+        counted = self.server.counter(body)
+        return {**USAGE, **self.server.usage, **({"prompt_tokens": counted} if counted else {})}
 
     def head(self, body: Json, kind: str) -> Json:
         return {"id": "chatcmpl-1", "object": kind, "created": 1, "model": body["model"]}
