@@ -246,8 +246,7 @@ class ProviderKind:
     # Its other servers: pattern of their ids or lists' paths, what to replace in base_url, by what
     servers: tuple[tuple[str, str, str], ...] = ()
     loaded_path: str = ""  # lists the models in memory with the context they have there
-    # Where it counts a chat request's tokens; of two paths, the first makes a text for the second.
-    tokenizer: tuple[str, ...] = ()
+    tokenizer: tuple[str, ...] = ()  # counts a chat request; a second path, the text of the first
     context_hint: str = ""  # how to give a model more context
     local_port: int = 0  # where `run` looks for it when nothing is configured
     identity: tuple[str, str] = ("", "")  # a path, and what only this server answers there
@@ -1222,13 +1221,11 @@ BYTE_TOKENS = 0.428
 RUN_TOKENS = ((b"aa", -0.638), (b".a", 0.19), (b".0", 1.37), (b" 0", 2.51), (b" " * 6, -2.27),
               (b"." * 8, -3.02))  # fmt: skip
 known_texts: dict[int, float] = {}  # hash of a text -> its tokens
-# Where headers of images hold both sides in one number, and the bits before the second. JPEG's is
-# the last such place: what stands before it may hold a small image.
+# Where images hold both sides as one number (JPEG's last: a small one may be before), and its half.
 IMAGE_HEADERS = (
     (rb"\x89PNG.{12}(.{8})", 32), (rb"\xff\xd8.*\xff[\xc0-\xc3]\0[\x0b\x11]\x08(.{4})", 16),
     (rb"GIF8..(.{4})", 16), (rb"RIFF.{4}WEBPVP8 .{10}(.{4})", 16),
-    (rb"RIFF.{4}WEBPVP8L.{5}(.{4})", 14), (rb"RIFF.{4}WEBPVP8X.{8}(.{6})", 24),
-)  # fmt: skip
+    (rb"RIFF.{4}WEBPVP8L.{5}(.{4})", 14), (rb"RIFF.{4}WEBPVP8X.{8}(.{6})", 24))  # fmt: skip
 
 
 def prompt_tokens(request: Json) -> tuple[float, int]:
