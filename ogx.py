@@ -1240,7 +1240,10 @@ def prompt_tokens(request: Json) -> tuple[float, int]:
 def text_tokens(value: Any) -> float:
     """About how many tokens a text is, or the JSON of a value."""
     is_text = isinstance(value, str)
-    key = hash(value if is_text else marshal.dumps(value, 2))  # four times as fast as JSON
+    try:
+        key = hash(value if is_text else marshal.dumps(value, 2))  # four times as fast as JSON
+    except ValueError:  # it is nested too deeply for that
+        raise RecursionError from None
     count = known_texts.get(key)
     if count is None:
         text = value if is_text else json.dumps(value, ensure_ascii=False)
@@ -4104,8 +4107,8 @@ class Gateway:
         data = b""
         try:
             handed_on = dialect.native and not kind.native_repair
-            if not handed_on:  # made while the upstream works: counting takes a while
-                prompt = prompt_tokens(exchange.request)
+            prompt = prompt_tokens(exchange.request)  # while the upstream works: it takes a while
+            if not handed_on:
                 estimate = self.ratios.estimate(model, prompt)
                 translator = new_translator(dialect, exchange.request, model, estimate)
             while not reply.head(self.tick):
@@ -4118,7 +4121,6 @@ class Gateway:
             exchange.begun, exchange.reply = True, reply
             if handed_on:
                 yield from self._handed_on(reply, model.provider, exchange)
-                prompt = prompt_tokens(exchange.request)
             else:
                 events = self._translated(reply, translator)
                 yield from answer_bytes(events, exchange.stream)
