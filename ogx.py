@@ -324,8 +324,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  list_path="/models?limit=1000", dialects=("messages",), keeps_billing_header=True),
     ProviderKind("fireworks", "https://api.fireworks.ai/inference/v1", ("FIREWORKS_API_KEY",),
                  ("FIREWORKS_BASE_URL",), dialects=BOTH, native_gaps=("server_tool",), top_k=True,
-                 stream_above=4096,
-                 format_with_tools=False),
+                 stream_above=4096, format_with_tools=False),
     ProviderKind("together", "https://api.together.ai/v1", ("TOGETHER_API_KEY",),
                  ("TOGETHER_BASE_URL",), top_k=True),
     ProviderKind("groq", "https://api.groq.com/openai/v1", ("GROQ_API_KEY",), ("GROQ_BASE_URL",),
@@ -355,7 +354,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GEMINI_ACCESS_TOKEN"),
                  tool_call_extra=SKIP_SIGNATURE),
     ProviderKind("mistral", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",), tool_ids=NINE,
-                 named_tool_choice=False),
+                 named_tool_choice=False, user_after_tool=False),
     ProviderKind("deepseek", "https://api.deepseek.com", ("DEEPSEEK_API_KEY",), default_path="",
                  dialects=BOTH, messages_path="~/anthropic/v1/messages",
                  native_gaps=(*GAPS, "image"), reasoning_echo="reasoning_content"),
@@ -1112,10 +1111,12 @@ class Turn:
     blocks: list[Json]
 
 
-def turns_from_messages(messages: Sequence[Json]) -> list[Turn]:
+def turns_from_messages(messages: Sequence[Json], system_anywhere: bool = True) -> list[Turn]:
     """The history as turns in which every tool call is answered directly after it.
     Results that come late (behind a system message, say) move up, missing ones are made up in
-    words, results without a call become text; consecutive messages of one role are merged."""
+    words, results without a call become text; consecutive messages of one role are merged. Where
+    templates refuse system messages in their place, they stay there as marked text of the user,
+    since moving them would spoil prefix caches."""
     turns: list[Turn] = []
     rest: list[Turn] = []  # what came after the last assistant turn
     results: dict[str, Json] = {}
@@ -1129,7 +1130,8 @@ def turns_from_messages(messages: Sequence[Json]) -> list[Turn]:
             turns.append(Turn("results", answered))
         orphans = [{"type": "text", "text": block_text(b)} for b in results.values()]
         for turn in (Turn("user", orphans), *rest):
-            add_turn(turns, turn)
+            marked = turn.role == "system" and not system_anywhere
+            add_turn(turns, Turn("user", [reminder_part(turn.blocks)]) if marked else turn)
         rest.clear()
         results.clear()
 
@@ -1147,6 +1149,16 @@ def turns_from_messages(messages: Sequence[Json]) -> list[Turn]:
                 add_turn(rest, Turn(message["role"], [block]))
     flush()
     return turns
+
+
+def text_part(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
+def reminder_part(blocks: Sequence[Json]) -> Json:
+    """A system message as text that the model knows not to be the user's."""
+    text = "\n\n".join(map(block_text, blocks))
+    return text_part(f"<system-reminder>\n{text}\n</system-reminder>")
 
 
 def add_turn(turns: list[Turn], turn: Turn) -> None:
@@ -1306,12 +1318,15 @@ class Usage:
     output: int = 0
     cache_read: int = 0
     cache_written: int = 0
+    searches: int = 0  # of the web, by the provider
 
     def as_json(self) -> Json:
+        searched = {"web_search_requests": self.searches, "web_fetch_requests": 0}
         return {"input_tokens": self.input, "output_tokens": self.output,
                 "cache_creation_input_tokens": self.cache_written,
                 "cache_read_input_tokens": self.cache_read,
-                "server_tool_use": None, "iterations": None}  # fmt: skip
+                "server_tool_use": searched if self.searches else None,
+                "iterations": None}  # fmt: skip
 
 
 @dataclass
@@ -1424,8 +1439,7 @@ class MessageWriter:
         """Write what waits, close, and end the message. A stop is `tool_use` whenever a call was
         written, and `max_tokens` when a call's input broke off."""
         self.start()
-        if self._tail:
-            self._fragment("text", "text", self._tail)
+        self.end_text()
         self._close()
         while self._waiting:
             block = self._waiting.pop(0)
@@ -1442,9 +1456,13 @@ class MessageWriter:
         self.events.append({"type": "message_delta", "delta": delta, "usage": usage.as_json()})
         self.events.append({"type": "message_stop"})
 
-    def break_off(self) -> None:
-        """The answer ends in an error: close an open text, since Claude Code then keeps it and
-        goes on from there. A tool call stays open, or half of one would count as whole."""
+    def end_text(self) -> None:
+        """Close an open text, since another one follows, or since the answer ends in an error and
+        Claude Code then keeps it and goes on from there. A tool call stays open, or half of one
+        would count as whole."""
+        if self._tail and self._message is None:  # what failed before it began may be tried again
+            self._fragment("text", "text", self._tail)
+            self._tail = ""
         if self._open and self._open.kind == "text":
             self._close()
 
@@ -1669,18 +1687,14 @@ def chat_messages(request: Json, kind: ProviderKind, names: ToolNames) -> list[J
     notes = (system_text(request), unserved_tools_note(request), format_note(request, kind))
     head = "\n\n".join(filter(None, notes))
     messages: list[Json] = [{"role": "system", "content": head}] if head else []
-    for turn in turns_from_messages(request["messages"]):
+    for turn in turns_from_messages(request["messages"], kind.system_anywhere):
         if turn.role == "assistant":
             messages.append(assistant_message(turn.blocks, kind, names))
         elif turn.role == "results":
             messages.extend(tool_messages(turn.blocks, kind))
-        elif turn.role == "system" and kind.system_anywhere:
+        elif turn.role == "system":
             text = "\n\n".join(map(block_text, turn.blocks))
             messages.append({"role": "system", "content": text})
-        elif turn.role == "system":
-            # In its place, but marked: templates that refuse it there are many, and moving it
-            # would spoil prefix caches.
-            messages.append({"role": "user", "content": [reminder_part(turn.blocks)]})
         else:
             parts = [attachment_part(b, kind) or text_part(block_text(b)) for b in turn.blocks]
             messages.append({"role": "user", "content": parts})
@@ -1716,7 +1730,8 @@ def assistant_message(blocks: Sequence[Json], kind: ProviderKind, names: ToolNam
     message: Json = {"role": "assistant", "content": text}
     calls = [
         {"id": tool_call_id(b["id"], kind), "type": "function",
-         "function": {"name": names.there(b["name"]), "arguments": json.dumps(b["input"])},
+         "function": {"name": names.there(b["name"]),
+                      "arguments": json.dumps(b["input"], ensure_ascii=False)},
          **dict(kind.tool_call_extra)}
         for b in blocks if b["type"] == "tool_use"]  # fmt: skip
     if calls:
@@ -1778,16 +1793,6 @@ def data_url(source: Json) -> str:
     return f"data:{source['media_type']};base64,{source['data']}"
 
 
-def text_part(text: str) -> Json:
-    return {"type": "text", "text": text}
-
-
-def reminder_part(blocks: Sequence[Json]) -> Json:
-    """A system message as text that the model knows not to be the user's."""
-    text = "\n\n".join(map(block_text, blocks))
-    return text_part(f"<system-reminder>\n{text}\n</system-reminder>")
-
-
 def merged_user_messages(messages: Sequence[Json]) -> list[Json]:
     """The messages with neighbouring user messages in one, as strict templates demand."""
     merged: list[Json] = []
@@ -1803,15 +1808,18 @@ def merged_user_messages(messages: Sequence[Json]) -> list[Json]:
 
 
 def without_user_after_tool(messages: Sequence[Json]) -> list[Json]:
-    """The messages with a user's text that follows tool messages in the last of them."""
+    """The messages with a user's text that follows tool messages in the last of them. Before what
+    can't stand there, images say, the model takes note of the results."""
     joined: list[Json] = []
     for message in messages:
         last = joined[-1] if joined else message
         text = message["content"]
-        if message["role"] == "user" and last["role"] == "tool" and isinstance(text, str):
+        if message["role"] != "user" or last["role"] != "tool":
+            joined.append(message)
+        elif isinstance(text, str):
             joined[-1] = {**last, "content": f"{last['content']}\n\n{text}"}
         else:
-            joined.append(message)
+            joined += [{"role": "assistant", "content": "Noted."}, message]
     return joined
 
 
@@ -2440,6 +2448,11 @@ class NativeStream:
 # OpenAI's Responses, which its newest models need for tools; then the table of dialects, and that
 # of the built-in demo model, which answers a chat stream of its own making. Pure.
 
+ENCRYPTED, SOURCES = "reasoning.encrypted_content", "web_search_call.action.sources"
+SEARCH_ID = "srvtoolu_ws_"  # begins the ids of searches that we served: `ws_...` is OpenAI's own id
+# An error's code inside a stream -> the status it would have had; else 500.
+STREAM_ERRORS = (("rate_limit|quota", 429), ("overloaded|slow_down", 529),
+                 ("invalid|image|policy|context_length|residency", 400))  # fmt: skip
 
 
 def responses_request(request: Json, model: Model) -> Json:
@@ -2449,16 +2462,18 @@ def responses_request(request: Json, model: Model) -> Json:
     note = unserved_tools_note(request, "web_search")
     body: Json = {
         "model": model.upstream_id,
-        "input": [item for turn in turns_from_messages(request["messages"])
+        "input": [item for turn in turns_from_messages(request["messages"], kind.system_anywhere)
                   for item in input_items(turn, model.provider, names)],
         "max_output_tokens": max(16, min(request["max_tokens"], model.max_output or 1 << 40)),
-        "store": False, "include": ["reasoning.encrypted_content"]}  # fmt: skip
+        "store": False, "include": [ENCRYPTED]}  # fmt: skip
+    for place, item in enumerate(body["input"]):
+        if item.get("role") == "assistant":  # OpenAI's types want an id; unstored, any will do
+            item["id"] = f"msg_{place}"
     instructions = "\n\n".join(filter(None, (system_text(request), note)))
     if instructions:
         body["instructions"] = instructions
     body.update(flat_tool_fields(request, names, kind))
-    sampling = ("temperature", "top_p")
-    body.update({name: request[name] for name in sampling if request.get(name) is not None})
+    body.update({n: request[n] for n in ("temperature", "top_p") if request.get(n) is not None})
     if conversation_key(request):
         body["prompt_cache_key"] = conversation_key(request)
     if REASONS.search(model.upstream_id):
@@ -2482,7 +2497,7 @@ def finished_responses(body: Json) -> Json:
 
 
 def input_items(turn: Turn, provider: Provider, names: ToolNames) -> Iterator[Json]:
-    """A turn of the history as input items."""
+    """A turn of the history as input items; reasoning that led to nothing would be refused."""
     kind = provider.kind
     if turn.role == "results":
         for result in turn.blocks:
@@ -2495,8 +2510,10 @@ def input_items(turn: Turn, provider: Provider, names: ToolNames) -> Iterator[Js
             call_id = tool_call_id(result["tool_use_id"], kind)
             yield {"type": "function_call_output", "call_id": call_id, "output": output}
     elif turn.role == "assistant":
-        for block in turn.blocks:
-            yield from assistant_items(block, provider, names)
+        items = [item for b in turn.blocks for item in assistant_items(b, provider, names)]
+        while items and items[-1].get("type") == "reasoning":
+            items.pop()
+        yield from items
     else:
         role = "developer" if turn.role == "system" else "user"
         yield {"role": role, "content": [input_part(block, kind) for block in turn.blocks]}
@@ -2504,10 +2521,15 @@ def input_items(turn: Turn, provider: Provider, names: ToolNames) -> Iterator[Js
 
 def assistant_items(block: Json, provider: Provider, names: ToolNames) -> Iterator[Json]:
     """What the model said, called or thought before; of thoughts, those it signed itself."""
+    use_id = str(block.get("id") or block.get("tool_use_id"))
     if block["type"] == "tool_use":
-        call_id, name = tool_call_id(block["id"], provider.kind), names.there(block["name"])
-        yield {"type": "function_call", "call_id": call_id, "name": name,
-               "arguments": json.dumps(block["input"])}  # fmt: skip
+        yield {"type": "function_call", "call_id": tool_call_id(use_id, provider.kind),
+               "name": names.there(block["name"]),
+               "arguments": json.dumps(block["input"], ensure_ascii=False)}  # fmt: skip
+    elif use_id.startswith(SEARCH_ID):
+        if block["type"] == "server_tool_use" and provider.kind.own_reasoning:
+            yield {"type": "web_search_call", "id": use_id[9:], "status": "completed",
+                   "action": {"type": "search", **dict_or_empty(block.get("input"))}}  # fmt: skip
     elif block["type"] in ("thinking", "redacted_thinking"):
         kept = kept_reasoning(block) if provider.kind.own_reasoning else None
         if kept and kept.get("by") == provider.id:
@@ -2516,8 +2538,8 @@ def assistant_items(block: Json, provider: Provider, names: ToolNames) -> Iterat
             yield {"type": "reasoning", "id": kept["id"], "summary": summary,
                    "encrypted_content": kept["encrypted_content"]}  # fmt: skip
     elif block_text(block):
-        content = [{"type": "output_text", "text": block_text(block)}]
-        yield {"role": "assistant", "content": content}
+        content = [{"type": "output_text", "text": block_text(block), "annotations": []}]
+        yield {"type": "message", "role": "assistant", "status": "completed", "content": content}
 
 
 def kept_reasoning(block: Json) -> Json | None:
@@ -2548,13 +2570,19 @@ def flat_tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Jso
     for tool in request.get("tools") or ():
         if str(tool.get("type")).startswith("web_search"):
             filters = {k: tool[k] for k in ("allowed_domains",) if tool.get(k)}
-            tools.append({"type": "web_search", **({"filters": filters} if filters else {})})
-    if not tools:
-        return {}
+            options = {"filters": filters, "user_location": tool.get("user_location")}
+            tools.append({"type": "web_search", **{k: v for k, v in options.items() if v}})
+            fields["include"] = [ENCRYPTED, SOURCES]
+            if tool.get("max_uses"):
+                fields["max_tool_calls"] = tool["max_uses"]
+            wanted = {"type": "auto", **(request.get("tool_choice") or {})}
+            if wanted.get("name") in (None, tool.get("name")):
+                forced = {"any": "required", "tool": "required"}
+                fields.setdefault("tool_choice", forced.get(wanted["type"], wanted["type"]))
     choice = fields.get("tool_choice")
     if isinstance(choice, dict):
         fields["tool_choice"] = {"type": "function", **choice["function"]}
-    return {**fields, "tools": tools}
+    return {**fields, "tools": tools} if tools else {}
 
 
 class ResponsesTranslator(Translator):
@@ -2565,6 +2593,7 @@ class ResponsesTranslator(Translator):
     def __init__(self, writer: MessageWriter, request: Json, origin: str) -> None:
         super().__init__(writer, request, origin)
         self._streamed: set[Any] = set()  # indices of items whose deltas came
+        self._searches = 0
 
     def _read(self, chunk: Json, data: bytes) -> None:
         if chunk.get("object") == "response":
@@ -2614,12 +2643,13 @@ class ResponsesTranslator(Translator):
         kind, whole = item["type"], index not in self._streamed
         if kind == "function_call" and whole:
             self.writer.tool(index, "", "", item.get("arguments") or "")
-        elif kind == "message" and whole:
-            for part in item.get("content") or ():
+        elif kind == "message":
+            for part in item.get("content") or () if whole else ():
                 self._refused = self._refused or part["type"] == "refusal"
                 self.writer.text(part.get("text") or part.get("refusal") or "")
                 for annotation in part.get("annotations") or ():
                     self._read_citation(annotation)
+            self.writer.end_text()
         elif kind == "reasoning":
             if whole:
                 parts = item.get("summary") or item.get("content") or ()
@@ -2633,15 +2663,17 @@ class ResponsesTranslator(Translator):
             self._read_search(item)
 
     def _read_search(self, item: Json) -> None:
-        """A search by the provider, as Anthropic's server tool shows one."""
+        """A search by the provider, or a page it opened, as Anthropic's server tool shows one."""
         action = item.get("action") or {}
+        self._searches += action.get("type") == "search"
         use_id = "srvtoolu_" + re.sub(r"[^A-Za-z0-9_]", "_", item["id"])
         self.writer.whole({"type": "server_tool_use", "id": use_id, "name": "web_search",
-                           "input": {"query": action.get("query") or ""},
+                           "input": {"query": action.get("query") or action.get("url") or ""},
                            "caller": {"type": "direct"}})  # fmt: skip
         results = [{"type": "web_search_result", "url": source["url"], "page_age": None,
                     "title": source.get("title") or source["url"], "encrypted_content": ""}
-                   for source in action.get("sources") or () if source.get("url")]  # fmt: skip
+                   for source in action.get("sources") or [action]
+                   if source.get("url")]  # fmt: skip
         self.writer.whole({"type": "web_search_tool_result", "tool_use_id": use_id,
                            "content": results, "caller": {"type": "direct"}})  # fmt: skip
 
@@ -2654,6 +2686,7 @@ class ResponsesTranslator(Translator):
 
     def _finish(self, response: Json) -> None:
         self.usage = usage_from_chat(response.get("usage") or {}, self.writer.input_tokens)
+        self.usage.searches = self._searches
         why = str((response.get("incomplete_details") or {}).get("reason"))
         reasons = {"max_output_tokens": "max_tokens", "content_filter": "refusal"}
         self._stop_sequence = self.writer.stopped
@@ -2663,8 +2696,7 @@ class ResponsesTranslator(Translator):
     def _error(self, event: Json) -> OgxError:
         fields = (event.get("response") or {}).get("error") or event.get("error") or event
         code = str(fields.get("code") or "")
-        status = {"rate_limit_exceeded": 429, "insufficient_quota": 429,
-                  "context_length_exceeded": 400, "invalid_prompt": 400}.get(code, 500)  # fmt: skip
+        status = next((s for pattern, s in STREAM_ERRORS if re.search(pattern, code)), 500)
         words = fields.get("message") or code or "the response failed"
         return upstream_error(Refusal(status, str(words), code), self._origin, {})
 
@@ -2746,7 +2778,7 @@ LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 OPTIONAL_FIELDS = ("temperature", "top_p", "top_k", "stop", "stream_options", "reasoning_effort",
                    "parallel_tool_calls", "response_format", "tool_choice", "prompt_cache_key",
                    "store", "include", "stop_sequences", "thinking", "output_config", "metadata",
-                   "context_management")  # fmt: skip
+                   "context_management", "max_tool_calls")  # fmt: skip
 # Keywords that constrain without being needed to fill in a call.
 SCHEMA_KEYWORDS = ("propertyNames", "exclusiveMinimum", "exclusiveMaximum", "additionalProperties",
                    "patternProperties", "pattern", "format", "default", "const", "minLength",
@@ -2798,20 +2830,20 @@ ROW_REMEDIES: tuple[tuple[re.Pattern[str], str, Any], ...] = (
     (re.compile(r"use /?v1/responses|only supported in /?v1/responses|not a chat model|"
                 r"does not support the '/v1/chat/completions' API"), "responses", True),
     (re.compile(r"isn't supported on this route"), "openai_root", "~/openai/v1"),  # Bedrock
-    (re.compile(r"encrypted content .*(verified|decrypted|invalid)|[Ii]tem with id 'rs_"),
-     "own_reasoning", False),
+    (re.compile(r"encrypted content .*(verified|decrypted|invalid)|[Ii]tem with id '(rs|ws)_|"
+                r"without its required following item"), "own_reasoning", False),
     (re.compile(r"must be verified to .*summar|summary.*verif", re.I), "summaries", False),
-    (re.compile(r"roles must alternate"), "user_after_tool", False),  # Mistral's chat templates
+    (re.compile(r"roles must alternate|role 'user' after role 'tool'"), "user_after_tool", False),
     (re.compile(r"Tool call id was .* must be a-z"), "tool_ids", NINE),  # mistral-common
     (re.compile(r"call(s\[\d+\]\.|_)id.{0,9}string too long"), "tool_ids", FORTY),  # OpenAI
     (re.compile(r"reasoning_content.{0,60}(must be passed back|is missing)"),
      "reasoning_echo", "reasoning_content"),  # DeepSeek, Moonshot
     (re.compile(r"property '(reasoning\w*)' is unsupported"), "reasoning_echo", ""),  # Groq
-    (re.compile(r"[Ss]ystem message must be (at|the) (the )?(beginning|first)"),
-     "system_anywhere", False),  # chat templates of Qwen and others
+    (re.compile(r"[Ss]ystem message must be (at|the) (the )?(beginning|first)|"
+                r"role 'system' after role"), "system_anywhere", False),  # Qwen, Mistral
     # OpenAI, vLLM, Groq, Ollama
     (re.compile(r"(does not|doesn't|n[o']t) support images?\b(?! \w*(larger|format|url|of))|"
-                r"image_url is only supported|"
+                r"image_url is only supported|unknown variant `image_url`|"
                 r"At most 0 image|image input is not supported|missing data required for image|"
                 r"mmproj", re.I), "images", False),
     (re.compile(r"(file|document|pdf).{0,40}not supported|'?type'?: ?'?file'?.{0,60}invalid|"
@@ -2884,7 +2916,8 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
     tried = {lesson.field for lesson in known if lesson.action == "row"}
     for pattern, row_field, value in ROW_REMEDIES:
         if row_field not in tried and pattern.search(words) and getattr(kind, row_field) != value:
-            return Lesson("row", row_field, value)
+            # One conversation's reasoning can be another key's: that tells nothing about others.
+            return Lesson("row", row_field, value, keep=row_field != "own_reasoning")
     no_path = refusal.status in (404, 405) and not re.search("model|item", words, re.I)
     if no_path and "input" in body:
         return Lesson("row", "responses", False)  # there is no such path
@@ -4144,7 +4177,7 @@ class Gateway:
             translator.end()
             yield translator.writer.take()
         except OgxError:  # what came before the error is the client's
-            translator.writer.break_off()
+            translator.writer.end_text()
             yield translator.writer.take()
             raise
 

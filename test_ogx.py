@@ -1578,6 +1578,20 @@ class TestChat:
         assert [m["role"] for m in messages] == ["user", "assistant", "tool"]
         assert messages[-1]["content"] == "out\n\nand?"
 
+    def test_there_an_image_from_a_result_follows_a_word_of_the_model(self):
+        turns = [user("go"), assistant([call("a")]), user([result("a", [image()])])]
+        kind = ogx.PROVIDER_KINDS["mistral"]
+        messages = ogx.chat_messages(request(*turns), kind, ogx.ToolNames(request()))
+        assert [m["role"] for m in messages] == ["user", "assistant", "tool", "assistant", "user"]
+        assert messages[3]["content"] and messages[4]["content"][1]["type"] == "image_url"
+
+    def test_the_model_sees_its_calls_as_it_wrote_them_without_escapes(self):
+        turns = [user("go"), assistant([call("a", command="echo é \U0001f600 \ud800")])]
+        message = chat(request(*turns))["messages"][1]
+        words = '{"command": "echo é \U0001f600 \ud800"}'
+        assert message["tool_calls"][0]["function"]["arguments"] == words
+        assert responses(request(*turns))["input"][1]["arguments"] == words
+
     def test_images_of_tool_results_follow_all_tool_messages(self):
         turns = [assistant(call("c1"), call("c2")),
                  user(result("c1", [text("see"), image()]), result("c2", [pdf()]), text("and?"))]
@@ -2247,7 +2261,8 @@ class TestResponses:
             {"type": "reasoning", "id": "rs_1", "encrypted_content": "enc",
              "summary": [{"type": "summary_text", "text": "hm"}]},
             {"type": "reasoning", "id": "rs_2", "encrypted_content": "enc", "summary": []},
-            {"role": "assistant", "content": [{"type": "output_text", "text": "ok"}]},
+            {"type": "message", "role": "assistant", "status": "completed", "id": "msg_3",
+             "content": [{"type": "output_text", "text": "ok", "annotations": []}]},
             {"type": "function_call", "call_id": "c1", "name": "Bash",
              "arguments": '{"command": "ls"}'},
             {"type": "function_call_output", "call_id": "c1", "output": [
@@ -2259,17 +2274,62 @@ class TestResponses:
             {"role": "developer", "content": [{"type": "input_text", "text": "s"}]},
         ]  # fmt: skip
 
+    def test_reasoning_that_led_to_nothing_stays_here(self):
+        kept = '{"ogx":"responses","by":"openai","id":"rs_1","encrypted_content":"enc"}'
+        thought = {"type": "thinking", "thinking": "hm", "signature": kept}
+        items = responses(request(user("a"), assistant(text("b"), thought), user("c")))["input"]
+        assert [item["role"] for item in items] == ["user", "assistant", "user"]
+
+    def test_a_search_goes_back_as_what_it_was(self):
+        use = {"type": "server_tool_use", "id": "srvtoolu_ws_1", "name": "web_search",
+               "input": {"query": "q"}}  # fmt: skip
+        found = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_ws_1", "content": []}
+        turns = [user("a"), assistant(use, found, text("b")), user("c")]
+        searched = {"type": "web_search_call", "id": "ws_1", "status": "completed",
+                    "action": {"type": "search", "query": "q"}}  # fmt: skip
+        found, said = responses(request(*turns))["input"][1:-1]
+        assert found == searched and said["content"][0]["text"] == "b"
+        (alone,) = responses(request(*turns), own_reasoning=False)["input"][1:-1]
+        assert alone["content"] == said["content"]
+        foreign = json.loads(json.dumps(turns).replace("srvtoolu_ws_1", "srvtoolu_0"))
+        told = responses(request(*foreign))["input"][1:-1]
+        assert [item["role"] for item in told] == ["assistant"] * 3
+
+    def test_a_server_with_a_template_gets_no_system_message_later(self):
+        turns = [user("a"), {"role": "system", "content": "s"}, assistant("b"), user("c")]
+        items = responses(request(*turns), system_anywhere=False)["input"]
+        assert [item["role"] for item in items] == ["user", "assistant", "user"]
+        assert items[0]["content"][1]["text"] == "<system-reminder>\ns\n</system-reminder>"
+
     def test_tools_are_flat_and_not_strict(self):
         tools = [tool("A", properties={"x": {}}), {"type": "web_search_20250305", "name":
-                 "web_search", "allowed_domains": ["a.test"]}]  # fmt: skip
+                 "web_search", "allowed_domains": ["a.test"], "max_uses": 3,
+                 "user_location": {"type": "approximate", "city": "Oslo"}}]  # fmt: skip
         body = responses(request(tools=tools, tool_choice={"type": "tool", "name": "A"}))
         assert body["tools"] == [
             {"type": "function", "strict": False, "name": "A", "description": "d",
              "parameters": {"type": "object", "properties": {"x": {}}}},
-            {"type": "web_search", "filters": {"allowed_domains": ["a.test"]}},
+            {"type": "web_search", "filters": {"allowed_domains": ["a.test"]},
+             "user_location": {"type": "approximate", "city": "Oslo"}},
         ]  # fmt: skip
+        assert body["max_tool_calls"] == 3
+        assert body["include"] == ["reasoning.encrypted_content", "web_search_call.action.sources"]
         assert body["tool_choice"] == {"type": "function", "name": "A"}
         assert "instructions" not in body
+
+    @pytest.mark.parametrize(
+        ("choice", "with_another", "sent"),
+        [({"type": "any"}, False, "required"), ({"type": "none"}, False, "none"),
+         (None, False, "auto"),
+         ({"type": "tool", "name": "web_search"}, True, "required"),
+         ({"type": "tool", "name": "A"}, True, {"type": "function", "name": "A"}),
+         ({"type": "tool", "name": "gone"}, True, None)],
+    )  # fmt: skip
+    def test_a_search_can_be_demanded(self, choice, with_another, sent):
+        tools = [{"type": "web_search_20250305", "name": "web_search"}]
+        tools += [tool("A")] if with_another else []
+        body = responses(request(tools=tools, tool_choice=choice))
+        assert body.get("tool_choice") == sent
 
     def test_a_structured_answer(self):
         schema = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -2355,24 +2415,58 @@ class TestResponses:
                               stops=["END"])  # fmt: skip
         assert (message["content"][0]["text"], message["stop_sequence"]) == ("a ", "END")
 
+    def test_a_stop_sequence_is_not_looked_for_across_messages(self):
+        parts = piece("output_text", 0, "a EN"), piece("output_text", 1, "D b")
+        message = self.folded(parts[0], ended(0, type="message"), parts[1], completed(),
+                              stops=["END"])  # fmt: skip
+        assert [block["text"] for block in message["content"]] == ["a EN", "D b"]
+
+    def test_what_was_held_is_the_clients_when_the_answer_fails(self):
+        answer = sse(piece("output_text", 0, "a EN"), {"type": "error", "message": "x"}, done=False)
+        with FakeUpstream(answer) as upstream, serving(
+            dataclasses.replace(provider("groq", upstream.url), dialect="responses")
+        ) as client:
+            asked = request(model="groq/gpt-x", stream=True, stop_sequences=["END"])
+            events = read_events(client.post(asked)[2])
+        told = [e["delta"]["text"] for e in events if e["type"] == "content_block_delta"]
+        assert "".join(told) == "a EN" and events[-1]["type"] == "error"
+
+    def test_what_was_held_of_an_answer_that_never_began_is_asked_for_again(self):
+        broken = sse(piece("output_text", 0, "EN"), {"type": "error", "message": "x"}, done=False)
+        whole = sse(piece("output_text", 0, "Hi."), completed(), done=False)
+        with FakeUpstream(broken, whole) as upstream, serving(
+            dataclasses.replace(provider("groq", upstream.url), dialect="responses"), retries=1
+        ) as client:
+            asked = request(model="groq/gpt-x", stream=True, stop_sequences=["END"])
+            events = read_events(client.post(asked)[2])
+        assert ogx.message_from_events(events)["content"][0]["text"] == "Hi."
+
     def test_web_search_with_results_and_citations(self):
         action = {"type": "search", "query": "q", "sources": [{"url": "http://a", "title": "A"}]}
+        opened = {"type": "open_page", "url": "http://a"}
         note = {"type": "url_citation", "url": "http://a", "title": "A"}
         message = self.folded(
             added(0, type="web_search_call", id="ws-1"),
             ended(0, type="web_search_call", id="ws-1", action=action),
-            piece("output_text", 1, "found"),
+            ended(1, type="web_search_call", id="ws-2", action=opened),
+            piece("output_text", 2, "found"),
             {"type": "response.output_text.annotation.added", "annotation": note}, completed(),
         )  # fmt: skip
-        use, found, words = message["content"]
+        use, found, opening, page, words = message["content"]
         assert (use["type"], use["input"]) == ("server_tool_use", {"query": "q"})
         assert found["tool_use_id"] == use["id"] and found["content"][0]["url"] == "http://a"
+        assert opening["input"] == {"query": "http://a"} and page["tool_use_id"] == opening["id"]
+        assert message["usage"]["server_tool_use"]["web_search_requests"] == 1
         assert words["citations"][0]["type"] == "web_search_result_location"
 
     @pytest.mark.parametrize(
         ("event", "status", "words"),
         [
             ({"type": "error", "code": "rate_limit_exceeded", "message": "slow"}, 429, "slow"),
+            ({"type": "error", "code": "server_is_overloaded", "message": "full"}, 529, "full"),
+            ({"type": "error", "code": "image_too_large", "message": "large"}, 400, "large"),
+            ({"type": "error", "code": "bio_policy", "message": "no"}, 400, "no"),
+            ({"type": "error", "code": "vector_store_timeout", "message": "late"}, 500, "late"),
             ({"type": "response.failed", "response": {"error": {"code": "server_error",
                                                                 "message": "oops"}}}, 500, "oops"),
             ({"error": {"message": "bad"}}, 500, "bad"), ([], 502, "sent no event but []"),
@@ -2411,6 +2505,22 @@ class TestResponses:
             "/v1/chat/completions", "/v1/responses", "/v1/responses"
         ]
 
+    @pytest.mark.parametrize(("status", "words"), [
+        (400, "The requested model 'gpt-x' is not supported with the Responses API."),
+        (404, "This model is not supported in v1/responses."), (404, "404 page not found"),
+    ])  # fmt: skip
+    def test_a_model_that_lacks_it_is_switched_the_other_way(self, monkeypatch, status, words):
+        kind = dataclasses.replace(ogx.PROVIDER_KINDS["azure"], responses_hosts=("127.0.0.1",))
+        monkeypatch.setitem(ogx.PROVIDER_KINDS, "azure", kind)
+        refusal = (status, {"error": {"message": words}})
+        with gateway_over(refusal, said(), said(), kind="azure") as (client, upstream):
+            for _ in range(2):
+                assert client.post(request(model="azure/gpt-x", stream=True))[0] == 200
+        assert [path for path, _ in upstream.heads] == [
+            "/v1/responses", "/v1/chat/completions", "/v1/chat/completions"
+        ]
+        assert all(head["api-key"] == "sk-secret-1234" for _, head in upstream.heads)
+
     def test_the_user_can_force_it(self):
         answer = {"object": "response", "status": "completed", "output": []}
         with FakeUpstream(answer) as upstream, serving(
@@ -2418,6 +2528,14 @@ class TestResponses:
         ) as client:
             assert client.post(request(model="groq/gpt-x"))[0] == 200
         assert upstream.heads[0][0] == "/v1/responses"
+
+    def test_the_user_can_force_chat_too(self):
+        kind = dataclasses.replace(ogx.PROVIDER_KINDS["openai"], responses_hosts=("127.0.0.1",))
+        with FakeUpstream(said()) as upstream, serving(
+            dataclasses.replace(provider("openai", upstream.url), kind=kind, dialect="chat")
+        ) as client:
+            assert client.post(request(stream=True))[0] == 200
+        assert upstream.heads[0][0] == "/v1/chat/completions"
 
     def test_each_dialect_a_row_names_exists(self):
         kinds = [*ogx.PROVIDER_KINDS.values(), ogx.DEMO_KIND]
@@ -2536,6 +2654,10 @@ class TestRemedies:
             ("The `reasoning_content` in the thinking mode must be passed back to the API.",
              "reasoning_echo to reasoning_content", 400),  # DeepSeek
             ("System message must be at the beginning.", "system_anywhere to False", 400),
+            ("Unexpected role 'system' after role 'tool'", "system_anywhere to False", 400),
+            ("Unexpected role 'user' after role 'tool'", "user_after_tool to False", 400),
+            ("Failed to deserialize the JSON body into the target type: messages[0]: unknown "
+             "variant `image_url`, expected `text` at line 1 column 9", "images to False", 400),
             ("m does not support image input", "images to False", 400),
             ("At most 0 image(s) may be provided in one prompt.", "images to False", 400),  # vLLM
             ("Function call is missing a thought_signature in functionCall parts.",
@@ -2567,6 +2689,22 @@ class TestRemedies:
         for name in ("tool_choice", "response_format"):
             refusal = ogx.Refusal(400, f"Unsupported parameter: '{name}'")
             assert ogx.lesson_from_refusal(refusal, {name: "x"}, model()).keep is False
+
+    @pytest.mark.parametrize("words", [
+        "The encrypted content gAAA...ng== could not be verified.",
+        "Item with id 'rs_1' not found. Items are not persisted when `store` is set to false.",
+        "Item with id 'ws_1' not found.",
+        "Item 'rs_1' of type 'reasoning' was provided without its required following item.",
+    ])  # fmt: skip
+    def test_refused_reasoning_is_left_out_of_this_conversation(self, words):
+        lesson = ogx.lesson_from_refusal(ogx.Refusal(400, words), {"input": []}, model())
+        assert (lesson.field, lesson.value, lesson.keep) == ("own_reasoning", False, False)
+
+    def test_what_only_reasoning_models_encrypt_is_not_asked_of_others(self):
+        words = "Encrypted content is not supported with this model."
+        refusal = ogx.Refusal(400, words, param="include")
+        lesson = ogx.lesson_from_refusal(refusal, {"include": ["x"]}, model())
+        assert str(lesson) == "drop include" and lesson.keep
 
     def test_nothing_is_set_and_dropped_in_turns(self):
         known = [ogx.Lesson("set", "reasoning_effort", "none")]

@@ -17,6 +17,7 @@ import jsonschema
 
 KEY = "test-key-1234"
 MODELS = ["text-embedding-scripted", "scripted", "scripted-mini"]
+FILLER = "Noted."  # the gateway's own word between a tool's result and an image
 Json = dict[str, Any]
 
 
@@ -207,7 +208,7 @@ class ScriptedUpstream(socketserver.ThreadingTCPServer):
     def reply(self, messages: list[Json]) -> Reply:
         turn = 0
         for message in reversed(messages):
-            turn += message["role"] == "assistant"
+            turn += message["role"] == "assistant" and message.get("content") != FILLER
             for marker, replies in self.script.items():
                 if message["role"] == "user" and marker in text_of(message):
                     return replies[min(turn, len(replies) - 1)]
@@ -234,13 +235,22 @@ class UpstreamHandler(BaseHTTPRequestHandler):
         return self.answer(200, {"object": "list", "data": models})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.answer_post(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def answer_post(self, body: Json) -> None:
         if self.path != "/v1/chat/completions":
             return self.refuse(404, f"Unknown request URL: POST {self.path}")
         self.server.requests.append(body)
-        if self.headers["Authorization"] != f"Bearer {KEY}":
-            return self.refuse(401, "Incorrect API key provided.")
+        if self.is_keyless():
+            return None
         return self.complete(body)
+
+    def is_keyless(self) -> bool:
+        """Whether the key was wrong, and told."""
+        wrong = self.headers["Authorization"] != f"Bearer {KEY}"
+        if wrong:
+            self.refuse(401, "Incorrect API key provided.")
+        return wrong
 
     def complete(self, body: Json) -> None:
         """Answer a chat request."""
@@ -312,8 +322,8 @@ class UpstreamHandler(BaseHTTPRequestHandler):
     def head(self, body: Json, kind: str) -> Json:
         return {"id": "chatcmpl-1", "object": kind, "created": 1, "model": body["model"]}
 
-    def refuse(self, status: int, message: str) -> None:
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    def refuse(self, status: int, message: str, param: Optional[str] = None) -> None:
+        error = {"message": message, "type": "invalid_request_error", "param": param, "code": None}
         self.answer(status, {"error": error})
 
     def answer(self, status: int, body: Json) -> None:
