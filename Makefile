@@ -1,6 +1,8 @@
 # make test           the tests; needs only Python and pytest, which it fetches when missing
 # make test-clients   the real Claude Code and SDKs against a scripted upstream
 # make test-servers   real upstream servers, compiled and given tiny models on the spot
+# make soak           load for two minutes: what is kept that should have been let go
+# make fuzz           mutated input for a minute, for every reader
 # make lint           ruff and mypy
 # make bench          speed, side by side with the upstream itself
 # make starter        write starter.json from the built-in configuration
@@ -8,7 +10,7 @@
 PYTHON ?= python3
 TOOLS = .dev
 
-.PHONY: test test-clients test-servers lint bench starter clean
+.PHONY: test test-clients test-servers soak fuzz lint bench starter clean
 
 test:
 	@.ci/pytest $(PYTHON) test_ogx.py $(ARGS)
@@ -30,6 +32,12 @@ $(TOOLS)/lint/done:
 	$(PYTHON) -m venv $(TOOLS)/lint
 	$(TOOLS)/lint/bin/python -m pip install -q ruff mypy
 	@touch $@
+
+soak:
+	$(PYTHON) .ci/soak.py $(ARGS)
+
+fuzz:
+	$(PYTHON) .ci/fuzz.py $(ARGS)
 
 bench:
 	$(PYTHON) .ci/bench.py $(ARGS)
