@@ -67,10 +67,11 @@ import threading
 import time
 import urllib.parse
 import uuid
+import weakref
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Callable, ClassVar
 
 __version__ = "0.1.0"
@@ -429,6 +430,24 @@ class Alias:
     targets: tuple[str, ...] = ()
 
 
+def limit(default: float, words: str) -> Any:
+    return field(default=default, metadata={"words": words})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What no other side can exceed: `server.NAME` in the configuration, else OGX_NAME."""
+
+    connect_timeout: float = limit(10, "seconds to connect to a provider")
+    first_byte_timeout: float = limit(600, "seconds of silence before an answer begins")
+    idle_timeout: float = limit(300, "seconds of silence within an answer")
+    client_timeout: float = limit(30, "seconds for a client to send its request, or read on")
+    drain_timeout: float = limit(30, "seconds for running answers after a signal to stop")
+    max_body: float = limit(32, "megabytes of a request, after decompression")
+    max_requests: float = limit(500, "requests that run at once; others get a 529")
+    max_idle: float = limit(1000, "idle connections of clients; the oldest are closed first")
+
+
 @dataclass(frozen=True)
 class Config:
     source: str
@@ -440,6 +459,8 @@ class Config:
     discover_local: bool = True
     retries: int = 3  # of a request that failed before its first event
     retry_seconds: float = 5.0  # of waiting between them in all
+    limits: Limits = Limits()
+    host_names: tuple[str, ...] = ()  # that clients may call the server by, in lower case
 
 
 def starter_config() -> Json:
@@ -471,7 +492,8 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
     root = Node(expanded(tree, environ, source), source)
     root.only("version", "distro_name", "providers", "registered_resources", "server")
     server = root.child("server")
-    server.only("host", "port", "discover_local", "retries", "retry_seconds")
+    own = ("host", "port", "discover_local", "retries", "retry_seconds", "host_names")
+    server.only(*own, *asdict(Limits()))
     entries = root.child("providers").items("inference")
     providers = [p for p in (provider_from_node(entry) for entry in entries) if p]
     for index, provider in enumerate(providers):
@@ -483,11 +505,15 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
     port = port_number(server.value("port", DEFAULT_PORT), server.path("port"))
     if environ.get("OGX_PORT"):
         port = port_number(environ["OGX_PORT"], "OGX_PORT")
+    variables = Node({name: value for name, value in environ.items() if value}, "environment")
+    limits = Limits(**{name: variables.number(f"OGX_{name.upper()}", server.number(name, usual))
+                       for name, usual in asdict(Limits()).items()})  # fmt: skip
     return Config(
         source, server.text("host", DEFAULT_HOST), port, tuple(providers), tuple(aliases),
         {tier: model for tier, model in tiers.items() if model},
         server.flag("discover_local", True), int(server.number("retries", 3)),
-        server.number("retry_seconds", 5.0))  # fmt: skip
+        server.number("retry_seconds", 5.0), limits,
+        tuple(server.text("host_names", "").lower().replace(",", " ").split()))  # fmt: skip
 
 
 def expanded(node: Any, environ: Mapping[str, str], where: str) -> Any:
@@ -553,9 +579,10 @@ class Node:
         return value
 
     def number(self, key: str, default: float) -> float:
-        value = self.value(key, default)
+        given = self.value(key, default)
+        value = json_or_none(given) if isinstance(given, str) else given
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
-            raise self.wrong(key, "a number that isn't negative", value)
+            raise self.wrong(key, "a number that isn't negative", given)
         return float(value)
 
     def child(self, key: str) -> Node:
@@ -1600,7 +1627,7 @@ class SseReader:
 
     def feed(self, data: bytes) -> list[bytes]:
         if self._after_cr and data[:1] == b"\n":  # the second half of a CRLF that was cut
-            data = data[1:]
+            data, self._after_cr = data[1:], False
         if not data:
             return []
         self._after_cr = data.endswith(b"\r")
@@ -3374,9 +3401,6 @@ class Signer:
 # are read straight from the socket, so that silence can be told from data at any byte, a client
 # that left is noticed, and every piece is handed on as it comes.
 
-CONNECT_TIMEOUT = 10.0  # seconds
-FIRST_BYTE_TIMEOUT = 600.0
-IDLE_TIMEOUT = 300.0
 POOL_SECONDS = 50.0  # an idle connection is used no longer: many servers close them after 60
 POOL_SIZE = 64  # idle connections kept for one provider
 RECEIVE_SIZE = 64 * 1024
@@ -3545,15 +3569,16 @@ def ready_sockets(sock: socket.socket, watch: socket.socket | None, timeout: flo
 
 
 def is_closed(sock: socket.socket) -> bool:
-    """Whether a readable connection has come to its end."""
+    """Whether a readable connection has come to its end; with TLS an alert comes before it, which
+    TLS 1.3 writes as 19 bytes of data (RFC 8446, 5.2 and 6.1)."""
     try:
-        return not sock.recv(1, socket.MSG_PEEK)
+        head = socket.socket.recv(sock, 5, socket.MSG_PEEK)
     except WOULD_BLOCK:
         return False
-    except ValueError:  # TLS can't peek; a client speaks before its answer only to say goodbye
-        return True
     except OSError:
         return True
+    alert = head[:1] == b"\x15" or head == b"\x17\x03\x03\x00\x13"
+    return not head or (alert and isinstance(sock, ssl.SSLSocket))
 
 
 @functools.lru_cache(maxsize=64)
@@ -3583,19 +3608,22 @@ def proxy_of(scheme: str, host: str) -> urllib.parse.SplitResult | None:
 class Upstream:
     """A pool of connections, by where they lead. Safe for threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits = Limits()) -> None:
+        self.limits = limits
         self.instance = uuid.uuid4().hex  # goes with every request, to recognise our own
         self._lock = threading.Lock()
         self._idle: dict[str, list[tuple[float, socket.socket, BodyReader]]] = {}
         self._tls: dict[tuple[bool, str], ssl.SSLContext] = {}
         self.signer = Signer()
+        self._made: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self.closed = False
 
     def secrets(self, provider: Provider) -> list[str]:
         """What the provider knows and may quote, and no one else may see."""
         return [s for s in (provider.api_key, *self.signer.secrets) if len(s) >= MIN_SECRET]
 
     def send(self, provider: Provider, method: str, path: str, body: bytes | None = None,
-             headers: Mapping[str, str] | None = None, timeout: float = CONNECT_TIMEOUT,
+             headers: Mapping[str, str] | None = None, timeout: float | None = None,
              watch: socket.socket | None = None) -> Reply:  # fmt: skip
         """Send a request to one of the provider's paths; the reply is still to be read.
         Raises OgxError 502 or 504, told for the user, when the provider can't be reached, and
@@ -3606,7 +3634,7 @@ class Upstream:
         if provider.kind.signed and not provider.api_key:
             own.update(self.signer.headers(provider.kind.signed, method, provider.url(path), body))
         data = request_bytes(provider, method, path, body, own)
-        return Reply(self, provider, data, timeout, watch)
+        return Reply(self, provider, data, timeout or self.limits.connect_timeout, watch)
 
     def ask(self, provider: Provider, path: str, timeout: float, body: bytes | None = None,
             headers: Mapping[str, str] | None = None,
@@ -3620,7 +3648,7 @@ class Upstream:
         try:
             data = b"" if reply.head(timeout) else None
             while data is not None and len(answer) < 32 * 1024 * 1024:
-                data = reply.read(max(0.0, deadline - time.monotonic()))
+                data = reply.read(deadline - time.monotonic())
                 if data == b"":
                     return reply, bytes(answer)
                 answer += data or b""
@@ -3669,11 +3697,16 @@ class Upstream:
         sock.close()
 
     def close(self) -> None:
+        """Close what is idle, and end what runs."""
+        self.closed = True
         with self._lock:
             for idle in self._idle.values():
                 for _, sock, _ in idle:
                     sock.close()
             self._idle.clear()
+            for sock in self._made:
+                with suppress(OSError):  # of TCP, not of TLS: its state is another thread's
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def _connected(self, provider: Provider, timeout: float) -> socket.socket:
         parts = urllib.parse.urlsplit(provider.base_url)
@@ -3693,6 +3726,8 @@ class Upstream:
             raise unreachable(provider, error) from None
         sock: socket.socket = connection.sock
         sock.setblocking(False)
+        with self._lock:
+            self._made.add(sock)
         return sock
 
     def _context(self, provider: Provider) -> ssl.SSLContext:
@@ -3786,6 +3821,7 @@ class Reply:
         self.headers: Mapping[str, str] = {}
         self.patient, self.complete = True, False
         self._upstream, self._provider, self._watch = upstream, provider, watch
+        self._limits = upstream.limits
         self._request, self._timeout = request, timeout
         self._buffer = b""
         self._body: BodyReader | None = None
@@ -3795,7 +3831,7 @@ class Reply:
     def _connect(self, fresh: bool) -> None:
         self.socket, self._reused = self._upstream.take(self._provider, self._timeout, fresh)
         try:
-            send_all(self.socket, self._request, IDLE_TIMEOUT, self._watch)
+            send_all(self.socket, self._request, self._limits.first_byte_timeout, self._watch)
         except OSError:
             if self._reused:
                 self.socket.close()
@@ -3807,7 +3843,7 @@ class Reply:
         """Read status and headers; False when they haven't come within `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self._body is None:
-            data = self._receive(deadline, FIRST_BYTE_TIMEOUT)
+            data = self._receive(deadline, self._limits.first_byte_timeout)
             if data is None:
                 return False
             if not data:
@@ -3853,7 +3889,7 @@ class Reply:
         assert body is not None, "head() comes before read()"
         while not body.done:
             data, self._buffer = self._buffer, b""
-            raw = data or self._receive(deadline, IDLE_TIMEOUT)
+            raw = data or self._receive(deadline, self._limits.idle_timeout)
             if raw is None:
                 return None
             try:
@@ -3872,7 +3908,10 @@ class Reply:
     def _receive(self, deadline: float, limit: float) -> bytes | None:
         """Bytes as they come, b"" at the end, None when the deadline passed; OgxError(504) after
         `limit` seconds without a byte."""
+        deadline = min(deadline, self._heard_at + limit)
         while not self.patient or wait_ready(self.socket, deadline - time.monotonic(), self._watch):
+            if self._upstream.closed:
+                raise OgxError(503, "ogx.py is stopping")
             try:
                 data = received(self.socket)
             except OSError as error:
@@ -3886,7 +3925,7 @@ class Reply:
                 break
         silence = time.monotonic() - self._heard_at
         if silence >= limit:
-            raise OgxError(504, f"{self._provider.id} sent nothing for {silence:.0f} s")
+            raise OgxError(504, f"{self._provider.id} sent nothing for {silence:.3g} s")
         return None
 
     def _broken(self, error: OSError | None) -> OgxError:
@@ -3985,7 +4024,7 @@ class Gateway:
                 self.registry.register(Alias(
                     model_id, str(kept.get("provider_id")), str(kept.get("provider_model_id")),
                     tuple(map(str, kept.get("targets") or ()))))  # fmt: skip
-        self.upstream = upstream or Upstream()
+        self.upstream = upstream or Upstream(config.limits)
         self.lessons = Lessons(self.store)
         self.ratios = Ratios(self.store)
         self.backoff = BACKOFF
@@ -4105,7 +4144,7 @@ class Gateway:
     def _pause(self, error: OgxError, exchange: Exchange) -> float | None:
         """Seconds before a failed request is sent again; None when it is not. What was begun to
         be answered is never asked for twice, unless the upstream said itself that it failed."""
-        if exchange.begun and error.refusal is None:
+        if (exchange.begun and error.refusal is None) or self._stopped.is_set():
             return None
         pause = pause_before(error, exchange.retries, self.backoff)
         if pause is None or exchange.retries == self.config.retries or (
@@ -4582,10 +4621,10 @@ def upstream_items(reply: Reply, tick: float) -> Iterator[list[bytes] | None]:
     yield [bytes(whole)] if whole else reader.end()
 
 
-def whole_body(reply: Reply, limit: int = 1024 * 1024) -> bytes:
-    """The body of an error, as far as it comes within 10 s."""
-    body = bytearray()
-    while len(body) < limit and (data := reply.read(10.0)):
+def whole_body(reply: Reply) -> bytes:
+    """The body of an error, as far as it comes within 10 s and holds a megabyte."""
+    body, deadline = bytearray(), time.monotonic() + 10.0
+    while len(body) < 1 << 20 and (data := reply.read(deadline - time.monotonic())):
         body += data
     return bytes(body)
 
@@ -4634,13 +4673,12 @@ def page_limit(text: str | None, default: int) -> int:
 # HTTP for the clients: guard, read, route, write, log. Everything that can be wrong with a
 # request ends as one error in Anthropic's shape.
 
-MAX_BODY = 32 * 1024 * 1024  # bytes, counted after decompression
-CLIENT_TIMEOUT = 30.0  # seconds for a client to send its request
 KEEP_ALIVE = 300.0  # seconds an idle connection stays open
-DRAIN_TIMEOUT = 30.0  # seconds for running answers after a signal to stop
 ANTHROPIC_VERSION = "2023-06-01"
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 SIGN_OF_LIFE = b": waiting for the model\n\n"  # before message_start only comments may come
+LOGGED_BODY = 10_000  # characters
+FILE_OR_KEY = re.compile(r"[A-Za-z0-9+/=]{200,}|\b(?<=sk-)[\w-]{8,}")
 SIMPLE_TYPES = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
 
 
@@ -4652,13 +4690,15 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name != "nt"  # on Windows it would let two programs share the port
 
     def __init__(self, gateway: Gateway, host: str = DEFAULT_HOST, port: int = 0,
-                 token: str = "") -> None:  # fmt: skip
-        self.gateway = gateway
+                 token: str = "", tls: ssl.SSLContext | None = None) -> None:  # fmt: skip
+        self.tls, self.log_bodies = tls, False
+        self.gateway, self.limits = gateway, gateway.config.limits
         self.token = token.encode()  # which clients must show; empty: everyone may come in
         self.stopping = False
-        self.relay = Relay(gateway.tick)
-        self._running = 0
-        self._idle = threading.Condition()
+        self.relay = Relay(gateway.tick, self.limits.client_timeout)
+        self.running = 0
+        self._done = threading.Condition()
+        self._idle: dict[socket.socket, None] = {}  # connections without a request, oldest first
         self.host = host.strip("[]")
         if ":" in self.host:
             self.address_family = socket.AF_INET6
@@ -4675,30 +4715,63 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.server_port}"
+        return f"{'https' if self.tls else 'http'}://{host}:{self.server_port}"
 
     def start(self, poll: float = 0.1) -> None:
         """Serve in a thread of its own until stop(), which it notices within `poll` seconds."""
         threading.Thread(target=self.relay.run, name="relay", daemon=True).start()
         threading.Thread(target=self.serve_forever, args=(poll,), daemon=True).start()
 
-    def stop(self, drain: float = DRAIN_TIMEOUT) -> None:
-        """Accept no more, let running answers finish for `drain` seconds, close."""
+    def stop(self, drain: float | None = None) -> None:
+        """Accept no more, let running answers finish for `drain` seconds (by default as the
+        configuration says), end the others with an error, close."""
         self.stopping = True
         self.shutdown()
         self.server_close()
-        with self._idle:
-            self._idle.wait_for(lambda: self._running == 0, drain)
+        self._close_idle(0)
+        with self._done:
+            patience = self.limits.drain_timeout if drain is None else drain
+            self._done.wait_for(lambda: self.running == 0, patience)
             self.relay.close()
-            self._idle.wait_for(lambda: self._running == 0, 1.0)
-        self.gateway.close()
+            self.gateway.close()
+            self._done.wait_for(lambda: self.running == 0, 2.0)
 
     def count(self, change: int) -> None:
         """Count a running request in (1) or out (-1)."""
-        with self._idle:
-            self._running += change
+        with self._done:
+            self.running += change
             if self.stopping:
-                self._idle.notify_all()
+                self._done.notify_all()
+
+    def idle(self, connection: socket.socket, waits: bool) -> None:
+        """Note that a connection waits for a request, or no more; too many close the oldest."""
+        self._idle.pop(connection, None)
+        if waits:
+            self._idle[connection] = None
+            self._close_idle(0 if self.stopping else int(self.limits.max_idle))
+
+    def _close_idle(self, kept: int) -> None:
+        for connection in list(self._idle)[: max(0, len(self._idle) - kept)]:
+            self._idle.pop(connection, None)
+            with suppress(OSError):  # its own thread wakes up and closes it
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """The next connection; where the process may open no more files, an idle one goes."""
+        try:
+            return super().get_request()
+        except OSError:
+            self._close_idle(len(self._idle) - 1)
+            time.sleep(0.02)  # it is tried again at once
+            raise
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection, in its own thread: a slow handshake holds up no one else."""
+        request.settimeout(self.limits.client_timeout)
+        with suppress(OSError):  # a handshake that fails
+            request = self.tls.wrap_socket(request, server_side=True) if self.tls else request
+            with request:
+                super().finish_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection failed unexpectedly")
@@ -4739,8 +4812,8 @@ class Relay:
     for each, most of the time would go into switching between them. It never waits for one stream
     alone; a client that is slow to read stops its own upstream."""
 
-    def __init__(self, tick: float) -> None:
-        self._tick = tick  # seconds of silence before a ping
+    def __init__(self, tick: float, patience: float) -> None:
+        self._tick, self._patience = tick, patience  # seconds before a ping, for a slow reader
         self._streams: set[Stream] = set()
         self._new: list[Stream] = []
         self._selector = selectors.DefaultSelector()
@@ -4852,7 +4925,7 @@ class Relay:
         self._looked_at = now
         for stream in list(self._streams):
             silence = now - stream.written_at
-            if stream.unsent and silence >= CLIENT_TIMEOUT:
+            if stream.unsent and silence >= self._patience:
                 self._end(stream, socket.timeout("the client reads nothing"))
             elif not stream.unsent and silence >= self._tick * 0.9:
                 self._move(stream)  # the upstream may have been silent for too long
@@ -4896,6 +4969,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (OSError, EOFError) as error:  # the client left or was too slow
             self.close_connection = True
             log.debug("%s: connection lost: %s", self.exchange.request_id, error)
+        finally:
+            self.server.idle(self.connection, False)
 
     def setup(self) -> None:
         self.connection = self.request
@@ -4906,17 +4981,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def finish(self) -> None:
         pass
 
-    def _receive(self, timeout: float = CLIENT_TIMEOUT, size: int = RECEIVE_SIZE) -> bytes:
-        """Bytes from the client, b"" at its end; socket.timeout after that many silent seconds."""
+    def _receive(self, size: int = RECEIVE_SIZE) -> bytes:
+        """Bytes from the client, b"" at its end; socket.timeout after the time for a request, to
+        which 50 KB add a second."""
         while (data := received(self.connection, size)) is None:
-            if not wait_ready(self.connection, timeout):
-                raise socket.timeout("the client sent nothing")
+            if not wait_ready(self.connection, self._until - time.monotonic()):
+                raise socket.timeout("the client was too slow")
+        self._until += len(data) / 50_000
         return data
 
     def _read_head(self) -> bytes:
         """A request's head without its last line break; b"" when the client closed."""
+        if not self._received:
+            self.server.idle(self.connection, True)
+            self._until = time.monotonic() + KEEP_ALIVE
+            self._received = self._receive().lstrip(b"\r\n")
+            self.server.idle(self.connection, False)
+        self._until = time.monotonic() + self.server.limits.client_timeout
         while not (end := HEAD_END.search(self._received)) and len(self._received) <= MAX_HEAD:
-            data = self._receive(CLIENT_TIMEOUT if self._received else KEEP_ALIVE)
+            data = self._receive()
             if not data:
                 return b""
             self._received = (self._received + data).lstrip(b"\r\n")
@@ -4929,12 +5012,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self, head: bytes) -> None:
         try:
             self._parse_head(head)
-            self.exchange.raw = self._read_body()
             self._guard()
+            self.exchange.raw = self._read_body()
             self._route()
         except OgxError as error:
             self._send_error(error)
-        except (ConnectionError, socket.timeout):
+        except socket.timeout:
+            self._send_error(OgxError(408, "the request took too long to come in"))
+        except ConnectionError:
             self.close_connection = True
             self.status = self.status or CLIENT_GONE
         except RecursionError:
@@ -4955,11 +5040,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.request_version = "HTTP/" + match.group(3).decode()
         headers = self.request_headers = headers_from_bytes(lines)
         self.exchange.session = headers.get("x-claude-code-session-id", "")[:64]
-        names = ("anthropic-version", "anthropic-beta")
-        self.exchange.headers = {k: headers[k] for k in names if k in headers}
-        connection = headers.get("connection", "").lower()
+        connection = headers.get("connection", "").lower()  # may name headers for us alone
+        names = {"anthropic-version", "anthropic-beta"} - set(re.split("[, ]+", connection))
+        self.exchange.headers = {k: headers[k] for k in sorted(names) if k in headers}
         old = self.request_version == "HTTP/1.0" and "keep-alive" not in connection
         self.close_connection = self.server.stopping or "close" in connection or old
+        self._unread = "content-length" in headers or "transfer-encoding" in headers
 
     def _read_body(self) -> bytes:
         """The request's body, unpacked. Both lengths at once, or two, are how requests are
@@ -4968,19 +5054,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length, coding = headers.get("content-length"), headers.get("transfer-encoding")
         if length is None and coding is None:
             return b""
-        self._unread = True
+        if self.server.running > self.server.limits.max_requests:
+            words = "too many requests are running already (see OGX_MAX_REQUESTS)"
+            raise OgxError(529, words, headers={"retry-after": "1"})
+        limit = int(self.server.limits.max_body * 1024 * 1024)
         if coding is not None:
             if length is not None or coding.lower() != "chunked":
                 raise OgxError(400, "transfer-encoding: expected chunked alone, without a length")
         elif not LENGTH.fullmatch(length or ""):
             raise OgxError(400, "content-length: expected one whole number")
-        elif int(length or 0) > MAX_BODY:
-            raise too_large()
+        check_size(int(length or 0), limit)
         if headers.get("expect", "").lower() == "100-continue":
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        data = self._read_chunked() if coding else self._read_exactly(int(length or 0))
+        data = self._read_chunked(limit) if coding else self._read_exactly(int(length or 0))
         self._unread = False
-        return unpacked(data, headers.get("content-encoding", "identity").lower())
+        return unpacked(data, headers.get("content-encoding", "identity").lower(), limit)
 
     def _read_exactly(self, size: int) -> bytes:
         pieces, left = [self._received[:size]], size - len(self._received)
@@ -4990,18 +5078,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             left -= len(pieces[-1])
         return b"".join(pieces)
 
-    def _read_chunked(self) -> bytes:
+    def _read_chunked(self, limit: int) -> bytes:
         reader = ChunkedReader()
         body = bytearray(reader.feed(self._received))
         while not reader.done:
             body += reader.feed(self._body_piece(RECEIVE_SIZE))
-            if len(body) > MAX_BODY:
-                raise too_large()
+            check_size(len(body), limit)
         self._received = reader.rest
         return bytes(body)
 
     def _body_piece(self, size: int) -> bytes:
-        data = self._receive(size=min(size, 4 * RECEIVE_SIZE))
+        data = self._receive(min(size, 4 * RECEIVE_SIZE))
         if not data:
             raise ConnectionResetError("the client closed in the middle of its request")
         return data
@@ -5011,8 +5098,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         its own name for 127.0.0.1 (DNS rebinding), across origins, or by a form."""
         headers = self.request_headers
         host = headers.get("host", "")
-        if not host_allowed(host, self.server.host):
-            raise OgxError(403, f"host '{host[:100]}' is not a name of this server")
+        open_to_names = bool(self.server.token) and not is_loopback(self.server.host)
+        names = self.server.gateway.config.host_names
+        if not open_to_names and not host_allowed(host, self.server.host, names):
+            raise OgxError(403, f"host '{host[:100]}' is not a name of this server; if it should "
+                                "be, add it to server.host_names in the configuration")  # fmt: skip
         if headers.get("x-ogx-instance") == self.server.gateway.upstream.instance:
             raise OgxError(400, "a provider's base_url points back at ogx.py itself",
                            headers={"x-should-retry": "false"})  # fmt: skip
@@ -5020,7 +5110,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise OgxError(401, "this server asks for its token, as Authorization: Bearer or "
                                 "x-api-key", headers={"x-should-retry": "false"})  # fmt: skip
         origin = headers.get("origin")
-        if origin is not None and origin != f"http://{host}":
+        if origin is not None and origin != f"{'https' if self.server.tls else 'http'}://{host}":
             raise OgxError(403, "requests from web pages of another origin are refused")
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if self.command == "POST" and content_type in SIMPLE_TYPES:
@@ -5049,10 +5139,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.exchange.request = checked_json(self.exchange.raw)
         self.exchange.watch = self.connection
         with closing(self.server.gateway.messages(self.exchange)) as pieces:
+            kept = self._kept(pieces) if self.server.log_bodies else pieces
             if self.exchange.stream:
-                self._stream(pieces)
+                self._stream(kept)
             else:
-                self._send(200, b"".join(piece or b"" for piece in pieces))
+                self._send(200, b"".join(piece or b"" for piece in kept))
+
+    def _kept(self, pieces: Generator[Any, None, None]) -> Generator[Any, None, None]:
+        """The answer's pieces; the request and they are logged."""
+        self._log_body("request", self.exchange.raw)
+        answer = bytearray()
+        try:
+            for piece in pieces:
+                answer += piece if piece and len(answer) < 100 * LOGGED_BODY else b""
+                yield piece
+        finally:
+            pieces.close()
+            self._log_body("answer", answer)
 
     def _post_count_tokens(self, query: str) -> None:
         self.exchange.request = checked_json(self.exchange.raw, counting=True)
@@ -5128,7 +5231,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return b"%x\r\n%b\r\n" % (len(data), data)
 
     def _write(self, data: bytes) -> None:
-        send_all(self.connection, data, CLIENT_TIMEOUT)
+        send_all(self.connection, data, self.server.limits.client_timeout)
 
     def _send_json(self, status: int, value: Json) -> None:
         self._send(status, json_bytes(value) + b"\n")
@@ -5190,29 +5293,40 @@ class Handler(http.server.BaseHTTPRequestHandler):
         level = logging.DEBUG if quiet else logging.INFO
         log.log(level, "%s", " ".join(part for part in parts if part))
 
+    def _log_body(self, name: str, body: bytes | bytearray) -> None:
+        """A body on one line, without keys and files, not too long."""
+        text = body.decode("utf-8", "replace")
+        gateway = self.server.gateway
+        keys = [gateway.upstream.secrets(p) for p in gateway.registry.providers.values()]
+        for secret in sum(keys, [self.server.token.decode()] * bool(self.server.token)):
+            text = text.replace(secret, "***")
+        shown = " ".join(FILE_OR_KEY.sub("***", text)[:LOGGED_BODY].split())
+        log.info("%s %s %s", self.exchange.request_id, name, shown)
+
 
 @functools.lru_cache(maxsize=1)
 def http_date(seconds: int) -> str:
     return email.utils.formatdate(seconds, usegmt=True)
 
 
-def too_large() -> OgxError:
-    return OgxError(413, f"the request is larger than {MAX_BODY // 1024 // 1024} MB")
+def check_size(size: int, limit: int) -> None:
+    if size > limit:
+        words = f"the request is larger than {limit / 1024 / 1024:g} MB (see OGX_MAX_BODY)"
+        raise OgxError(413, words)
 
 
-def unpacked(data: bytes, coding: str) -> bytes:
-    """A body without its content-encoding; gzip and deflate are known."""
+def unpacked(data: bytes, coding: str, limit: int) -> bytes:
+    """A body of at most `limit` bytes without its content-encoding; gzip and deflate are known."""
     if coding in ("", "identity"):
         return data
     if coding not in ("gzip", "x-gzip", "deflate"):
         raise OgxError(415, f"content-encoding: expected gzip or identity, got {coding[:40]}")
     unpacker = zlib.decompressobj(47)
     try:
-        plain = unpacker.decompress(data, MAX_BODY + 1)
+        plain = unpacker.decompress(data, limit + 1)
     except zlib.error:
         raise OgxError(400, f"the body is not {coding}, as its content-encoding says") from None
-    if len(plain) > MAX_BODY:
-        raise too_large()
+    check_size(len(plain), limit)
     if not unpacker.eof:
         raise OgxError(400, f"the {coding} body is cut off")
     return plain
@@ -5223,7 +5337,13 @@ def no_number(text: str) -> Any:
 
 
 BOM = b"\xef\xbb\xbf"
-STRICT_JSON = json.JSONDecoder(parse_constant=no_number)  # without Python's NaN and Infinity
+def finite_number(text: str) -> float:
+    number = float(text)
+    return number if abs(number) <= sys.float_info.max else no_number(text)
+
+
+# Without Python's NaN and Infinity, which 1e999 is too.
+STRICT_JSON = json.JSONDecoder(parse_constant=no_number, parse_float=finite_number)
 
 
 def parsed_json(body: bytes) -> Any:
@@ -5254,19 +5374,17 @@ def shows_token(headers: Mapping[str, str], token: bytes) -> bool:
     return any([hmac.compare_digest(token, key) for key in shown])
 
 
-def host_allowed(host: str, bound: str) -> bool:
-    """Whether a Host header may come in. Bound to loopback, only names of loopback may; bound
-    elsewhere, addresses and this machine's own name, which no foreign page can point here."""
+def host_allowed(host: str, bound: str, names: Sequence[str] = ()) -> bool:
+    """Whether a Host header may come in: configured `names`, those of loopback and, bound
+    elsewhere, addresses, which no foreign page can point here."""
     name = re.sub(r":[0-9]*$", "", host).strip("[]").lower()
-    if not host or is_loopback(name) or name == bound.lower():  # every browser sends a Host
+    if not host or is_loopback(name) or name in (bound.lower(), *names):  # browsers send a Host
         return True
-    if is_loopback(bound):
-        return False
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        return name == socket.gethostname().lower()
-    return True
+        return False
+    return not is_loopback(bound)
 
 
 def not_served_words(path: str) -> str:
@@ -5775,7 +5893,13 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ogx.py {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    run_ = commands.add_parser("run", help="serve the Anthropic Messages API")
+    limits = "".join(f"  OGX_{each.name.upper():<20}{each.default:>4}  {each.metadata['words']}\n"
+                     for each in fields(Limits))  # fmt: skip
+    run_ = commands.add_parser(
+        "run", help="serve the Anthropic Messages API",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"limits, also keys of `server` in the JSON file (client_timeout):\n{limits}",
+    )
     flag = run_.add_argument
     flag("config", nargs="?", default="starter", help="'starter' (default) or a JSON file like it")
     flag("--host", help=f"address to listen on (default {DEFAULT_HOST})")
@@ -5784,8 +5908,13 @@ def argument_parser() -> argparse.ArgumentParser:
          "else ogx/state.sqlite in the user's state directory)")  # fmt: skip
     flag("--api-key-file", metavar="FILE", help="file with a token that clients must show "
          "(default OGX_API_KEY, else none)")  # fmt: skip
+    flag("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate (PEM)")
+    flag("--tls-key", metavar="FILE", help="its key (default: in the same file)")
     flag("--log-level", default="info", choices=("debug", "info", "warning", "error"),
          help="how much to log (default info: a line per request)")  # fmt: skip
+    flag("--log-file", metavar="FILE", help="where to log (default: stderr)")
+    flag("--log-bodies", action="store_true", help="log requests and answers too, shortened and "
+         "without keys: what is said to models is then in the log")  # fmt: skip
 
     connect = commands.add_parser("connect", help="launch a client on a running server")
     clients = connect.add_subparsers(dest="client", metavar="CLIENT", required=True)
@@ -5817,7 +5946,7 @@ def port_argument(text: str) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal; the exit code."""
-    logging.basicConfig(format=LOG_FORMAT, level=options.log_level.upper())
+    start_log(options.log_file, options.log_level)
     # What no line of this log shows is not looked up (logging's HOWTO, "Optimization").
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -5825,11 +5954,14 @@ def run(options: argparse.Namespace) -> int:
     token = server_token(options, os.environ)
     gateway = Gateway(config, store=Store(state_path(options.state, os.environ)))
     port = config.port if options.port is None else options.port
-    server = Server(gateway, options.host or config.host, port, token)
+    tls = server_tls(options.tls_cert, options.tls_key) if options.tls_cert else None
+    server = Server(gateway, options.host or config.host, port, token, tls)
+    server.log_bodies = options.log_bodies
     stopped = threading.Event()
     if in_main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: leave(stopped))
+            # Gently at the first signal, at once at the second.
+            signal.signal(number, lambda *_: os._exit(130) if stopped.is_set() else stopped.set())
     if not is_loopback(server.host) and not token:
         log.warning("listening on %s: everyone who reaches this port can use your providers' keys",
                     server.host)  # fmt: skip
@@ -5842,16 +5974,30 @@ def run(options: argparse.Namespace) -> int:
             say(*summary_lines(gateway, server))
     while not stopped.wait(3600):  # a timeout lets Windows deliver Ctrl-C
         pass
-    log.info("stopping; running answers have %g s to finish", DRAIN_TIMEOUT)
+    log.info("stopping; running answers have %g s to finish", server.limits.drain_timeout)
     server.stop()
     return 0
 
 
-def leave(stopped: threading.Event) -> None:
-    """Stop gently at the first signal, at once at the second."""
-    if stopped.is_set():
-        os._exit(130)
-    stopped.set()
+def start_log(path: str | None, level: str) -> None:
+    """Log to stderr or to a file of the user's alone; what can't be written later stops nothing."""
+    if path:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+        except OSError as error:
+            raise OgxError(400, f"--log-file {path}: {error.strerror}") from None
+    logging.basicConfig(format=LOG_FORMAT, level=level.upper(), filename=path)
+
+
+def server_tls(cert: str, key: str | None) -> ssl.SSLContext:
+    """TLS for clients; OgxError names a file that can't be used."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cert, key)
+    except OSError as error:
+        words = error.strerror or str(error)
+        raise OgxError(400, f"--tls-cert {cert}, --tls-key {key or cert}: {words}") from None
+    return context
 
 
 def config_from_name(name: str, environ: Mapping[str, str]) -> Config:
@@ -5892,8 +6038,9 @@ def summary_lines(gateway: Gateway, server: Server) -> list[str]:
                                  subsequent_indent="  ")]  # fmt: skip
     tiers = gateway.tiers()
     lines += ["", *(f"  {tier:<{width}}  {tiers.get(tier, 'no model')}" for tier in TIERS), ""]
-    port = "" if server.server_port == DEFAULT_PORT else f" --port {server.server_port}"
-    return [*lines, f"Next, in another terminal:  {command_name()} connect claude{port}", ""]
+    where = "" if server.server_port == DEFAULT_PORT else f" --port {server.server_port}"
+    where = f" --url {server.url}" if server.tls else where
+    return [*lines, f"Next, in another terminal:  {command_name()} connect claude{where}", ""]
 
 
 def say(*lines: str) -> None:

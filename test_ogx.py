@@ -22,6 +22,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -293,6 +294,15 @@ class Client:
     def get(self, path, **headers):
         return self.ask("GET", path, **headers)
 
+    @contextlib.contextmanager
+    def sending(self, body, path="/v1/messages"):
+        """A connection that a request was sent on; left at the end, whatever came."""
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as sock:
+            sock.sendall(head.encode() + data)
+            yield sock
+
     def raw(self, data, shut=False):
         """Everything a server answers to raw bytes until it closes."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=10) as sock:
@@ -314,9 +324,9 @@ def native_message(words="Hello."):
     return ogx.message_from_events(read_events(native_stream(words)))
 
 
-def config(*providers, aliases=(), tiers=None, retries=0):
-    return ogx.Config("test", "127.0.0.1", 0, providers, tuple(aliases), tiers or {},
-                      retries=retries)  # fmt: skip
+def config(*providers, aliases=(), tiers=None, **options):
+    fields = {"retries": 0, **options}
+    return ogx.Config("test", "127.0.0.1", 0, providers, tuple(aliases), tiers or {}, **fields)
 
 
 @contextlib.contextmanager
@@ -345,6 +355,14 @@ def gateway_over(*answers, kind="openai", models=("gpt-x",), native=False, **opt
         provider(kind, upstream.url), **options
     ) as client:
         yield client, upstream
+
+
+def until(holds, seconds=10):
+    """Wait for what another thread is about to do."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 # ---- the file itself ------------------------------------------------------------------------
@@ -424,6 +442,15 @@ class TestTheFile:
         done = subprocess.run([sys.executable, str(copy), "--version"], capture_output=True,
                               text=True, cwd="/")  # fmt: skip
         assert (done.returncode, done.stdout.strip()) == (0, f"ogx.py {ogx.__version__}")
+
+    def test_mutations_break_no_reader(self):
+        """A few hundred inputs of `make fuzz`, always the same."""
+        spec = importlib.util.spec_from_file_location("fuzz", HERE / ".ci" / "fuzz.py")
+        fuzz = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(fuzz)
+        for target in fuzz.TARGETS:
+            for number in range(60):
+                target(fuzz.random.Random(f"{target.__name__} {number}"))
 
     def test_every_command_in_the_readme_parses(self):
         lines = re.findall(r"^\s*python3? ogx\.py (.+)$", README, re.M)
@@ -728,6 +755,7 @@ class TestConfig:
              "my.json: server.port: expected a port from 0 to 65535, got 70000"),
             ({"server": {"retries": -1}}, "server.retries: expected a number that isn't negative"),
             ({"server": {"discover_local": 3}}, "server.discover_local: expected true or false"),
+            ({"server": {"host_names": ["gpu"]}}, "server.host_names: expected a string, got"),
         ],
     )  # fmt: skip
     def test_a_mistake_names_the_file_the_path_and_what_was_expected(self, tree, words):
@@ -753,6 +781,25 @@ class TestConfig:
         assert self.build({"OGX_PORT": ""}, server={"port": "9001"}).port == 9001
         error = refused(self.build, {"OGX_PORT": "x"})
         assert error.message == 'OGX_PORT: expected a port from 0 to 65535, got "x"'
+
+    def test_host_names_are_compared_in_lower_case(self):
+        built = self.build(server={"host_names": "GPU.lan, proxy.lan"})
+        assert built.host_names == ("gpu.lan", "proxy.lan")
+
+    def test_every_limit_has_a_key_and_a_variable_that_goes_before_it(self):
+        for name, default in dataclasses.asdict(ogx.Limits()).items():
+            built = self.build(server={name: 7})
+            assert built.limits == dataclasses.replace(ogx.Limits(), **{name: 7})
+            built = self.build({f"OGX_{name.upper()}": "0.5"}, server={name: 7})
+            assert built.limits == dataclasses.replace(ogx.Limits(), **{name: 0.5})
+            assert self.build({f"OGX_{name.upper()}": ""}).limits == ogx.Limits()
+            assert default > 0
+        built = self.build({"T": "4"}, server={"idle_timeout": "${env.T:=5}"})
+        assert built.limits.idle_timeout == 4
+        error = refused(self.build, {"OGX_IDLE_TIMEOUT": "soon"})
+        assert error.message == (
+            'environment: OGX_IDLE_TIMEOUT: expected a number that isn\'t negative, got "soon"'
+        )
 
     def test_a_file_that_cannot_be_read_or_parsed_is_named(self, tmp_path, capsys):
         broken = tmp_path / "broken.json"
@@ -1431,6 +1478,7 @@ class TestEvents:
         b"data: one\r\rdata: two\r\r",
         b"data:one\n\n\n\ndata:two\n\n",
         b": comment\nevent: x\nid: 1\ndata: one\n\nretry: 5\n\ndata: two\n\n",
+        b"data: one\r\n\ndata: two\r\n\r",
     )
 
     @pytest.mark.parametrize("stream", SPELLINGS)
@@ -2869,6 +2917,13 @@ class TestStore:
         assert "can't write the state file" in caplog.text
         other.close()
 
+    def test_a_full_disk_is_told_and_nothing_else(self, tmp_path, caplog):
+        store = ogx.Store(str(tmp_path / "state.sqlite"))
+        store.put("alias", "a", {})
+        store._database.execute("PRAGMA max_page_count = 3")
+        store.put("alias", "b", {"long": "x" * 100_000})
+        assert "database or disk is full" in caplog.text and store.all("alias") == {"a": {}}
+
     def test_there_is_no_file_before_there_is_something_to_keep(self, tmp_path):
         path = tmp_path / "state.sqlite"
         store = ogx.Store(str(path))
@@ -3619,6 +3674,39 @@ class TestGateway:
             assert body["request_id"] == headers["request-id"]
             assert client.get("/v1/health")[0] == 200
 
+    @pytest.mark.parametrize("begun", [False, True])
+    def test_a_stall_is_bridged_by_pings_and_ends_in_a_clear_timeout(self, begun):
+        def answer(fake, connection):
+            if begun:
+                begin_stream(connection)
+                send_chunk(connection, sse(delta(content="a"), done=False))
+            connection.settimeout(10)
+            if connection.recv(1) == b"":
+                fake.client_left.set()
+
+        limits = ogx.Limits(first_byte_timeout=0.2, idle_timeout=0.2)
+        with gateway_over(answer, answer, tick=0.05, limits=limits) as (client, upstream):
+            data = client.post(request(stream=True))[2]
+            assert upstream.client_left.wait(2)
+            if not begun:
+                status, _, told = client.post(request())
+                assert (status, told["error"]["type"]) == (504, "timeout_error")
+        *_, last = read_events(data)
+        assert last["error"]["type"] == "timeout_error"
+        assert "openai sent nothing for 0.2" in last["error"]["message"]
+        assert data.count(ogx.PING if begun else ogx.SIGN_OF_LIFE) >= 2
+
+    def test_a_black_hole_is_a_clear_timeout(self):
+        with socket.create_server(("127.0.0.1", 0)) as hole:  # it takes no part in the handshake
+            url = f"https://127.0.0.1:{hole.getsockname()[1]}/v1"
+            limits = ogx.Limits(connect_timeout=0.1)
+            owner = provider(url=url)
+            with serving(owner, discover=False, limits=limits) as client:
+                client.gateway.registry.learn("openai", [ogx.Model("openai/gpt-x", owner, "x")], "")
+                status, _, told = client.post(request())
+        assert (status, told["error"]["type"]) == (504, "timeout_error")
+        assert "connecting took too long" in told["error"]["message"]
+
     def test_a_wrong_key_names_the_variable_and_stops_retries(self):
         refusal = (401, {"error": {"message": "Incorrect API key provided: sk-secret-1234."}})
         with gateway_over(refusal) as (client, _):
@@ -3649,6 +3737,16 @@ class TestGateway:
         ]  # fmt: skip
         assert "in the middle of its answer" in events[-1]["error"]["message"]
 
+    @pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\n", CHUNKED, CHUNKED + b"5\r\nd"])
+    def test_a_reset_is_an_error_wherever_it_comes(self, sent):
+        def answer(fake, connection):
+            connection.sendall(sent)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        with gateway_over(answer, answer) as (client, _):  # the first connection was used before
+            status, _, told = client.post(request(stream=True))
+        assert status == 502 and told["error"]["type"] == "api_error"
+
     def test_text_before_an_error_in_one_packet_still_arrives(self):
         answer = sse(delta(content="kept"), {"error": {"message": "busy"}}, done=False)
         with gateway_over(answer) as (client, _):
@@ -3660,24 +3758,81 @@ class TestGateway:
         with gateway_over(answer) as (client, _):
             assert client.post(request())[2]["stop_reason"] == "end_turn"
 
-    def test_a_client_that_leaves_takes_its_upstream_along(self):
-        left = threading.Event()
+    @pytest.mark.parametrize("stream", [True, False])
+    @pytest.mark.parametrize("sent", [
+        b"", b"HTTP/1.1 200 OK\r\n\r\n" + sse(delta(content="a"), done=False),
+        b"HTTP/1.1 500 X\r\ncontent-length: 9\r\n\r\n{",
+    ])  # fmt: skip
+    def test_a_client_that_leaves_takes_its_upstream_along(self, sent, stream):
+        got = threading.Event()
 
         def answer(fake, connection):
-            begin_stream(connection)
-            send_chunk(connection, sse(delta(content="a"), done=False))
+            connection.sendall(sent)
+            got.set()
             connection.settimeout(10)
             if connection.recv(1) == b"":
-                left.set()
+                fake.client_left.set()
 
-        with gateway_over(answer) as (client, _):
-            body = json.dumps(request(stream=True)).encode()
-            head = f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-type: " \
-                   f"application/json\r\ncontent-length: {len(body)}\r\n\r\n"  # fmt: skip
-            with socket.create_connection(("127.0.0.1", client.port)) as sock:
-                sock.sendall(head.encode() + body)
-                assert sock.recv(65536)
-            assert left.wait(5)
+        with gateway_over(answer) as (client, upstream):
+            with client.sending(request(stream=stream)):
+                assert got.wait(5)
+            assert upstream.client_left.wait(2)
+
+    def test_a_client_that_leaves_while_tokens_are_counted_does_so_too(self):
+        got = threading.Event()
+
+        def answer(fake, connection):
+            got.set()
+            connection.settimeout(10)
+            if connection.recv(1) == b"":
+                fake.client_left.set()
+
+        with gateway_over(answer, kind="vllm", native=True) as (client, upstream):
+            with client.sending(request(model="vllm/gpt-x"), "/v1/messages/count_tokens"):
+                assert got.wait(5)
+            assert upstream.client_left.wait(2)
+
+    @contextlib.contextmanager
+    def stalled(self, **options):
+        """A gateway over a server that takes the beginning of a request and no more of it:
+        (client, event of that beginning, function that waits for the connection's end)."""
+        begun, held = threading.Event(), []
+
+        def serve():
+            connection, _ = listener.accept()
+            held.append(connection)
+            connection.recv(1000)
+            begun.set()
+
+        def closed(seconds):
+            held[0].settimeout(seconds)
+            with contextlib.suppress(ConnectionResetError):
+                while held[0].recv(1 << 20):
+                    pass
+            return True
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=serve, daemon=True).start()
+            owner = provider(url=f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
+            with serving(owner, discover=False, **options) as client:
+                client.gateway.registry.learn("openai", [ogx.Model("openai/gpt-x", owner, "x")], "")
+                yield client, begun, closed
+            held[0].close()
+
+    def test_a_client_that_leaves_ends_the_upload_of_its_request(self):
+        with self.stalled() as (client, begun, closed):
+            with client.sending(request("x" * 20_000_000)):
+                assert begun.wait(5)
+            assert closed(2)
+
+    def test_an_upload_that_stalls_shows_signs_of_life_and_ends_in_a_timeout(self):
+        limits = ogx.Limits(first_byte_timeout=0.3)
+        with self.stalled(tick=0.05, limits=limits) as (client, _, closed):
+            data = client.post(request("x" * 20_000_000, stream=True))[2]
+            assert closed(2)
+        (event,) = read_events(data)
+        assert event["error"]["type"] == "timeout_error"
+        assert data.count(ogx.SIGN_OF_LIFE) >= 2
 
     def test_a_refusal_teaches_and_the_next_request_is_right_the_first_time(self):
         words = "max_tokens is too large: 32000. This model supports at most 16384 completion " \
@@ -4807,6 +4962,8 @@ class TestServer:
             (b"9" * 5000, "the request"),
             (b'{"temperature": NaN}', "NaN is no number of JSON"),
             (b'{"temperature": -Infinity}', "-Infinity is no number of JSON"),
+            (b'{"temperature": 1e999}', "1e999 is no number of JSON"),
+            (b'{"model": "m\xff"}', "the request's body is not UTF-8"),
         ],
     )
     def test_bad_json_is_a_400_and_never_a_trace(self, body, words, caplog):
@@ -4815,6 +4972,69 @@ class TestServer:
             assert client.post(request())[0] == 200
         assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
         assert words in answer["error"]["message"] and not caplog.records
+
+    def test_huge_numbers_lone_surrogates_and_duplicate_keys_are_served_or_refused(self, caplog):
+        huge = '{"max_tokens": 1%s, "model": "openai/gpt-x", "messages": [' % ("0" * 400)
+        bodies = (
+            huge + '{"role": "user", "content": "x"}]}',
+            json.dumps(request("a \ud800 b")),
+            json.dumps(request(model="openai/gpt-\ud800")),
+            json.dumps(request()).replace('"model":', '"model": "openai/none", "model":'),
+        )
+        for kind in ("openai", "anthropic"):
+            for body in bodies:
+                named = body.replace("openai/", f"{kind}/").encode()
+                with gateway_over(kind=kind, native=True) as (client, upstream):
+                    assert client.post(named)[0] in (200, 400, 404, 502), body[:80]
+                    assert client.get("/v1/health")[0] == 200
+                    for raw in upstream.raw:
+                        assert raw.count(b'"model"') == 1 and b"none" not in raw
+        assert "Traceback" not in caplog.text
+
+    def test_a_body_shorter_than_it_said_is_no_request(self):
+        with gateway_over() as (client, upstream):
+            head = self.HEAD + b"content-length: 999\r\n\r\n"
+            assert client.raw(head + json.dumps(request()).encode(), shut=True) == b""
+            assert client.get("/v1/health")[0] == 200
+        assert upstream.seen == []
+
+    def test_chunks_without_end_are_bounded(self):
+        head = self.HEAD + b"transfer-encoding: chunked\r\n\r\n"
+        with gateway_over(limits=ogx.Limits(max_body=0.125)) as (client, _):
+            answer = client.raw(head + (b"10000\r\n" + b"x" * 65536 + b"\r\n") * 3)
+        assert answer.startswith(b"HTTP/1.1 413 ") and b"larger than 0.125 MB" in answer
+
+    def test_no_request_leads_to_a_url_that_the_configuration_does_not_name(self):
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            other.setblocking(False)
+            url = f"http://127.0.0.1:{other.getsockname()[1]}"
+            source = {"type": "url", "url": f"{url}/a.png"}
+            body = request(user(text("see"), {"type": "image", "source": source},
+                                {"type": "document", "source": source}))  # fmt: skip
+            with gateway_over((307, b"", {"location": f"{url}/v1/chat/completions"})) as (
+                client, upstream,
+            ):  # fmt: skip
+                assert client.post(body)[0] == 502  # a redirect isn't followed
+                headers = {"x_forwarded_host": "127.0.0.1", "forwarded": f"host={url}"}
+                assert client.post(body, f"{url}/v1/messages", **headers)[0] == 200
+                alias = {"model_id": "a", "provider_id": "openai", "provider_model_id": "gpt-x",
+                         "config": {"base_url": url}, "base_url": url}  # fmt: skip
+                client.post(alias, "/v1/models")
+                assert client.post(request(model=url))[0] == 404
+            assert f"{url}/a.png" in json.dumps(upstream.seen)  # handed on as it is
+            with pytest.raises(BlockingIOError):
+                other.accept()
+
+    def test_hop_by_hop_and_other_headers_of_a_client_stay_home(self):
+        with gateway_over(native_message(), native_message(), kind="anthropic", native=True) as (
+            client, upstream,
+        ):  # fmt: skip
+            body = request(model="anthropic/gpt-x")
+            client.post(body, anthropic_beta="one", cookie="a=b", te="x", x_odd="y")
+            client.post(body, anthropic_beta="one", connection="Anthropic-Beta, keep-alive")
+        (_, first), (_, second) = upstream.heads
+        assert first["anthropic-beta"] == "one" and "anthropic-beta" not in second
+        assert not {"cookie", "te", "x-odd", "connection", "keep-alive"} & {*first, *second}
 
     def test_what_is_nested_too_deeply_anywhere_is_a_400(self):
         deep = json.loads("[" * 700 + "]" * 700)
@@ -4828,12 +5048,12 @@ class TestServer:
             for data, coding, status in ((b"plain", "gzip", 400), (gzip.compress(b"{}")[:-4],
                                          "gzip", 400), (b"x", "br", 415)):  # fmt: skip
                 assert client.post(data, content_encoding=coding)[0] == status
-            bomb = gzip.compress(b" " * (ogx.MAX_BODY + 1))
+            bomb = gzip.compress(b" " * (32 * 1024 * 1024 + 1))
             assert client.post(bomb, content_encoding="gzip")[0] == 413
 
     def test_a_body_too_large_is_refused_before_it_is_read(self):
         head = f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: " \
-               f"{ogx.MAX_BODY + 1}\r\n\r\n"  # fmt: skip
+               f"{32 * 1024 * 1024 + 1}\r\n\r\n"  # fmt: skip
         with gateway_over() as (client, _):
             answer = client.raw(head.encode() + b"x" * 100_000, shut=True)
         assert answer.startswith(b"HTTP/1.1 413 ") and b'"request_too_large"' in answer
@@ -4889,11 +5109,31 @@ class TestServer:
         assert got == status and len(upstream.seen) == (status == 200)
         assert not [name for name in answer_headers if name.startswith("access-control")]
 
-    def test_bound_to_another_address_only_addresses_are_names(self):
+    def test_bound_to_another_address_only_addresses_and_configured_names_may_come_in(self):
         assert ogx.host_allowed("192.168.1.5:8321", "0.0.0.0")
+        assert ogx.host_allowed("[fe80::1]:8321", "::")
         assert ogx.host_allowed("gpu-box:8321", "gpu-box")
+        assert ogx.host_allowed("GPU.lan:8321", "0.0.0.0", ["gpu.lan"])
+        assert ogx.host_allowed("proxy.lan", "127.0.0.1", ["proxy.lan"])
+        assert not ogx.host_allowed(socket.gethostname() + ".x", "0.0.0.0", ["gpu.lan"])
         assert not ogx.host_allowed("rebound.example", "0.0.0.0")
         assert not ogx.host_allowed("192.168.1.5", "127.0.0.1")
+
+    @pytest.mark.parametrize(("token", "status"), [("", 403), ("s3cret", 200)])
+    def test_names_need_no_configuration_where_there_is_a_token(self, token, status):
+        server = ogx.Server(ogx.Gateway(config(ogx.DEMO_PROVIDER)), "0.0.0.0", 0, token)
+        server.start(poll=0.01)
+        try:
+            client = Client(server)
+            for host, expected in (("gpu.lan", status), ("127.0.0.1", 200)):
+                headers = {"host": host, "authorization": f"Bearer {token}"}
+                got, _, told = client.get("/v1/health", **headers)
+                assert got == expected
+                if got == 403:
+                    assert "add it to server.host_names" in told["error"]["message"]
+            client.connection.close()
+        finally:
+            server.stop()
 
     @pytest.mark.parametrize(
         ("headers", "status"),
@@ -4909,6 +5149,107 @@ class TestServer:
             got, answer_headers, body = client.post(request(), **headers)
         assert got == status and "s3cret" not in json.dumps(body)
         assert answer_headers.get("x-should-retry") == (None if status == 200 else "false")
+
+    def test_a_stranger_is_turned_away_before_the_body_is_read(self):
+        head = b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\n" \
+               b"content-length: 30000000\r\n\r\n"  # fmt: skip
+        with gateway_over() as (client, _):
+            client.server.token = b"s3cret"
+            assert client.raw(head, shut=True).startswith(b"HTTP/1.1 401 ")
+
+    HEAD = b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n"
+
+    @pytest.mark.parametrize(
+        ("begin", "drop", "answer"),
+        [
+            (HEAD, b"x", b""),
+            (HEAD + b"content-length: 999\r\n\r\n", b" ", b"HTTP/1.1 408 "),
+            (HEAD + b"transfer-encoding: chunked\r\n\r\n", b"1\r\nx\r\n", b"HTTP/1.1 408 "),
+        ],
+    )
+    def test_a_slow_sender_is_timed_out_and_blocks_no_one(self, begin, drop, answer):
+        with gateway_over(limits=ogx.Limits(client_timeout=0.2)) as (client, _):
+            with socket.create_connection(("127.0.0.1", client.port), timeout=5) as sock:
+                sock.sendall(begin)
+                assert client.post(request())[0] == 200
+                got = None
+                sock.settimeout(0.01)  # between drops: each comes well within the limit
+                while got is None:
+                    with contextlib.suppress(socket.timeout):
+                        got = sock.recv(65536)
+                    if got is None:
+                        sock.sendall(drop)
+            assert got.startswith(answer) and bool(got) == bool(answer)
+
+    def test_a_client_that_sends_nothing_more_is_timed_out(self):
+        with gateway_over(limits=ogx.Limits(client_timeout=0.05)) as (client, _):
+            assert client.raw(self.HEAD) == b""
+            assert client.raw(self.HEAD + b"content-length: 9\r\n\r\n{").startswith(
+                b"HTTP/1.1 408 "
+            )
+
+    def test_a_slow_reader_bounds_memory_and_is_timed_out(self):
+        def answer(fake, connection):
+            begin_stream(connection)
+            with contextlib.suppress(OSError):
+                for _ in range(2000):  # 200 MB
+                    send_chunk(connection, sse(delta(content="x" * 100_000), done=False))
+                    fake.sent += 1
+            fake.client_left.set()
+
+        limits = ogx.Limits(client_timeout=0.3)
+        with gateway_over(answer, limits=limits) as (client, upstream):
+            upstream.sent = 0
+            with client.sending(request(stream=True)):
+                assert upstream.client_left.wait(10)
+            assert 0 < upstream.sent < 400  # what the sockets' buffers hold
+
+    def test_beyond_the_cap_a_request_is_a_clear_529_and_idle_connections_do_not_count(self):
+        begun, finish = threading.Event(), threading.Event()
+
+        def answer(fake, connection):
+            begun.set()
+            finish.wait(10)
+            send(connection, 200, said(), "text/event-stream")
+
+        with gateway_over(answer, limits=ogx.Limits(max_requests=1)) as (client, _):
+            idle = [Client(client.server) for _ in range(3)]
+            for other in idle:
+                assert other.get("/v1/health")[0] == 200
+            with client.sending(request()) as sock:
+                assert begun.wait(5)
+                status, headers, told = client.post(request())
+                assert (status, told["error"]["type"]) == (529, "overloaded_error")
+                assert "OGX_MAX_REQUESTS" in told["error"]["message"]
+                assert headers["retry-after"] == "1"
+                assert idle[0].get("/v1/health")[0] == 200
+                finish.set()
+                assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+                sock.sendall(self.HEAD + b"content-length: 2\r\n\r\n{}")  # there is room again
+                assert sock.recv(65536).startswith(b"HTTP/1.1 400 ")
+            for other in idle:
+                other.connection.close()
+
+    def test_of_too_many_idle_connections_the_oldest_are_closed(self):
+        with gateway_over(limits=ogx.Limits(max_idle=2)) as (client, _):
+            clients = [Client(client.server) for _ in range(4)]
+            for index in (0, 1, 2, 1, 3):  # when the last one comes, the third is the oldest
+                clients[index].get("/")
+                name = clients[index].connection.sock.getsockname()
+                until(lambda name=name: [*client.server._idle][-1:] and
+                      [*client.server._idle][-1].getpeername() == name)  # fmt: skip
+            for each, closed in zip(clients, (True, False, True, False)):
+                each.connection.sock.settimeout(5 if closed else 0.01)
+                with contextlib.suppress(socket.timeout):
+                    assert each.connection.sock.recv(1) == b"" and closed
+                each.connection.close()
+
+    def test_stopping_closes_idle_connections(self):
+        with gateway_over() as (client, _):
+            client.get("/")
+            client.server.stop()
+            client.connection.sock.settimeout(5)
+            assert client.connection.sock.recv(1) == b""
 
     def test_a_clients_credentials_never_reach_an_upstream(self):
         with gateway_over() as (client, upstream):
@@ -4938,6 +5279,26 @@ class TestServer:
         assert "400" in second and "error: max_tokens: expected at least 1, got 0" in second
         assert "sk-secret" not in caplog.text
 
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_bodies_are_logged_only_with_the_switch_without_secrets_and_bounded(
+        self, caplog, stream
+    ):
+        caplog.set_level("DEBUG")
+        words = "sk-secret-1234 s3cret-token sk-of-someone-else-9 " + "A" * 50_000 + " end"
+        body = request(words + " x" * 50_000, stream=stream)
+        with gateway_over(said(words), said(words)) as (client, _):
+            client.post(body)
+            assert "end" not in caplog.text
+            client.server.log_bodies, client.server.token = True, b"s3cret-token"
+            client.post(body, x_api_key="s3cret-token")
+            client.post(body)  # a stranger's
+        *_, asked, answered, _, stranger = [record.getMessage() for record in caplog.records]
+        assert re.match(r"req_\w{24} request \{.*\*\*\* \*\*\* sk-\*\*\* \*\*\* end x x", asked)
+        assert re.match(r"req_\w{24} answer .*\*\*\* \*\*\* sk-\*\*\* \*\*\* end", answered)
+        assert len(asked) < 11_000 and " 401 " in stranger
+        for secret in ("secret-1234", "s3cret", "someone-else", "AAAA"):
+            assert secret not in caplog.text
+
     def test_starting_asks_no_dns(self, monkeypatch):
         def no_dns(*args):
             raise AssertionError("a reverse lookup stalls where no resolver answers")
@@ -4945,6 +5306,82 @@ class TestServer:
         monkeypatch.setattr(socket, "getfqdn", no_dns)
         with gateway_over() as (client, _):
             assert client.get("/v1/health")[0] == 200
+
+    @contextlib.contextmanager
+    def over_tls(self, tmp_path, *answers, **options):
+        """(server, upstream, function that connects) of a gateway that speaks TLS."""
+        path = tmp_path / "localhost.pem"
+        path.write_text(LOCALHOST_PEM)
+        trust = ssl.create_default_context(cafile=str(path))
+        with FakeUpstream(*answers) as upstream:
+            gateway = ogx.Gateway(config(provider(url=upstream.url), **options))
+            server = ogx.Server(gateway, "127.0.0.1", 0, tls=ogx.server_tls(str(path), None))
+            server.start(poll=0.01)
+            gateway.start_discovery()
+            assert gateway.discovered.wait(10)
+
+            def connected(**versions):
+                sock = socket.create_connection(("127.0.0.1", server.server_port), timeout=10)
+                trust.maximum_version = versions.get("maximum", ssl.TLSVersion.TLSv1_3)
+                return trust.wrap_socket(sock, server_hostname="localhost")
+
+            try:
+                yield server, upstream, connected
+            finally:
+                server.stop(drain=5)
+
+    def test_https(self, tmp_path):
+        body = json.dumps(request(stream=True)).encode()
+        headers = {"origin": "https://localhost", "host": "localhost"}
+        with self.over_tls(tmp_path) as (server, _, connected), connected() as sock:
+            assert server.url == f"https://127.0.0.1:{server.server_port}"
+            connection = http.client.HTTPConnection("localhost")
+            connection.sock = sock
+            for _ in range(2):
+                connection.request("POST", "/v1/messages", body, headers)
+                answer = connection.getresponse()
+                assert answer.status == 200
+                check_grammar(read_events(answer.read()))
+
+    def test_a_handshake_that_hangs_or_fails_holds_up_no_one(self, tmp_path, caplog):
+        limits = ogx.Limits(client_timeout=0.3)
+        with self.over_tls(tmp_path, limits=limits) as (server, _, connected):
+            address = ("127.0.0.1", server.server_port)
+            with socket.create_connection(address, timeout=10) as silent, \
+                    socket.create_connection(address, timeout=10) as plain:  # fmt: skip
+                plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                with connected() as sock:
+                    sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+                assert silent.recv(10) == b""
+                with contextlib.suppress(ConnectionResetError):
+                    assert b"HTTP" not in plain.recv(65536)
+        assert not caplog.records
+
+    @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+    @pytest.mark.parametrize("politely", [True, False])
+    def test_a_client_that_leaves_is_noticed_behind_tls_too(self, tmp_path, politely, version):
+        def answer(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="a"), done=False))
+            connection.settimeout(10)
+            if connection.recv(1) == b"":
+                fake.client_left.set()
+
+        body = json.dumps(request(stream=True)).encode()
+        with self.over_tls(tmp_path, answer) as (_, upstream, connected), connected(
+            maximum=version
+        ) as sock:
+            sock.sendall(self.HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+            assert b"text_delta" in sock.recv(65536)
+            assert not upstream.client_left.is_set()
+            if politely:
+                sock.settimeout(0)
+                with contextlib.suppress(OSError):
+                    sock.unwrap()  # sends the alert; the connection stays open
+            else:
+                sock.close()
+            assert upstream.client_left.wait(2)
 
     def test_two_gateways_in_one_process(self):
         with gateway_over(models=["a"]) as (one, _), gateway_over(models=["b"]) as (two, _):
@@ -4975,6 +5412,33 @@ class TestServer:
             with pytest.raises(OSError):
                 socket.create_connection(("127.0.0.1", client.port), timeout=1)
         check_grammar(read_events(answers[0][2]))
+
+    @pytest.mark.parametrize("stream", [True, False])
+    @pytest.mark.parametrize("begun", [True, False])
+    def test_what_still_runs_after_the_grace_period_ends_in_an_error(self, begun, stream):
+        asked = threading.Event()
+
+        def answer(fake, connection):
+            if begun:
+                begin_stream(connection)
+                send_chunk(connection, sse(delta(content="a"), done=False))
+            asked.set()
+            connection.settimeout(10)
+            if connection.recv(1) == b"":
+                fake.client_left.set()
+
+        limits = ogx.Limits(drain_timeout=0.05)
+        with gateway_over(answer, limits=limits, retries=3) as (client, upstream):
+            with client.sending(request(stream=stream)) as sock:
+                assert asked.wait(5)
+                if begun and stream:
+                    assert b"message_start" in sock.recv(65536)
+                client.server.stop()
+                assert upstream.client_left.wait(2)
+                answer = b"".join(iter(lambda: sock.recv(65536), b""))
+            assert len(upstream.seen) == 1
+        assert b'"type":"error"' in answer and b"ogx.py is stopping" in answer
+        assert answer.startswith(b"HTTP/1.1 503 ") != (begun and stream)
 
     @pytest.mark.parametrize(
         ("host", "port", "words"),
@@ -5573,6 +6037,15 @@ class TestCommandLine:
                 return lines
         raise AssertionError(f"{lines} {process.stderr.read()}")
 
+    def ask(self, process, body, path="/v1/messages"):
+        """The status of the answer to a request, once the process serves."""
+        lines = self.summary(process)
+        port = int(re.search(r"127\.0\.0\.1:(\d+)$", lines[0]).group(1))
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+            return connection.getresponse().status
+
     @pytest.fixture
     def bare(self, tmp_path):
         """A configuration without providers that looks for no local servers."""
@@ -5623,6 +6096,111 @@ class TestCommandLine:
             assert process.wait(10) == 0
             assert "Traceback" not in process.stderr.read()
 
+    @contextlib.contextmanager
+    def streaming(self, **env):
+        """(process, connection of a client whose answer has begun and never ends)."""
+        def answer(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="a"), done=False))
+            fake.client_left.wait(10)
+
+        with FakeUpstream(answer) as fake, self.running(
+            env={"OPENAI_API_KEY": "sk-secret-1234", "OPENAI_BASE_URL": fake.url, **env}
+        ) as process:
+            lines = self.summary(process)
+            client = Client.__new__(Client)
+            client.port = int(re.search(r":(\d+)$", lines[0]).group(1))
+            with client.sending(request(stream=True)) as sock:
+                assert b"text_delta" in sock.recv(65536)
+                yield process, sock
+            fake.client_left.set()
+
+    def test_https_from_the_command_line_and_connect_to_it(self, bare, tmp_path):
+        path = tmp_path / "localhost.pem"
+        path.write_text(LOCALHOST_PEM)
+        with self.running(bare, "--tls-cert", str(path)) as process:
+            *_, last = self.summary(process)
+            url = re.search(r"connect claude --url (https://127\.0\.0\.1:\d+)$", last).group(1)
+            command = [sys.executable, "-B", str(HERE / "ogx.py"), "connect", "claude",
+                       "--print-env", "--url", url]  # fmt: skip
+            for trust, code, words in ((str(path), 0, f"BASE_URL={url}"), ("", 1, "TLS cert")):
+                environ = {**os.environ, "SSL_CERT_FILE": trust}
+                ran = subprocess.run(command, capture_output=True, text=True, env=environ,
+                                     timeout=20)  # fmt: skip
+                assert ran.returncode == code and words in ran.stdout + ran.stderr
+
+    def test_a_log_in_a_file_of_the_users_alone(self, bare, tmp_path):
+        path = tmp_path / "ogx.log"
+        with self.running(bare, "--log-file", str(path), "--log-level", "debug") as process:
+            self.ask(process, request(model="claude-opus-4"))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0 and process.stderr.read() == ""
+        assert " POST /v1/messages 200 claude-opus-4 -> demo/echo by " in path.read_text()
+        assert "answers have 30 s to finish" in path.read_text()
+        assert os.name == "nt" or path.stat().st_mode & 0o777 == 0o600
+
+    def test_a_log_file_that_cannot_be_opened_is_one_line(self, bare, tmp_path):
+        with self.running(bare, "--log-file", str(tmp_path)) as process:
+            assert process.wait(10) == 1
+            assert process.stderr.read() == f"--log-file {tmp_path}: Is a directory\n"
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+    def test_a_full_disk_never_stops_serving(self, bare):
+        with self.running(bare, "--log-file", "/dev/full") as process:
+            assert self.ask(process, request(model="claude-opus-4")) == 200
+
+    def test_a_home_that_is_read_only_never_stops_serving(self, bare, tmp_path):
+        state = str(tmp_path / "bare.json" / "no" / "folder")
+        with self.running(bare, "--state", state) as process:
+            alias = {"model_id": "mine", "provider_id": "demo", "provider_model_id": "echo"}
+            assert self.ask(process, alias, "/v1/models") == 200
+
+    def test_listening_elsewhere_without_a_token_warns_and_names_the_risk(self, bare):
+        for token in ("", "s3cret-token"):
+            with self.running(bare, "--host", "0.0.0.0", env={"OGX_API_KEY": token}) as process:
+                lines = self.summary(process)
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(10) == 0
+                told = process.stderr.read()
+            risk = "listening on 0.0.0.0: everyone who reaches this port can use your providers'"
+            assert (risk in told) != bool(token) and "s3cret" not in told + "".join(lines)
+
+    def test_no_argument_takes_a_secret(self):
+        commands = ogx.argument_parser()._subparsers._group_actions[0].choices
+        flags = {word for action in commands["run"]._actions for word in action.option_strings}
+        assert {f for f in flags if re.search("key|token|secret|password", f)} == {
+            "--api-key-file", "--tls-key"
+        }  # fmt: skip
+
+    @pytest.mark.parametrize("content", [None, "no certificate"])
+    def test_a_certificate_that_cannot_be_used_is_one_line(self, bare, tmp_path, content):
+        path = tmp_path / "cert.pem"
+        if content:
+            path.write_text(content)
+        with self.running(bare, "--tls-cert", str(path)) as process:
+            assert process.wait(10) == 1
+            told = process.stderr.read()
+        assert told.startswith(f"--tls-cert {path}, --tls-key {path}: ") and told.count("\n") == 1
+
+    def test_after_the_grace_period_a_stream_ends_with_an_error_event_and_exit_code_0(self):
+        with self.streaming(OGX_DRAIN_TIMEOUT="0.1") as (process, sock):
+            process.send_signal(signal.SIGTERM)
+            rest = b"".join(iter(lambda: sock.recv(65536), b""))
+            assert process.wait(10) == 0
+            assert "Traceback" not in process.stderr.read()
+        assert b"event: error\n" in rest and b"ogx.py is stopping" in rest
+        assert rest.endswith(b"0\r\n\r\n") and b"message_stop" not in rest
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_second_signal_ends_at_once(self, number):
+        with self.streaming() as (process, sock):
+            process.send_signal(number)
+            for line in process.stderr:
+                if "stopping; running answers have 30 s" in line:
+                    break
+            process.send_signal(number)
+            assert process.wait(10) == 130
+
     def test_a_closed_stdout_is_no_reason_to_stop(self, bare):
         reader, writer = os.pipe()
         os.close(reader)
@@ -5648,6 +6226,13 @@ class TestCommandLine:
         for wrong in ("x", "-1", "65536", "٣"):
             with pytest.raises(SystemExit):
                 parser.parse_args(["run", "--port", wrong])
+
+    def test_help_shows_every_limit_with_its_default(self, capsys):
+        assert ogx.main(["run", "--help"]) == 0
+        told = capsys.readouterr().out
+        for name, default in dataclasses.asdict(ogx.Limits()).items():
+            assert re.search(rf"^  OGX_{name.upper()} +{default}  \w", told, re.M)
+        assert re.search(r"OGX_CONNECT_TIMEOUT +10 ", told) and "OGX_MAX_BODY" in told
 
     def test_a_wrong_command_shows_the_right_ones(self, capsys):
         assert ogx.main([]) == 2
