@@ -5223,6 +5223,7 @@ class TestServer:
                 assert "OGX_MAX_REQUESTS" in told["error"]["message"]
                 assert headers["retry-after"] == "1"
                 assert idle[0].get("/v1/health")[0] == 200
+                until(lambda: client.server.running == 1)  # they are done and counted out
                 finish.set()
                 assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
                 sock.sendall(self.HEAD + b"content-length: 2\r\n\r\n{}")  # there is room again
