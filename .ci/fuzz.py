@@ -215,7 +215,7 @@ def request_check(chance: random.Random) -> bytes:
                 dialect = ogx.DIALECTS[name]
                 kind, body = outcome(lambda d=dialect, p=provider: written(request, p, d))
                 assert kind == "result" or 400 <= body < 500, name
-        ogx.estimated_tokens(request)
+        assert ogx.prompt_tokens(request)[0] >= 0
     return data
 
 
