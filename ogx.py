@@ -3831,7 +3831,10 @@ class Reply:
     def _connect(self, fresh: bool) -> None:
         self.socket, self._reused = self._upstream.take(self._provider, self._timeout, fresh)
         try:
-            send_all(self.socket, self._request, self._limits.first_byte_timeout, self._watch)
+            send_all(self.socket, self._request, self._limits.idle_timeout, self._watch)
+        except socket.timeout:
+            self.socket.close()
+            raise OgxError(504, f"{self._provider.id} stopped reading the request") from None
         except OSError:
             if self._reused:
                 self.socket.close()
