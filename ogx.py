@@ -280,6 +280,10 @@ class ProviderKind:
     tool_call_extra: tuple[tuple[str, Any], ...] = ()  # fields that each call of the history needs
     max_stop: int = 4
     format_with_tools: bool = True  # takes response_format beside tools; else it is asked in words
+    answer_by: str = "format"  # how a JSON answer is asked for: as "format", "tool" or "words"
+    root_unions: bool = True  # takes anyOf and its like at the root of a tool's schema
+    refused_keywords: tuple[str, ...] = ()  # of JSON schema, in tools
+    max_tools: int = 0  # more are left out; 0: any number
 
     @property
     def switches(self) -> tuple[str, ...]:
@@ -291,6 +295,8 @@ BOTH = ("messages", "chat")
 GAPS = ("document", "search_result", "server_tool")  # of most servers' Messages APIs
 AWS_HOST = r"bedrock-(?:mantle|runtime)\.([a-z0-9-]*)\.[^/]+.*"
 NINE, FORTY = "[a-zA-Z0-9]{9}", ".{1,40}"  # ids of tool calls
+# OpenAI's rules for tools
+STRICT: Json = {"root_unions": False, "max_tools": 128, "tool_ids": FORTY}
 SKIP_SIGNATURE = (("extra_content", {"google": {
     "thought_signature": "skip_thought_signature_validator"}}),)  # fmt: skip
 PROVIDER_KINDS = {kind.name: kind for kind in (
@@ -319,7 +325,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  enabled_by="url", dialects=BOTH, native_gaps=GAPS, top_k=True),
     ProviderKind("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",),
                  responses_hosts=("api.openai.com",), max_tokens_field="max_completion_tokens",
-                 system_anywhere=True, files=True, cache_key=True, tool_ids=FORTY),
+                 system_anywhere=True, files=True, cache_key=True, **STRICT),
     ProviderKind("anthropic", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",),
                  key_header="x-api-key", headers=(("anthropic-version", "2023-06-01"),),
                  list_path="/models?limit=1000", dialects=("messages",), keeps_billing_header=True),
@@ -329,7 +335,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
     ProviderKind("together", "https://api.together.ai/v1", ("TOGETHER_API_KEY",),
                  ("TOGETHER_BASE_URL",), top_k=True),
     ProviderKind("groq", "https://api.groq.com/openai/v1", ("GROQ_API_KEY",), ("GROQ_BASE_URL",),
-                 format_with_tools=False),
+                 format_with_tools=False, max_tools=128),
     # "mantle" serves short ids alone, "runtime" inference profiles (us.*) and versions (*:0).
     ProviderKind("bedrock", "https://bedrock-mantle.${env.AWS_REGION|AWS_DEFAULT_REGION:="
                  "}.api.aws/v1", ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN"),
@@ -350,10 +356,12 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  responses_hosts=(".openai.azure.com", ".cognitiveservices.azure.com",
                                   ".services.ai.azure.com"),
                  max_tokens_field="max_completion_tokens", system_anywhere=True, files=True,
-                 cache_key=True, tool_ids=FORTY),
+                 cache_key=True, **STRICT),
     ProviderKind("gemini", "https://generativelanguage.googleapis.com/v1beta/openai",
                  ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GEMINI_ACCESS_TOKEN"),
-                 tool_call_extra=SKIP_SIGNATURE),
+                 tool_call_extra=SKIP_SIGNATURE, root_unions=False, refused_keywords=(
+                     "$schema", "propertyNames", "exclusiveMinimum", "exclusiveMaximum",
+                     "patternProperties", "format")),
     ProviderKind("mistral", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",), tool_ids=NINE,
                  named_tool_choice=False, user_after_tool=False),
     ProviderKind("deepseek", "https://api.deepseek.com", ("DEEPSEEK_API_KEY",), default_path="",
@@ -461,6 +469,7 @@ class Config:
     retry_seconds: float = 5.0  # of waiting between them in all
     limits: Limits = Limits()
     host_names: tuple[str, ...] = ()  # that clients may call the server by, in lower case
+    show_thinking: bool = True  # where a client asks to omit it, as Claude Code does, too
 
 
 def starter_config() -> Json:
@@ -492,7 +501,8 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
     root = Node(expanded(tree, environ, source), source)
     root.only("version", "distro_name", "providers", "registered_resources", "server")
     server = root.child("server")
-    own = ("host", "port", "discover_local", "retries", "retry_seconds", "host_names")
+    own = ("host", "port", "discover_local", "retries", "retry_seconds", "host_names",
+           "show_thinking")  # fmt: skip
     server.only(*own, *asdict(Limits()))
     entries = root.child("providers").items("inference")
     providers = [p for p in (provider_from_node(entry) for entry in entries) if p]
@@ -513,7 +523,8 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
         {tier: model for tier, model in tiers.items() if model},
         server.flag("discover_local", True), int(server.number("retries", 3)),
         server.number("retry_seconds", 5.0), limits,
-        tuple(server.text("host_names", "").lower().replace(",", " ").split()))  # fmt: skip
+        tuple(server.text("host_names", "").lower().replace(",", " ").split()),
+        server.flag("show_thinking", True))  # fmt: skip
 
 
 def expanded(node: Any, environ: Mapping[str, str], where: str) -> Any:
@@ -908,15 +919,22 @@ def tier_of(model_id: str) -> str | None:
 # history becomes turns that every provider accepts, odd blocks become text. Pure.
 
 ROLES = ("user", "assistant", "system")
-# Block types of Anthropic's OpenAPI (messages and its betas, November 2026). The text of a block
-# that no chat format has is made by block_text().
+# Block types of Anthropic's OpenAPI and of its SDK 2.12 (messages and their betas, November 2026).
+# The text of a block that no chat format has is made by block_text().
 BLOCK_TYPES = frozenset((
     "text", "image", "document", "search_result", "thinking", "redacted_thinking", "tool_use",
     "tool_result", "tool_reference", "tool_addition", "tool_removal", "server_tool_use",
     "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
     "bash_code_execution_tool_result", "text_editor_code_execution_tool_result",
     "tool_search_tool_result", "advisor_tool_result", "mcp_tool_use", "mcp_tool_result",
-    "container_upload", "compaction"))  # fmt: skip
+    "mcp_tool_listing", "container_upload", "compaction", "fallback"))  # fmt: skip
+UNSEEN_BLOCKS = ("thinking", "redacted_thinking", "mcp_tool_listing", "fallback")
+SIGNATURE_MARK = '{"ogx":'  # begins the signatures that we made: JSON with what goes back upstream
+MEDIA_TYPES = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"),
+               "document": ("application/pdf",)}  # fmt: skip
+MAX_IMAGE = 5 * 1024 * 1024  # characters of base64, as at Anthropic
+ANSWER_NOTE = "Your last answer must be JSON alone, valid against this JSON schema: "
+ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_format is taken
 BLOCK_FIELDS: dict[str, dict[str, type]] = {  # what translation relies on
     "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict},
     "thinking": {"thinking": str}, "tool_use": {"id": str, "name": str, "input": dict},
@@ -934,6 +952,7 @@ PLACEHOLDER = "DeferredToolPlaceholder"  # Claude Code's; stands for tools that 
 BILLING_HEADER = "x-anthropic-billing-header:"  # varies per prompt and would spoil prefix caches
 NO_RESULT = "[No result: the tool call was interrupted before it answered.]"
 TOOL_ERROR = "[The tool reported an error]\n"
+GO_ON = "[Go on from the very end of your last message, and repeat nothing of it.]"
 
 
 def check_request(body: Any, counting: bool = False) -> None:
@@ -965,10 +984,13 @@ def check_message(message: Any, where: str) -> None:
     if message.get("role") not in ROLES:
         role = json.dumps(message.get("role"))[:80]
         raise OgxError(400, f"{where}.role: expected one of {', '.join(ROLES)}, got {role}")
+    if message["role"] == "system":  # may hold nothing but an output_config
+        message.setdefault("content", [])
     if "content" not in message:
         raise OgxError(400, f"{where}.content: field required")
     if not isinstance(message["content"], str):
         check_blocks(message["content"], f"{where}.content")
+    expect(message, "output_config", dict, where=f"{where}.")
 
 
 def check_blocks(blocks: Any, where: str) -> None:
@@ -1086,6 +1108,21 @@ def refuse_untranslatable(body: Json) -> None:
             if block["type"] not in BLOCK_TYPES:
                 where, shown = f"messages.{index}.content.{place}", json.dumps(block["type"])[:80]
                 raise OgxError(400, f"{where}.type: {shown} is not a known type of content block")
+            refuse_media(block, f"messages.{index}.content.{place}")
+
+
+def refuse_media(block: Json, where: str) -> None:
+    """Refuse, in Anthropic's words, which clients look for, media that Anthropic doesn't take."""
+    kind, source = block["type"], block.get("source") or {}
+    for place, inner in enumerate(blocks_of(block.get("content")) if kind == "tool_result" else ()):
+        refuse_media(inner, f"{where}.content.{place}")
+    if kind not in MEDIA_TYPES or source["type"] != "base64":
+        return
+    here, size = f"{where}.{kind}.source.base64", len(source["data"])
+    if source["media_type"] not in MEDIA_TYPES[kind]:
+        raise OgxError(400, f"{here}.media_type: expected one of {', '.join(MEDIA_TYPES[kind])}")
+    if kind == "image" and size > MAX_IMAGE:
+        raise OgxError(400, f"{here}: image exceeds 5 MB maximum: {size} bytes > {MAX_IMAGE} bytes")
 
 
 def registered_alias(body: Any, registry: Registry) -> Alias:
@@ -1129,6 +1166,10 @@ def system_text(request: Json) -> str:
     return "\n\n".join(t for t in texts if not t.startswith(BILLING_HEADER))
 
 
+def text_part(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
 @dataclass
 class Turn:
     """A step of the repaired history. `results` holds tool_result blocks, one for each tool_use
@@ -1141,9 +1182,9 @@ class Turn:
 def turns_from_messages(messages: Sequence[Json], system_anywhere: bool = True) -> list[Turn]:
     """The history as turns in which every tool call is answered directly after it.
     Results that come late (behind a system message, say) move up, missing ones are made up in
-    words, results without a call become text; consecutive messages of one role are merged. Where
-    templates refuse system messages in their place, they stay there as marked text of the user,
-    since moving them would spoil prefix caches."""
+    words, results without a call become text; consecutive messages of one role are merged, the last
+    is never the assistant's. Where templates refuse system messages in their place, they stay there
+    as marked text of the user, since moving them would spoil prefix caches."""
     turns: list[Turn] = []
     rest: list[Turn] = []  # what came after the last assistant turn
     results: dict[str, Json] = {}
@@ -1155,15 +1196,18 @@ def turns_from_messages(messages: Sequence[Json], system_anywhere: bool = True) 
             missing = {"type": "tool_result", "content": NO_RESULT}
             answered = [results.pop(i, {**missing, "tool_use_id": i}) for i in ids]
             turns.append(Turn("results", answered))
-        orphans = [{"type": "text", "text": block_text(b)} for b in results.values()]
+        orphans = [inner for result in results.values() for inner in loose_result(result)]
         for turn in (Turn("user", orphans), *rest):
             marked = turn.role == "system" and not system_anywhere
             add_turn(turns, Turn("user", [reminder_part(turn.blocks)]) if marked else turn)
         rest.clear()
         results.clear()
 
-    for message in messages:
+    last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    for index, message in enumerate(messages):
         blocks = blocks_of(message["content"])
+        if message.get("clear_at") == "next_user_message" and index < last_user:
+            continue
         if message["role"] == "assistant":
             if rest or results:
                 flush()
@@ -1172,20 +1216,26 @@ def turns_from_messages(messages: Sequence[Json], system_anywhere: bool = True) 
         for block in blocks:
             if block["type"] == "tool_result" and block["tool_use_id"] not in results:
                 results[block["tool_use_id"]] = block
-            else:
-                add_turn(rest, Turn(message["role"], [block]))
+            elif block["type"] not in UNSEEN_BLOCKS:
+                loose = loose_result(block) if block["type"] == "tool_result" else [block]
+                add_turn(rest, Turn(message["role"], loose))
     flush()
+    if turns and turns[-1].role == "assistant" and any(map(block_text, turns[-1].blocks)):
+        turns.append(Turn("user", [text_part(GO_ON)]))
     return turns
-
-
-def text_part(text: str) -> Json:
-    return {"type": "text", "text": text}
 
 
 def reminder_part(blocks: Sequence[Json]) -> Json:
     """A system message as text that the model knows not to be the user's."""
     text = "\n\n".join(map(block_text, blocks))
     return text_part(f"<system-reminder>\n{text}\n</system-reminder>")
+
+
+def loose_result(block: Json) -> list[Json]:
+    """A tool result that answers no call as blocks of any message."""
+    words = f"[Result of tool call {block['tool_use_id']}]\n"
+    words += TOOL_ERROR if block.get("is_error") else ""
+    return [text_part(words.strip()), *blocks_of(block.get("content"))]
 
 
 def add_turn(turns: list[Turn], turn: Turn) -> None:
@@ -1203,22 +1253,80 @@ def block_text(block: Json) -> str:
     kind = block["type"]
     if kind == "text":
         return str(block["text"])
-    if kind in ("thinking", "redacted_thinking"):
+    if kind in UNSEEN_BLOCKS:
         return ""
     if kind == "tool_result":
-        text = "\n".join(filter(None, map(block_text, blocks_of(block.get("content")))))
-        return f"[Result of tool call {block['tool_use_id']}]\n{text}"
+        return "\n".join(filter(None, map(block_text, loose_result(block))))
     if kind == "document":
         return document_text(block)
     if kind == "image":
         return f"[An image was here: {source_words(block['source'])}]"
-    if kind == "tool_reference":
-        return f"[The tool {block.get('tool_name')} is now available.]"
+    if kind in ("tool_reference", "tool_addition", "tool_removal"):
+        tool = dict_or_empty(block.get("tool"))
+        name = block.get("tool_name") or tool.get("name") or json.dumps(tool.get("definition"))
+        told = {"tool_removal": "no longer"}.get(kind, "not" if "definition" in tool else "now")
+        return f"[The tool {name} is {told} available.]"
+    if kind == "compaction":
+        return str(block.get("content") or "[The summary of what was said is missing.]")
     if kind == "search_result":
         text = "\n".join(map(block_text, blocks_of(block.get("content"))))
         return f"[Search result: {block.get('title')} <{block.get('source')}>]\n{text}"
     content = {k: v for k, v in block.items() if k not in ("type", "cache_control", "id")}
+    content = without_keyword(content, "encrypted_content")  # which only Anthropic can read
     return f"[{kind}] {json.dumps(content, ensure_ascii=False)}"
+
+
+def without_keyword(tree: Any, keyword: str) -> Any:
+    """JSON without a field or, in a schema, a keyword, wherever it stands as one."""
+    if isinstance(tree, list):
+        return [without_keyword(item, keyword) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {
+        name: {k: without_keyword(v, keyword) for k, v in value.items()}
+        if name == "properties" and isinstance(value, dict) else without_keyword(value, keyword)
+        for name, value in tree.items() if name != keyword}  # fmt: skip
+
+
+def signature_of(dialect: str, owner: str, kept: Json) -> str:
+    """What an upstream needs back with the next request, as the signature of a thinking block:
+    the client returns it, so that nothing is kept here. `owner` is who can read it."""
+    return json.dumps({"ogx": dialect, "by": owner, **kept}, separators=(",", ":"))
+
+
+def kept_in(block: Json, dialect: str, owner: str) -> Json:
+    """What signature_of() put into a block for this dialect and owner; {} for any other block."""
+    signature = block.get("signature") or block.get("data")
+    if not isinstance(signature, str) or not signature.startswith(SIGNATURE_MARK):
+        return {}
+    kept = dict_or_empty(json_or_none(signature))
+    return kept if (kept.get("ogx"), kept.get("by")) == (dialect, owner) else {}
+
+
+def answer_way(request: Json, kind: ProviderKind) -> tuple[str, Json]:
+    """How an answer by a schema is asked for, and the schema: by response "format", by a "tool"
+    that must be called, or in "words"; "" where none is asked for."""
+    schema: Json | None = ((request.get("output_config") or {}).get("format") or {}).get("schema")
+    if schema is None:
+        return "", {}
+    beside = any(map(is_client_tool, request.get("tools") or ()))
+    if kind.answer_by == "format" and (kind.format_with_tools or not beside):
+        return "format", schema
+    is_object = schema.get("type") in (None, "object")  # as the input of a tool must be
+    return ("words" if beside or not is_object or kind.answer_by != "tool" else "tool"), schema
+
+
+def json_answer(text: str, schema: Json) -> str:
+    """The JSON in a model's words that fits a schema's top level; "" where there is none."""
+    kind, needed = schema.get("type"), schema.get("required")
+    fitting = {"object": dict, "array": list}.get(str(kind), object)
+    for part in (text.strip(), re.sub(r"(?s)^[^\[{]*|[^\]}]*$", "", text)):
+        value: Any = json_or_none(part)
+        names = needed if isinstance(value, dict) and isinstance(needed, list) else ()
+        whole = value is not None and all(str(name) in value for name in names)
+        if whole and isinstance(value, fitting):
+            return part
+    return ""
 
 
 def document_text(block: Json) -> str:
@@ -1361,11 +1469,12 @@ class Block:
     """A block that is open or waits: `pending` isn't written yet, `text` is all it holds."""
 
     key: Any  # what fragments of it are recognised by
-    kind: str  # text, thinking or tool_use
+    kind: str  # text, thinking, tool_use or whole
     id: str = ""
     name: str = ""
     pending: str = ""
     text: str = ""
+    content: Json | None = None  # of a block that needs no deltas
 
     def may_close(self) -> bool:
         """Whether another block may begin: a tool call only when its input is whole."""
@@ -1381,8 +1490,9 @@ class MessageWriter:
     Grammar: message_start; then per block start, deltas, stop, with indices from 0 and never two
     open at once; message_delta, message_stop."""
 
-    def __init__(self, message: Json, used_ids: Iterable[str] = (),
-                 stops: Sequence[str] = ()) -> None:  # fmt: skip
+    def __init__(self, message: Json, used_ids: Iterable[str] = (), stops: Sequence[str] = (),
+                 hides_thinking: bool = False) -> None:  # fmt: skip
+        self._hides_thinking = hides_thinking
         self._stops = stops  # sequences that end the text, for upstreams that don't look for them
         self._tail = ""  # of the text, held while it may be the beginning of one
         self.stopped: str | None = None  # the one that was found
@@ -1434,19 +1544,17 @@ class MessageWriter:
         return text[: len(text) - held]
 
     def signature(self, signature: str) -> None:
-        """Sign the thinking that is open, or stand for thinking that isn't shown."""
+        """Sign and end the thinking that is open, or stand for thinking that isn't shown."""
         if self._open and self._open.kind == "thinking":
             self._delta("signature_delta", "signature", signature)
+            self._close()
         else:
             self.whole({"type": "redacted_thinking", "data": signature})
 
     def whole(self, content: Json) -> None:
-        """A block that needs no deltas, where it may stand between others."""
-        self.start()
-        self._close()
-        self._index += 1
-        start = {"type": "content_block_start", "index": self._index, "content_block": content}
-        self.events += [start, {"type": "content_block_stop", "index": self._index}]
+        """A block that needs no deltas, as soon as it may stand after what came before it."""
+        self._waiting.append(Block(object(), "whole", content=content))
+        self._advance()
 
     def citation(self, citation: Json) -> None:
         """A source of the text that is open."""
@@ -1454,7 +1562,7 @@ class MessageWriter:
             self._delta("citations_delta", "citation", citation)
 
     def thinking(self, text: str) -> None:
-        if text:
+        if text and not self._hides_thinking:
             self._fragment("thinking", "thinking", text)
 
     def tool(self, key: Any, call_id: str, name: str, fragment: str) -> None:
@@ -1464,7 +1572,7 @@ class MessageWriter:
 
     def finish(self, stop_reason: str, stop_sequence: str | None, usage: Usage) -> None:
         """Write what waits, close, and end the message. A stop is `tool_use` whenever a call was
-        written, and `max_tokens` when a call's input broke off."""
+        written, and only then, and `max_tokens` when a call's input broke off."""
         self.start()
         self.end_text()
         self._close()
@@ -1478,6 +1586,8 @@ class MessageWriter:
             stop_reason = "max_tokens"
         elif self.tools and stop_reason in ("end_turn", "stop_sequence"):
             stop_reason = "tool_use"
+        elif not self.tools and stop_reason == "tool_use":
+            stop_reason = "end_turn"
         delta = {"stop_reason": stop_reason, "stop_sequence": stop_sequence, "stop_details": None,
                  "container": None}  # fmt: skip
         self.events.append({"type": "message_delta", "delta": delta, "usage": usage.as_json()})
@@ -1521,7 +1631,9 @@ class MessageWriter:
         self._open = block
         self._index += 1
         content: Json
-        if block.kind == "tool_use":
+        if block.content is not None:
+            content = block.content
+        elif block.kind == "tool_use":
             self.tools += 1
             content = {"type": "tool_use", "id": self._fresh_id(block.id), "name": block.name,
                        "input": {}, "caller": {"type": "direct"}}  # fmt: skip
@@ -1659,6 +1771,7 @@ class SseReader:
 REASONS = re.compile(
     r"(^|[/:_-])(o[134](-|$)|gpt-(5|6|oss)|deepseek-(r|v4|reasoner)|qwq|magistral)|"
     r"thinking|reasoner|qwen3(?!.*(instruct|coder))", re.I)  # fmt: skip
+ROOT_UNIONS = ("anyOf", "oneOf", "allOf", "enum", "not")
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # OpenAI's rule; Anthropic allows 128 characters
 STOP_REASONS = {  # finish_reason -> stop_reason
     "stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use",
@@ -1667,8 +1780,13 @@ STOP_REASONS = {  # finish_reason -> stop_reason
 
 def chat_request(request: Json, model: Model) -> Json:
     """The chat completion request for a checked Messages request."""
-    kind, names = model.provider.kind, ToolNames(request)
-    body: Json = {"model": model.upstream_id, "messages": chat_messages(request, kind, names)}
+    kind = model.provider.kind
+    way, schema = answer_way(request, kind)
+    if way == "tool":
+        request = {**request, "tool_choice": {"type": "tool", "name": ANSWER_TOOL}, "tools": [
+            {"name": ANSWER_TOOL, "description": "Give your answer.", "input_schema": schema}]}
+    names = ToolNames(request)
+    body: Json = {"model": model.upstream_id, "messages": chat_messages(request, model, names)}
     limit = request["max_tokens"]
     body[kind.max_tokens_field] = min(limit, model.max_output) if model.max_output else limit
     body.update(tool_fields(request, names, kind))
@@ -1681,9 +1799,8 @@ def chat_request(request: Json, model: Model) -> Json:
     effort = reasoning_effort(request) if REASONS.search(model.upstream_id) else None
     if effort:
         body["reasoning_effort"] = effort
-    output_format = (request.get("output_config") or {}).get("format")
-    if output_format and (kind.format_with_tools or "tools" not in body):
-        body["response_format"] = response_format(output_format["schema"])
+    if way == "format":
+        body["response_format"] = response_format(schema)
     if request.get("stream") or (kind.stream_above and limit > kind.stream_above):
         body["stream"] = True
         body["stream_options"] = {"include_usage": True}
@@ -1706,17 +1823,27 @@ class ToolNames:
         return f"{re.sub('[^a-zA-Z0-9_-]', '_', name)[:55]}_{digest}"
 
     def back(self, name: str) -> str:
-        return self._originals.get(name, name)
+        """The client's name. What chat templates leave around it (`functions.Bash`,
+        `Bash<|channel|>commentary`, `<tool_call>Bash`) is no part of it."""
+        if name in self._originals:
+            return self._originals[name]
+        words = re.findall(r"[\w.-]+", re.sub(r"<[^<>]*>", " ", name))
+        parts = (part for word in words for part in (word, word.split(".")[-1]))
+        known = (self._originals[part] for part in parts if part in self._originals)
+        return next(known, "".join(words[:1]) if "<" in name else name)
 
 
-def chat_messages(request: Json, kind: ProviderKind, names: ToolNames) -> list[Json]:
+def chat_messages(request: Json, model: Model, names: ToolNames) -> list[Json]:
     """The system prompt and the history as chat messages that strict providers accept."""
-    notes = (system_text(request), unserved_tools_note(request), format_note(request, kind))
+    kind = model.provider.kind
+    way, schema = answer_way(request, kind)
+    note = ANSWER_NOTE + json.dumps(schema) if way == "words" else ""
+    notes = (system_text(request), unserved_tools_note(request, kind), note)
     head = "\n\n".join(filter(None, notes))
     messages: list[Json] = [{"role": "system", "content": head}] if head else []
     for turn in turns_from_messages(request["messages"], kind.system_anywhere):
         if turn.role == "assistant":
-            messages.append(assistant_message(turn.blocks, kind, names))
+            messages.append(assistant_message(turn.blocks, model, names))
         elif turn.role == "results":
             messages.extend(tool_messages(turn.blocks, kind))
         elif turn.role == "system":
@@ -1729,38 +1856,43 @@ def chat_messages(request: Json, kind: ProviderKind, names: ToolNames) -> list[J
     return messages if kind.user_after_tool else without_user_after_tool(messages)
 
 
-def format_note(request: Json, kind: ProviderKind) -> str:
-    """The schema of the answer in words, where it can't be sent beside tools."""
-    output_format = (request.get("output_config") or {}).get("format")
-    if not output_format or kind.format_with_tools or not request.get("tools"):
-        return ""
-    schema = json.dumps(output_format["schema"])
-    return f"Your last answer must be JSON alone, valid against this JSON schema: {schema}"
+def sent_tools(request: Json, kind: ProviderKind) -> list[Json]:
+    """The tools that the client runs, as many as the upstream takes."""
+    tools = [tool for tool in request.get("tools") or () if is_client_tool(tool)]
+    return tools[: kind.max_tools or None]
 
 
-def unserved_tools_note(request: Json, served: str = "") -> str:
-    """Words for the model about tools that only Anthropic's servers run (web search, say);
-    `served` is how the types of those begin that the upstream has as well."""
-    tools = [t for t in request.get("tools") or () if not served or
-             not str(t.get("type")).startswith(served)]  # fmt: skip
-    names = [t.get("name") or t["type"] for t in tools if not is_client_tool(t)]
-    names = [name for name in names if name != PLACEHOLDER]
+def unserved_tools_note(request: Json, kind: ProviderKind, served: str = "") -> str:
+    """Words for the model about tools that only Anthropic's servers run (web search, say) or that
+    are too many; `served` is how the types of those begin that the upstream has as well."""
+    known = {PLACEHOLDER, *(tool["name"] for tool in sent_tools(request, kind))}
+    names = [t.get("name") or t["type"] for t in request.get("tools") or ()
+             if not served or not str(t.get("type")).startswith(served)]  # fmt: skip
+    names = [name for name in names if name not in known]
     if not names:
         return ""
     return f"These tools are not available through this gateway: {', '.join(names)}. " \
            "If one of them is needed, tell the user so plainly."  # fmt: skip
 
 
-def assistant_message(blocks: Sequence[Json], kind: ProviderKind, names: ToolNames) -> Json:
+def assistant_message(blocks: Sequence[Json], model: Model, names: ToolNames) -> Json:
     """An assistant turn: its texts, its tool calls, and its reasoning where that is due."""
+    kind, extra = model.provider.kind, dict(model.provider.kind.tool_call_extra)
     text = "\n\n".join(filter(None, (block_text(b) for b in blocks if b["type"] != "tool_use")))
     message: Json = {"role": "assistant", "content": text}
-    calls = [
-        {"id": tool_call_id(b["id"], kind), "type": "function",
-         "function": {"name": names.there(b["name"]),
-                      "arguments": json.dumps(b["input"], ensure_ascii=False)},
-         **dict(kind.tool_call_extra)}
-        for b in blocks if b["type"] == "tool_use"]  # fmt: skip
+    calls: list[Json] = []
+    for block in blocks:
+        if block["type"] == "tool_use":
+            arguments = json.dumps(block["input"], ensure_ascii=False)
+            function = {"name": names.there(block["name"]), "arguments": arguments}
+            calls.append({"id": tool_call_id(block["id"], kind), "type": "function",
+                          "function": function, **extra})  # fmt: skip
+            extra = {}  # of parallel calls the first is signed
+        elif kind.own_reasoning:
+            kept = kept_in(block, "chat", model.served)
+            extra = {k: kept[k] for k in ("extra_content",) if k in kept} or extra
+            if isinstance(kept.get("reasoning_details"), list):
+                message.setdefault("reasoning_details", []).extend(kept["reasoning_details"])
     if calls:
         message["tool_calls"] = calls
         message["content"] = text or None
@@ -1824,8 +1956,7 @@ def merged_user_messages(messages: Sequence[Json]) -> list[Json]:
     """The messages with neighbouring user messages in one, as strict templates demand."""
     merged: list[Json] = []
     for message in messages:
-        empty = not message["content"] and not message.get("tool_calls")
-        if message["role"] == "assistant" and empty:  # it held thinking alone
+        if not message["content"] and not message.get("tool_calls"):  # it held thinking alone
             continue
         if merged and message["role"] == "user" == merged[-1]["role"]:
             merged[-1] = {"role": "user", "content": merged[-1]["content"] + message["content"]}
@@ -1860,7 +1991,7 @@ def with_plain_content(message: Json) -> Json:
 
 def tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
     """`tools`, `tool_choice` and `parallel_tool_calls`, each only where there is a tool."""
-    tools = [chat_tool(t, names) for t in request.get("tools") or () if is_client_tool(t)]
+    tools = [chat_tool(tool, names, kind) for tool in sent_tools(request, kind)]
     if not tools:
         return {}
     fields: Json = {"tools": tools}
@@ -1881,15 +2012,39 @@ def tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
     return fields
 
 
-def chat_tool(tool: Json, names: ToolNames) -> Json:
-    """A tool as a function; its schema's root is always an object with properties."""
+def chat_tool(tool: Json, names: ToolNames, kind: ProviderKind) -> Json:
+    """A tool as a function; its schema's root is always an object with properties. What its
+    constraints lose on the way stands in the description."""
     schema = {k: v for k, v in (tool.get("input_schema") or {}).items() if k != "$schema"}
     function: Json = {"name": names.there(tool["name"])}
-    if tool.get("description"):
-        function["description"] = tool["description"]
+    words = tool.get("description") or ""
+    lost = {} if kind.root_unions else {k: schema[k] for k in ROOT_UNIONS if k in schema}
+    if lost:
+        schema = without_unions(schema)
+        words += f"\n\nThe input must be valid against this JSON schema, too: {json.dumps(lost)}"
+    for keyword in kind.refused_keywords:
+        schema = without_keyword(schema, keyword)
+    if words:
+        function["description"] = words
     function["parameters"] = {**schema, "type": "object",
                               "properties": schema.get("properties") or {}}  # fmt: skip
     return {"type": "function", "function": function}
+
+
+def without_unions(schema: Json) -> Json:
+    """An object's schema without anyOf and its like at the root: it has the properties of all
+    branches, and allows all that they do."""
+    defs = {**dict_or_empty(schema.get("definitions")), **dict_or_empty(schema.get("$defs"))}
+    properties = dict(dict_or_empty(schema.get("properties")))
+    unions = (schema.get(name) for name in ROOT_UNIONS)
+    for branch in (b for union in unions if isinstance(union, list) for b in union):
+        named = defs.get(str(dict_or_empty(branch).get("$ref")).rpartition("/")[2], branch)
+        inner = dict_or_empty(dict_or_empty(named).get("properties"))
+        for name in inner:
+            known = properties.get(name, inner[name])
+            properties[name] = known if known == inner[name] else {"anyOf": [known, inner[name]]}
+    gone = (*ROOT_UNIONS, "additionalProperties")
+    return {**{k: v for k, v in schema.items() if k not in gone}, "properties": properties}
 
 
 def conversation_key(request: Json) -> str:
@@ -1903,13 +2058,18 @@ def conversation_key(request: Json) -> str:
 
 
 def reasoning_effort(request: Json) -> str | None:
-    """OpenAI's effort: `output_config.effort`, else by the thinking budget; None leaves the
-    model's default. What a model doesn't take is learned from its refusal."""
-    effort = (request.get("output_config") or {}).get("effort")
+    """OpenAI's effort: "none" where thinking is disabled, else the last `output_config.effort`
+    (system messages may hold one), else by the thinking budget; None leaves the model's default.
+    What a model doesn't take is learned from its refusal."""
     thinking = request.get("thinking") or {}
+    systems = (m for m in request["messages"] if m["role"] == "system")
+    configs = [m.get("output_config") or {} for m in (request, *systems)]
+    efforts = [c["effort"] for c in configs if c.get("effort") in EFFORTS]
     budget = thinking.get("budget_tokens")
-    if effort or thinking.get("type") != "enabled" or not isinstance(budget, int):
-        return effort or None
+    if thinking.get("type") == "disabled":
+        return "none"
+    if efforts or thinking.get("type") != "enabled" or not isinstance(budget, int):
+        return efforts[-1] if efforts else None
     return "low" if budget <= 2048 else "medium" if budget <= 8192 else "high"
 
 
@@ -1925,12 +2085,10 @@ def is_strict(schema: Any) -> bool:
         return all(map(is_strict, schema))
     if not isinstance(schema, dict):
         return True
-    properties = schema.get("properties")
-    if schema.get("type") == "object" or isinstance(properties, dict):
-        closed = schema.get("additionalProperties") is False
-        required = schema.get("required") or []
-        whole = isinstance(required, list) and all(name in required for name in properties or ())
-        if not closed or not whole:
+    properties, required = schema.get("properties") or {}, schema.get("required") or []
+    closed = schema.get("additionalProperties") is False and isinstance(required, list)
+    if schema.get("type") == "object" or (properties and isinstance(properties, dict)):
+        if not closed or not all(name in required for name in properties):
             return False
     return all(map(is_strict, schema.values()))
 
@@ -1940,11 +2098,11 @@ class Translator:
 
     NO_SHAPE = "sent a chunk of unknown shape:"
 
-    def __init__(self, writer: MessageWriter, request: Json, origin: str) -> None:
+    def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
         self.writer = writer
         self.usage: Usage | None = None
         self.done = False
-        self._origin = origin
+        self._model, self._origin = model, model.origin
         self._names = ToolNames(request)
         self._stop_reason = ""
         self._stop_sequence: str | None = None
@@ -1988,12 +2146,17 @@ class Translator:
 class ChatTranslator(Translator):
     """Chunks of one completion to the events of one message."""
 
-    def __init__(self, writer: MessageWriter, request: Json, origin: str) -> None:
-        super().__init__(writer, request, origin)
+    def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
+        super().__init__(writer, request, model)
         self._stops = request.get("stop_sequences") or ()
         self._calls: list[ToolCall] = []
         self._thoughts = ThoughtSplitter()
+        self._details: dict[Any, Json] = {}  # reasoning that goes back as it came
         self._notice = search_notice(request)
+        way, self._schema = answer_way(request, model.provider.kind)
+        self._holds = way in ("tool", "words")  # the text, since what isn't JSON is no part of it
+        self._held: list[str] = []
+        self._text = self._held.append if self._holds else writer.text
         self._usual = UsualChunk()
         self._learns = bool(request.get("stream")) and not self._stops
 
@@ -2004,7 +2167,7 @@ class ChatTranslator(Translator):
             return
         count = len(self.writer.events)
         super().feed(data)
-        if self._learns and len(self.writer.events) == count + 1:
+        if self._learns and not self._details and len(self.writer.events) == count + 1:
             self._learns = self._usual.learn(data, self.writer.events[-1], self._thoughts.kind)
 
     def _read(self, chunk: Json, data: bytes) -> None:
@@ -2020,23 +2183,41 @@ class ChatTranslator(Translator):
             self.end()
 
     def end(self) -> None:
-        if self._stop_reason:
+        if self._stop_reason and not self.done:
             self._write(self._thoughts.end())
+            self._sign()
             named = self._stop_sequence is not None
             self._stop_reason = "stop_sequence" if named else self._stop_reason
+            if self._holds:
+                self._write_answer()
         super().end()
+
+    def _write_answer(self) -> None:
+        """The JSON in the model's answer, and nothing else. An answer that is complete and has none
+        of the right shape is an error: the client could not tell it from one that has."""
+        calls = (call.arguments for call in self._calls if call.name == ANSWER_TOOL)
+        text = next(calls, "".join(self._held))
+        found = json_answer(text, self._schema)
+        complete = self._stop_reason in ("end_turn", "tool_use") and not self._refused
+        if complete and not found and not self.writer.tools:
+            words = f"answered with no JSON of the shape that was asked for but: {one_line(text)}"
+            raise OgxError(502, f"{self._origin} {words}")
+        self.writer.text(found or text)
+
+    def _sign(self) -> None:
+        if self._details:
+            kept = {"reasoning_details": list(self._details.values())}
+            self.writer.signature(signature_of("chat", self._model.served, kept))
+            self._details = {}
 
     def _error(self, data: bytes) -> OgxError:
         """An error inside a stream; its `code` may be the status it would have had."""
         refusal = refusal_from_body(500, data)
         status = dict_or_empty(json.loads(data).get("error")).get("status_code")  # as Groq tells it
-        if isinstance(status, int) and 400 <= status <= 599:
-            refusal = replace(refusal, status=status)
-        elif refusal.code.isdigit() and 400 <= int(refusal.code) <= 599:
-            refusal = replace(refusal, status=int(refusal.code))
-        elif re.search("rate_limit|throttl", refusal.code, re.I):
-            refusal = replace(refusal, status=429)
-        return upstream_error(refusal, self._origin, {})
+        limit = "429" if re.search("rate_limit|throttl", refusal.code, re.I) else "500"
+        told = (str(status), refusal.code, limit)
+        status = next(int(code) for code in told if re.fullmatch("[45][0-9][0-9]", code))
+        return upstream_error(replace(refusal, status=status), self._origin, {})
 
     def _read_choice(self, choice: Json) -> None:
         self.writer.text(self._notice)
@@ -2045,6 +2226,8 @@ class ChatTranslator(Translator):
         reasoning = delta.get("reasoning_content") or delta.get("reasoning")
         if isinstance(reasoning, str):
             self.writer.thinking(reasoning)
+        if delta.get("reasoning_details"):
+            self._read_details(delta["reasoning_details"], bool(reasoning))
         content = delta.get("content")
         if content:
             self._read_content(content)
@@ -2059,8 +2242,19 @@ class ChatTranslator(Translator):
         if choice.get("stop_reason") in self._stops:
             self._stop_sequence = choice["stop_reason"]
 
+    def _read_details(self, details: Sequence[Json], shown: bool) -> None:
+        """OpenRouter's reasoning, which goes back whole: pieces of one index are joined."""
+        for detail in details:
+            self.writer.thinking("" if shown else detail.get("text") or detail.get("summary") or "")
+            key = (detail.get("index", len(self._details)), detail.get("type"))
+            whole = self._details.setdefault(key, {})
+            for name in (name for name in detail if detail[name] is not None):
+                joined = name in ("text", "summary")
+                whole[name] = whole.get(name, "") + detail[name] if joined else detail[name]
+
     def _read_content(self, content: Any) -> None:
         """Text, or Mistral's list of parts, whose thinking parts hold texts of their own."""
+        self._sign()
         if isinstance(content, str):
             self._write(self._thoughts.feed(content))
             return
@@ -2069,13 +2263,14 @@ class ChatTranslator(Translator):
                 thoughts = part.get("thinking") or ()
                 self.writer.thinking("".join(t.get("text", "") for t in thoughts))
             elif isinstance(part.get("text"), str):
-                self.writer.text(part["text"])
+                self._text(part["text"])
 
     def _write(self, pieces: Iterable[tuple[str, str]]) -> None:
         for kind, text in pieces:
-            (self.writer.thinking if kind == "thinking" else self.writer.text)(text)
+            (self.writer.thinking if kind == "thinking" else self._text)(text)
 
     def _read_call(self, fragment: Json) -> None:
+        self._sign()
         self._write((kind, text) for kind, text in self._thoughts.end() if text.strip())
         function = fragment.get("function") or {}
         call_id, name = str(fragment.get("id") or ""), function.get("name") or ""
@@ -2084,8 +2279,14 @@ class ChatTranslator(Translator):
             arguments = json.dumps(arguments)
         call = self._call_of(fragment.get("index"), call_id, name)
         call.id, call.name = call.id or call_id, call.name or name
+        if call.arguments and arguments.startswith(call.arguments):  # all of them so far, once more
+            arguments = arguments[len(call.arguments) :]
         call.arguments += arguments
-        self.writer.tool(id(call), call.id, self._names.back(call.name), arguments)
+        if fragment.get("extra_content"):  # Gemini's signature of the thoughts before the call
+            kept = {"extra_content": fragment["extra_content"]}
+            self.writer.signature(signature_of("chat", self._model.served, kept))
+        if not self._holds or call.name != ANSWER_TOOL:
+            self.writer.tool(id(call), call.id, self._names.back(call.name), arguments)
 
     def _call_of(self, index: Any, call_id: str, name: str) -> ToolCall:
         """The call a fragment belongs to, or a new one.
@@ -2219,7 +2420,6 @@ def usage_from_chat(usage: Json, estimate: int = 0) -> Usage:
 # the model's id and what a row of PROVIDER_KINDS says the server can't take. Pure.
 
 MAX_HEAD = 64 * 1024  # bytes of a head: a stream's first event, or a status line and headers
-SIGNATURE_MARK = '{"ogx":'  # begins the signatures that we made: JSON with what goes back upstream
 CORE_BLOCKS = ("text", "image", "document", "search_result", "thinking", "redacted_thinking",
                "tool_use", "tool_result", "tool_reference")  # fmt: skip
 MODEL_FIELD = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
@@ -2366,8 +2566,8 @@ class MessagesTranslator(Translator):
 
     NO_SHAPE = "sent an event of unknown shape:"
 
-    def __init__(self, writer: MessageWriter, request: Json, origin: str) -> None:
-        super().__init__(writer, request, origin)
+    def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
+        super().__init__(writer, request, model)
         self._tools: dict[Any, tuple[str, str]] = {}  # index -> id and name
 
     def _read(self, chunk: Json, data: bytes) -> None:
@@ -2384,8 +2584,6 @@ class MessagesTranslator(Translator):
         for index, block in enumerate(message["content"]):
             start = {"type": "content_block_start", "index": index, "content_block": block}
             self._read_event(start)
-            if block["type"] == "tool_use":
-                self.writer.tool(index, block["id"], block["name"], json.dumps(block["input"]))
         self._read_event({"type": "message_delta", "delta": message})
         self.end()
 
@@ -2397,7 +2595,8 @@ class MessagesTranslator(Translator):
             block = event["content_block"]
             if block["type"] == "tool_use":
                 self._tools[index] = (block["id"], block["name"])
-                self.writer.tool(index, block["id"], block["name"], "")
+                given = json.dumps(block["input"]) if block.get("input") else ""
+                self.writer.tool(index, block["id"], block["name"], given)
             self.writer.thinking(block.get("thinking") or "")
             self.writer.text(block.get("text") or "")
         elif kind == "content_block_delta":
@@ -2481,12 +2680,11 @@ SEARCH_ID = "srvtoolu_ws_"  # begins the ids of searches that we served: `ws_...
 STREAM_ERRORS = (("rate_limit|quota", 429), ("overloaded|slow_down", 529),
                  ("invalid|image|policy|context_length|residency", 400))  # fmt: skip
 
-
 def responses_request(request: Json, model: Model) -> Json:
     """The Responses request for a checked Messages request; reasoning_effort is put in its place
     by finished_responses(), after the lessons."""
     kind, names = model.provider.kind, ToolNames(request)
-    note = unserved_tools_note(request, "web_search")
+    note = unserved_tools_note(request, kind, "web_search")
     body: Json = {
         "model": model.upstream_id,
         "input": [item for turn in turns_from_messages(request["messages"], kind.system_anywhere)
@@ -2558,8 +2756,8 @@ def assistant_items(block: Json, provider: Provider, names: ToolNames) -> Iterat
             yield {"type": "web_search_call", "id": use_id[9:], "status": "completed",
                    "action": {"type": "search", **dict_or_empty(block.get("input"))}}  # fmt: skip
     elif block["type"] in ("thinking", "redacted_thinking"):
-        kept = kept_reasoning(block) if provider.kind.own_reasoning else None
-        if kept and kept.get("by") == provider.id:
+        kept = kept_in(block, "responses", provider.id) if provider.kind.own_reasoning else {}
+        if all(isinstance(kept.get(name), str) for name in ("id", "encrypted_content")):
             thought = block.get("thinking")
             summary = [{"type": "summary_text", "text": thought}] if thought else []
             yield {"type": "reasoning", "id": kept["id"], "summary": summary,
@@ -2567,16 +2765,6 @@ def assistant_items(block: Json, provider: Provider, names: ToolNames) -> Iterat
     elif block_text(block):
         content = [{"type": "output_text", "text": block_text(block), "annotations": []}]
         yield {"type": "message", "role": "assistant", "status": "completed", "content": content}
-
-
-def kept_reasoning(block: Json) -> Json | None:
-    """What a signature of ours holds for this dialect: {"id": ..., "encrypted_content": ...}."""
-    signature = block.get("signature") or block.get("data")
-    if not isinstance(signature, str) or not signature.startswith(SIGNATURE_MARK):
-        return None
-    kept = dict_or_empty(json_or_none(signature))
-    is_whole = all(isinstance(kept.get(name), str) for name in ("id", "encrypted_content"))
-    return kept if is_whole and kept.get("ogx") == "responses" else None
 
 
 def input_part(block: Json, kind: ProviderKind) -> Json:
@@ -2617,8 +2805,8 @@ class ResponsesTranslator(Translator):
 
     NO_SHAPE = "sent no event but"
 
-    def __init__(self, writer: MessageWriter, request: Json, origin: str) -> None:
-        super().__init__(writer, request, origin)
+    def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
+        super().__init__(writer, request, model)
         self._streamed: set[Any] = set()  # indices of items whose deltas came
         self._searches = 0
 
@@ -2682,10 +2870,9 @@ class ResponsesTranslator(Translator):
                 parts = item.get("summary") or item.get("content") or ()
                 self.writer.thinking("\n\n".join(part.get("text") or "" for part in parts))
             if item.get("encrypted_content"):
-                owner = self._origin.partition(",")[0]  # only it can read its own
-                kept = {"ogx": "responses", "by": owner, "id": item["id"],
-                        "encrypted_content": item["encrypted_content"]}  # fmt: skip
-                self.writer.signature(json.dumps(kept, separators=(",", ":")))
+                kept = {name: item[name] for name in ("id", "encrypted_content")}
+                owner = self._model.provider.id  # only it can read its own
+                self.writer.signature(signature_of("responses", owner, kept))
         elif kind == "web_search_call":
             self._read_search(item)
 
@@ -2733,7 +2920,7 @@ class Dialect:
     """What an upstream speaks: how requests are made and answers are read."""
 
     request: Callable[[Json, Model], Json]
-    translator: Callable[[MessageWriter, Json, str], Translator]
+    translator: Callable[[MessageWriter, Json, Model], Translator]
     finished: Callable[[Json], Json] = lambda body: body  # the request after the lessons
     native: bool = False  # Anthropic's own format: bytes and headers are handed on
 
@@ -2795,8 +2982,8 @@ EFFORT_LADDER = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "clamp": min,
     "raise": max,
-    "truncate": lambda items, count: items[:count],
     "limit": lambda effort, most: min(effort, most, key=EFFORT_LADDER.index),
+    "lift": lambda effort, least: max(effort, least, key=EFFORT_LADDER.index),
     "unschema": lambda tools, keyword: without_keyword(tools, keyword),
     "again": lambda value, _: value,
 }
@@ -2858,7 +3045,8 @@ ROW_REMEDIES: tuple[tuple[re.Pattern[str], str, Any], ...] = (
                 r"does not support the '/v1/chat/completions' API"), "responses", True),
     (re.compile(r"isn't supported on this route"), "openai_root", "~/openai/v1"),  # Bedrock
     (re.compile(r"encrypted content .*(verified|decrypted|invalid)|[Ii]tem with id '(rs|ws)_|"
-                r"without its required following item"), "own_reasoning", False),
+                r"without its required following item|reasoning_details|[Cc]orrupted thought|"
+                r"[Tt]hought.signature is not valid"), "own_reasoning", False),
     (re.compile(r"must be verified to .*summar|summary.*verif", re.I), "summaries", False),
     (re.compile(r"roles must alternate|role 'user' after role 'tool'"), "user_after_tool", False),
     (re.compile(r"Tool call id was .* must be a-z"), "tool_ids", NINE),  # mistral-common
@@ -2872,10 +3060,12 @@ ROW_REMEDIES: tuple[tuple[re.Pattern[str], str, Any], ...] = (
     (re.compile(r"(does not|doesn't|n[o']t) support images?\b(?! \w*(larger|format|url|of))|"
                 r"image_url is only supported|unknown variant `image_url`|"
                 r"At most 0 image|image input is not supported|missing data required for image|"
-                r"mmproj", re.I), "images", False),
+                r"mmproj|found that support image", re.I), "images", False),
     (re.compile(r"(file|document|pdf).{0,40}not supported|'?type'?: ?'?file'?.{0,60}invalid|"
                 r"Invalid value: 'file'|unknown part type: file", re.I), "files", False),
-    (re.compile(r"thought_signature"), "tool_call_extra", SKIP_SIGNATURE))  # fmt: skip
+    (re.compile(r"thought_signature"), "tool_call_extra", SKIP_SIGNATURE),
+    (re.compile(r"not have '?\w+'?(/'?\w+'?)* at the top level"), "root_unions", False),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -2921,18 +3111,6 @@ def taught_model(model: Model, lessons: Iterable[Lesson]) -> Model:
     return replace(model, provider=replace(model.provider, kind=kind))
 
 
-def without_keyword(tree: Any, keyword: str) -> Any:
-    """A JSON schema without a keyword, wherever it stands as one."""
-    if isinstance(tree, list):
-        return [without_keyword(item, keyword) for item in tree]
-    if not isinstance(tree, dict):
-        return tree
-    return {
-        name: {k: without_keyword(v, keyword) for k, v in value.items()}
-        if name == "properties" and isinstance(value, dict) else without_keyword(value, keyword)
-        for name, value in tree.items() if name != keyword}  # fmt: skip
-
-
 def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
                         known: Sequence[Lesson] = ()) -> Lesson | None:  # fmt: skip
     """What to change so that the same request is accepted; None when nothing is known to help, or
@@ -2953,7 +3131,7 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
         if lesson is None:
             continue
         actions = {lesson.action, *(k.action for k in known if k.field == lesson.field)}
-        useful = lesson.action == "again" or with_lessons(body, [lesson]) != body
+        useful = lesson.action in ("again", "row") or with_lessons(body, [lesson]) != body
         if useful and actions != {"set", "drop"}:  # that would go to and fro
             return lesson
     return None
@@ -3006,19 +3184,17 @@ def lower_effort(refusal: Refusal, body: Json) -> Lesson | None:
     values are: 'low', 'medium', and 'high'.`: the highest of those that isn't above what was
     asked, else a step down the ladder."""
     words, asked = refusal.words, body.get("reasoning_effort")
-    if asked not in EFFORT_LADDER[1:] or not re.search(r"effort", words):
+    if asked not in EFFORT_LADDER or not re.search(r"effort", words):
         return None
     rank = EFFORT_LADDER.index(asked)
     quoted = set(re.findall(r"[`'\"](\w+)[`'\"]", words)) - {asked}
     told = [effort for effort in EFFORT_LADDER[1:] if effort in quoted]
     lower = [w for w in told if EFFORT_LADDER.index(w) < rank]
-    if lower:
-        return Lesson("limit", "reasoning_effort", lower[-1])
-    if told:
-        return Lesson("set", "reasoning_effort", told[0])
-    if not UNSUPPORTED.search(words) or "Unsupported parameter" in words or rank <= 2:
-        return None
-    return Lesson("limit", "reasoning_effort", EFFORT_LADDER[rank - 1])
+    if not told:
+        if not UNSUPPORTED.search(words) or "Unsupported parameter" in words or rank == 2:
+            return None
+        lower, told = [EFFORT_LADDER[rank - 1]] if rank > 2 else [], ["low"]
+    return Lesson("limit" if lower else "lift", "reasoning_effort", (lower or told[:1])[-1])
 
 
 def raised_limit(refusal: Refusal, body: Json) -> Lesson | None:
@@ -3034,7 +3210,18 @@ def raised_limit(refusal: Refusal, body: Json) -> Lesson | None:
 def fewer_tools(refusal: Refusal, body: Json) -> Lesson | None:
     """`Invalid 'tools': array too long. Expected an array with maximum length 128`"""
     match = re.search(r"tools.{0,60}(?:maximum length|at most|maximum of) (\d+)", refusal.message)
-    return Lesson("truncate", "tools", int(match.group(1))) if match else None
+    most = int(match.group(1)) if match else 0
+    return Lesson("row", "max_tools", most) if 0 < most < len(body.get("tools") or ()) else None
+
+
+def plainer_answer(refusal: Refusal, body: Json) -> Lesson | None:
+    """A JSON answer is asked for by response_format, else by a tool that must be called, else in
+    words: `Unsupported parameter: 'response_format'`, `This model does not support tool_choice`."""
+    tools = [(tool.get("function") or {}).get("name") for tool in body.get("tools") or ()]
+    if "response_format" in body and re.search("response_?format|json_schema", refusal.words, re.I):
+        return Lesson("row", "answer_by", "tool")
+    asked = ANSWER_TOOL in tools and "tool" in refusal.words
+    return Lesson("row", "answer_by", "words") if asked else None
 
 
 def plainer_schema(refusal: Refusal, body: Json) -> Lesson | None:
@@ -3043,7 +3230,7 @@ def plainer_schema(refusal: Refusal, body: Json) -> Lesson | None:
     words = refusal.words
     if "tools" not in body or not re.search(r"schema|parameters|function_declarations", words):
         return None
-    named = re.findall(r"\w+", words)
+    named = re.findall(r"[\w$]+", words)
     keyword = next((w for w in SCHEMA_KEYWORDS if w in named), None)
     return Lesson("unschema", "tools", keyword) if keyword else None
 
@@ -3069,14 +3256,13 @@ def dropped_field(refusal: Refusal, body: Json) -> Lesson | None:
     if named is None and "strict" in words:
         holder = next((n for n in ("tools", "response_format", "text") if n in body), None)
         return Lesson("unschema", holder, "strict") if holder else None
-    # These two change what the answer may be, so they are left out only this once.
-    return Lesson("drop", named, keep=named not in ("tool_choice", "response_format")) \
-        if named else None  # fmt: skip
+    # tool_choice changes what the answer may be, so it is left out only this once.
+    return Lesson("drop", named, keep=named != "tool_choice") if named else None
 
 
 REMEDIES: tuple[Callable[[Refusal, Json], Lesson | None], ...] = (
     renamed_limit, clamped_limit, room_left, raised_limit, no_reasoning_with_tools, lower_effort,
-    fewer_tools, garbled_call, dropped_field, plainer_schema)  # fmt: skip
+    fewer_tools, garbled_call, plainer_answer, dropped_field, plainer_schema)  # fmt: skip
 
 
 def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxError | None:
@@ -4184,8 +4370,8 @@ class Gateway:
             handed_on = dialect.native and not kind.native_repair
             prompt = prompt_tokens(exchange.request)  # while the upstream works: it takes a while
             if not handed_on:
-                estimate = self.ratios.estimate(model, prompt)
-                translator = new_translator(dialect, exchange.request, model, estimate)
+                estimate, shows = self.ratios.estimate(model, prompt), self.config.show_thinking
+                translator = new_translator(dialect, exchange.request, model, estimate, shows)
             while not reply.head(self.tick):
                 yield None
             if reply.status != 200:
@@ -4514,13 +4700,15 @@ def speaks_responses(provider: Provider) -> bool:
     return host.endswith(provider.kind.responses_hosts) if learned is None else learned
 
 
-def new_translator(dialect: Dialect, request: Json, model: Model, estimate: int) -> Translator:
+def new_translator(dialect: Dialect, request: Json, model: Model, estimate: int,
+                   shows: bool) -> Translator:  # fmt: skip
     """The dialect's translator, ready for the answer to a request."""
     message = new_message(fresh_id("msg"), request["model"], estimate)
     used = (b["id"] for m in request["messages"] if m["role"] == "assistant"
             for b in blocks_of(m["content"]) if b["type"] == "tool_use")  # fmt: skip
-    writer = MessageWriter(message, used, request.get("stop_sequences") or ())
-    return dialect.translator(writer, request, model.origin)
+    hides = not shows and (request.get("thinking") or {}).get("display") == "omitted"
+    writer = MessageWriter(message, used, request.get("stop_sequences") or (), hides)
+    return dialect.translator(writer, request, model)
 
 
 def answer_bytes(

@@ -129,10 +129,10 @@ def said(words="Hello.", finish="stop"):
     return sse(delta(role="assistant", content=""), delta(content=words), delta(finish, USAGE))
 
 
-def translated(*chunks, body=None, used_ids=(), stops=(), by=ogx.ChatTranslator):
+def translated(*chunks, body=None, used_ids=(), stops=(), by=ogx.ChatTranslator, by_model=None):
     """The events that chunks become, checked against Anthropic's grammar."""
     writer = ogx.MessageWriter(ogx.new_message("msg_1", "m", 5), used_ids, stops)
-    translator = by(writer, body or request(), "openai, model gpt-x")
+    translator = by(writer, body or request(), by_model or model())
     for chunk in chunks:
         translator.feed(json.dumps(chunk).encode())
     translator.end()
@@ -1110,8 +1110,9 @@ class TestRequests:
              [("assistant", ["1", "2"]), ("results", ["1", "2"]), ("user", ["t"])]),
             ([assistant(call("1")), {"role": "system", "content": "s"}, user([result("1")])],
              [("assistant", ["1"]), ("results", ["1"]), ("system", ["s"])]),
-            ([assistant(call("1"), call("2")), user([result("1")]), assistant("x")],
-             [("assistant", ["1", "2"]), ("results", ["1", "2"]), ("assistant", ["x"])]),
+            ([assistant(call("1"), call("2")), user([result("1")]), assistant("x"), user("y")],
+             [("assistant", ["1", "2"]), ("results", ["1", "2"]), ("assistant", ["x"]),
+              ("user", ["y"])]),
             ([assistant([call("1")]), assistant("x"), user([result("1")])],
              [("assistant", ["1", "x"]), ("results", ["1"])]),
             ([assistant([call("1")])], [("assistant", ["1"]), ("results", ["1"])]),
@@ -1129,45 +1130,116 @@ class TestRequests:
         assert [(t.role, [name(b) for b in t.blocks]) for t in made] == turns
 
     def test_a_result_without_its_call_becomes_text(self):
-        (turn,) = ogx.turns_from_messages([user([result("gone", "the output")])])
-        assert turn.role == "user"
-        assert turn.blocks == [text("[Result of tool call gone]\nthe output")]
+        gone = result("gone", [text("the output"), image()], is_error=True)
+        (turn,) = ogx.turns_from_messages([user([gone])])
+        told = text("[Result of tool call gone]\n[The tool reported an error]")
+        assert (turn.role, turn.blocks) == ("user", [told, text("the output"), image()])
+
+    def test_a_second_result_of_one_call_is_not_lost(self):
+        turns = [assistant([call("a")]), user(result("a", "one"), result("a", "two"))]
+        *_, last = ogx.turns_from_messages(turns)
+        assert last.blocks == [text("[Result of tool call a]"), text("two")]
+
+    def test_an_assistants_message_at_the_end_is_gone_on_with(self):
+        turns = ogx.turns_from_messages([user("Pi?"), assistant("It is 3.")])
+        assert [t.role for t in turns] == ["user", "assistant", "user"]
+        assert "Go on from the very end" in turns[-1].blocks[0]["text"]
+        only_thoughts = [user("a"), assistant([{"type": "thinking", "thinking": "hm"}])]
+        assert [t.role for t in ogx.turns_from_messages(only_thoughts)] == ["user", "assistant"]
+
+    def test_a_system_message_may_be_for_one_turn_and_may_hold_settings_alone(self):
+        once = {"role": "system", "content": "once", "clear_at": "next_user_message"}
+        settings = {"role": "system", "output_config": {"effort": "low"}}
+        body = request(user("a"), once, assistant("b"), user("c"), once, settings)
+        ogx.check_request(body)
+        turns = ogx.turns_from_messages(body["messages"])
+        assert [t.role for t in turns] == ["user", "assistant", "user", "system"]
 
     def test_a_missing_result_is_made_up_in_words(self):
         made = ogx.turns_from_messages([assistant([call("1")]), user("go on")])
         assert made[1].blocks[0]["content"] == ogx.NO_RESULT
 
+    # Every block type of Anthropic's OpenAPI and SDK: a block in a request, and what of it a chat
+    # model reads ("" for nothing; None: it has a form of its own there, with tests of its own).
+    BLOCKS = (
+        ({"type": "text", "text": "words"}, "words"),
+        (image(), None), (pdf(), None), (call("a"), None), (result("a"), None),
+        ({"type": "image", "source": {"type": "file", "file_id": "f"}}, "[An image was here: f]"),
+        ({"type": "document", "source": {"type": "text", "data": "BODY"}, "title": "T"},
+         '<document title="T">\nBODY\n</document>'),
+        ({"type": "document", "source": {"type": "content", "content": [text("BODY")]},
+          "context": "C"}, '<document title="document">\nC\nBODY\n</document>'),
+        ({"type": "document", "source": {"type": "url", "url": "https://x/y.pdf"}},
+         "[The document 'document' could not be passed on to this model: https://x/y.pdf]"),
+        ({"type": "search_result", "title": "T", "source": "S", "content": [text("B")]},
+         "[Search result: T <S>]\nB"),
+        ({"type": "thinking", "thinking": "hm", "signature": "s"}, ""),
+        ({"type": "redacted_thinking", "data": "x"}, ""),
+        ({"type": "fallback", "to": {"model": "m"}}, ""),
+        ({"type": "mcp_tool_listing", "mcp_server_name": "s", "tools": []}, ""),
+        ({"type": "tool_reference", "tool_name": "mcp__x"}, "[The tool mcp__x is now available.]"),
+        ({"type": "tool_addition", "tool": {"type": "tool_reference", "name": "X"}},
+         "[The tool X is now available.]"),
+        ({"type": "tool_addition", "tool": {"type": "tool_definition", "definition": tool("Y")}},
+         f"[The tool {json.dumps(tool('Y'))} is not available.]"),
+        ({"type": "tool_removal", "tool": {"type": "tool_reference", "name": "X"}},
+         "[The tool X is no longer available.]"),
+        ({"type": "compaction", "content": "What was said.", "encrypted_content": "E"},
+         "What was said."),
+        ({"type": "compaction", "content": None}, "[The summary of what was said is missing.]"),
+        ({"type": "container_upload", "file_id": "f"},
+         '[container_upload] {"file_id": "f"}'),
+        ({"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"q": "é"}},
+         '[server_tool_use] {"name": "web_search", "input": {"q": "é"}}'),
+        ({"type": "web_search_tool_result", "tool_use_id": "s", "content": [
+            {"type": "web_search_result", "url": "u", "title": "T", "encrypted_content": "E"}]},
+         '[web_search_tool_result] {"tool_use_id": "s", "content": '
+         '[{"type": "web_search_result", "url": "u", "title": "T"}]}'),
+        ({"type": "mcp_tool_use", "id": "m", "name": "n", "server_name": "s", "input": {}},
+         '[mcp_tool_use] {"name": "n", "server_name": "s", "input": {}}'),
+        *(({"type": kind, "tool_use_id": "i", "content": "C"},
+           f'[{kind}] {{"tool_use_id": "i", "content": "C"}}') for kind in (
+            "web_fetch_tool_result", "code_execution_tool_result", "mcp_tool_result",
+            "bash_code_execution_tool_result", "text_editor_code_execution_tool_result",
+            "tool_search_tool_result", "advisor_tool_result")),
+    )  # fmt: skip
+
+    @pytest.mark.parametrize(("block", "words"), BLOCKS)
+    def test_what_a_chat_model_reads_of_each_block(self, block, words):
+        body = request(user("Hi."), user([block, text("So?")]))
+        ogx.check_request(body)
+        ogx.refuse_untranslatable(body)
+        if words is None:
+            return
+        sent = chat(body)["messages"]
+        assert sent[-1]["content"] == "\n\n".join(filter(None, ("Hi.", words, "So?")))
+        (item,) = responses(body)["input"]
+        said = [part["text"] for part in item["content"]]
+        assert list(filter(None, said)) == list(filter(None, ("Hi.", words, "So?")))
+
+    def test_every_block_type_is_in_that_table(self):
+        assert {block["type"] for block, _ in self.BLOCKS} == ogx.BLOCK_TYPES
+
     @pytest.mark.parametrize(
         ("block", "words"),
         [
-            ({"type": "document", "source": {"type": "text", "data": "BODY"}, "title": "T"},
-             '<document title="T">\nBODY\n</document>'),
-            ({"type": "document", "source": {"type": "content", "content": [text("BODY")]}},
-             '<document title="document">\nBODY\n</document>'),
-            ({"type": "document", "source": {"type": "url", "url": "https://x/y.pdf"}},
-             "[The document 'document' could not be passed on to this model: https://x/y.pdf]"),
-            (pdf("A" * 4000), "'document' could not be passed on to this model: "
-                              "application/pdf, 4 kB]"),
-            (image(), "[An image was here: image/png, 1 kB]"),
-            ({"type": "tool_reference", "tool_name": "mcp__x"},
-             "[The tool mcp__x is now available.]"),
-            ({"type": "search_result", "title": "T", "source": "S", "content": [text("B")]},
-             "[Search result: T <S>]\nB"),
-            ({"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"q": "é"}},
-             '[server_tool_use] {"name": "web_search", "input": {"q": "é"}}'),
-            ({"type": "redacted_thinking", "data": "x"}, ""),
+            (image(media_type="image/bmp"),
+             "messages.0.content.0.image.source.base64.media_type: expected one of image/jpeg, "
+             "image/png, image/gif, image/webp"),
+            (result("a", [text("x"), image(media_type="image/tiff")]),
+             "messages.0.content.0.content.1.image.source.base64.media_type: expected one of "),
+            ({**pdf(), "source": {"type": "base64", "media_type": "text/rtf", "data": ""}},
+             "messages.0.content.0.document.source.base64.media_type: expected one of "
+             "application/pdf"),
+            # The words that Claude Code looks for, to leave the image out and go on.
+            (image("A" * (5 * 1024 * 1024 + 4)),
+             "messages.0.content.0.image.source.base64: image exceeds 5 MB maximum: "
+             "5242884 bytes > 5242880 bytes"),
         ],
     )  # fmt: skip
-    def test_blocks_without_a_chat_form_become_words(self, block, words):
-        assert words in ogx.block_text(block) and bool(words) == bool(ogx.block_text(block))
-
-    def test_every_block_type_has_a_meaning(self):
-        filled = {"text": "t", "source": {"type": "url", "url": "u"}, "tool_use_id": "i",
-                  "content": [], "id": "i", "name": "n", "input": {}, "thinking": "t"}  # fmt: skip
-        for block_type in ogx.BLOCK_TYPES:
-            block = {**filled, "type": block_type}
-            ogx.check_blocks([block], "x")
-            assert isinstance(ogx.block_text(block), str)
+    def test_media_that_anthropic_does_not_take_are_refused_in_its_words(self, block, words):
+        error = refused(ogx.refuse_untranslatable, request(user([block])))
+        assert (error.status, error.message[: len(words)]) == (400, words)
 
 
 # Texts with their tokens in OpenAI's o200k_base, as .ci/o200k.cjs counts them.
@@ -1398,6 +1470,27 @@ class TestEvents:
         ]  # fmt: skip
         assert message["stop_reason"] == "tool_use"
 
+    def test_each_signature_ends_its_thinking(self):
+        writer = self.writer()
+        for words in ("a", "b"):
+            writer.thinking(words)
+            writer.signature(words.upper())
+        blocks = self.finished(writer)["content"]
+        assert [(b["thinking"], b["signature"]) for b in blocks] == [("a", "A"), ("b", "B")]
+
+    def test_thinking_is_hidden_where_no_one_wants_to_see_it(self):
+        writer = ogx.MessageWriter(ogx.new_message("m", "m", 1), hides_thinking=True)
+        writer.thinking("secret")
+        writer.signature("kept")
+        writer.text("ok")
+        kinds = [b["type"] for b in self.finished(writer)["content"]]
+        assert kinds == ["redacted_thinking", "text"]
+
+    def test_a_stop_is_tool_use_only_where_a_tool_was_called(self):
+        writer = self.writer()
+        writer.text("ok")
+        assert self.finished(writer, "tool_use")["stop_reason"] == "end_turn"
+
     def test_a_whole_call_is_closed_when_the_next_begins(self):
         writer = self.writer()
         writer.tool(0, "a", "A", "{}")
@@ -1596,8 +1689,8 @@ class TestChat:
           {"role": "tool", "tool_call_id": "c1",
            "content": "[The tool reported an error]\n\nboom"}]),
         ("thinking in the history stays with its model",
-         [assistant({"type": "thinking", "thinking": "hm", "signature": ""}, text("a"))],
-         [{"role": "assistant", "content": "a"}]),
+         [assistant({"type": "thinking", "thinking": "hm", "signature": ""}, text("a")), user("b")],
+         [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]),
         ("a turn of thinking alone is left out, and its neighbours join",
          [user("a"), assistant([{"type": "thinking", "thinking": "hm"}]), user("b")],
          [{"role": "user", "content": "a\n\nb"}]),
@@ -1613,16 +1706,18 @@ class TestChat:
         assert chat(request(*messages))["messages"] == expected
 
     def test_where_templates_are_strict_a_system_message_becomes_marked_user_text(self):
-        turns = [user("a"), {"role": "system", "content": [text("s")]}, assistant("b")]
+        turns = [user("a"), {"role": "system", "content": [text("s")]}, assistant("b"), user("c")]
         assert chat(request(*turns), "vllm")["messages"] == [
             {"role": "user", "content": "a\n\n<system-reminder>\ns\n</system-reminder>"},
-            {"role": "assistant", "content": "b"},
+            {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
         ]
 
     def test_where_roles_must_alternate_text_after_results_goes_into_the_last_one(self):
         turns = [user("go"), assistant([call("a")]), user(result("a", "out"), text("and?"))]
         kind = dataclasses.replace(ogx.PROVIDER_KINDS["vllm"], user_after_tool=False)
-        messages = ogx.chat_messages(request(*turns), kind, ogx.ToolNames(request()))
+        owner = dataclasses.replace(provider("vllm"), kind=kind)
+        asked = ogx.Model("m", owner, "m")
+        messages = ogx.chat_messages(request(*turns), asked, ogx.ToolNames(request()))
         assert [m["role"] for m in messages] == ["user", "assistant", "tool"]
         assert messages[-1]["content"] == "out\n\nand?"
 
@@ -1658,9 +1753,71 @@ class TestChat:
 
     def test_reasoning_goes_back_to_those_who_demand_it(self):
         turns = [assistant({"type": "thinking", "thinking": "hm"}, call("c1")),
-                 user([result("c1")]), assistant("x")]  # fmt: skip
+                 user([result("c1")]), assistant("x"), user("y")]  # fmt: skip
         messages = chat(request(*turns), "deepseek")["messages"]
-        assert [m.get("reasoning_content") for m in messages] == ["hm", None, " "]
+        assert [m.get("reasoning_content") for m in messages] == ["hm", None, " ", None]
+
+    DETAILS = (
+        {"type": "reasoning.text", "text": "h", "format": "f", "index": 0},
+        {"type": "reasoning.text", "text": "m", "signature": None, "index": 0},
+        {"type": "reasoning.text", "signature": "sig", "index": 0},
+        {"type": "reasoning.encrypted", "data": "enc", "id": "rs", "index": 1},
+    )
+
+    @pytest.mark.parametrize("words", [(None, None), ("h", "m")])
+    def test_reasoning_details_come_back_whole_on_the_next_turn(self, words):
+        chunks = [delta(reasoning_details=[detail], reasoning=shown)
+                  for detail, shown in zip(self.DETAILS, (*words, None, None))]  # fmt: skip
+        piece = fragment(0, "c1", "Bash", "{}")
+        openrouter = model("openrouter", "vendor/m")
+        message = folded(*chunks, delta(tool_calls=[piece]), delta("tool_calls"),
+                         by_model=openrouter)  # fmt: skip
+        thinking, use = message["content"]
+        assert (thinking["type"], thinking["thinking"], use["type"]) == (
+            "thinking", "hm", "tool_use"
+        )
+        turns = [user("a"), {"role": "assistant", "content": message["content"]},
+                 user([result("c1")])]  # fmt: skip
+        sent = chat(request(*turns), "openrouter", upstream_id="vendor/m")["messages"][1]
+        assert sent["reasoning_details"] == [
+            {"type": "reasoning.text", "text": "hm", "format": "f", "signature": "sig",
+             "index": 0}, self.DETAILS[3],
+        ]  # fmt: skip
+        for kind, upstream_id in (("openrouter", "other/m"), ("groq", "vendor/m")):
+            others = chat(request(*turns), kind, upstream_id=upstream_id)["messages"][1]
+            assert set(others) == {"role", "content", "tool_calls"}
+
+    def test_reasoning_details_after_the_text_are_kept_too(self):
+        encrypted = self.DETAILS[3]
+        message = folded(delta(content="ok"), delta("stop", reasoning_details=[encrypted]))
+        assert [b["type"] for b in message["content"]] == ["text", "redacted_thinking"]
+        assert json.loads(message["content"][1]["data"])["reasoning_details"] == [encrypted]
+
+    def test_geminis_signature_comes_back_on_the_call_it_was_on(self):
+        extra = {"google": {"thought_signature": "sig"}}
+        chunk = delta(tool_calls=[{**fragment(0, "a", "A", "{}"), "extra_content": extra},
+                                  fragment(1, "b", "B", "{}")])  # fmt: skip
+        gemini = model("gemini")
+        message = folded(chunk, delta("tool_calls"), by_model=gemini)
+        assert [b["type"] for b in message["content"]] == [
+            "redacted_thinking", "tool_use", "tool_use"
+        ]
+        body = request({"role": "assistant", "content": message["content"]},
+                       user(result("a"), result("b")))  # fmt: skip
+        skip = dict(ogx.SKIP_SIGNATURE)["extra_content"]
+        for kind, upstream_id, expected in (("gemini", "gpt-x", extra), ("gemini", "other", skip),
+                                            ("vllm", "gpt-x", None)):  # fmt: skip
+            first, second = chat(body, kind, upstream_id=upstream_id)["messages"][0]["tool_calls"]
+            assert first.get("extra_content") == expected and "extra_content" not in second
+
+    def test_a_signature_waits_until_the_call_before_it_is_whole(self):
+        signed = {**fragment(1, "b", "B", "{}"), "extra_content": {"google": {}}}
+        message = folded(delta(tool_calls=[fragment(0, "a", "A", '{"x"'), signed]),
+                         delta(tool_calls=[fragment(0, arguments=":1}")]), delta("tool_calls"))
+        assert [b["type"] for b in message["content"]] == [
+            "tool_use", "redacted_thinking", "tool_use"
+        ]
+        assert message["content"][0]["input"] == {"x": 1}
 
     def test_nine_character_ids_where_they_are_demanded(self):
         turns = [assistant(call("toolu_1"), call("abcDEF123")),
@@ -1707,6 +1864,50 @@ class TestChat:
                             "required": ["a"]}},
             {"name": "B", "parameters": {"type": "object", "properties": {}}},
         ]  # fmt: skip
+
+    UNION = {
+        "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False,
+        "$defs": {"C": {"type": "object", "properties": {"c": {}}, "required": ["c", "b"]}},
+        "anyOf": [{"properties": {"b": {"type": "string"}}, "required": ["b"]},
+                  {"$ref": "#/$defs/C"}],
+        "allOf": [{"properties": {"a": {"type": "integer"}}}],
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("kind", ["openai", "azure", "gemini"])
+    def test_where_a_root_may_not_be_a_union_it_allows_all_that_its_branches_do(self, kind):
+        (made,) = chat(request(tools=[tool(**self.UNION)]), kind)["tools"]
+        parameters = made["function"]["parameters"]
+        assert parameters == {
+            "type": "object", "$defs": self.UNION["$defs"],
+            "properties": {"a": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+                           "b": {"type": "string"}, "c": {}},
+            "required": ["a"],
+        }  # fmt: skip
+        lost = {name: self.UNION[name] for name in ("anyOf", "allOf")}
+        assert made["function"]["description"].endswith(json.dumps(lost))
+
+    def test_elsewhere_unions_stay(self):
+        (made,) = chat(request(tools=[tool(**self.UNION)]), "vllm")["tools"]
+        assert made["function"]["parameters"] == {"type": "object", **self.UNION}
+        assert made["function"]["description"] == "d"
+
+    def test_keywords_that_a_row_names_are_left_out_and_properties_of_that_name_stay(self):
+        schema = {"properties": {"format": {"type": "string", "format": "date", "minLength": 1},
+                                 "n": {"$schema": "x", "exclusiveMinimum": 0}},
+                  "propertyNames": {}}  # fmt: skip
+        for kind, kept in (("gemini", {"format": {"type": "string", "minLength": 1}, "n": {}}),
+                           ("vllm", schema["properties"])):  # fmt: skip
+            (made,) = chat(request(tools=[tool(**schema)]), kind)["tools"]
+            assert made["function"]["parameters"]["properties"] == kept
+
+    @pytest.mark.parametrize("kind", ["openai", "groq"])
+    def test_more_tools_than_the_upstream_takes_are_left_out_and_told(self, kind):
+        tools = [tool(f"t{number}") for number in range(130)]
+        body = chat(request(tools=tools, tool_choice={"type": "tool", "name": "t129"}), kind)
+        assert [t["function"]["name"] for t in body["tools"]] == [f"t{n}" for n in range(128)]
+        assert "not available through this gateway: t128, t129." in body["messages"][0]["content"]
+        assert "tool_choice" not in body
+        assert len(chat(request(tools=tools), "vllm")["tools"]) == 130
 
     @pytest.mark.parametrize(
         ("choice", "fields"),
@@ -1767,7 +1968,13 @@ class TestChat:
             ("o3", {"thinking": {"type": "enabled", "budget_tokens": 8192}}, "medium"),
             ("o3", {"thinking": {"type": "enabled", "budget_tokens": 31999}}, "high"),
             ("o3", {"thinking": {"type": "adaptive"}}, None),
-            ("o3", {"thinking": {"type": "disabled"}}, None),
+            ("o3", {"thinking": {"type": "between_tools"}}, None),
+            ("o3", {"thinking": {"type": "disabled"}}, "none"),
+            ("o3", {"thinking": {"type": "disabled"}, "output_config": {"effort": "max"}}, "none"),
+            ("o3", {"output_config": {"effort": "low"}, "messages": [
+                {"role": "system", "output_config": {"effort": "high"}}, user("x"),
+                {"role": "system", "content": "s"}]}, "high"),
+            ("gpt-4o", {"thinking": {"type": "enabled", "budget_tokens": 2048}}, None),
             ("gpt-4o", {"output_config": {"effort": "high"}}, None),
             ("openai/gpt-oss-120b", {"output_config": {"effort": "xhigh"}}, "xhigh"),
             ("Qwen/Qwen3-8B", {"output_config": {"effort": "low"}}, "low"),
@@ -1804,6 +2011,75 @@ class TestChat:
         assert "response_format" not in body
         assert json.dumps(schema) in body["messages"][0]["content"]
         assert "response_format" in chat(request(**fields), kind)
+
+    CITY = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+
+    def shaped(self, schema=None, **fields):
+        answer_format = {"type": "json_schema", "schema": schema or self.CITY}
+        return request(output_config={"format": answer_format}, **fields)
+
+    def asking(self, way):
+        """A model whose row says how it is asked for JSON."""
+        kind = dataclasses.replace(ogx.PROVIDER_KINDS["vllm"], answer_by=way)
+        return ogx.Model("m", dataclasses.replace(provider("vllm"), kind=kind), "m")
+
+    def test_a_tool_that_must_be_called_is_the_next_best_way_to_json(self):
+        body = ogx.chat_request(self.shaped(), self.asking("tool"))
+        (made,) = body["tools"]
+        assert made["function"]["parameters"] == self.CITY and "response_format" not in body
+        assert body["tool_choice"]["function"]["name"] == made["function"]["name"]
+
+    @pytest.mark.parametrize(
+        ("way", "fields"),
+        [("words", {}), ("tool", {"tools": [tool()]}),
+         ("tool", {"schema": {"type": "array", "items": {}}})],
+    )  # fmt: skip
+    def test_words_are_the_last(self, way, fields):
+        body = ogx.chat_request(self.shaped(**fields), self.asking(way))
+        assert "Your last answer must be JSON alone" in body["messages"][0]["content"]
+        assert "response_format" not in body and "tool_choice" not in body
+
+    @pytest.mark.parametrize(
+        "words",
+        ['{"name": "Rome"}', '\n```json\n{"name": "Rome"}\n```', 'Sure:\n{"name": "Rome"}\nDone.',
+         '<think>{</think>{"name": "Rome"}'],
+    )  # fmt: skip
+    def test_of_an_answer_in_words_the_json_alone_is_told(self, words):
+        message = folded(delta(content=words[:9]), delta(content=words[9:]), delta("stop"),
+                         body=self.shaped(), by_model=self.asking("words"))  # fmt: skip
+        assert message["content"][-1]["text"] == '{"name": "Rome"}'
+
+    def test_the_input_of_the_forced_tool_is_the_answer(self):
+        name = ogx.ANSWER_TOOL
+        message = folded(delta(content="Let me see."),
+                         delta(tool_calls=[fragment(0, "a", name, '{"name"')]),
+                         delta(tool_calls=[fragment(0, arguments=': "Rome"}')]),
+                         delta("tool_calls"), body=self.shaped(),
+                         by_model=self.asking("tool"))  # fmt: skip
+        assert [b["text"] for b in message["content"]] == ['{"name": "Rome"}']
+        assert message["stop_reason"] == "end_turn"
+
+    @pytest.mark.parametrize("words", ["Rome.", '{"town": "Rome"}', '["name"]', ""])
+    def test_an_answer_of_another_shape_is_an_error(self, words):
+        error = refused(translated, delta(content=words), delta("stop"), body=self.shaped(),
+                        by_model=self.asking("words"))  # fmt: skip
+        assert (error.status, error.message) == (
+            502, "vllm, model m answered with no JSON of the shape that was asked for but: " + words
+        )
+
+    @pytest.mark.parametrize("last", [delta("length"), delta("content_filter"),
+                                      delta("stop", refusal="No.")])  # fmt: skip
+    def test_what_was_cut_off_or_refused_is_told_as_it_is(self, last):
+        message = folded(delta(content='{"nam'), last, body=self.shaped(),
+                         by_model=self.asking("words"))  # fmt: skip
+        assert '{"nam' in json.dumps(message["content"]).replace("\\", "")
+        assert message["stop_reason"] in ("max_tokens", "refusal")
+
+    def test_beside_tools_an_answer_in_words_may_first_call_one(self):
+        piece = fragment(0, "a", "Bash", "{}")
+        message = folded(delta(content="Looking.", tool_calls=[piece]), delta("tool_calls"),
+                         body=self.shaped(tools=[tool()]), by_model=self.asking("words"))
+        assert sorted(b["type"] for b in message["content"]) == ["text", "tool_use"]
 
     # -- the answer
 
@@ -1912,6 +2188,17 @@ class TestChat:
                                       "function": {"name": "A", "arguments": {"x": 1}}}]],
          [("a", "A", {"x": 1})]),
         ("no arguments at all", [[fragment(0, "a", "A")]], [("a", "A", {})]),
+        ("all of the arguments so far in each piece",
+         [[fragment(0, "a", "A", '{"x"')], [fragment(0, "a", "A", '{"x":')],
+          [fragment(0, "a", "A", '{"x":[1,1]}')], [fragment(0, "a", "A", '{"x":[1,1]}')]],
+         [("a", "A", {"x": [1, 1]})]),
+        ("the whole once more at the end",
+         [[fragment(0, "a", "A", '{"x"')], [fragment(0, arguments=":1}")],
+          [fragment(0, arguments='{"x":1}')]], [("a", "A", {"x": 1})]),
+        ("a piece that looks like one before it",
+         [[fragment(0, "a", "A", '{"x":"')], [fragment(0, arguments="aa")],
+          [fragment(0, arguments="aa")], [fragment(0, arguments='"}')]],
+         [("a", "A", {"x": "aaaa"})]),
         ("id in a later piece", [[fragment(0, None, "A", "")], [fragment(0, "a", None, "{}")]],
          [(None, "A", {})]),
     )  # fmt: skip
@@ -1926,9 +2213,29 @@ class TestChat:
         assert message["stop_reason"] == "tool_use"
 
     @pytest.mark.parametrize(
+        ("given", "name"),
+        [
+            ("Bash", "Bash"), ("functions.Bash", "Bash"), ("Bash<|channel|>commentary", "Bash"),
+            ("<|channel|>commentary to=functions.Bash <|constrain|>json", "Bash"),
+            ("<tool_call>Bash", "Bash"), ("assistant<|channel|>Bash", "Bash"),
+            ("Else<|call|>", "Else"), ("Else", "Else"), ("odd.name", "odd.name"),
+        ],
+    )  # fmt: skip
+    def test_control_tokens_of_chat_templates_are_no_part_of_a_tools_name(self, given, name):
+        body = request(tools=[tool("Bash")])
+        piece = fragment(0, "a", given, "{}")
+        message = folded(delta(tool_calls=[piece]), delta("stop"), body=body)
+        assert message["content"][0]["name"] == name
+
+    def test_a_name_of_control_tokens_alone_is_none(self):
+        piece = fragment(0, "a", "<|channel|>", "{}")
+        error = refused(translated, delta(tool_calls=[piece]), delta("tool_calls"))
+        assert error.message == "the upstream sent a tool call without a name"
+
+    @pytest.mark.parametrize(
         ("finish", "reason"),
         [("stop", "end_turn"), ("length", "max_tokens"), ("content_filter", "refusal"),
-         ("tool_calls", "tool_use"), ("brand_new", "end_turn")],
+         ("tool_calls", "end_turn"), ("brand_new", "end_turn")],
     )  # fmt: skip
     def test_stop_reasons(self, finish, reason):
         assert folded(delta(content="x"), delta(finish))["stop_reason"] == reason
@@ -1976,7 +2283,7 @@ class TestChat:
             (b'{"error":{"message":"bad call","code":"tool_use_failed","status_code":400}}', 400,
              "bad call"),  # Groq
             (b'{"error":"odd"}', 500, "odd"),
-            (b"<oops", 502, "o sent no JSON but <oops"),
+            (b"<oops", 502, "openai, model gpt-x sent no JSON but <oops"),
             (b"[1]", 502, "sent a chunk of unknown shape: [1]"),
             (b'{"choices":[5]}', 502, 'unknown shape: {"choices":[5]}'),
             (b'{"choices":[{"delta":{"tool_calls":["x"]}}]}', 502, "unknown shape"),
@@ -1985,7 +2292,7 @@ class TestChat:
     )
     def test_errors_inside_a_stream(self, data, status, words):
         writer = ogx.MessageWriter(ogx.new_message("m", "m", 1))
-        error = refused(ogx.ChatTranslator(writer, request(), "o").feed, data)
+        error = refused(ogx.ChatTranslator(writer, request(), model()).feed, data)
         assert error.status == status and words in error.message
 
     # -- chunks that needn't be parsed
@@ -2205,7 +2512,7 @@ class TestMessages:
 
     def repaired(self, *events):
         writer = ogx.MessageWriter(ogx.new_message("m", "m", 5))
-        translator = ogx.MessagesTranslator(writer, request(), "llama")
+        translator = ogx.MessagesTranslator(writer, request(), model("llama-cpp"))
         for event in events:
             translator.feed(json.dumps(event).encode())
         translator.end()
@@ -2233,8 +2540,8 @@ class TestMessages:
 
     @pytest.mark.parametrize(
         ("event", "words"),
-        [({"code": 500, "message": "oops", "type": "server_error"}, "oops (from llama)"),
-         ({"type": "error", "error": {"message": "bad"}}, "bad (from llama)"),
+        [({"code": 500, "message": "oops", "type": "server_error"}, "oops (from llama-cpp, model "),
+         ({"type": "error", "error": {"message": "bad"}}, "bad (from llama-cpp, model "),
          ({"type": "content_block_delta", "index": 7, "delta": {"partial_json": "x"}},
           "unknown shape"), (5, "unknown shape")],
     )  # fmt: skip
@@ -2660,7 +2967,12 @@ class TestRemedies:
          "limit reasoning_effort to high"),
         ("Unsupported value: 'reasoning_effort' does not support 'low' with this model. Supported "
          "values are: 'medium', 'high', and 'xhigh'.", {"reasoning_effort": "low"},
-         "set reasoning_effort to medium"),
+         "lift reasoning_effort to medium"),
+        ("Unsupported value: 'none' is not supported with the 'gpt-5' model for 'reasoning_effort'."
+         " Supported values are: 'minimal', 'low', 'medium', and 'high'.",
+         {"reasoning_effort": "none"}, "lift reasoning_effort to minimal"),
+        ("reasoning_effort 'none' is not supported", {"reasoning_effort": "none"},
+         "lift reasoning_effort to low"),
         ("`reasoning_effort` must be one of `none` or `default`", {"reasoning_effort": "high"},
          "None"),  # Groq's Qwen; dropped by the words below
         ("reasoning_effort 'xhigh' is not supported", {"reasoning_effort": "xhigh"},
@@ -2670,7 +2982,7 @@ class TestRemedies:
         ("Invalid 'max_output_tokens': integer below minimum value. Expected a value >= 16, but "
          "got 1 instead.", {"max_tokens": 1}, "raise max_tokens to 16"),
         ("Invalid 'tools': array too long. Expected an array with maximum length 128, but got an "
-         "array with length 150 instead.", {"tools": [1] * 150}, "truncate tools to 128"),
+         "array with length 150 instead.", {"tools": [1] * 150}, "row max_tools to 128"),
         ("Invalid schema for function 'X': 'propertyNames' is not permitted.",
          {"tools": [{"function": {"parameters": {"propertyNames": {}}}}]},
          "unschema tools to propertyNames"),
@@ -2707,7 +3019,10 @@ class TestRemedies:
             ("Failed to deserialize the JSON body into the target type: messages[0]: unknown "
              "variant `image_url`, expected `text` at line 1 column 9", "images to False", 400),
             ("m does not support image input", "images to False", 400),
+            ("No endpoints found that support image input", "images to False", 404),  # OpenRouter
             ("At most 0 image(s) may be provided in one prompt.", "images to False", 400),  # vLLM
+            ("Thought signature is not valid", "own_reasoning to False", 400),  # Gemini
+            ("Unrecognized key: 'reasoning_details'", "own_reasoning to False", 400),
             ("Function call is missing a thought_signature in functionCall parts.",
              "tool_call_extra to (('extra_content', ", 400),  # Gemini
             ("model `google.gemma-4-31b` isn't supported on this route",
@@ -2734,9 +3049,28 @@ class TestRemedies:
         assert str(lesson) == "row tool_ids to .{1,40}"
 
     def test_what_changes_the_answer_is_left_out_only_once(self):
-        for name in ("tool_choice", "response_format"):
-            refusal = ogx.Refusal(400, f"Unsupported parameter: '{name}'")
-            assert ogx.lesson_from_refusal(refusal, {name: "x"}, model()).keep is False
+        refusal = ogx.Refusal(400, "Unsupported parameter: 'tool_choice'")
+        lesson = ogx.lesson_from_refusal(refusal, {"tool_choice": "x"}, model())
+        assert (str(lesson), lesson.keep) == ("drop tool_choice", False)
+
+    def test_a_refused_union_at_the_root_is_merged_from_then_on(self):
+        words = "Invalid schema for function 'X': schema must have type 'object' and not have " \
+                "'oneOf'/'anyOf'/'allOf'/'enum'/'not' at the top level."  # fmt: skip
+        lesson = ogx.lesson_from_refusal(ogx.Refusal(400, words), {"tools": []}, model("xai"))
+        assert str(lesson) == "row root_unions to False"
+
+    def test_json_is_asked_for_in_three_ways(self):
+        """By response_format, by a tool that must be called, in words: each refusal is one step."""
+        shaped, found, lessons, ways = TestChat().shaped(), model("vllm"), [], []
+        for words in ("This response_format type is unavailable now",  # DeepSeek
+                      "This model does not support this tool_choice", ""):  # fmt: skip
+            body = ogx.chat_request(shaped, ogx.taught_model(found, lessons))
+            ways.append({"response_format", "tools", "messages"} & set(body))
+            lessons.append(ogx.lesson_from_refusal(ogx.Refusal(400, words), body, found, lessons))
+        assert ways == [{"response_format", "messages"}, {"tools", "messages"}, {"messages"}]
+        assert [str(k) for k in lessons] == [
+            "row answer_by to tool", "row answer_by to words", "None"
+        ]
 
     @pytest.mark.parametrize("words", [
         "The encrypted content gAAA...ng== could not be verified.",
@@ -2781,7 +3115,8 @@ class TestRemedies:
             (("raise", "n", 16), {"n": 1}, {"n": 16}), (("raise", "n", 16), {}, {}),
             (("limit", "e", "high"), {"e": "max"}, {"e": "high"}),
             (("limit", "e", "high"), {"e": "low"}, {"e": "low"}),
-            (("truncate", "t", 2), {"t": [1, 2, 3]}, {"t": [1, 2]}),
+            (("lift", "e", "low"), {"e": "none"}, {"e": "low"}),
+            (("lift", "e", "low"), {"e": "max"}, {"e": "max"}),
             (("drop", "a"), {"a": 1, "b": 2}, {"b": 2}), (("set", "a", 1), {}, {"a": 1}),
             (("rename", "a", "b"), {"a": 1}, {"b": 1}),
             (("unschema", "t", "format"),
