@@ -1590,7 +1590,8 @@ class MessageWriter:
             stop_reason = "end_turn"
         delta = {"stop_reason": stop_reason, "stop_sequence": stop_sequence, "stop_details": None,
                  "container": None}  # fmt: skip
-        self.events.append({"type": "message_delta", "delta": delta, "usage": usage.as_json()})
+        self.events.append({"type": "message_delta", "delta": delta, "usage": usage.as_json(),
+                            "context_management": None})  # fmt: skip
         self.events.append({"type": "message_stop"})
 
     def end_text(self) -> None:

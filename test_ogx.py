@@ -161,6 +161,116 @@ def check_grammar(events):
     assert not is_open
 
 
+# What Anthropic's OpenAPI of November 2026 requires, of the beta API where that asks for more.
+REQUIRED = {
+    "message": "id type role content model stop_reason stop_sequence stop_details usage container "
+               "context_management",
+    "usage": "cache_creation cache_creation_input_tokens cache_read_input_tokens inference_geo "
+             "input_tokens iterations output_tokens server_tool_use service_tier speed",
+    "delta usage": "cache_creation_input_tokens cache_read_input_tokens input_tokens iterations "
+                   "output_tokens server_tool_use",
+    "message_start": "message type", "content_block_start": "content_block index type",
+    "content_block_delta": "delta index type", "content_block_stop": "index type",
+    "message_delta": "context_management delta type usage", "message_stop": "type",
+    "delta": "container stop_details stop_reason stop_sequence",
+    "text": "citations text type", "thinking": "signature thinking type",
+    "redacted_thinking": "data type", "tool_use": "caller id input name type",
+    "server_tool_use": "caller id input name type",
+    "web_search_tool_result": "caller content tool_use_id type",
+    "web_search_result": "encrypted_content page_age title type url",
+    "web_search_result_location": "cited_text encrypted_index title type url",
+    "text_delta": "text type", "thinking_delta": "thinking type",
+    "input_json_delta": "partial_json type", "signature_delta": "signature type",
+    "citations_delta": "citation type",
+}  # fmt: skip
+
+
+def check_required(node, kind):
+    """Every field is there that Anthropic's OpenAPI requires of an event or a message."""
+    assert set(REQUIRED[kind].split()) <= set(node), (kind, node)
+    if kind == "message":
+        check_required(node["usage"], "usage")
+        for block in node["content"]:
+            check_required(block, block["type"])
+    elif kind == "message_start":
+        check_required(node["message"], "message")
+    elif kind == "content_block_start":
+        check_required(node["content_block"], node["content_block"]["type"])
+    elif kind == "content_block_delta":
+        check_required(node["delta"], node["delta"]["type"])
+    elif kind == "message_delta":
+        check_required(node["delta"], "delta")
+        check_required(node["usage"], "delta usage")
+    elif kind == "citations_delta":
+        check_required(node["citation"], node["citation"]["type"])
+    elif kind == "web_search_tool_result":
+        for found in node["content"]:
+            check_required(found, found["type"])
+
+
+def openai_refusal(body):
+    """What OpenAI refuses in a chat completion request, in a few words; "" for what it takes."""
+    known = {"model", "messages", "tools", "tool_choice", "parallel_tool_calls", "stream",
+             "stream_options", "stop", "temperature", "top_p", "max_tokens",
+             "max_completion_tokens", "reasoning_effort", "response_format", "prompt_cache_key"}
+    if set(body) - known:
+        return f"unknown parameters: {set(body) - known}"
+    if {"max_tokens", "max_completion_tokens"} <= set(body):
+        return "two limits"
+    if "stream_options" in body and not body.get("stream"):
+        return "stream_options without stream"
+    if len(body.get("stop") or ()) > 4 or len(body.get("prompt_cache_key") or "") > 64:
+        return "too much"
+    tools = [t["function"] for t in body.get("tools") or ()]
+    names = [function["name"] for function in tools]
+    if "tools" in body and not 1 <= len(tools) <= 128 or len(set(names)) < len(names):
+        return "tools: none, too many or one twice"
+    if {"tool_choice", "parallel_tool_calls"} & set(body) and not tools:
+        return "a choice without tools"
+    choice = body.get("tool_choice", "auto")
+    if choice not in ("auto", "none", "required") and choice["function"]["name"] not in names:
+        return "a choice of no tool"
+    for function in tools:
+        schema = function["parameters"]
+        unions = {"oneOf", "anyOf", "allOf", "enum", "not"} & set(schema)
+        if schema["type"] != "object" or unions or not isinstance(schema["properties"], dict):
+            return "a schema's root"
+    waiting = []
+    for message in body["messages"]:
+        role, content, calls = message["role"], message["content"], message.get("tool_calls")
+        if role == "tool":
+            if message["tool_call_id"] not in waiting or not isinstance(content, str):
+                return "a tool message out of its place"
+            waiting.remove(message["tool_call_id"])
+            continue
+        if waiting:
+            return "a call without its result"
+        if set(message) - {"role", "content", "tool_calls"} or (calls and role != "assistant"):
+            return "fields of a message"
+        for made in calls or ():
+            names.append(made["function"]["name"])
+            if not isinstance(json.loads(made["function"]["arguments"]), dict):
+                return "arguments"
+        waiting = [made["id"] for made in calls or ()]
+        if len(set(waiting)) < len(waiting) or any(not 1 <= len(i) <= 40 for i in waiting):
+            return "ids of calls"
+        if not content and not (calls and content is None):
+            return "an empty message"
+        for part in content if isinstance(content, list) else ():
+            if role != "user" or part["type"] not in ("text", "image_url", "file"):
+                return "a part"
+            if part["type"] == "text" and not part["text"]:
+                return "an empty part"
+            url = part["image_url"]["url"] if part["type"] == "image_url" else ""
+            if url and not re.match("https?://|data:image/(png|jpeg|gif|webp);base64,.", url):
+                return "an image's URL"
+    if waiting:
+        return "a call without its result"
+    if not all(re.fullmatch("[a-zA-Z0-9_-]{1,64}", name) for name in names):
+        return "a tool's name"
+    return ""
+
+
 def read_events(data):
     """The events in the bytes of an SSE body."""
     items = ogx.SseReader().feed(data)
@@ -2081,6 +2191,156 @@ class TestChat:
                          body=self.shaped(tools=[tool()]), by_model=self.asking("words"))
         assert sorted(b["type"] for b in message["content"]) == ["text", "tool_use"]
 
+    # -- any request
+
+    class Histories:
+        """Random requests that Anthropic takes; `markers` are the strings planted in them."""
+
+        def __init__(self, seed):
+            self.random, self.markers, self.calls = random.Random(seed), [], []
+            self.used = 0
+
+        def marker(self):
+            self.markers.append(f"MARK{len(self.markers):04d}")
+            return self.markers[-1]
+
+        def chance(self, share):
+            return self.random.random() < share
+
+        def blocks(self, most, *makers):
+            return [self.random.choice(makers)() for _ in range(self.random.randint(0, most))]
+
+        def words(self):
+            return text("" if self.chance(0.1) else f"say {self.marker()}")
+
+        def picture(self):
+            return image(self.marker(), self.random.choice(ogx.MEDIA_TYPES["image"]))
+
+        def paper(self):
+            sources = ({"type": "base64", "media_type": "application/pdf", "data": self.marker()},
+                       {"type": "text", "media_type": "text/plain", "data": self.marker()},
+                       {"type": "url", "url": f"http://h/{self.marker()}"},
+                       {"type": "content", "content": [self.words()]})
+            kept = self.random.choice(sources)
+            self.markers = [m for m in self.markers if m in json.dumps(kept)
+                            or not any(m in json.dumps(source) for source in sources)]
+            return {"type": "document", "source": kept, "title": self.marker()}
+
+        def odd(self):
+            return self.random.choice((
+                lambda: {"type": "search_result", "title": self.marker(), "source": "s",
+                         "content": [text(self.marker())]},
+                lambda: {"type": "tool_reference", "tool_name": self.marker()},
+                lambda: {"type": "compaction", "content": self.marker()},
+                lambda: {"type": "web_search_tool_result", "tool_use_id": "s",
+                         "content": [{"type": "web_search_result", "title": self.marker()}]},
+                lambda: {"type": "mcp_tool_use", "id": "m", "name": self.marker(), "input": {}},
+                lambda: {"type": "container_upload", "file_id": self.marker()},
+                lambda: {"type": "tool_removal", "tool": {"name": self.marker()}}))()
+
+        def thought(self):
+            return self.random.choice((
+                {"type": "thinking", "thinking": "hm", "signature": "foreign"},
+                {"type": "redacted_thinking", "data": "foreign"}))
+
+        def use(self):
+            self.used += 1
+            names = ("Bash", "mcp__a.b", "x" * 100, "odd name é")
+            made = call(f"toolu_{self.used}", self.random.choice(names), value=self.marker())
+            self.calls.append(made["id"])
+            return made
+
+        def answer(self, call_id):
+            content = self.random.choice((
+                self.marker, lambda: None,
+                lambda: self.blocks(3, self.words, self.picture, self.paper, self.odd)))()
+            return result(call_id, content, is_error=self.chance(0.2))
+
+        def message(self):
+            kind = self.random.choice(("user", "user", "assistant", "assistant", "system"))
+            if kind == "assistant":
+                return {"role": kind, "content": self.blocks(4, self.words, self.use, self.thought)}
+            if kind == "system":
+                return {"role": kind, "content": [text(self.marker())]}
+            ids = self.calls if self.chance(0.8) else ["orphan"]
+            answers = [self.answer(i) for i in ids if self.chance(0.8)]
+            self.calls = []
+            self.random.shuffle(answers)
+            rest = self.blocks(3, self.words, self.picture, self.paper, self.odd)
+            mixed = [*rest, *answers] if self.chance(0.2) else [*answers, *rest]
+            return {"role": kind, "content": mixed or self.marker()}
+
+        def tool(self):
+            self.used += 1
+            schema = self.random.choice((
+                lambda: {"type": "object", "properties": {self.marker(): {"type": "string"}}},
+                lambda: {"anyOf": [{"properties": {self.marker(): {}}}], "$schema": "x"},
+                lambda: {}))()
+            return {"name": f"tool {self.used}", "description": self.marker(),
+                    "input_schema": schema}
+
+        def request(self):
+            messages = [user(f"begin {self.marker()}")]
+            messages += [self.message() for _ in range(self.random.randint(0, 9))]
+            fields = {"system": [text(self.marker())], "stream": self.chance(0.5),
+                      "tools": [self.tool() for _ in range(self.random.randint(0, 4))],
+                      "metadata": {"user_id": "u" * 500}}
+            if self.chance(0.3):
+                fields["tool_choice"] = {"type": self.random.choice(("auto", "any", "none"))}
+            return request(*messages, **fields)
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_whatever_is_asked_arrives_whole_and_as_strictly_as_openai_wants_it(self, seed):
+        """Of 300 random histories every planted string arrives, in chat and in Responses."""
+        for number in range(30):
+            histories = self.Histories(100 * seed + number)
+            body = histories.request()
+            sent = chat(body)
+            assert openai_refusal(sent) == "", body
+            for made in (json.dumps(sent), json.dumps(responses(body))):
+                assert [m for m in histories.markers if m not in made] == [], body
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda b: b.update(store=True), "unknown parameters: {'store'}"),
+            (lambda b: b.update(max_tokens=5), "two limits"),
+            (lambda b: b.update(stream_options={}), "stream_options without stream"),
+            (lambda b: b.update(stop=["a"] * 5), "too much"),
+            (lambda b: b.update(prompt_cache_key="k" * 65), "too much"),
+            (lambda b: b.update(tools=[]), "tools: none, too many or one twice"),
+            (lambda b: b.update(tools=b["tools"] * 2), "tools: none, too many or one twice"),
+            (lambda b: b.pop("tools"), "a choice without tools"),
+            (lambda b: b["tool_choice"]["function"].update(name="x"), "a choice of no tool"),
+            (lambda b: b["tools"][0]["function"]["parameters"].update(anyOf=[]), "a schema's root"),
+            (lambda b: b["tools"][0]["function"].update(name="a.b"), "a choice of no tool"),
+            (lambda b: b["messages"].insert(2, {"role": "user", "content": "x"}),
+             "a call without its result"),
+            (lambda b: b["messages"].pop(2), "a call without its result"),
+            (lambda b: b["messages"].__delitem__(slice(2, None)), "a call without its result"),
+            (lambda b: b["messages"].pop(1), "a tool message out of its place"),
+            (lambda b: b["messages"][2].update(content=[]), "a tool message out of its place"),
+            (lambda b: b["messages"][1].update(reasoning_content="x"), "fields of a message"),
+            (lambda b: b["messages"][1]["tool_calls"][0].update(id="i" * 41), "ids of calls"),
+            (lambda b: b["messages"][1]["tool_calls"][0]["function"].update(arguments="[]"),
+             "arguments"),
+            (lambda b: b["messages"][1]["tool_calls"][0]["function"].update(name="a b"),
+             "a tool's name"),
+            (lambda b: b["messages"][0].update(content=""), "an empty message"),
+            (lambda b: b["messages"][0].update(content=[{"type": "document"}]), "a part"),
+            (lambda b: b["messages"][0].update(content=[text("")]), "an empty part"),
+            (lambda b: b["messages"][3]["content"][1]["image_url"].update(url="data:x"),
+             "an image's URL"),
+        ],
+    )  # fmt: skip
+    def test_that_measure_can_fail(self, change, words):
+        turns = [user("go"), assistant([call("a")]), user(result("a", [image()]), text("and?"))]
+        body = chat(request(*turns, tools=[tool("Bash")],
+                            tool_choice={"type": "tool", "name": "Bash"}))  # fmt: skip
+        assert openai_refusal(body) == ""
+        change(body)
+        assert openai_refusal(body) == words
+
     # -- the answer
 
     def test_text_and_usage(self):
@@ -3891,6 +4151,63 @@ class TestGateway:
         assert message["model"] == "openai/gpt-x" and message["role"] == "assistant"
         assert re.fullmatch("msg_[0-9a-f]{24}", message["id"])
         assert upstream.seen[0]["model"] == "gpt-x" and "stream" not in upstream.seen[0]
+
+    SEARCH = {"type": "search", "query": "q", "sources": [{"url": "http://a", "title": "A"}]}
+    GOLDEN = {  # name -> (dialect, chunks or events)
+        "text": ("chat", [delta(content="Hel"), delta(content="lo"), delta("stop", USAGE)]),
+        "nothing": ("chat", [delta("stop")]),
+        "thinking in a field": ("chat", [delta(reasoning="hm"), delta("stop", content="ok")]),
+        "thinking in the text": ("chat", [delta(content="<think>hm</th"),
+                                          delta("length", content="ink>ok")]),
+        "signed thinking": ("chat", [
+            delta(reasoning_details=[{"type": "reasoning.text", "text": "hm", "index": 0}]),
+            delta(content="ok"), delta(reasoning_details=[{"type": "reasoning.encrypted"}]),
+            delta("stop")]),
+        "a signed call": ("chat", [delta("tool_calls", tool_calls=[
+            {**fragment(0, "a", "A", "{}"), "extra_content": {"google": {}}}])]),
+        "a refusal": ("chat", [delta("stop", refusal="No.")]),
+        **{f"calls {name}": ("chat", [*(delta(tool_calls=p) for p in pieces), delta("stop")])
+           for name, pieces, _ in TestChat.CALLS},
+        "half a call": ("chat", [delta("length", tool_calls=[fragment(0, "a", "A", '{"x"')])]),
+        "a response": ("responses", [
+            added(0, type="reasoning"), piece("reasoning_summary_text", 0, "hm"),
+            ended(0, **TestResponses.REASONING), added(1, type="reasoning"),
+            ended(1, **TestResponses.REASONING), added(2, type="function_call", call_id="c",
+                                                       name="A"),
+            piece("function_call_arguments", 2, "{}"), completed()]),
+        "a response with a search": ("responses", [
+            ended(0, type="web_search_call", id="ws", action=SEARCH),
+            piece("output_text", 1, "found"),
+            {"type": "response.output_text.annotation.added",
+             "annotation": {"type": "url_citation", "url": "http://a", "title": "A"}},
+            completed()]),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("name", GOLDEN)
+    def test_streamed_or_not_it_is_the_same_message_with_all_that_anthropic_requires(self, name):
+        dialect, chunks = self.GOLDEN[name]
+        with FakeUpstream(sse(*chunks), sse(*chunks)) as upstream, serving(
+            dataclasses.replace(provider(url=upstream.url), dialect=dialect)
+        ) as client:
+            _, _, data = client.post(request(stream=True))
+            _, _, whole = client.post(request())
+        events = read_events(data)
+        check_grammar(events)
+        for event in events:
+            check_required(event, event["type"])
+        check_required(whole, "message")
+        folded_message = ogx.message_from_events(events)
+        for block in whole["content"] + folded_message["content"]:
+            block["id"] = re.sub("^toolu_[0-9a-f]{24}$", "made up", block.get("id", ""))
+        assert {**folded_message, "id": ""} == {**whole, "id": ""}
+
+    def test_these_are_all_the_blocks_that_a_user_gets_to_see(self):
+        seen = set()
+        for dialect, chunks in self.GOLDEN.values():
+            by = {"chat": ogx.ChatTranslator, "responses": ogx.ResponsesTranslator}[dialect]
+            seen |= {block["type"] for block in folded(*chunks, by=by)["content"]}
+        assert seen == {"text", "thinking", "redacted_thinking", "tool_use", "server_tool_use",
+                        "web_search_tool_result"}  # fmt: skip
 
     def test_a_streamed_answer_folds_to_the_same_message(self):
         answer = {"choices": [{"finish_reason": "stop", "message": {"content": "Hello."}}],

@@ -30,6 +30,8 @@ class Reply:
 
     text: str = ""
     reasoning: str = ""
+    details: list[Json] = field(default_factory=list)  # of the reasoning, to be sent back
+    signature: Json = field(default_factory=dict)  # on the first call, to be sent back
     calls: list[tuple[str, Json]] = field(default_factory=list)
     status: int = 200
     silence: float = 0  # seconds before it says anything
@@ -42,14 +44,18 @@ class Reply:
              "function": {"name": name, "arguments": json.dumps(arguments)}}
             for place, (name, arguments) in enumerate(self.calls)
         ]
+        if self.signature:
+            calls[0]["extra_content"] = self.signature
         return {"role": "assistant", "content": self.text or None,
                 **({"reasoning_content": self.reasoning} if self.reasoning else {}),
+                **({"reasoning_details": self.details} if self.details else {}),
                 **({"tool_calls": calls} if calls else {})}
 
     def deltas(self, turn: int) -> Iterator[Json]:
         """The message in OpenAI's pieces: a call starts with id and name, its arguments dribble."""
         yield {"role": "assistant", "content": ""}
         yield from ({"reasoning_content": piece} for piece in pieces(self.reasoning))
+        yield from ({"reasoning_details": [detail]} for detail in self.details)
         yield from ({"content": piece} for piece in pieces(self.text))
         for index, call in enumerate(self.message(turn).get("tool_calls", [])):
             name, arguments = call["function"]["name"], call["function"]["arguments"]
@@ -108,7 +114,7 @@ PARTS = [
     struct("type file", type=one_of("file"), file=FILE),
 ]
 TEXTS = {"anyOf": [STRING, listed(TEXT)]}
-CALL = struct("id type function", id=pattern("^.{1,40}$"), type=FUNCTION,
+CALL = struct("id type function", id=pattern("^.{1,40}$"), type=FUNCTION, extra_content={},
               function=struct("name arguments", name=NAME, arguments=STRING))
 SPEAKERS = {
     "system": struct("role content", role={}, content=TEXTS),
@@ -116,8 +122,8 @@ SPEAKERS = {
     "user": struct("role content", role={}, content={"anyOf": [STRING, listed({"anyOf": PARTS})]}),
     "tool": struct("role tool_call_id content", role={}, tool_call_id=STRING, content=TEXTS),
     "assistant": {"anyOf": [
-        struct("role content", role={}, content=TEXTS),
-        struct("role tool_calls", role={}, content={"anyOf": [{"type": "null"}, TEXTS]},
+        struct("role content", role={}, content=TEXTS, reasoning_details={}),
+        struct("role tool_calls", role={}, reasoning_details={}, content={"anyOf": [{"type": "null"}, TEXTS]},
                tool_calls=listed(CALL)),
     ]},
 }

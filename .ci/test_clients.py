@@ -314,6 +314,26 @@ class TestClaudeCode:
         assert blocks[0]["thinking"] == "Let me ponder this."
         assert events[-1]["result"] == "Thought through."
 
+    @pytest.mark.parametrize("reasoning", ["", "Let me ponder this."])
+    def test_brings_back_what_the_provider_needs_of_its_reasoning(
+        self, gateway, upstream, reasoning
+    ):
+        """Signatures and details travel in thinking blocks, or redacted ones where none is shown."""
+        details = [{"type": "reasoning.encrypted", "data": "sealed", "index": 0}]
+        signature = {"google": {"thought_signature": "signed"}}
+        look = [("Bash", {"command": "echo seen"}), ("Bash", {"command": "echo twice"})]
+        upstream.script = {"Think": [
+            Reply("So I look.", reasoning=reasoning, details=details, calls=look,
+                  signature=signature),
+            Reply(calls=look[:1], signature=signature), Reply("Thought through."),
+        ]}
+        assert gateway.ask("Think", "--allowedTools", "Bash")["result"] == "Thought through."
+        first, second = ids_and_calls(upstream.requests[-1])[1]
+        assert first["reasoning_details"] == details and "reasoning_details" not in second
+        signed = [call.get("extra_content") for turn in (first, second)
+                  for call in turn["tool_calls"]]
+        assert signed == [signature, None, signature]
+
     def test_gives_a_structured_answer(self, gateway, upstream):
         schema = {"type": "object", "properties": {"answer": {"type": "integer"}}}
         given = Reply(calls=[("StructuredOutput", {"answer": 4})])
@@ -621,6 +641,35 @@ class TestAnthropicSdk:
         assert message.parsed_output == City(name="Oslo", people=700000)
         schema = upstream.requests[0]["response_format"]["json_schema"]["schema"]
         assert set(schema["properties"]) == {"name", "people"}
+
+    @pytest.mark.parametrize("streams", [False, True])
+    @pytest.mark.parametrize(("refused", "reply"), [
+        (["response_format"],
+         Reply("Let me see.", calls=[("give_answer", {"name": "Oslo", "people": 700000})])),
+        (["response_format", "tool_choice"],
+         Reply('Here it is:\n```json\n{"name": "Oslo", "people": 700000}\n```')),
+    ])
+    def test_parses_structured_output_in_every_way_it_is_asked_for(
+        self, sdk, upstream, refused, reply, streams
+    ):
+        upstream.demand = lambda body: next(
+            (f"Unsupported parameter: '{name}'" for name in refused if name in body), "")
+        upstream.script = {"Hello": [reply]}
+        if streams:
+            with sdk.messages.stream(**ASK, output_format=City) as stream:
+                message = stream.get_final_message()
+        else:
+            message = sdk.messages.parse(**ASK, output_format=City)
+        assert message.parsed_output == City(name="Oslo", people=700000)
+        assert valid(message).stop_reason == "end_turn"
+
+    def test_is_told_when_an_answer_has_another_shape(self, sdk, upstream):
+        upstream.demand = lambda body: next(
+            (f"Unsupported parameter: '{name}'" for name in ("response_format", "tool_choice")
+             if name in body), "")
+        upstream.script = {"Hello": [Reply("Oslo, I think.")]}
+        with pytest.raises(anthropic.InternalServerError, match="no JSON of the shape"):
+            sdk.messages.parse(**ASK, output_format=City)
 
     def test_tells_the_gateways_refusals_by_class(self, sdk, upstream):
         with pytest.raises(anthropic.NotFoundError, match="nope-9") as unknown:
