@@ -4152,6 +4152,52 @@ class TestGateway:
         assert re.fullmatch("msg_[0-9a-f]{24}", message["id"])
         assert upstream.seen[0]["model"] == "gpt-x" and "stream" not in upstream.seen[0]
 
+    @pytest.mark.parametrize(("shows", "kinds"), [(True, ["thinking", "text"]), (False, ["text"])])
+    @pytest.mark.parametrize("display", ["omitted", "summarized"])
+    def test_thinking_is_shown_unless_the_config_and_the_client_agree(self, shows, kinds, display):
+        kinds = kinds if display == "omitted" else ["thinking", "text"]
+        answer = sse(delta(reasoning="hm"), delta("stop", content="ok"))
+        with gateway_over(answer) as (client, _):
+            client.gateway.config = dataclasses.replace(client.gateway.config, show_thinking=shows)
+            thinking = {"type": "adaptive", "display": display}
+            _, _, message = client.post(request(thinking=thinking))
+        assert [block["type"] for block in message["content"]] == kinds
+
+    @pytest.mark.parametrize("thinking", [{"type": "enabled", "budget_tokens": 5000},
+                                          {"type": "adaptive"}, {"type": "disabled"}])
+    @pytest.mark.parametrize("upstream_id", ["gpt-x", "o3"])
+    def test_thinking_asked_of_a_model_that_does_not_reason_is_no_error(
+        self, thinking, upstream_id
+    ):
+        def answer(upstream, connection):
+            asked = "reasoning_effort" in upstream.seen[-1]
+            words = {"error": {"message": '"m" does not support thinking'}}
+            upstream._answer(connection, (400, words) if asked else said())
+
+        with gateway_over(answer, answer, models=(upstream_id,)) as (client, _):
+            body = request(thinking=thinking, output_config={"effort": "max"},
+                           model=f"openai/{upstream_id}")  # fmt: skip
+            status, _, message = client.post(body)
+        assert status == 200, message
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_json_is_asked_for_until_the_model_takes_it_and_never_made_up(self, stream):
+        refusals = [(400, {"error": {"message": f"'{name}' is not supported"}})
+                    for name in ("response_format", "tool_choice")]  # fmt: skip
+        schema = {"type": "object", "required": ["name"]}
+        body = request(output_config={"format": {"type": "json_schema", "schema": schema}},
+                       stream=stream)  # fmt: skip
+        fenced, prose = said('```json\n{"name": 1}\n```'), said("I am not sure.")
+        with gateway_over(*refusals, fenced, prose) as (client, upstream):
+            _, _, data = client.post(body)
+            status, _, error = client.post(body)
+        message = ogx.message_from_events(read_events(data)) if stream else data
+        assert message["content"][0]["text"] == '{"name": 1}'
+        assert status == 502 and "answered with no JSON" in error["error"]["message"]
+        assert [{"response_format", "tools"} & set(seen) for seen in upstream.seen] == [
+            {"response_format"}, {"tools"}, set(), set()
+        ]
+
     SEARCH = {"type": "search", "query": "q", "sources": [{"url": "http://a", "title": "A"}]}
     GOLDEN = {  # name -> (dialect, chunks or events)
         "text": ("chat", [delta(content="Hel"), delta(content="lo"), delta("stop", USAGE)]),

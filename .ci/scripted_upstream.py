@@ -123,8 +123,8 @@ SPEAKERS = {
     "tool": struct("role tool_call_id content", role={}, tool_call_id=STRING, content=TEXTS),
     "assistant": {"anyOf": [
         struct("role content", role={}, content=TEXTS, reasoning_details={}),
-        struct("role tool_calls", role={}, reasoning_details={}, content={"anyOf": [{"type": "null"}, TEXTS]},
-               tool_calls=listed(CALL)),
+        struct("role tool_calls", role={}, content={"anyOf": [{"type": "null"}, TEXTS]},
+               tool_calls=listed(CALL), reasoning_details={}),
     ]},
 }
 PARAMETERS = {"required": ["type"], "properties": {
