@@ -1108,7 +1108,8 @@ def refuse_untranslatable(body: Json) -> None:
             if block["type"] not in BLOCK_TYPES:
                 where, shown = f"messages.{index}.content.{place}", json.dumps(block["type"])[:80]
                 raise OgxError(400, f"{where}.type: {shown} is not a known type of content block")
-            refuse_media(block, f"messages.{index}.content.{place}")
+            if block["type"] in (*MEDIA_TYPES, "tool_result"):
+                refuse_media(block, f"messages.{index}.content.{place}")
 
 
 def refuse_media(block: Json, where: str) -> None:
@@ -1826,8 +1827,8 @@ class ToolNames:
     def back(self, name: str) -> str:
         """The client's name. What chat templates leave around it (`functions.Bash`,
         `Bash<|channel|>commentary`, `<tool_call>Bash`) is no part of it."""
-        if name in self._originals:
-            return self._originals[name]
+        if not name or name in self._originals:
+            return self._originals.get(name, "")
         words = re.findall(r"[\w.-]+", re.sub(r"<[^<>]*>", " ", name))
         parts = (part for word in words for part in (word, word.split(".")[-1]))
         known = (self._originals[part] for part in parts if part in self._originals)
@@ -1889,7 +1890,7 @@ def assistant_message(blocks: Sequence[Json], model: Model, names: ToolNames) ->
             calls.append({"id": tool_call_id(block["id"], kind), "type": "function",
                           "function": function, **extra})  # fmt: skip
             extra = {}  # of parallel calls the first is signed
-        elif kind.own_reasoning:
+        elif kind.own_reasoning and block["type"] != "text":
             kept = kept_in(block, "chat", model.served)
             extra = {k: kept[k] for k in ("extra_content",) if k in kept} or extra
             if isinstance(kept.get("reasoning_details"), list):
@@ -2274,7 +2275,7 @@ class ChatTranslator(Translator):
         self._sign()
         self._write((kind, text) for kind, text in self._thoughts.end() if text.strip())
         function = fragment.get("function") or {}
-        call_id, name = str(fragment.get("id") or ""), function.get("name") or ""
+        call_id, name = str(fragment.get("id") or ""), self._names.back(function.get("name") or "")
         arguments = function.get("arguments") or ""
         if isinstance(arguments, dict):  # some servers send the object itself
             arguments = json.dumps(arguments)
@@ -2287,7 +2288,7 @@ class ChatTranslator(Translator):
             kept = {"extra_content": fragment["extra_content"]}
             self.writer.signature(signature_of("chat", self._model.served, kept))
         if not self._holds or call.name != ANSWER_TOOL:
-            self.writer.tool(id(call), call.id, self._names.back(call.name), arguments)
+            self.writer.tool(id(call), call.id, call.name, arguments)
 
     def _call_of(self, index: Any, call_id: str, name: str) -> ToolCall:
         """The call a fragment belongs to, or a new one.

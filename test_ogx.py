@@ -4834,6 +4834,17 @@ class TestGateway:
             {"messages": [assistant([{"type": "redacted_thinking",
                                       "data": '{"ogx":"responses"}'}])]},
             {"messages": [assistant([call("\ud800")])]},
+            {"messages": [assistant([{"type": "redacted_thinking", "data": json.dumps({
+                "ogx": "chat", "by": "openai/gpt-x", "reasoning_details": 5, "extra_content": 5},
+                separators=(",", ":"))}, call("a")]), user("x")]},
+            {"tools": [tool(anyOf=5, allOf=[5], oneOf=[{"properties": 5}], enum=[[]])]},
+            {"tools": [tool(properties=[], required={}, anyOf=[{"$ref": 5}], **{"$defs": 5})]},
+            {"messages": [user([{"type": "tool_addition", "tool": 5}, {"type": "tool_removal"},
+                                {"type": "compaction", "content": {}}])]},
+            {"messages": [user([result("a", [{"type": "web_search_tool_result",
+                                              "content": [{}]}])])]},
+            {"messages": [{"role": "system", "content": [], "output_config": {"effort": []}},
+                          user("x")]},
         ],
     )  # fmt: skip
     @pytest.mark.parametrize("kind", ["openai", "mistral"])
@@ -4850,6 +4861,11 @@ class TestGateway:
             sse({"choices": [{"delta": {}, "finish_reason": ["stop"]}]}),
             sse({"error": {"message": "m", "status_code": 99999}}),
             sse({"object": "error", "message": "vLLM's old words"}),
+            sse(delta(reasoning_details=5)), sse(delta(reasoning_details=[5])),
+            sse(delta(reasoning_details=[{"text": 5}])),
+            sse(delta("stop", reasoning_details=[{"index": []}])),
+            sse(delta(tool_calls=[{"function": {"name": 5}}])),
+            sse(delta(tool_calls=[{"function": {"name": "A", "arguments": 5}}])),
             (400, {"error": {"message": "supports at most " + "9" * 5000 + " completion tokens"}}),
         ],
     )
