@@ -1108,8 +1108,7 @@ def refuse_untranslatable(body: Json) -> None:
             if block["type"] not in BLOCK_TYPES:
                 where, shown = f"messages.{index}.content.{place}", json.dumps(block["type"])[:80]
                 raise OgxError(400, f"{where}.type: {shown} is not a known type of content block")
-            if block["type"] in (*MEDIA_TYPES, "tool_result"):
-                refuse_media(block, f"messages.{index}.content.{place}")
+            refuse_media(block, f"messages.{index}.content.{place}")
 
 
 def refuse_media(block: Json, where: str) -> None:
@@ -1183,9 +1182,9 @@ class Turn:
 def turns_from_messages(messages: Sequence[Json], system_anywhere: bool = True) -> list[Turn]:
     """The history as turns in which every tool call is answered directly after it.
     Results that come late (behind a system message, say) move up, missing ones are made up in
-    words, results without a call become text; consecutive messages of one role are merged, the last
-    is never the assistant's. Where templates refuse system messages in their place, they stay there
-    as marked text of the user, since moving them would spoil prefix caches."""
+    words, those without a call become text; messages of one role are merged, the last is never
+    the assistant's. Where templates refuse system messages in their place, they stay there as
+    marked text of the user, since moving them would spoil prefix caches."""
     turns: list[Turn] = []
     rest: list[Turn] = []  # what came after the last assistant turn
     results: dict[str, Json] = {}
@@ -1290,17 +1289,15 @@ def without_keyword(tree: Any, keyword: str) -> Any:
 
 
 def signature_of(dialect: str, owner: str, kept: Json) -> str:
-    """What an upstream needs back with the next request, as the signature of a thinking block:
-    the client returns it, so that nothing is kept here. `owner` is who can read it."""
+    """What `owner` needs back, as a signature that the client returns: nothing is kept here."""
     return json.dumps({"ogx": dialect, "by": owner, **kept}, separators=(",", ":"))
 
 
 def kept_in(block: Json, dialect: str, owner: str) -> Json:
     """What signature_of() put into a block for this dialect and owner; {} for any other block."""
-    signature = block.get("signature") or block.get("data")
-    if not isinstance(signature, str) or not signature.startswith(SIGNATURE_MARK):
-        return {}
-    kept = dict_or_empty(json_or_none(signature))
+    signature = str(block.get("signature") or block.get("data"))
+    kept = json_or_none(signature) if signature.startswith(SIGNATURE_MARK) else None
+    kept = dict_or_empty(kept)
     return kept if (kept.get("ogx"), kept.get("by")) == (dialect, owner) else {}
 
 
@@ -1313,8 +1310,8 @@ def answer_way(request: Json, kind: ProviderKind) -> tuple[str, Json]:
     beside = any(map(is_client_tool, request.get("tools") or ()))
     if kind.answer_by == "format" and (kind.format_with_tools or not beside):
         return "format", schema
-    is_object = schema.get("type") in (None, "object")  # as the input of a tool must be
-    return ("words" if beside or not is_object or kind.answer_by != "tool" else "tool"), schema
+    is_input = not beside and schema.get("type") in (None, "object")  # it can be a tool's
+    return ("tool" if is_input and kind.answer_by == "tool" else "words"), schema
 
 
 def json_answer(text: str, schema: Json) -> str:
@@ -2018,7 +2015,6 @@ def chat_tool(tool: Json, names: ToolNames, kind: ProviderKind) -> Json:
     """A tool as a function; its schema's root is always an object with properties. What its
     constraints lose on the way stands in the description."""
     schema = {k: v for k, v in (tool.get("input_schema") or {}).items() if k != "$schema"}
-    function: Json = {"name": names.there(tool["name"])}
     words = tool.get("description") or ""
     lost = {} if kind.root_unions else {k: schema[k] for k in ROOT_UNIONS if k in schema}
     if lost:
@@ -2026,10 +2022,9 @@ def chat_tool(tool: Json, names: ToolNames, kind: ProviderKind) -> Json:
         words += f"\n\nThe input must be valid against this JSON schema, too: {json.dumps(lost)}"
     for keyword in kind.refused_keywords:
         schema = without_keyword(schema, keyword)
-    if words:
-        function["description"] = words
-    function["parameters"] = {**schema, "type": "object",
-                              "properties": schema.get("properties") or {}}  # fmt: skip
+    parameters = {**schema, "type": "object", "properties": schema.get("properties") or {}}
+    told = {"description": words} if words else {}
+    function = {"name": names.there(tool["name"]), **told, "parameters": parameters}
     return {"type": "function", "function": function}
 
 
@@ -2064,8 +2059,7 @@ def reasoning_effort(request: Json) -> str | None:
     (system messages may hold one), else by the thinking budget; None leaves the model's default.
     What a model doesn't take is learned from its refusal."""
     thinking = request.get("thinking") or {}
-    systems = (m for m in request["messages"] if m["role"] == "system")
-    configs = [m.get("output_config") or {} for m in (request, *systems)]
+    configs = [m.get("output_config") or {} for m in (request, *request["messages"])]
     efforts = [c["effort"] for c in configs if c.get("effort") in EFFORTS]
     budget = thinking.get("budget_tokens")
     if thinking.get("type") == "disabled":
@@ -2089,10 +2083,9 @@ def is_strict(schema: Any) -> bool:
         return True
     properties, required = schema.get("properties") or {}, schema.get("required") or []
     closed = schema.get("additionalProperties") is False and isinstance(required, list)
-    if schema.get("type") == "object" or (properties and isinstance(properties, dict)):
-        if not closed or not all(name in required for name in properties):
-            return False
-    return all(map(is_strict, schema.values()))
+    is_object = schema.get("type") == "object" or (properties and isinstance(properties, dict))
+    whole = not is_object or (closed and all(name in required for name in properties))
+    return whole and all(map(is_strict, schema.values()))
 
 
 class Translator:
@@ -2568,10 +2561,6 @@ class MessagesTranslator(Translator):
 
     NO_SHAPE = "sent an event of unknown shape:"
 
-    def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
-        super().__init__(writer, request, model)
-        self._tools: dict[Any, tuple[str, str]] = {}  # index -> id and name
-
     def _read(self, chunk: Json, data: bytes) -> None:
         kind = str(chunk.get("type"))
         if kind == "message":
@@ -2584,8 +2573,8 @@ class MessagesTranslator(Translator):
     def _read_message(self, message: Json) -> None:
         self._read_event({"type": "message_start", "message": message})
         for index, block in enumerate(message["content"]):
-            start = {"type": "content_block_start", "index": index, "content_block": block}
-            self._read_event(start)
+            self._read_event({"type": "content_block_start", "index": index,
+                              "content_block": block})  # fmt: skip
         self._read_event({"type": "message_delta", "delta": message})
         self.end()
 
@@ -2596,7 +2585,6 @@ class MessagesTranslator(Translator):
         elif kind == "content_block_start":
             block = event["content_block"]
             if block["type"] == "tool_use":
-                self._tools[index] = (block["id"], block["name"])
                 given = json.dumps(block["input"]) if block.get("input") else ""
                 self.writer.tool(index, block["id"], block["name"], given)
             self.writer.thinking(block.get("thinking") or "")
@@ -2606,7 +2594,7 @@ class MessagesTranslator(Translator):
             self.writer.thinking(delta.get("thinking") or "")
             self.writer.text(delta.get("text") or "")
             if "partial_json" in delta:
-                self.writer.tool(index, *self._tools[index], delta["partial_json"])
+                self.writer.tool(index, "", "", delta["partial_json"])
         elif kind == "message_delta":
             delta = dict_or_empty(event["delta"])
             self._stop_reason = delta.get("stop_reason") or ""
@@ -3066,8 +3054,7 @@ ROW_REMEDIES: tuple[tuple[re.Pattern[str], str, Any], ...] = (
     (re.compile(r"(file|document|pdf).{0,40}not supported|'?type'?: ?'?file'?.{0,60}invalid|"
                 r"Invalid value: 'file'|unknown part type: file", re.I), "files", False),
     (re.compile(r"thought_signature"), "tool_call_extra", SKIP_SIGNATURE),
-    (re.compile(r"not have '?\w+'?(/'?\w+'?)* at the top level"), "root_unions", False),
-)  # fmt: skip
+    (re.compile(r"not have ('?\w+'?/?)+ at the top level"), "root_unions", False))  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2803,7 +2803,7 @@ class TestMessages:
         [({"code": 500, "message": "oops", "type": "server_error"}, "oops (from llama-cpp, model "),
          ({"type": "error", "error": {"message": "bad"}}, "bad (from llama-cpp, model "),
          ({"type": "content_block_delta", "index": 7, "delta": {"partial_json": "x"}},
-          "unknown shape"), (5, "unknown shape")],
+          "before it was complete"), (5, "unknown shape")],
     )  # fmt: skip
     def test_errors_of_such_a_stream(self, event, words):
         assert words in refused(self.repaired, event).message
