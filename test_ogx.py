@@ -1334,22 +1334,24 @@ class TestRequests:
         ("block", "words"),
         [
             (image(media_type="image/bmp"),
-             "messages.0.content.0.image.source.base64.media_type: expected one of image/jpeg, "
-             "image/png, image/gif, image/webp"),
+             "image.source.base64.media_type: expected one of image/jpeg, image/png, image/gif, "
+             "image/webp"),
             (result("a", [text("x"), image(media_type="image/tiff")]),
-             "messages.0.content.0.content.1.image.source.base64.media_type: expected one of "),
+             "image.source.base64.media_type: expected one of image/jpeg"),
             ({**pdf(), "source": {"type": "base64", "media_type": "text/rtf", "data": ""}},
-             "messages.0.content.0.document.source.base64.media_type: expected one of "
-             "application/pdf"),
-            # The words that Claude Code looks for, to leave the image out and go on.
+             "document.source.base64.media_type: expected one of application/pdf"),
             (image("A" * (5 * 1024 * 1024 + 4)),
-             "messages.0.content.0.image.source.base64: image exceeds 5 MB maximum: "
-             "5242884 bytes > 5242880 bytes"),
+             "image.source.base64: image exceeds 5 MB maximum: 5242884 bytes > 5242880 bytes"),
         ],
     )  # fmt: skip
     def test_media_that_anthropic_does_not_take_are_refused_in_its_words(self, block, words):
-        error = refused(ogx.refuse_untranslatable, request(user([block])))
-        assert (error.status, error.message[: len(words)]) == (400, words)
+        for translate in (chat, responses):
+            error = refused(translate, request(user([block])))
+            assert (error.status, error.message[: len(words)]) == (400, words)
+
+    def test_media_that_an_upstream_cannot_see_are_told_whatever_they_are(self):
+        rtf = {**pdf(), "source": {"type": "base64", "media_type": "text/rtf", "data": ""}}
+        assert "text/rtf, 1 kB" in chat(request(user([rtf])), "vllm")["messages"][0]["content"]
 
 
 # Texts with their tokens in OpenAI's o200k_base, as .ci/o200k.cjs counts them.
