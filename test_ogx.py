@@ -1603,6 +1603,14 @@ class TestEvents:
         writer.text("ok")
         assert self.finished(writer, "tool_use")["stop_reason"] == "end_turn"
 
+    def test_input_is_written_by_deltas_alone_since_claude_code_reads_no_other(self):
+        writer = self.writer()
+        writer.tool(0, "a", "A", '{"x": 1}')
+        writer.finish("tool_use", None, ogx.Usage())
+        _, start, piece_, *_ = writer.take()
+        assert start["content_block"]["input"] == {}
+        assert piece_["delta"] == {"type": "input_json_delta", "partial_json": '{"x": 1}'}
+
     def test_a_whole_call_is_closed_when_the_next_begins(self):
         writer = self.writer()
         writer.tool(0, "a", "A", "{}")
@@ -1759,6 +1767,20 @@ class TestChat:
     def test_a_stream_asks_for_usage(self):
         body = chat(request(stream=True))
         assert (body["stream"], body["stream_options"]) == (True, {"include_usage": True})
+
+    def test_the_smallest_limit_is_raised_only_where_that_is_demanded(self):
+        assert chat(request(max_tokens=1))["max_completion_tokens"] == 1
+        assert responses(request(max_tokens=1))["max_output_tokens"] == 16
+
+    def test_what_only_anthropic_knows_is_not_sent_elsewhere(self):
+        body = chat(request(
+            user([{**text("x"), "cache_control": {"type": "ephemeral"}}]),
+            tools=[{**tool(), "defer_loading": True, "cache_control": {}, "strict": False}],
+            context_management={"edits": []}, thinking={"type": "adaptive"}, betas=["b"],
+            service_tier="auto", metadata={"user_id": "u"}), "vllm")  # fmt: skip
+        assert set(body) == {"model", "messages", "max_tokens", "tools"}
+        assert set(body["tools"][0]["function"]) == {"name", "description", "parameters"}
+        assert body["messages"] == [{"role": "user", "content": "x"}]
 
     def test_fireworks_is_streamed_above_its_limit(self):
         assert "stream" not in chat(request(max_tokens=4096), "fireworks")
@@ -4457,6 +4479,39 @@ class TestGateway:
         answer = sse(delta(content="a"), delta("stop"), done=False)
         with gateway_over(answer) as (client, _):
             assert client.post(request())[2]["stop_reason"] == "end_turn"
+
+    def test_the_end_of_the_answer_is_the_last_event_and_not_that_of_the_connection(self):
+        done = threading.Event()
+
+        def answer(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, said())
+            done.wait(20)  # the connection stays open
+
+        with gateway_over(answer) as (client, _):
+            _, _, data = client.post(request(stream=True))
+            done.set()
+        check_grammar(read_events(data))
+
+    def test_input_tokens_are_estimated_at_the_start_and_told_at_the_end(self):
+        with gateway_over() as (client, _):
+            _, _, data = client.post(request("word " * 400, stream=True))
+        first, *_, last, _ = read_events(data)
+        assert 400 <= first["message"]["usage"]["input_tokens"] <= 600
+        assert (last["usage"]["input_tokens"], last["usage"]["output_tokens"]) == (30, 7)
+
+    def test_the_classifier_of_auto_mode_gets_its_verdict(self):
+        """Claude Code's local check: not streamed, with a stop sequence, by a model that may think
+        first and an upstream that may not look for the sequence."""
+        words = "<think>Is it safe?</think><block>no</block> since it only lists files."
+        body = request("Check", max_tokens=2112, stop_sequences=["</block>"])
+        with gateway_over(sse(*(delta(content=w) for w in re.findall(".{1,3}", words)))) as (
+            client, upstream
+        ):  # fmt: skip
+            _, _, message = client.post(body)
+        assert message["content"][-1]["text"] == "<block>no"
+        assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "</block>")
+        assert upstream.seen[0]["stop"] == ["</block>"]
 
     @pytest.mark.parametrize("stream", [True, False])
     @pytest.mark.parametrize("sent", [
