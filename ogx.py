@@ -1584,7 +1584,7 @@ class MessageWriter:
         if self._tail and self._message is None:  # what failed before it began may be tried again
             self._fragment("text", "text", self._tail)
             self._tail = ""
-        if self._open and self._open.kind == "text":
+        if self._open and self._open.kind in ("text", "whole"):
             self._close()
 
     def _fragment(self, key: Any, kind: str, text: str, call_id: str = "", name: str = "") -> None:
@@ -2270,10 +2270,10 @@ class ChatTranslator(Translator):
         call.id, call.name = call.id or call_id, call.name or name
         if call.arguments and arguments.startswith(call.arguments):  # all of them so far, once more
             arguments = arguments[len(call.arguments) :]
-        call.arguments += arguments
-        if fragment.get("extra_content"):  # Gemini's signature of the thoughts before the call
+        if fragment.get("extra_content") and not call.arguments:  # Gemini's signature
             kept = {"extra_content": fragment["extra_content"]}
             self.writer.signature(signature_of("chat", self._model.served, kept))
+        call.arguments += arguments
         if not self._holds or call.name != ANSWER_TOOL:
             self.writer.tool(id(call), call.id, call.name, arguments)
 
@@ -3202,7 +3202,7 @@ def plainer_answer(refusal: Refusal, body: Json) -> Lesson | None:
     words: `Unsupported parameter: 'response_format'`, `This model does not support tool_choice`."""
     tools = [(tool.get("function") or {}).get("name") for tool in body.get("tools") or ()]
     if "response_format" in body and re.search("response_?format|json_schema", refusal.words, re.I):
-        return Lesson("row", "answer_by", "tool")
+        return Lesson("row", "answer_by", "tool", keep="nvalid schema" not in refusal.words)
     asked = ANSWER_TOOL in tools and "tool" in refusal.words
     return Lesson("row", "answer_by", "words") if asked else None
 

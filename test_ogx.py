@@ -886,6 +886,10 @@ class TestConfig:
         error = refused(self.build, providers={"inference": [entries[0], entries[0]]})
         assert "two providers have the provider_id 'gpu1'" in error.message
 
+    def test_thinking_is_shown_unless_it_is_switched_off(self):
+        assert self.build().show_thinking is True
+        assert self.build(server={"show_thinking": "false"}).show_thinking is False
+
     def test_ogx_port_goes_before_the_config(self):
         assert self.build({"OGX_PORT": "9000"}, server={"port": 9001}).port == 9000
         assert self.build({"OGX_PORT": ""}, server={"port": "9001"}).port == 9001
@@ -1597,6 +1601,16 @@ class TestEvents:
         writer.text("ok")
         kinds = [b["type"] for b in self.finished(writer)["content"]]
         assert kinds == ["redacted_thinking", "text"]
+
+    def test_an_error_leaves_no_block_open_but_a_call(self):
+        for begin in (lambda w: w.text("a"), lambda w: w.whole({"type": "redacted_thinking"})):
+            writer = self.writer()
+            begin(writer)
+            writer.end_text()
+            assert writer.take()[-1]["type"] == "content_block_stop"
+        writer.tool(0, "a", "A", "{")
+        writer.end_text()
+        assert writer.take()[-1]["type"] == "content_block_delta"
 
     def test_a_stop_is_tool_use_only_where_a_tool_was_called(self):
         writer = self.writer()
@@ -2323,6 +2337,14 @@ class TestChat:
             assert openai_refusal(sent) == "", body
             for made in (json.dumps(sent), json.dumps(responses(body))):
                 assert [m for m in histories.markers if m not in made] == [], body
+            for kind in ("mistral", "vllm"):
+                sent = chat({**body, "tools": [], "tool_choice": None}, kind)  # they take unions
+                assert openai_refusal(sent) == "", body
+                assert all(m["role"] != "system" for m in sent["messages"][1:])
+                assert not any(a["role"] == b["role"] == "user" for a, b in
+                               zip(sent["messages"], sent["messages"][1:]))  # fmt: skip
+                ids = [c["id"] for m in sent["messages"] for c in m.get("tool_calls") or ()]
+                assert kind == "vllm" or all(re.fullmatch("[a-zA-Z0-9]{9}", i) for i in ids)
 
     @pytest.mark.parametrize(
         ("change", "words"),
@@ -3371,6 +3393,12 @@ class TestRemedies:
         refusal = ogx.Refusal(400, words, param="include")
         lesson = ogx.lesson_from_refusal(refusal, {"include": ["x"]}, model())
         assert str(lesson) == "drop include" and lesson.keep
+
+    def test_one_schema_that_is_refused_says_nothing_of_others(self):
+        words = "Invalid schema for response_format 'answer': 'minLength' is not permitted."
+        body = {"response_format": {}}
+        lesson = ogx.lesson_from_refusal(ogx.Refusal(400, words), body, model("vllm"))
+        assert (str(lesson), lesson.keep) == ("row answer_by to tool", False)
 
     def test_nothing_is_set_and_dropped_in_turns(self):
         known = [ogx.Lesson("set", "reasoning_effort", "none")]
