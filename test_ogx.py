@@ -1958,6 +1958,20 @@ class TestChat:
             first, second = chat(body, kind, upstream_id=upstream_id)["messages"][0]["tool_calls"]
             assert first.get("extra_content") == expected and "extra_content" not in second
 
+    def test_a_signature_that_is_repeated_is_one(self):
+        signed = {"extra_content": {"google": {"thought_signature": "sig"}}}
+        message = folded(*(delta(tool_calls=[{**fragment(0, "a", "A", part), **signed}])
+                           for part in ('{"x"', ":1}")), delta("tool_calls"))  # fmt: skip
+        assert [b["type"] for b in message["content"]] == ["redacted_thinking", "tool_use"]
+
+    def test_reasoning_that_a_provider_refused_to_take_back_is_not_sent_again(self):
+        kept = ogx.signature_of("chat", "openrouter/gpt-x", {"reasoning_details": [{}]})
+        turns = [assistant({"type": "redacted_thinking", "data": kept}, text("a")), user("b")]
+        taught = ogx.taught_model(model("openrouter"), [ogx.Lesson("row", "own_reasoning", False)])
+        for found, fields in ((model("openrouter"), {"reasoning_details"}), (taught, set())):
+            sent, _ = ogx.chat_request(request(*turns), found)["messages"]
+            assert set(sent) - {"role", "content"} == fields
+
     def test_a_signature_waits_until_the_call_before_it_is_whole(self):
         signed = {**fragment(1, "b", "B", "{}"), "extra_content": {"google": {}}}
         message = folded(delta(tool_calls=[fragment(0, "a", "A", '{"x"'), signed]),
@@ -3393,6 +3407,10 @@ class TestRemedies:
         refusal = ogx.Refusal(400, words, param="include")
         lesson = ogx.lesson_from_refusal(refusal, {"include": ["x"]}, model())
         assert str(lesson) == "drop include" and lesson.keep
+
+    def test_tools_that_are_few_enough_are_not_fewer_the_next_time(self):
+        refusal = ogx.Refusal(400, "tools: expected at most 128 items")
+        assert ogx.lesson_from_refusal(refusal, {"tools": [{}] * 128}, model("vllm")) is None
 
     def test_one_schema_that_is_refused_says_nothing_of_others(self):
         words = "Invalid schema for response_format 'answer': 'minLength' is not permitted."
