@@ -2151,7 +2151,7 @@ class ChatTranslator(Translator):
 
     def feed(self, data: bytes) -> None:
         text = self._usual.text_in(data)
-        if text and self.writer.goes_on(self._usual.kind, text):
+        if text and not self._details and self.writer.goes_on(self._usual.kind, text):
             self._chunks += 1
             return
         count = len(self.writer.events)

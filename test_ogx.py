@@ -2620,7 +2620,7 @@ class TestChat:
     def written(self, chunks, learns=True):
         """The bytes that the data of chunks comes to, and how many of them were parsed."""
         writer = ogx.MessageWriter(ogx.new_message("msg_1", "m", 5))
-        translator = ogx.ChatTranslator(writer, request(stream=True), "openai, model gpt-x")
+        translator = ogx.ChatTranslator(writer, request(stream=True), model())
         translator._learns = learns
         parsed = []
         read = translator._read
@@ -2650,7 +2650,7 @@ class TestChat:
     def test_what_never_repeats_is_not_learned_for_long(self):
         chunks = [json.dumps({**delta(content="w"), "n": i}).encode() for i in range(50)]
         writer = ogx.MessageWriter(ogx.new_message("msg_1", "m", 5))
-        translator = ogx.ChatTranslator(writer, request(stream=True), "x")
+        translator = ogx.ChatTranslator(writer, request(stream=True), model())
         for chunk in chunks:
             translator.feed(chunk)
         assert translator._learns is False
@@ -2662,6 +2662,8 @@ class TestChat:
             lambda i: delta(content=source.choice(["x", "<think>", "</think>", "y z", "é", "\n"])),
             lambda i: delta(content="plain"), lambda i: delta(content="plain"),
             lambda i: delta(reasoning_content="hm"), lambda i: delta(refusal="no"),
+            lambda i: delta(reasoning_details=[{"type": "t", "text": "hm", "index": 0}]),
+            lambda i: delta(reasoning="hm", reasoning_details=[{"type": "t", "data": "d"}]),
             lambda i: {**delta(content="plain"), "usage": {"prompt_tokens": i}},
             lambda i: delta(tool_calls=[fragment(i, f"call_{i}", "f", "{}")]),
             lambda i: delta(content="plain", tool_calls=[fragment(i, f"call_{i}", "f", "{}")]),
