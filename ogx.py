@@ -1809,8 +1809,8 @@ class ToolNames:
     def back(self, name: str) -> str:
         """The client's name. What chat templates leave around it (`functions.Bash`,
         `Bash<|channel|>commentary`, `<tool_call>Bash`) is no part of it."""
-        if not name or name in self._originals:
-            return self._originals.get(name, "")
+        if name in self._originals:
+            return self._originals[name]
         words = re.findall(r"[\w.-]+", re.sub(r"<[^<>]*>", " ", name))
         parts = (part for word in words for part in (word, word.split(".")[-1]))
         known = (self._originals[part] for part in parts if part in self._originals)
@@ -2049,9 +2049,8 @@ def conversation_key(request: Json) -> str:
 
 
 def reasoning_effort(request: Json) -> str | None:
-    """OpenAI's effort: "none" where thinking is disabled, else the last `output_config.effort`
-    (system messages may hold one), else by the thinking budget; None leaves the model's default.
-    What a model doesn't take is learned from its refusal."""
+    """OpenAI's effort: "none" where thinking is disabled, else the last `output_config.effort` of
+    the request and its messages, else by the thinking budget; None leaves the model's default."""
     thinking = request.get("thinking") or {}
     configs = [m.get("output_config") or {} for m in (request, *request["messages"])]
     efforts = [c["effort"] for c in configs if c.get("effort") in EFFORTS]
@@ -2174,7 +2173,8 @@ class ChatTranslator(Translator):
     def end(self) -> None:
         if self._stop_reason and not self.done:
             self._write(self._thoughts.end())
-            self._sign()
+            if self._details:
+                self._sign()
             named = self._stop_sequence is not None
             self._stop_reason = "stop_sequence" if named else self._stop_reason
             if self._holds:
@@ -2194,10 +2194,9 @@ class ChatTranslator(Translator):
         self.writer.text(found or text)
 
     def _sign(self) -> None:
-        if self._details:
-            kept = {"reasoning_details": list(self._details.values())}
-            self.writer.signature(signature_of("chat", self._model.served, kept))
-            self._details = {}
+        kept = {"reasoning_details": list(self._details.values())}
+        self.writer.signature(signature_of("chat", self._model.served, kept))
+        self._details = {}
 
     def _error(self, data: bytes) -> OgxError:
         """An error inside a stream; its `code` may be the status it would have had."""
@@ -2243,7 +2242,8 @@ class ChatTranslator(Translator):
 
     def _read_content(self, content: Any) -> None:
         """Text, or Mistral's list of parts, whose thinking parts hold texts of their own."""
-        self._sign()
+        if self._details:
+            self._sign()
         if isinstance(content, str):
             self._write(self._thoughts.feed(content))
             return
@@ -2259,10 +2259,12 @@ class ChatTranslator(Translator):
             (self.writer.thinking if kind == "thinking" else self._text)(text)
 
     def _read_call(self, fragment: Json) -> None:
-        self._sign()
+        if self._details:
+            self._sign()
         self._write((kind, text) for kind, text in self._thoughts.end() if text.strip())
         function = fragment.get("function") or {}
-        call_id, name = str(fragment.get("id") or ""), self._names.back(function.get("name") or "")
+        call_id, name = str(fragment.get("id") or ""), function.get("name") or ""
+        name = self._names.back(name) if name else ""
         arguments = function.get("arguments") or ""
         if isinstance(arguments, dict):  # some servers send the object itself
             arguments = json.dumps(arguments)
