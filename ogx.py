@@ -3117,7 +3117,7 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
             continue
         actions = {lesson.action, *(k.action for k in known if k.field == lesson.field)}
         useful = lesson.action in ("again", "row") or with_lessons(body, [lesson]) != body
-        if useful and actions != {"set", "drop"}:  # that would go to and fro
+        if useful and not ("set" in actions and len(actions) > 1):  # that would go to and fro
             return lesson
     return None
 
