@@ -295,8 +295,7 @@ BOTH = ("messages", "chat")
 GAPS = ("document", "search_result", "server_tool")  # of most servers' Messages APIs
 AWS_HOST = r"bedrock-(?:mantle|runtime)\.([a-z0-9-]*)\.[^/]+.*"
 NINE, FORTY = "[a-zA-Z0-9]{9}", ".{1,40}"  # ids of tool calls
-# OpenAI's rules for tools
-STRICT: Json = {"root_unions": False, "max_tools": 128, "tool_ids": FORTY}
+STRICT: Json = {"root_unions": False, "max_tools": 128, "tool_ids": FORTY}  # OpenAI's tools
 SKIP_SIGNATURE = (("extra_content", {"google": {
     "thought_signature": "skip_thought_signature_validator"}}),)  # fmt: skip
 PROVIDER_KINDS = {kind.name: kind for kind in (
@@ -1218,9 +1217,9 @@ def reminder_part(blocks: Sequence[Json]) -> Json:
 
 def loose_result(block: Json) -> list[Json]:
     """A tool result that answers no call as blocks of any message."""
-    words = f"[Result of tool call {block['tool_use_id']}]\n"
-    words += TOOL_ERROR if block.get("is_error") else ""
-    return [text_part(words.strip()), *blocks_of(block.get("content"))]
+    told = TOOL_ERROR if block.get("is_error") else ""
+    words = text_part(f"[Result of tool call {block['tool_use_id']}]\n{told}".strip())
+    return [words, *blocks_of(block.get("content"))]
 
 
 def add_turn(turns: list[Turn], turn: Turn) -> None:
@@ -1281,8 +1280,7 @@ def signature_of(dialect: str, owner: str, kept: Json) -> str:
 def kept_in(block: Json, dialect: str, owner: str) -> Json:
     """What signature_of() put into a block for this dialect and owner; {} for any other block."""
     signature = str(block.get("signature") or block.get("data"))
-    kept = json_or_none(signature) if signature.startswith(SIGNATURE_MARK) else None
-    kept = dict_or_empty(kept)
+    kept = dict_or_empty(json_or_none(signature if signature.startswith(SIGNATURE_MARK) else ""))
     return kept if (kept.get("ogx"), kept.get("by")) == (dialect, owner) else {}
 
 
@@ -2202,8 +2200,8 @@ class ChatTranslator(Translator):
         """An error inside a stream; its `code` may be the status it would have had."""
         refusal = refusal_from_body(500, data)
         status = dict_or_empty(json.loads(data).get("error")).get("status_code")  # as Groq tells it
-        limit = "429" if re.search("rate_limit|throttl", refusal.code, re.I) else "500"
-        told = (str(status), refusal.code, limit)
+        usual = "429" if re.search("rate_limit|throttl", refusal.code, re.I) else "500"
+        told = (str(status), refusal.code, usual)
         status = next(int(code) for code in told if re.fullmatch("[45][0-9][0-9]", code))
         return upstream_error(replace(refusal, status=status), self._origin, {})
 
