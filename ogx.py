@@ -500,9 +500,8 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
     root = Node(expanded(tree, environ, source), source)
     root.only("version", "distro_name", "providers", "registered_resources", "server")
     server = root.child("server")
-    own = ("host", "port", "discover_local", "retries", "retry_seconds", "host_names",
-           "show_thinking")  # fmt: skip
-    server.only(*own, *asdict(Limits()))
+    own = ("host", "port", "discover_local", "retries", "retry_seconds", "host_names")
+    server.only(*own, "show_thinking", *asdict(Limits()))
     entries = root.child("providers").items("inference")
     providers = [p for p in (provider_from_node(entry) for entry in entries) if p]
     for index, provider in enumerate(providers):

@@ -1871,8 +1871,7 @@ class TestChat:
 
     def test_there_an_image_from_a_result_follows_a_word_of_the_model(self):
         turns = [user("go"), assistant([call("a")]), user([result("a", [image()])])]
-        kind = ogx.PROVIDER_KINDS["mistral"]
-        messages = ogx.chat_messages(request(*turns), kind, ogx.ToolNames(request()))
+        messages = ogx.chat_messages(request(*turns), model("mistral"), ogx.ToolNames(request()))
         assert [m["role"] for m in messages] == ["user", "assistant", "tool", "assistant", "user"]
         assert messages[3]["content"] and messages[4]["content"][1]["type"] == "image_url"
 
