@@ -2639,8 +2639,9 @@ class NativeStream:
             self._named = True
             data = MODEL_FIELD.sub(self._model, data, count=1)
         self._tail = (self._tail + data)[-2000:] if len(data) < 2000 else data[-2000:]
-        # The expression is slow, and most data is no last event.
-        last = (b"message_stop" in data or b"error" in data) and LAST_EVENT.search(data)
+        # The expression is slow: it begins with the event that may be the last.
+        found = [at for at in map(data.find, (b"message_stop", b"error")) if at >= 0]
+        last = found and LAST_EVENT.search(data, data.rfind(b"\n", 0, min(found)) + 1)
         if last:
             self.ended, self.failed = True, b"error" in last.group()
         return data
