@@ -4,7 +4,7 @@
 # make soak           load for two minutes: what is kept that should have been let go
 # make fuzz           mutated input for a minute, for every reader
 # make lint           ruff and mypy
-# make bench          speed, side by side with the upstream itself
+# make bench          speed and memory, side by side with nginx and the upstream itself
 # make starter        write starter.json from the built-in configuration
 
 PYTHON ?= python3

@@ -1,46 +1,64 @@
 #!/usr/bin/env python3
-"""Measure what ogx.py adds between a client and an OpenAI-format upstream.
+"""Measure what ogx.py adds between a client and an upstream, beside nginx as a plain proxy.
 
-    make bench                                  the whole table, about half a minute
-    python3 .ci/bench.py --quick                a look, about ten seconds
-    python3 .ci/bench.py --json figures.json    the figures of every round too, for a program
+    make bench                                  both tables, about two minutes
+    python3 .ci/bench.py --quick                a look, about half a minute
+    python3 .ci/bench.py --json figures.json    where to write the figures of every round
 
     python3 .ci/bench.py --upstream-port 9100 --proxy other=http://127.0.0.1:4000 --model gpt-bench
         one more column: a proxy of yours that serves the Messages API at that URL, sends to
-        http://127.0.0.1:9100/v1 and knows that model
+        http://127.0.0.1:9100/v1 and knows that model; end its URL in #PID for its CPU and RSS
 
-A fake upstream and the gateway run as processes of their own, this process is the client, and all
-traffic stays on 127.0.0.1. Each round starts a fresh gateway and measures every case directly
-against the upstream (which answers the same bytes in Chat Completions, whatever their format) and
-through each proxy, one right after the other; the table shows medians of the rounds. The client
-keeps what comes in with its time and reads it after the clock has stopped: an answer whose text or
-end isn't right counts as bad, and any bad answer makes the exit status 1. A timing never does.
+The columns, each measured in every case right after the one before it, on 127.0.0.1 alone:
+
+    direct   a fake upstream, asked for Messages without a proxy
+    nginx    a plain reverse proxy before that, where nginx is on the PATH
+    ogx.py   before the upstream's Chat Completions: translated there and back
+    native   ogx.py before the upstream's Messages: passed through
+
+The ratios divide by the figure of "direct" or nginx; where a time is what a proxy adds ("+"), the
+one to "direct" is of the whole times. The goals are limits on a quiet machine.
+
+Upstream and servers are processes of their own, this process is the client. It keeps what comes in
+with its time and reads it after the clock has stopped: an answer whose text or end isn't right
+counts as bad, and any bad answer makes the exit status 1. A timing never does. Upstream and client
+are Python too and share the cores with what they measure: "direct" is the most they can do, and a
+proxy that comes near to it is measured too low. CPU per request or event is the proxy's alone.
 """
 import argparse
-import asyncio
 import bisect
 import contextlib
-import functools
 import gc
+import http.client
+import io
 import itertools
 import json
 import os
 import platform
 import re
 import selectors
+import shutil
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 from urllib.parse import urlsplit
 
-OGX = Path(__file__).resolve().parent.parent / "ogx.py"
+from bench_upstream import NO_TIME, block, pieces
+
+UPSTREAM = Path(__file__).resolve().with_name("bench_upstream.py")
+OGX = UPSTREAM.parent.parent / "ogx.py"
+NGINX = shutil.which("nginx")
+MODELS = {      # what we start, and the model to ask it for
+    **({"nginx": "bench"} if NGINX else {}), "ogx.py": "chat/bench", "native": "messages/bench"}
 Json = dict[str, Any]
 Figures = dict[str, float]
 
@@ -48,9 +66,9 @@ Figures = dict[str, float]
 class Column(NamedTuple):
     """A server to measure: the upstream itself, or a proxy of it."""
     name: str
-    url: str
+    url: str            # of its Messages endpoint
     model: str
-    chat: bool          # whether it answers in chunks of Chat Completions
+    pid: int = 0        # 0: not known, or not of interest
 
 
 class Case(NamedTuple):
@@ -67,28 +85,35 @@ CASES = {
     "small": Case("small", False, 20, 0, 1, 300),
     "large": Case("large", False, 20, 0, 1, 150),
     "turn": Case("turn", False, 20, 0, 1, 150),
-    "crowd": Case("small", False, 20, 0, 32, 1600),
-    "stream": Case("large", True, 200, 0, 1, 40),
-    "streams": Case("large", True, 200, 0, 16, 96),
-    "paced": Case("small", True, 200, 5, 16, 16),
+    "crowd": Case("small", False, 20, 0, 32, 2000),
+    "stream": Case("large", True, 200, 0, 1, 60),
+    "streams": Case("small", True, 200, 0, 64, 256),
+    "slow": Case("small", True, 100, 20, 200, 200),
 }
-ROWS = (    # label, case, figure, unit, limit: of what ogx.py adds, or in s and MB of the figure
-    ("ready: process start to first 200", "start", "ready", "s", 0.3),
-    ("RSS, idle", "start", "idle", "MB", 40),
-    ("RSS, after the load", "start", "loaded", "MB", None),
-    ("small request, p50", "small", "p50", "ms", 1),
-    ("small request, p99", "small", "p99", "ms", None),
-    ("109 KB request, p50", "large", "p50", "ms", 4),
-    ("109 KB request, p99", "large", "p99", "ms", None),
-    ("109 KB, next turn of one, p50", "turn", "p50", "ms", 4),
-    ("small requests, 32 clients", "crowd", "requests", "/s", None),
-    ("1 stream, 109 KB: first event", "stream", "first", "ms", None),
-    ("1 stream, 109 KB: events", "stream", "events", "/s", None),
-    ("16 streams, 109 KB: first event", "streams", "first", "ms", None),
-    ("16 streams, 109 KB: events", "streams", "events", "/s", None),
-    ("16 streams, 5 ms: lateness p50", "paced", "late50", "ms", None),
-    ("16 streams, 5 ms: lateness p99", "paced", "late99", "ms", None),
+ROWS = (    # label, case, figure, unit, goal; "+ms": of a proxy is shown what it adds to direct
+    ("first answer after start", "start", "first", "s", "0.20"),
+    ("RSS after that", "start", "idle", "MB", "40"),
+    ("small request, p50", "small", "p50", "+ms", "+0.15"),
+    ("109 KB request, new conversation, p50", "large", "p50", "+ms", "+1.6"),
+    ("109 KB request, next turn of one, p50", "turn", "p50", "+ms", "+1.2"),
+    ("small requests, 32 clients", "crowd", "requests", "/s", "4,000"),
+    ("the same: CPU of the proxy per request", "crowd", "cpu", "us", ""),
+    ("1 stream, 109 KB request: first event, p50", "stream", "first", "+ms", ""),
+    ("1 stream, 109 KB request: events", "stream", "events", "/s", "50,000; native 140,000"),
+    ("64 streams: events", "streams", "events", "/s", "100,000"),
+    ("the same: CPU of the proxy per event", "streams", "cpu", "us", ""),
+    ("200 streams, 20 ms a chunk: lateness p50", "slow", "late50", "ms", ""),
+    ("the same: lateness p99", "slow", "late99", "ms", "15"),
+    ("the same: CPU of the proxy per event", "slow", "cpu", "us", "50"),
+    ("the same: highest RSS", "slow", "peak", "MB", "50"),
 )
+SHOWN = {"s": "{:.2f} s", "MB": "{:.0f} MB", "ms": "{:.2f} ms", "+ms": "{:+.2f} ms",
+         "us": "{:.1f} us", "/s": "{:,.0f} /s"}
+HELD = {    # connections that stay, for their memory
+    "idle connection": Case("small", False, 20, 0, 1, 1),
+    "running stream": Case("small", True, 1000, 1000, 1, 1),
+}
+NUMBERS = (1, 10, 100, 1000)
 
 # ------------------------------------------------------------------------------------- Requests
 
@@ -146,107 +171,8 @@ def said(role: str, text: str, *more: Json) -> Json:
     return {"role": role, "content": [block(text), *more]}
 
 
-def block(text: str) -> Json:
-    return {"type": "text", "text": text}
-
-
 def words(length: int) -> str:
     return ("The command prints what it read from the file, or an error. " * length)[:length]
-
-
-# ------------------------------------------------------------------------------------- Upstream
-
-PIECES = ("The ", "quick ", '"fox" ', "jumps\n", "caf\u00e9 \u2014 ", "\U0001f600 ", "\\n ",
-          "{}[] ", "</b>\t", "over ", "123 ")
-TIME = "t{:017.6f} "                    # each chunk's text begins with the time of its sending
-NO_TIME = TIME.format(0).encode()
-WISH = re.compile(rb"Answer in (\d+) chunks, (\d+) ms apart")
-USAGE = {"prompt_tokens": 25, "completion_tokens": 20, "total_tokens": 45}
-
-
-class Upstream(asyncio.Protocol):
-    """One connection of an OpenAI-format server that sends bytes built beforehand."""
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        self.received = bytearray()
-
-    def data_received(self, data: bytes) -> None:
-        self.received += data
-        head_end = self.received.find(b"\r\n\r\n") + 4
-        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", self.received[:max(0, head_end)])
-        if head_end >= 4 and len(self.received) >= head_end + (int(length[1]) if length else 0):
-            request, self.received = bytes(self.received), bytearray()
-            self.answer(request)
-
-    def answer(self, request: bytes) -> None:
-        wish = WISH.match(request, max(0, request.rfind(b"Answer in ")))
-        if not wish:
-            models = [{"id": "bench", "object": "model", "created": 1, "owned_by": "bench"}]
-            self.transport.write(http_json({"object": "list", "data": models}))
-        elif b'"stream": true' not in request and b'"stream":true' not in request:
-            self.transport.write(whole_answer(int(wish[1])))
-        else:
-            self.send(iter(stream_answer(int(wish[1]))), int(wish[2]) / 1000, time.monotonic())
-
-    def send(self, chunks: Iterator[bytes], delay: float, due: float) -> None:
-        """Write one chunk, or ten where they aren't paced, and come back after the others' turn."""
-        turn = list(itertools.islice(chunks, 1 if delay else 10))
-        for chunk in turn:
-            if self.transport.is_closing():
-                return
-            self.transport.write(chunk.replace(NO_TIME, TIME.format(time.monotonic()).encode()))
-        if turn:
-            due += delay
-            asyncio.get_running_loop().call_at(due, self.send, chunks, delay, due)
-
-
-@functools.cache
-def stream_answer(count: int) -> list[bytes]:
-    """The writes of a streamed answer: head and role, one per piece of text, then the end."""
-    head = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
-            b"x-request-id: req_bench\r\nTransfer-Encoding: chunked\r\n\r\n")
-    end = chat_chunk({}, "stop") + chat_chunk(None) + b"data: [DONE]\n\n"
-    return [head + http_chunk(chat_chunk({"role": "assistant", "content": ""})),
-            *(http_chunk(chat_chunk({"content": text})) for text in pieces(count)),
-            http_chunk(end) + b"0\r\n\r\n"]
-
-
-@functools.cache
-def whole_answer(count: int) -> bytes:
-    message = {"role": "assistant", "content": "".join(pieces(count)), "refusal": None}
-    return http_json({"id": "chatcmpl-bench", "object": "chat.completion", "created": 1,
-                      "model": "bench", "usage": USAGE, "choices": [
-                          {"index": 0, "message": message, "finish_reason": "stop"}]})
-
-
-def pieces(count: int) -> list[str]:
-    return [NO_TIME.decode() + PIECES[index % len(PIECES)] for index in range(count)]
-
-
-def chat_chunk(delta: Optional[Json], finish: Optional[str] = None) -> bytes:
-    """One server-sent event; the one without a delta tells the usage."""
-    choices = [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
-    chunk = {"id": "chatcmpl-" + "Bench" * 5, "object": "chat.completion.chunk", "created": 1,
-             "model": "bench", "service_tier": "default", "system_fingerprint": "fp_bench",
-             **({"choices": [], "usage": USAGE} if delta is None else
-                {"choices": choices, "usage": None})}
-    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
-
-
-def http_chunk(data: bytes) -> bytes:
-    return b"%x\r\n%s\r\n" % (len(data), data)
-
-
-def http_json(data: Json) -> bytes:
-    body = json.dumps(data).encode()
-    return (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-            % (len(body), body))
-
-
-async def serve_upstream(listener: socket.socket) -> None:
-    server = await asyncio.get_running_loop().create_server(Upstream, sock=listener)
-    await server.serve_forever()
 
 
 # --------------------------------------------------------------------------------------- Client
@@ -263,12 +189,15 @@ class Answer(NamedTuple):
 class Client:
     """One keep-alive connection. What comes in is kept with its time and read later."""
 
-    def __init__(self, address: tuple[str, int], selector: selectors.BaseSelector) -> None:
-        self.address, self.selector = address, selector
+    def __init__(self, url: str, selector: selectors.BaseSelector) -> None:
+        where = urlsplit(url)
+        self.address, self.selector = (where.hostname or "", where.port or 80), selector
         self.sock: Optional[socket.socket] = None
 
     def connect(self) -> None:
-        self.sock = socket.create_connection(self.address, timeout=30)
+        self.sock = socket.create_connection(self.address)
+        for limit in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):      # settimeout costs a poll each
+            self.sock.setsockopt(socket.SOL_SOCKET, limit, struct.pack("ll", 30, 0))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.selector.register(self.sock, selectors.EVENT_READ, self)
 
@@ -281,16 +210,11 @@ class Client:
 
     def receive(self) -> Optional[Answer]:
         """Take in what has come; the answer if that completes it."""
-        assert self.sock
         data = self.sock.recv(1 << 18)
         self.raw += data
         self.marks.append((len(self.raw), time.monotonic()))
-        head_end = self.raw.find(b"\r\n\r\n") + 4
-        if self.length is None and head_end >= 4:
-            head = self.raw[:head_end].lower()
-            length = re.search(rb"\r\ncontent-length: *(\d+)", head)
-            self.length = head_end + int(length[1]) if length else 0
-            self.keep = b"\r\nconnection: close" not in head
+        if self.length is None:
+            self.read_head()
         complete = len(self.raw) >= self.length if self.length else (
             self.raw.endswith(b"\r\n0\r\n\r\n"))
         if data and not complete:
@@ -298,6 +222,15 @@ class Client:
         if not data or not self.keep:
             self.close()
         return Answer(self.sent, bytes(self.raw), self.marks)
+
+    def read_head(self) -> None:
+        """Learn the answer's length (0: it ends with an empty chunk), once its head is complete."""
+        head_end = self.raw.find(b"\r\n\r\n") + 4
+        if head_end >= 4:
+            head = self.raw[:head_end].lower()
+            length = re.search(rb"\r\ncontent-length: *(\d+)", head)
+            self.length = head_end + int(length[1]) if length else 0
+            self.keep = b"\r\nconnection: close" not in head
 
     def close(self) -> None:
         if self.sock:
@@ -307,17 +240,21 @@ class Client:
 
 
 def load(url: str, requests: list[bytes], clients: int) -> tuple[list[Answer], float]:
-    """Send the requests over so many connections, each its next when it has its answer."""
-    selector = selectors.DefaultSelector()
-    where = urlsplit(url)
-    idle = [Client((where.hostname or "", where.port or 80), selector) for _ in range(clients)]
+    """Send the requests over so many connections, each its next when it has its answer.
+
+    Returns the answers that came within a minute and the seconds that they took; raises OSError
+    when a connection is refused or reset.
+    """
     answers: list[Answer] = []
-    waiting, start = iter(requests), time.monotonic()
-    try:
+    waiting, limit = iter(requests), time.monotonic() + 60
+    with contextlib.ExitStack() as stack:
+        selector = stack.enter_context(selectors.DefaultSelector())
+        idle = [Client(url, selector) for _ in range(clients)]
         for client in idle:
+            stack.callback(client.close)
             client.connect()
         start = time.monotonic()
-        while len(answers) < len(requests) and time.monotonic() < start + 60:
+        while len(answers) < len(requests) and time.monotonic() < limit:
             for client, request in zip(idle, waiting):
                 client.ask(request)
             idle = []
@@ -326,77 +263,105 @@ def load(url: str, requests: list[bytes], clients: int) -> tuple[list[Answer], f
                 if answer:
                     answers.append(answer)
                     idle.append(key.data)
-    except OSError as error:
-        print(f"{url}: {error}", file=sys.stderr)
-    finally:
-        for key in list(selector.get_map().values()):
-            key.data.close()
-        selector.close()
-    return answers, time.monotonic() - start
+        return answers, time.monotonic() - start
 
 
 # -------------------------------------------------------------------------------------- Figures
 
 def figures_of(case: Case, column: Column, share: float) -> Figures:
     """Put one load on this column's server, check every answer, and measure."""
-    if not case.delay:
-        load(column.url, requests_of(case, max(5, case.clients), column), case.clients)
     requests = requests_of(case, max(case.clients, int(case.requests * share)), column)
-    answers, seconds = load(column.url, requests, case.clients)
-    right = [answer for answer in answers if is_right(answer, case, column.chat)]
+    answers, seconds, before = [], 1.0, 0.0
+    try:
+        if not case.delay:
+            load(column.url, requests_of(case, max(5, case.clients), column), case.clients)
+        forget_peak(column.pid)
+        before = cpu(column.pid)
+        answers, seconds = load(column.url, requests, case.clients)
+    except OSError as error:
+        print(f"{column.name}: {error}", file=sys.stderr)
+    used = cpu(column.pid) - before
+    right = [answer for answer in answers if is_right(answer, case)]
     took = [answer.marks[-1][1] - answer.sent for answer in right]
     first = [answer.time_of(answer.raw.find(b"data:") + 5) - answer.sent for answer in right]
-    late = [answer.time_of(stamp.end()) - float(stamp[1]) for answer in right if case.stream
+    late = [answer.time_of(stamp.end()) - float(stamp[1]) for answer in right if case.delay
             for stamp in re.finditer(rb"t(\d{10}\.\d{6}) ", answer.raw)]
+    events = len(right) * case.chunks
     return {"bad": len(requests) - len(right), "p50": 1000 * quantile(took, 0.5),
-            "p99": 1000 * quantile(took, 0.99), "first": 1000 * quantile(first, 0.5),
-            "requests": len(right) / seconds, "events": len(right) * case.chunks / seconds,
-            "late50": 1000 * quantile(late, 0.5), "late99": 1000 * quantile(late, 0.99)}
+            "first": 1000 * quantile(first, 0.5), "requests": len(right) / seconds,
+            "events": events / seconds,
+            "late50": 1000 * quantile(late, 0.5), "late99": 1000 * quantile(late, 0.99),
+            "cpu": 1e6 * used / max(1, events if case.stream else len(right)),
+            "peak": rss(column.pid, "VmHWM")}
+
+
+def memory(column: Column, case: Case) -> Figures:
+    """RSS in MB with no, 1, 10, ... connections that each had an answer, or are in a stream."""
+    figures, clients, bad = {"0": rss(column.pid)}, [], 0
+    with contextlib.ExitStack() as stack:
+        selector = stack.enter_context(selectors.DefaultSelector())
+        for number in NUMBERS:
+            for request in requests_of(case, number - len(clients), column):
+                client, answer = Client(column.url, selector), None
+                clients.append(client)
+                client.ask(request)
+                stack.callback(client.close)
+                while not (answer or case.stream and b"content_block_delta" in client.raw):
+                    answer = client.receive()
+                bad += bool(answer) if case.stream else not is_right(answer, case)
+            time.sleep(0.3)
+            figures[str(number)] = rss(column.pid)
+    return {**figures, "bad": bad}
 
 
 def quantile(values: list[float], share: float) -> float:
     return sorted(values)[int(share * len(values))] if values else 0.0
 
 
-def is_right(answer: Answer, case: Case, chat: bool) -> bool:
+def is_right(answer: Answer, case: Case) -> bool:
     """Whether the text is complete and the answer ends as it should."""
-    head, _, body = answer.raw.partition(b"\r\n\r\n")
+    raw = types.SimpleNamespace(makefile=lambda mode: io.BytesIO(answer.raw))
+    response = http.client.HTTPResponse(raw)
     try:
-        if b"chunked" in head.lower():
-            body = unchunked(body)
-        datas = [body] if not case.stream else [
-            line[5:].strip() for line in body.splitlines() if line.startswith(b"data:")]
-        ended = not case.stream or (datas.pop() == b"[DONE]" if chat else
-                                    json.loads(datas[-1])["type"] == "message_stop")
-        texts, reasons = zip(*(piece(json.loads(data)) for data in datas))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        response.begin()
+        body = response.read()
+        datas = [json.loads(data) for data in ([body] if not case.stream else [
+            line[5:] for line in body.splitlines() if line.startswith(b"data:")])]
+        texts, reasons = zip(*map(piece, datas))
+    except (http.client.HTTPException, ValueError, KeyError, IndexError, TypeError, AttributeError):
         return False
-    text = re.sub(r"t\d{10}\.\d{6} ", NO_TIME.decode(), "".join(texts))
-    return (b" 200 " in head[:13] and ended and ("stop" if chat else "end_turn") in reasons
-            and text == "".join(pieces(case.chunks)))
-
-
-def unchunked(body: bytes) -> bytes:
-    parts, start = [], 0
-    while True:
-        line_end = body.index(b"\r\n", start)
-        size = int(body[start:line_end].split(b";")[0], 16)
-        if not size:
-            return b"".join(parts)
-        parts.append(body[line_end + 2:line_end + 2 + size])
-        start = line_end + size + 4
+    text = re.sub(r"t\d{10}\.\d{6} ", NO_TIME, "".join(texts))
+    return (response.status == 200 and "end_turn" in reasons
+            and datas[-1].get("type") == ("message_stop" if case.stream else "message")
+            and text == "".join(pieces(case.chunks, case.delay > 0)))
 
 
 def piece(data: Json) -> tuple[str, Optional[str]]:
-    """Text and reason to stop in a completion, a chunk of one, a message or an event of one."""
-    choice = (data.get("choices") or [data])[0]
-    part = choice.get("delta") or choice.get("message") or choice
-    content = part.get("content") or part.get("text") or ""
-    text = content if isinstance(content, str) else "".join(each["text"] for each in content)
-    return text, choice.get("finish_reason") or part.get("stop_reason")
+    """Text and reason to stop in a message or an event of one."""
+    part = data.get("delta", data)
+    text = part.get("text", "") + "".join(each["text"] for each in part.get("content", []))
+    return text, part.get("stop_reason")
 
 
 # ------------------------------------------------------------------------------------ Processes
+
+NGINX_CONFIG = """daemon off; master_process off; pid {home}/pid; error_log stderr;
+events {{ worker_connections 8192; }}
+http {{
+    access_log off; keepalive_requests 1000000; client_max_body_size 0;
+    client_body_buffer_size 1m; client_body_temp_path {home}; proxy_temp_path {home};
+    fastcgi_temp_path {home}; uwsgi_temp_path {home}; scgi_temp_path {home};
+    upstream fake {{ server {upstream}; keepalive 1024; keepalive_requests 1000000; }}
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{
+            proxy_pass http://fake; proxy_buffering off;
+            proxy_http_version 1.1; proxy_set_header Connection "";
+        }}
+    }}
+}}
+"""
+
 
 @contextlib.contextmanager
 def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
@@ -406,73 +371,106 @@ def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
         yield process
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 @contextlib.contextmanager
 def upstream(port: int) -> Iterator[str]:
+    """The fake upstream: its HOST:PORT."""
     with socket.create_server(("127.0.0.1", port), backlog=1024) as listener:
         port, number = listener.getsockname()[1], listener.fileno()
-        with running([sys.executable, __file__, "--serve", str(number)], pass_fds=[number]):
-            yield f"http://127.0.0.1:{port}"
+        with running([sys.executable, str(UPSTREAM), str(number)], pass_fds=[number]):
+            yield f"127.0.0.1:{port}"
 
 
 @contextlib.contextmanager
-def gateway(upstream_url: str) -> Iterator[tuple[str, Figures, int]]:
-    """A fresh `ogx.py run`: its URL, how it started, and its process id."""
+def started(name: str, upstream_address: str) -> Iterator[tuple[Column, Figures]]:
+    """A fresh nginx or ogx.py, once it has given its first right answer, and how it started."""
     with tempfile.TemporaryDirectory() as home, open(f"{home}/log", "w+b") as log:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        env = {"PATH": os.environ["PATH"], "HOME": home, "OPENAI_API_KEY": "bench",
-               "OPENAI_BASE_URL": f"{upstream_url}/v1"}
-        start = time.monotonic()
-        with running([sys.executable, str(OGX), "run", "--port", str(port)], env=env,
-                     stdout=log, stderr=log) as process:
-            while not healthy(port):
+        config, port = Path(home, "config"), free_port()
+        if name == "nginx":
+            text = NGINX_CONFIG.format(home=home, upstream=upstream_address, port=port)
+            command = [str(NGINX), "-p", home, "-c", str(config)]
+        else:
+            text = json.dumps({"providers": {"inference": [
+                {"provider_id": dialect, "provider_type": "remote::openai-compatible",
+                 "config": {"base_url": f"http://{upstream_address}/v1", "dialect": dialect}}
+                for dialect in ("chat", "messages")]}})
+            command = [sys.executable, str(OGX), "run", str(config), "--port", str(port)]
+        config.write_text(text, encoding="utf-8")
+        env, start = {"PATH": os.environ["PATH"], "HOME": home}, time.monotonic()
+        with running(command, env=env, stdout=log, stderr=log) as process:
+            column = Column(name, f"http://127.0.0.1:{port}/v1/messages", MODELS[name], process.pid)
+            while not answers(column):
                 if process.poll() is not None or time.monotonic() > start + 10:
                     log.seek(0)
-                    sys.exit(f"ogx.py didn't start:\n{log.read().decode()}")
+                    sys.exit(f"{name} didn't start:\n{log.read().decode()}")
                 time.sleep(0.001)
-            ready = time.monotonic() - start
+            first = time.monotonic() - start
             time.sleep(0.3)
-            yield (f"http://127.0.0.1:{port}", {"ready": ready, "idle": rss(process.pid)},
-                   process.pid)
+            yield column, {"first": first, "idle": rss(process.pid)}
 
 
-def healthy(port: int) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1", port), 5) as sock:
-            sock.sendall(b"GET /v1/health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
-            return b" 200 " in sock.recv(13)
-    except OSError:
-        return False
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
-def rss(pid: int) -> float:
-    """Resident memory in MB."""
+def answers(column: Column) -> bool:
     with contextlib.suppress(OSError):
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-        return int(status.split("VmRSS:")[1].split()[0]) / 1024
-    shown = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, check=False)
-    return int(shown.stdout or 0) / 1024
+        got, _ = load(column.url, requests_of(CASES["small"], 1, column), 1)
+        return is_right(got[0], CASES["small"])
+    return False
+
+
+def cpu(pid: int) -> float:
+    """Seconds of CPU that a process and its threads have used so far."""
+    try:
+        return time.clock_gettime(~pid << 3 | 2) if pid else 0.0    # clock_getcpuclockid(3)
+    except OSError:
+        return 0.0
+
+
+def rss(pid: int, line: str = "VmRSS") -> float:
+    """Resident memory in MB: now, or as VmHWM the highest since forget_peak."""
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii") if pid else ""
+        return int(status.split(f"{line}:")[1].split()[0]) / 1024 if status else 0.0
+    return 0.0
+
+
+def forget_peak(pid: int) -> None:
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
 
 
 # ---------------------------------------------------------------------------------------- Table
 
-def measured_round(direct: Column, proxies: list[Column], share: float) -> Json:
+def measured_round(address: str, proxies: list[Column], share: float) -> Json:
     """One round: {column: {case: figures}}. The columns of a case follow each other closely."""
-    with gateway(direct.url.partition("/v1")[0]) as (url, start, pid):
-        ogx = Column("ogx.py", f"{url}/v1/messages", "openai/bench", False)
-        columns = (direct, ogx, *proxies)
-        result: dict[str, dict[str, Figures]] = {column.name: {} for column in columns}
-        for (name, case), column in itertools.product(CASES.items(), columns):
+    columns = [Column("direct", f"http://{address}/v1/messages", "bench")]
+    result: dict[str, dict[str, Figures]] = {"direct": {"start": {}}}
+    with contextlib.ExitStack() as stack:
+        for name in MODELS:
+            if name != "native":        # the same process as ogx.py
+                column, start = stack.enter_context(started(name, address))
+            columns.append(column._replace(name=name, model=MODELS[name]))
+            result[name] = {"start": start if name == column.name else {}}
+        for (name, case), column in itertools.product(CASES.items(), [*columns, *proxies]):
             gc.collect()
-            result[column.name][name] = figures_of(case, column, share)
-        result["ogx.py"]["start"] = {**start, "loaded": rss(pid)}
+            result.setdefault(column.name, {"start": {}})[name] = figures_of(case, column, share)
+    return result
+
+
+def memories(address: str) -> Json:
+    """{column: {kind of connection: {how many: RSS}}}, each measured on a fresh server."""
+    result: Json = {name: {} for name in MODELS}
+    for name, (kind, case) in itertools.product(MODELS, HELD.items()):
+        with started(name, address) as (column, _):
+            result[name][kind] = memory(column, case)
     return result
 
 
@@ -483,58 +481,89 @@ def medians(rounds: list[Json]) -> Json:
         for case, figures in cases.items()} for column, cases in rounds[0].items()}
 
 
-def table(result: Json) -> Iterator[str]:
-    shown = {"s": "{:.2f} s", "MB": "{:.1f} MB", "ms": "{:.2f} ms", "/s": "{:,.0f} /s"}
-    direct, ogx, *others = result
-    cells = [direct, ogx, "added", "limit", *others]
-    yield f"{'':34}" + "".join(f"{cell:>13}" for cell in cells)
-    for label, case, figure, unit, limit in ROWS:
-        base, ours, *more = [cases.get(case, {}).get(figure) for cases in result.values()]
-        cells = ["" if not value else shown[unit].format(value)
-                 for value in (base, ours, *more)]
-        added = "" if not (base and ours) else (
-            f"{ours / base:.1%}" if unit == "/s" else f"{ours - base:+.2f} ms")
-        cells[2:2] = [added, f"< {limit} {unit}" if limit else ""]
-        yield f"{label:34}" + "".join(f"{cell:>13}" for cell in cells)
+def speed_table(result: Json) -> Iterator[list[str]]:
+    """Figures, and of each proxy but nginx the ratios to the direct upstream and to nginx."""
+    against = [name for name in ("direct", "nginx") if name in result]
+    yield ["", *itertools.chain.from_iterable(
+        [name] if name in against else [name, *(f"/ {other}" for other in against)]
+        for name in result), "goal"]
+    for label, case, figure, unit, goal in ROWS:
+        total = {name: cases[case].get(figure, 0) for name, cases in result.items()}
+        added = {name: value - total["direct"] for name, value in total.items()}
+        cells = [label]
+        for name in total:
+            plain = unit != "+ms" or name == "direct"
+            value, form = (total, SHOWN[unit.strip("+")]) if plain else (added, SHOWN[unit])
+            cells.append(form.format(value[name]) if total[name] else "")
+            if name not in against:
+                cells += [ratio(total[name], total["direct"]),
+                          *(ratio(value[name], value["nginx"]) for _ in against[1:])]
+        yield [*cells, goal]
+
+
+def ratio(value: float, other: float) -> str:
+    return f"{value / other:.2f}" if value and other > 0 else ""
+
+
+def memory_table(result: Json) -> Iterator[list[str]]:
+    yield ["RSS, and what one costs, with", "none", *(f"{number:,}" for number in NUMBERS)]
+    for name, kind in itertools.product(result, HELD):
+        rest = result[name][kind]["0"]
+        values = [(result[name][kind][str(number)], number) for number in NUMBERS]
+        yield [f"{name}, {kind}", f"{rest:.1f} MB", *(
+            f"{value:.1f} MB, {1024 * (value - rest) / number:.0f} KB" for value, number in values)]
+
+
+def markdown(rows: Iterator[list[str]]) -> str:
+    cells = list(rows)
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join("| " + " | ".join(
+        cell.rjust(width) if index else cell.ljust(width)
+        for index, (cell, width) in enumerate(zip(row, widths))) + " |" for row in cells)
+
+
+def proxy_column(argument: str) -> Column:
+    parts = re.fullmatch(r"([^=]+)=(http://[^#]+?)/?(?:#(\d+))?", argument)
+    if not parts:
+        raise argparse.ArgumentTypeError("should be NAME=http://HOST:PORT[#PID]")
+    return Column(parts[1], f"{parts[2]}/v1/messages", "", int(parts[3] or 0))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="how many rounds (default: 5)")
-    parser.add_argument("--quick", action="store_true", help="two rounds, a quarter of the load")
-    parser.add_argument("--json", metavar="FILE", help="write medians and rounds to this file")
-    parser.add_argument("--proxy", metavar="NAME=URL", action="append", default=[],
+    parser.add_argument("--quick", action="store_true", help="one round, a quarter of the load")
+    parser.add_argument("--json", metavar="FILE", default=str(OGX.parent / ".dev" / "bench.json"),
+                        help="write medians and rounds to this file (default: .dev/bench.json)")
+    parser.add_argument("--proxy", metavar="NAME=URL[#PID]", action="append", default=[],
+                        type=proxy_column,
                         help="measure this Messages API too; may be given several times")
     parser.add_argument("--model", default="openai/bench",
                         help="the model to ask those proxies for (default: openai/bench)")
     parser.add_argument("--upstream-port", type=int, default=0, metavar="PORT",
                         help="where the fake upstream listens (default: any free port)")
-    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve is not None:
-        asyncio.run(serve_upstream(socket.socket(fileno=options.serve)))
-    proxies = [Column(name, f"{url.rstrip('/')}/v1/messages", options.model, False)
-               for name, _, url in (each.partition("=") for each in options.proxy)]
-    if not all(proxy.url.startswith("http://") for proxy in proxies):
-        parser.error("--proxy takes NAME=http://HOST:PORT")
+    proxies = [column._replace(model=options.model) for column in options.proxy]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     gc.disable()                        # no pause of the client's own in the figures
-    count, share = (2, 0.25) if options.quick else (max(1, options.rounds), 1)
+    count, share = (1, 0.25) if options.quick else (max(1, options.rounds), 1)
     where = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     print(f"Python {platform.python_version()}, {where}; medians of {count} rounds\n", flush=True)
-    with upstream(options.upstream_port) as url:
-        direct = Column("direct", f"{url}/v1/chat/completions", "bench", True)
-        rounds = [measured_round(direct, proxies, share) for _ in range(count)]
-    result = medians(rounds)
-    print("\n".join(table(result)))
-    bad = {name: sum(figures.get("bad", 0) for figures in cases.values())
-           for name, cases in result.items()}
+    with upstream(options.upstream_port) as address:
+        rounds = [measured_round(address, proxies, share) for _ in range(count)]
+        result = medians(rounds)
+        print(markdown(speed_table(result)), flush=True)
+        held = memories(address)
+    print("\n" + markdown(memory_table(held)))
+    bad = {name: sum(figures.get("bad", 0) for figures in (
+        *cases.values(), *held.get(name, {}).values())) for name, cases in result.items()}
     print("\nbad answers: " + ", ".join(f"{name} {number}" for name, number in bad.items()))
-    if options.json:
-        Path(options.json).write_text(json.dumps({
-            "python": platform.python_version(), "machine": where, "medians": result,
-            "rounds": rounds}, indent=1), encoding="utf-8")
+    Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.json).write_text(json.dumps({
+        "python": platform.python_version(), "machine": where, "medians": result,
+        "memory": held, "rounds": rounds}, indent=1), encoding="utf-8")
     return 1 if any(bad.values()) else 0
 
 
