@@ -46,7 +46,6 @@ import email.utils
 import errno
 import functools
 import http.client
-import http.server
 import ipaddress
 import json
 import logging
@@ -60,6 +59,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import sys
 import textwrap
@@ -4856,7 +4856,7 @@ FILE_OR_KEY = re.compile(r"[A-Za-z0-9+/=]{200,}|\b(?<=sk-)[\w-]{8,}")
 SIMPLE_TYPES = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(socketserver.ThreadingTCPServer):
     """A gateway on a listening socket; port 0 takes a free one. `url` tells where it listens."""
 
     daemon_threads = True
@@ -4880,11 +4880,7 @@ class Server(http.server.ThreadingHTTPServer):
             super().__init__((self.host, port), Handler)
         except (OSError, OverflowError) as error:
             raise OgxError(500, listen_problem(error, host, port)) from None
-
-    def server_bind(self) -> None:
-        """Bind without HTTPServer's reverse DNS query, which can stall for half a minute."""
-        super(http.server.HTTPServer, self).server_bind()
-        self.server_name, self.server_port = self.host, self.server_address[1]
+        self.server_port = self.server_address[1]
 
     @property
     def url(self) -> str:
@@ -4977,8 +4973,7 @@ class Stream:
 
     @property
     def client(self) -> socket.socket:
-        client: socket.socket = self.handler.connection
-        return client
+        return self.handler.connection
 
 
 class Relay:
@@ -5009,14 +5004,13 @@ class Relay:
         self._ring()
 
     def _ring(self) -> None:
-        with suppress(BlockingIOError):  # it is full of rings: heard soon anyway
+        with suppress(OSError):  # it is full of rings, heard soon anyway; or the relay has ended
             self._bell.send(b"!")
 
     def close(self) -> None:
         """End what still runs with an error."""
-        if not self._closed:
-            self._closed = True
-            self._ring()
+        self._closed = True
+        self._ring()
 
     def run(self) -> None:
         while not self._closed:
@@ -5117,19 +5111,24 @@ class Relay:
         stream.ended.set()
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(socketserver.BaseRequestHandler):
     """One client connection."""
 
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
     server: Server
-    exchange: Exchange
-    request_headers: dict[str, str]
 
-    def handle_one_request(self) -> None:
+    def handle(self) -> None:
+        self.connection: socket.socket = self.request
+        self.connection.setblocking(False)
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._received = b""  # and not yet read
+        self.close_connection = False
+        while not self.close_connection:
+            self._handle_one()
+
+    def _handle_one(self) -> None:
         self.close_connection = True
         self.exchange = Exchange(fresh_id("req"))
-        self.status, self.command, self.path, self.request_headers = 0, "", "", {}
+        self.status, self.command, self.path = 0, "", ""
         self._unread = False
         try:
             head = self._read_head()
@@ -5145,15 +5144,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.debug("%s: connection lost: %s", self.exchange.request_id, error)
         finally:
             self.server.idle(self.connection, False)
-
-    def setup(self) -> None:
-        self.connection = self.request
-        self.connection.setblocking(False)
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._received = b""  # and not yet read
-
-    def finish(self) -> None:
-        pass
 
     def _receive(self, size: int = RECEIVE_SIZE) -> bytes:
         """Bytes from the client, b"" at its end; socket.timeout after the time for a request, to
@@ -5506,18 +5496,15 @@ def unpacked(data: bytes, coding: str, limit: int) -> bytes:
     return plain
 
 
-def no_number(text: str) -> Any:
+def finite_number(text: str) -> float:
+    """The number; ValueError for Python's NaN and Infinity, which 1e999 is too."""
+    number = float(text)
+    if abs(number) <= sys.float_info.max:
+        return number
     raise ValueError(f"{text} is no number of JSON")
 
 
-BOM = b"\xef\xbb\xbf"
-def finite_number(text: str) -> float:
-    number = float(text)
-    return number if abs(number) <= sys.float_info.max else no_number(text)
-
-
-# Without Python's NaN and Infinity, which 1e999 is too.
-STRICT_JSON = json.JSONDecoder(parse_constant=no_number, parse_float=finite_number)
+STRICT_JSON = json.JSONDecoder(parse_constant=finite_number, parse_float=finite_number)
 
 
 def parsed_json(body: bytes) -> Any:
@@ -5525,7 +5512,7 @@ def parsed_json(body: bytes) -> Any:
     if not body:
         raise OgxError(400, "the request has no body; expected a JSON object")
     try:
-        return STRICT_JSON.decode(body[3:].decode() if body[:3] == BOM else body.decode())
+        return STRICT_JSON.decode(body.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise OgxError(400, "the request's body is not UTF-8") from None
     except ValueError as error:
