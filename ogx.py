@@ -4160,13 +4160,12 @@ class Exchange:
     answered: bool = False  # a part of the answer is with the client: there is no second try
     served: str = ""
     dialect: str = ""
-    begun: bool = False  # an upstream began to answer with status 200
     retries: int = 0  # of the present model
     waited: float = 0.0  # seconds between them
     session: str = ""
     started: float = field(default_factory=time.monotonic)
     first_event: float | None = None
-    reply: Reply | None = None  # the upstream's answer while it streams
+    reply: Reply | None = None  # the present model's, once it began with status 200
     usage: Usage | None = None
     error: str = ""
 
@@ -4244,7 +4243,7 @@ class Gateway:
     def _tried(self, model: Model, exchange: Exchange) -> Iterator[bytes | None]:
         """One model's answer, its refusals remedied and its failures retried."""
         exchange.served, exchange.retries, exchange.waited = model.served, 0, 0.0
-        exchange.begun = False
+        exchange.reply = None
         lessons = list(self.lessons.of(model))
         known, key = len(lessons), None
         for attempt in range(1, MAX_REQUESTS + 1):
@@ -4316,7 +4315,7 @@ class Gateway:
     def _pause(self, error: OgxError, exchange: Exchange) -> float | None:
         """Seconds before a failed request is sent again; None when it is not. What was begun to
         be answered is never asked for twice, unless the upstream said itself that it failed."""
-        if (exchange.begun and error.refusal is None) or self._stopped.is_set():
+        if (exchange.reply and error.refusal is None) or self._stopped.is_set():
             return None
         pause = pause_before(error, exchange.retries, self.backoff)
         if pause is None or exchange.retries == self.config.retries or (
@@ -4362,7 +4361,7 @@ class Gateway:
                 refusal = refusal_from_body(reply.status, answer)
                 native = answer if dialect.native else b""
                 raise refused_error(refusal, model, reply.headers, native)
-            exchange.begun, exchange.reply = True, reply
+            exchange.reply = reply
             if handed_on:
                 yield from self._handed_on(reply, model.provider, exchange)
             else:
@@ -4480,8 +4479,9 @@ class Gateway:
 
     # -- models
 
-    def model_list(self, query: Mapping[str, str]) -> Json:
+    def model_list(self, query_string: str) -> Json:
         """One page that both SDKs read; without `limit` it holds all models."""
+        query = dict(urllib.parse.parse_qsl(query_string[:4000]))
         self.discovered.wait(2.0)  # Claude Code waits 3 s for this list
         entries = [model_entry(m) for m in self.registry.models()]
         entries += [self._alias_entry(alias_id) for alias_id in self.registry.aliases]
@@ -4853,6 +4853,7 @@ PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 SIGN_OF_LIFE = b": waiting for the model\n\n"  # before message_start only comments may come
 LOGGED_BODY = 10_000  # characters
 FILE_OR_KEY = re.compile(r"[A-Za-z0-9+/=]{200,}|\b(?<=sk-)[\w-]{8,}")
+ABOUT = {"service": "ogx.py", "version": __version__, "status": "OK"}
 SIMPLE_TYPES = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
 
 
@@ -5127,7 +5128,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _handle_one(self) -> None:
         self.close_connection = True
-        self.exchange = Exchange(fresh_id("req"))
+        self.exchange = Exchange(fresh_id("req"), watch=self.connection)
         self.status, self.command, self.path = 0, "", ""
         self._unread = False
         try:
@@ -5285,8 +5286,8 @@ class Handler(socketserver.BaseRequestHandler):
         if path not in Handler.ROUTES:
             path = re.sub(r"/{2,}", "/", re.sub(r"^https?://[^/]*", "", path))
         routes, argument = Handler.ROUTES.get(path), query
-        if routes is None and path.startswith("/v1/models/"):
-            routes = {"GET": Handler._get_model, "DELETE": Handler._delete_model}
+        if path.startswith("/v1/models/"):
+            routes = Handler.ROUTES["/v1/models/{id}"]
             argument = urllib.parse.unquote(path[len("/v1/models/") :])
         if routes is None:
             raise OgxError(404, not_served_words(path))
@@ -5295,13 +5296,14 @@ class Handler(socketserver.BaseRequestHandler):
             allowed = ", ".join([*routes, *["HEAD"] * ("GET" in routes)])
             raise OgxError(405, f"{self.command} is not possible on {path}, only {allowed}",
                            headers={"allow": allowed})  # fmt: skip
-        routes[method](self, argument)
+        answer = routes[method](self, argument)
+        if answer is not None:
+            self._send(200, json_bytes(answer) + b"\n")
 
-    # -- endpoints
+    # -- endpoints: each gives the JSON to answer, but for the one that streams
 
     def _post_messages(self, query: str) -> None:
         self.exchange.request = checked_json(self.exchange.raw)
-        self.exchange.watch = self.connection
         with closing(self.server.gateway.messages(self.exchange)) as pieces:
             kept = self._kept(pieces) if self.server.log_bodies else pieces
             if self.exchange.stream:
@@ -5321,33 +5323,22 @@ class Handler(socketserver.BaseRequestHandler):
             pieces.close()
             self._log_body("answer", answer)
 
-    def _post_count_tokens(self, query: str) -> None:
+    def _post_count_tokens(self, query: str) -> Json:
         self.exchange.request = checked_json(self.exchange.raw, counting=True)
-        self.exchange.watch = self.connection
-        self._send_json(200, self.server.gateway.count_tokens(self.exchange))
+        return self.server.gateway.count_tokens(self.exchange)
 
-    def _get_models(self, query: str) -> None:
-        fields = dict(urllib.parse.parse_qsl(query[:4000]))
-        self._send_json(200, self.server.gateway.model_list(fields))
+    def _post_models(self, query: str) -> Json:
+        return self.server.gateway.register(parsed_json(self.exchange.raw))
 
-    def _get_model(self, model_id: str) -> None:
-        self._send_json(200, self.server.gateway.model(model_id))
-
-    def _post_models(self, query: str) -> None:
-        self._send_json(200, self.server.gateway.register(parsed_json(self.exchange.raw)))
-
-    def _delete_model(self, model_id: str) -> None:
-        self._send_json(200, self.server.gateway.unregister(model_id))
-
-    def _get_root(self, query: str) -> None:
-        self._send_json(200, {"service": "ogx.py", "version": __version__, "status": "OK"})
-
-    ROUTES: ClassVar[dict[str, dict[str, Callable[[Handler, str], None]]]] = {
+    ROUTES: ClassVar[dict[str, dict[str, Callable[[Handler, str], Json | None]]]] = {
         "/v1/messages": {"POST": _post_messages},
         "/v1/messages/count_tokens": {"POST": _post_count_tokens},
-        "/v1/models": {"GET": _get_models, "POST": _post_models},
-        **dict.fromkeys(("/v1/health", "/api/hello", "/"), {"GET": _get_root}),
-    }
+        "/v1/models": {"GET": lambda self, query: self.server.gateway.model_list(query),
+                       "POST": _post_models},
+        "/v1/models/{id}": {"GET": lambda self, model_id: self.server.gateway.model(model_id),
+                            "DELETE": lambda self, known: self.server.gateway.unregister(known)},
+        **dict.fromkeys(("/v1/health", "/api/hello", "/"), {"GET": lambda self, query: ABOUT}),
+    }  # fmt: skip
 
     # -- answers
 
@@ -5396,9 +5387,6 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _write(self, data: bytes) -> None:
         send_all(self.connection, data, self.server.limits.client_timeout)
-
-    def _send_json(self, status: int, value: Json) -> None:
-        self._send(status, json_bytes(value) + b"\n")
 
     def _send(self, status: int, data: bytes, headers: Mapping[str, str] = {}) -> None:
         fields = {"content-type": "application/json", "content-length": str(len(data)), **headers}
