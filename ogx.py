@@ -72,7 +72,7 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Callable, ClassVar
+from typing import Any, Callable, ClassVar, Optional
 
 __version__ = "0.1.0"
 
@@ -3292,26 +3292,22 @@ class Store:
         import sqlite3  # only now: it costs a megabyte and start-up time
 
         self._errors = (sqlite3.Error, OSError)
+        path = self.path or ":memory:"
         try:
-            self._database = self._opened_or_replaced(sqlite3, self.path or ":memory:")
-        except self._errors as error:
+            try:
+                self._database = self._opened(sqlite3, path)
+            except ValueError as error:
+                aside = f"{path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
+                os.replace(path, aside)
+                log.warning("the state file %s was corrupt (%s); it is now %s", path, error, aside)
+                self._database = self._opened(sqlite3, path)
+        except self._errors as error:  # locked, read-only, no space
             log.warning("can't use the state file %s (%s); registered models are forgotten at the "
-                        "end", self.path, error)  # fmt: skip
+                        "end", path, error)  # fmt: skip
             self._database = self._opened(sqlite3, ":memory:")
 
-    def _opened_or_replaced(self, sqlite3: Any, path: str) -> Any:
-        try:
-            return self._opened(sqlite3, path)
-        except sqlite3.OperationalError:  # locked, read-only, no space
-            raise
-        except (sqlite3.DatabaseError, ValueError) as error:
-            aside = f"{path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
-            os.replace(path, aside)
-            log.warning("the state file %s was corrupt (%s); it is now %s", path, error, aside)
-            return self._opened(sqlite3, path)
-
     def _opened(self, sqlite3: Any, path: str) -> Any:
-        """The database; sqlite3.DatabaseError or ValueError where it isn't one of ours."""
+        """The database; ValueError where it isn't one of ours."""
         if path != ":memory:":
             os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -3330,7 +3326,9 @@ class Store:
             database.close()
             if "no such column" in str(error) or isinstance(error, TypeError):
                 raise ValueError("it is of another program") from None
-            raise
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            raise ValueError(str(error)) from None
         return database
 
     def all(self, kind: str) -> dict[str, Any]:
@@ -3390,18 +3388,13 @@ class Lessons:
 
     def add(self, model: Model, lessons: Iterable[Lesson]) -> None:
         """Keep lessons; one about the same field takes the place of the older one."""
-        for lesson in lessons:
-            if lesson.keep:
-                self._add(model, replace(lesson, at=lesson.at or time.time()))
-
-    def _add(self, model: Model, lesson: Lesson) -> None:
-        same = (lesson.action, lesson.field, lesson.dialect)
-        with self._lock:
-            known = [k for k in self.of(model) if (k.action, k.field, k.dialect) != same
-                     or (lesson.action == "unschema" and k.value != lesson.value)]  # fmt: skip
-            self._lessons[model.served] = (*known, lesson)
-            entries = [asdict(kept) for kept in (*known, lesson)]
-            self._store.put("lessons", model.served, entries)
+        for lesson in (replace(k, at=k.at or time.time()) for k in lessons if k.keep):
+            same = (lesson.action, lesson.field, lesson.dialect)
+            with self._lock:
+                known = [k for k in self.of(model) if (k.action, k.field, k.dialect) != same
+                         or (lesson.action == "unschema" and k.value != lesson.value)]  # fmt: skip
+                kept = self._lessons[model.served] = (*known, lesson)
+                self._store.put("lessons", model.served, [asdict(k) for k in kept])
 
     def forget(self, model: Model) -> bool:
         """Whether there was something to forget."""
@@ -3580,6 +3573,7 @@ REQUEST_LINE = re.compile(rb"([A-Z]+) ([\x21-\x7e]+) HTTP/(1\.[01])\r?")
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b")
 LENGTH = re.compile("[0-9]{1,18}")
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+Headers = Mapping[str, str]  # by lower-case name
 
 
 def headers_from_bytes(lines: bytes) -> dict[str, str]:
@@ -3646,7 +3640,7 @@ class ChunkedReader:
 class BodyReader:
     """A reply's payload from its raw bytes: chunked, of known length or up to the end."""
 
-    def __init__(self, status: int, headers: Mapping[str, str]) -> None:
+    def __init__(self, status: int, headers: Headers) -> None:
         coding = headers.get("transfer-encoding", "").lower()
         length = headers.get("content-length", "").split(",")[0].strip()
         self._chunked = ChunkedReader() if coding.endswith("chunked") else None
@@ -3712,15 +3706,13 @@ def wait_ready(sock: socket.socket, timeout: float, watch: socket.socket | None 
     if isinstance(sock, ssl.SSLSocket) and sock.pending() and not to_send:
         return True
     deadline = time.monotonic() + timeout
-    while True:
-        ready = ready_sockets(sock, watch, max(0.0, deadline - time.monotonic()), to_send)
-        if sock.fileno() in ready:
-            return True
-        if not ready:
-            return False
-        if watch is not None and is_closed(watch):
-            raise OgxError(CLIENT_GONE, "the client closed the connection")
-        watch = None  # it sent its next request already
+    ready = ready_sockets(sock, watch, max(0.0, timeout), to_send)
+    if not ready or sock.fileno() in ready:
+        return bool(ready)
+    if watch is not None and is_closed(watch):
+        raise OgxError(CLIENT_GONE, "the client closed the connection")
+    # The client sent its next request already.
+    return wait_ready(sock, deadline - time.monotonic(), None, to_send)
 
 
 def ready_sockets(sock: socket.socket, watch: socket.socket | None, timeout: float,
@@ -3792,7 +3784,7 @@ class Upstream:
         return [s for s in (provider.api_key, *self.signer.secrets) if len(s) >= MIN_SECRET]
 
     def send(self, provider: Provider, method: str, path: str, body: bytes | None = None,
-             headers: Mapping[str, str] | None = None, timeout: float | None = None,
+             headers: Headers | None = None, timeout: float | None = None,
              watch: socket.socket | None = None) -> Reply:  # fmt: skip
         """Send a request to one of the provider's paths; the reply is still to be read.
         Raises OgxError 502 or 504, told for the user, when the provider can't be reached, and
@@ -3806,7 +3798,7 @@ class Upstream:
         return Reply(self, provider, data, timeout or self.limits.connect_timeout, watch)
 
     def ask(self, provider: Provider, path: str, timeout: float, body: bytes | None = None,
-            headers: Mapping[str, str] | None = None,
+            headers: Headers | None = None,
             watch: socket.socket | None = None) -> tuple[Reply, bytes]:  # fmt: skip
         """The reply to a GET, or to a POST where there is a body, and what it holds; OgxError
         when that takes longer than `timeout` seconds."""
@@ -3902,17 +3894,16 @@ class Upstream:
     def _context(self, provider: Provider) -> ssl.SSLContext:
         """The TLS settings for a provider; SSL_CERT_FILE is honoured by the ssl module."""
         key = (provider.verify, provider.ca_file)
-        with self._lock:
-            if key not in self._tls:
-                try:
-                    context = ssl.create_default_context(cafile=provider.ca_file or None)
-                except OSError as error:
-                    words = f"can't read its ca_file {provider.ca_file}: {error.strerror or error}"
-                    raise OgxError(502, f"{provider.id}: {words}") from None
-                if not provider.verify:
-                    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-                self._tls[key] = context
-            return self._tls[key]
+        if key not in self._tls:
+            try:
+                context = ssl.create_default_context(cafile=provider.ca_file or None)
+            except OSError as error:
+                words = f"can't read its ca_file {provider.ca_file}: {error.strerror or error}"
+                raise OgxError(502, f"{provider.id}: {words}") from None
+            if not provider.verify:
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            self._tls[key] = context
+        return self._tls[key]
 
 
 def origin_of(provider: Provider) -> str:
@@ -3930,22 +3921,20 @@ def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
     return {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
 
 
+UNREACHABLE = {  # the first that fits
+    ssl.SSLCertVerificationError: "its TLS certificate was not accepted ({0.verify_message})",
+    ssl.SSLError: "TLS failed ({0}); is the URL's https right?",
+    socket.gaierror: "its host name can't be resolved",
+    socket.timeout: "connecting took too long",  # TimeoutError's other name from 3.10 on
+    ConnectionRefusedError: "connection refused; is the server running there?"}
+
+
 def unreachable(provider: Provider, error: Exception) -> OgxError:
     """Why a provider can't be reached, and what to look at."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        why = f"its TLS certificate was not accepted ({error.verify_message})"
-    elif isinstance(error, ssl.SSLError):
-        why = f"TLS failed ({error.reason or error}); is the URL's https right?"
-    elif provider.kind.signed and ".." in provider.base_url:
+    if provider.kind.signed and ".." in provider.base_url:
         return OgxError(400, f"{provider.id}: You must specify a region: set AWS_REGION")
-    elif isinstance(error, socket.gaierror):
-        why = "its host name can't be resolved"
-    elif isinstance(error, socket.timeout):  # TimeoutError's other name from 3.10 on
-        why = "connecting took too long"
-    elif isinstance(error, ConnectionRefusedError):
-        why = "connection refused; is the server running there?"
-    else:
-        why = str(error) or type(error).__name__
+    words = next((words for kind, words in UNREACHABLE.items() if isinstance(error, kind)), "{0}")
+    why = words.format(error) or type(error).__name__
     status = 504 if isinstance(error, socket.timeout) else 502
     return OgxError(status, f"can't reach {provider.id} at {provider.base_url}: {why}")
 
@@ -3987,7 +3976,7 @@ class Reply:
     def __init__(self, upstream: Upstream, provider: Provider, request: bytes, timeout: float,
                  watch: socket.socket | None = None) -> None:  # fmt: skip
         self.status = 0
-        self.headers: Mapping[str, str] = {}
+        self.headers: Headers = {}
         self.patient, self.complete = True, False
         self._upstream, self._provider, self._watch = upstream, provider, watch
         self._limits = upstream.limits
@@ -4145,6 +4134,8 @@ MAX_ANSWER = 64 * 1024 * 1024  # bytes of an answer that isn't streamed
 MAX_PAGES = 20  # of a model list
 MIN_CONTEXT = 32_000  # tokens; Claude Code's own prompt and tools take 15,000 of them
 REFRESH = 300.0  # seconds between model lists; a 20th for local servers and after a problem
+Pieces = Generator[Optional[bytes], None, None]  # of an answer; None for a tick of silence
+Batches = Generator[Optional[list[Any]], None, None]  # of events, or bytes of some; None likewise
 
 
 @dataclass
@@ -4154,7 +4145,7 @@ class Exchange:
     request_id: str
     request: Json = field(default_factory=dict)
     raw: bytes = b""  # the request as the client wrote it
-    headers: Mapping[str, str] = field(default_factory=dict)  # for upstreams that speak Messages
+    headers: Headers = field(default_factory=dict)  # for upstreams that speak Messages
     watch: socket.socket | None = None  # the client's connection, to notice that it left
     asked: str = ""
     answered: bool = False  # a part of the answer is with the client: there is no second try
@@ -4188,13 +4179,11 @@ class Gateway:
         self.store = store or Store()
         self.registry = Registry(config)
         for model_id, kept in self.store.all("alias").items():
-            kept = dict_or_empty(kept)
-            if kept.get("deleted"):
+            if dict_or_empty(kept).get("deleted"):
                 self.registry.unregister(model_id)
-            else:
-                self.registry.register(Alias(
-                    model_id, str(kept.get("provider_id")), str(kept.get("provider_model_id")),
-                    tuple(map(str, kept.get("targets") or ()))))  # fmt: skip
+                continue
+            with suppress(TypeError):  # what another version kept is passed over
+                self.registry.register(Alias(**kept))
         self.upstream = upstream or Upstream(config.limits)
         self.lessons = Lessons(self.store)
         self.ratios = Ratios(self.store)
@@ -4207,7 +4196,7 @@ class Gateway:
 
     # -- messages
 
-    def messages(self, exchange: Exchange) -> Generator[bytes | None, None, None]:
+    def messages(self, exchange: Exchange) -> Pieces:
         """The answer's bytes as they come: server-sent events, or one JSON object where no stream
         was asked for. None when the upstream was silent for a tick.
         Raises OgxError: before the first bytes it can still become an HTTP status. Closing the
@@ -4233,14 +4222,12 @@ class Gateway:
         try:
             chain = self.registry.chain(model_id)
         except OgxError:
-            if self.discovered.is_set():
-                raise
             self.discovered.wait(LIST_TIMEOUT)
             chain = self.registry.chain(model_id)
         now = time.monotonic()
         return sorted(chain, key=lambda model: self._resting.get(model.served, 0.0) > now)
 
-    def _tried(self, model: Model, exchange: Exchange) -> Iterator[bytes | None]:
+    def _tried(self, model: Model, exchange: Exchange) -> Pieces:
         """One model's answer, its refusals remedied and its failures retried."""
         exchange.served, exchange.retries, exchange.waited = model.served, 0, 0.0
         exchange.reply = None
@@ -4252,7 +4239,11 @@ class Gateway:
             body, data = self._request(taught, name, exchange, lessons)
             headers = exchange.headers if DIALECTS[name].native else {}
             key = key or hash((model.served, data, tuple(headers.items())))
-            self._raise_known_refusal(key)
+            # Claude Code asks six times after a 400, with changes to betas that often come to
+            # nothing in the translation.
+            until, known_error = self._refused.get(key, (0.0, None))
+            if known_error and until > time.monotonic():
+                raise known_error.again()
             try:
                 for piece in self._answer(taught, name, data, exchange):
                     if piece and not exchange.answered:  # what was changed has helped
@@ -4325,13 +4316,6 @@ class Gateway:
         exchange.retries, exchange.waited = exchange.retries + 1, exchange.waited + pause
         return pause
 
-    def _raise_known_refusal(self, key: int) -> None:
-        """Repeat a refusal that the same request just met: Claude Code asks six times after a 400,
-        with changes to betas that often come to nothing in the translation."""
-        until, error = self._refused.get(key, (0.0, None))
-        if error and until > time.monotonic():
-            raise error.again()
-
     def _note_refusal(self, key: int, error: OgxError) -> None:
         chance = error.refusal and error.refusal.code == "tool_use_failed"
         if error.refusal and error.status in (400, 422) and not chance:
@@ -4339,8 +4323,7 @@ class Gateway:
             fresh = {k: known for k, known in list(self._refused.items()) if known[0] > now}
             self._refused = {**fresh, key: (now + SAME_REFUSAL, error.again())}
 
-    def _answer(self, model: Model, name: str, data: bytes,
-                exchange: Exchange) -> Iterator[bytes | None]:  # fmt: skip
+    def _answer(self, model: Model, name: str, data: bytes, exchange: Exchange) -> Pieces:
         """What one request to the upstream brings."""
         dialect, kind = DIALECTS[name], model.provider.kind
         headers = exchange.headers if dialect.native else {}
@@ -4362,8 +4345,10 @@ class Gateway:
                 native = answer if dialect.native else b""
                 raise refused_error(refusal, model, reply.headers, native)
             exchange.reply = reply
-            if handed_on:
+            if handed_on and exchange.stream:
                 yield from self._handed_on(reply, model.provider, exchange)
+            elif handed_on:
+                yield from self._handed_on_whole(reply, exchange)
             else:
                 events = self._translated(reply, translator)
                 yield from answer_bytes(events, exchange.stream)
@@ -4372,9 +4357,7 @@ class Gateway:
         finally:
             reply.release()
 
-    def _translated(
-        self, reply: Reply, translator: Translator
-    ) -> Iterator[list[Json | bytes] | None]:
+    def _translated(self, reply: Reply, translator: Translator) -> Batches:
         """The answer's events in batches, each what came together; None for a tick of silence."""
         try:
             for items in upstream_items(reply, self.tick):
@@ -4407,45 +4390,40 @@ class Gateway:
         native = self.registry.native.get(provider.id, False)
         return "messages" if native and not lost_natively(request, provider.kind) else kinds[-1]
 
-    def _handed_on(
-        self, reply: Reply, provider: Provider, exchange: Exchange
-    ) -> Iterator[bytes | None]:
-        """A native answer's bytes, but for the model's id."""
-        model_id, begun = exchange.request["model"], False
-        stream, whole = NativeStream(model_id), bytearray()
-        while not stream.ended:
-            data = reply.read(self.tick)
+    def _handed_on(self, reply: Reply, provider: Provider, exchange: Exchange) -> Pieces:
+        """A native stream's bytes, but for the model's id."""
+        stream, begun = NativeStream(exchange.request["model"]), False
+        while not stream.ended and (data := reply.read(self.tick)) != b"":
             if data is None:
                 yield None
-            elif not data:
-                break
-            elif exchange.stream:
-                events = stream.feed(data)
-                if stream.failed and not begun:
-                    raise_if_error(events, exchange.served)
-                begun, reply.complete = begun or bool(events), stream.ended
-                for secret in self.upstream.secrets(provider) if stream.failed else ():
-                    events = events.replace(secret.encode(), b"***")
-                yield events
-            else:
-                whole += data
-                if len(whole) > MAX_ANSWER:
-                    raise OgxError(502, "the upstream's answer is too large")
-        if exchange.stream:
-            yield stream.end()
-            exchange.usage = stream.usage
-            if not stream.ended:
-                origin = exchange.served
-                raise OgxError(502, f"{origin} ended the answer before it was complete")
-            return
-        raise_if_error(b"data: " + bytes(whole).strip() + b"\n\n", exchange.served)
-        message = json_or_none(bytes(whole))
+                continue
+            events = stream.feed(data)
+            if stream.failed and not begun:
+                raise_if_error(events, exchange.served)
+            begun, reply.complete = begun or bool(events), stream.ended
+            for secret in self.upstream.secrets(provider) if stream.failed else ():
+                events = events.replace(secret.encode(), b"***")
+            yield events
+        yield stream.end()
+        exchange.usage = stream.usage
+        if not stream.ended:
+            raise OgxError(502, f"{exchange.served} ended the answer before it was complete")
+
+    def _handed_on_whole(self, reply: Reply, exchange: Exchange) -> Pieces:
+        """A native message, but for the model's id."""
+        whole = b""
+        for items in upstream_items(reply, self.tick):
+            whole = b"".join(items or ()) or whole
+            if items is None:
+                yield None
+        raise_if_error(b"data: " + whole.strip() + b"\n\n", exchange.served)
+        message = json_or_none(whole)
         if not isinstance(message, dict):
-            raise OgxError(502, f"{exchange.served} sent no message but {beginning(bytes(whole))}")
+            raise OgxError(502, f"{exchange.served} sent no message but {beginning(whole)}")
         usage = dict_or_empty(message.get("usage"))
         counts = (usage.get(name) for name in USAGE_FIELDS)
         exchange.usage = Usage(*(count if isinstance(count, int) else 0 for count in counts))
-        yield json_bytes({**message, "model": model_id})
+        yield json_bytes({**message, "model": exchange.request["model"]})
 
     def count_tokens(self, exchange: Exchange) -> Json:
         """{"input_tokens": N}: by the upstream where it counts for free, else an estimate."""
@@ -4484,8 +4462,9 @@ class Gateway:
         query = dict(urllib.parse.parse_qsl(query_string[:4000]))
         self.discovered.wait(2.0)  # Claude Code waits 3 s for this list
         entries = [model_entry(m) for m in self.registry.models()]
-        entries += [self._alias_entry(alias_id) for alias_id in self.registry.aliases]
-        entries = [entry for entry in entries if entry]
+        for alias_id in self.registry.aliases:
+            with suppress(OgxError):  # that nothing serves it now
+                entries.append(self._entry(self.registry.resolve(alias_id)))
         ids = [entry["id"] for entry in entries]
         after, before = query.get("after_id"), query.get("before_id")
         for name, anchor in (("after_id", after), ("before_id", before)):
@@ -4493,12 +4472,14 @@ class Gateway:
                 raise OgxError(400, f"{name}: no model has the id '{anchor[:200]}'")
         start = ids.index(after) + 1 if after else 0
         rest = entries[start : ids.index(before) if before else None]
-        limit = page_limit(query.get("limit"), len(entries))
+        told = query.get("limit", "")
+        if told and not re.fullmatch("[1-9][0-9]{0,2}|1000", told):
+            raise OgxError(400, f"limit: expected a number from 1 to 1000, got '{told[:40]}'")
+        limit = int(told or len(entries))
         page = rest[max(0, len(rest) - limit) :] if before else rest[:limit]
-        ends = {"first_id": page[0]["id"] if page else None,
-                "last_id": page[-1]["id"] if page else None}  # fmt: skip
-        return {"object": "list", "data": page, "has_more": len(page) < len(rest), **ends,
-                "tiers": self.tiers()}  # fmt: skip
+        shown = [entry["id"] for entry in page] or [None]
+        return {"object": "list", "data": page, "has_more": len(page) < len(rest),
+                "first_id": shown[0], "last_id": shown[-1], "tiers": self.tiers()}  # fmt: skip
 
     def tiers(self) -> dict[str, str]:
         """The provider's model behind each tier that has one: {"haiku": "openai/gpt-...", ...}."""
@@ -4519,11 +4500,12 @@ class Gateway:
         alias = registered_alias(body, self.registry)
         self.registry.register(alias)
         self.store.put("alias", alias.model_id, asdict(alias))
+        with suppress(OgxError):
+            return self._entry(self.registry.resolve(alias.model_id))
         metadata = {"model_type": "llm", "provider_id": alias.provider_id,
                     "provider_resource_id": alias.provider_model_id}  # fmt: skip
-        return self._alias_entry(alias.model_id) or {
-            "id": alias.model_id, "object": "model", "type": "model", "custom_metadata": metadata,
-        }  # fmt: skip
+        return {"id": alias.model_id, "object": "model", "type": "model",
+                "custom_metadata": metadata}  # fmt: skip
 
     def unregister(self, model_id: str) -> Json:
         """Forget a registered id or, for a provider's own model, what was learned about it."""
@@ -4541,17 +4523,8 @@ class Gateway:
         known = next((m for m in listed if m.upstream_id == model.upstream_id), None)
         if known is None:
             raise OgxError(404, f"model '{model.id[:200]}' is not listed by {model.provider.id}")
-        entry = model_entry(model, "" if model.id == known.id else known.id)
-        learned = [str(lesson) for lesson in self.lessons.of(model)]
-        if learned:
-            entry["custom_metadata"]["learned"] = learned
-        return entry
-
-    def _alias_entry(self, alias_id: str) -> Json:
-        """The entry of an alias; {} while nothing serves it."""
-        with suppress(OgxError):
-            return self._entry(self.registry.resolve(alias_id))
-        return {}
+        alias_of = "" if model.id == known.id else known.id
+        return model_entry(model, alias_of, [str(lesson) for lesson in self.lessons.of(model)])
 
     # -- discovery
 
@@ -4694,9 +4667,7 @@ def new_translator(dialect: Dialect, request: Json, model: Model, estimate: int,
     return dialect.translator(writer, request, model)
 
 
-def answer_bytes(
-    batches: Iterable[list[Json | bytes] | None], stream: bool
-) -> Iterator[bytes | None]:
+def answer_bytes(batches: Batches, stream: bool) -> Pieces:
     """Batches of events as server-sent events or, at the end, as one message."""
     events: list[Json] = []
     for batch in batches:
@@ -4710,9 +4681,7 @@ def answer_bytes(
         yield json_bytes(message_from_events(events))
 
 
-def refused_error(
-    refusal: Refusal, model: Model, headers: Mapping[str, str], native: bytes
-) -> OgxError:
+def refused_error(refusal: Refusal, model: Model, headers: Headers, native: bytes) -> OgxError:
     """The error for a refusal that nothing helps against. `native` is the body of an upstream that
     speaks Messages: in Anthropic's shape it is handed on, since clients read its wording."""
     error = upstream_error(refusal, model.origin, headers)
@@ -4803,15 +4772,13 @@ def whole_body(reply: Reply) -> bytes:
     return bytes(body)
 
 
-def model_entry(model: Model, alias_of: str = "") -> Json:
+def model_entry(model: Model, alias_of: str = "", learned: Sequence[str] = ()) -> Json:
     """A model as OpenAI's list and Anthropic's both have it; custom_metadata is OGX's."""
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.created))
+    noted = {"alias_of": alias_of, "warning": model.warning, "learned": learned}
     metadata = {"model_type": "llm", "provider_id": model.provider.id,
-                "provider_resource_id": model.upstream_id}  # fmt: skip
-    if alias_of:
-        metadata["alias_of"] = alias_of
-    if model.warning:
-        metadata["warning"] = model.warning
+                "provider_resource_id": model.upstream_id,
+                **{name: value for name, value in noted.items() if value}}  # fmt: skip
     return {
         "id": model.id, "object": "model", "created": model.created, "owned_by": model.provider.id,
         "type": "model", "display_name": model.id, "created_at": created, "lifecycle": "active",
@@ -4832,15 +4799,6 @@ def with_loaded_context(model: Model, loaded: Any) -> Model:
                 warning = f"a context of {context:,} tokens is too small for Claude Code; {hint}"
             return replace(model, context=context or model.context, warning=warning)
     return model
-
-
-def page_limit(text: str | None, default: int) -> int:
-    """The `limit` of a list request: 1 to 1,000."""
-    if not text:
-        return default
-    if not (re.fullmatch("[0-9]{1,4}", text) and 1 <= int(text) <= 1000):
-        raise OgxError(400, f"limit: expected a number from 1 to 1000, got '{text[:40]}'")
-    return int(text)
 
 
 # ======== Server =============================================================================
@@ -4965,7 +4923,7 @@ class Stream:
     """A streamed answer that the relay writes while its handler sleeps."""
 
     handler: Handler
-    pieces: Generator[bytes | None, None, None]
+    pieces: Pieces
     source: socket.socket  # where the pieces come from
     unsent: bytes = b""  # what the client was too slow to take
     written_at: float = field(default_factory=time.monotonic)
@@ -5311,7 +5269,7 @@ class Handler(socketserver.BaseRequestHandler):
             else:
                 self._send(200, b"".join(piece or b"" for piece in kept))
 
-    def _kept(self, pieces: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    def _kept(self, pieces: Pieces) -> Pieces:
         """The answer's pieces; the request and they are logged."""
         self._log_body("request", self.exchange.raw)
         answer = bytearray()
@@ -5342,7 +5300,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     # -- answers
 
-    def _stream(self, pieces: Generator[bytes | None, None, None]) -> None:
+    def _stream(self, pieces: Pieces) -> None:
         """Write a stream as it comes; an error before its first piece is the caller's to answer.
         Once there is nothing more to read at once, the relay goes on with it."""
         done, written_at = self.exchange, time.monotonic()
@@ -5388,7 +5346,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _write(self, data: bytes) -> None:
         send_all(self.connection, data, self.server.limits.client_timeout)
 
-    def _send(self, status: int, data: bytes, headers: Mapping[str, str] = {}) -> None:
+    def _send(self, status: int, data: bytes, headers: Headers = {}) -> None:
         fields = {"content-type": "application/json", "content-length": str(len(data)), **headers}
         head = self._head(status, fields)
         self._write(head if self.command == "HEAD" else head + data)
@@ -5415,7 +5373,7 @@ class Handler(socketserver.BaseRequestHandler):
             if received(self.connection) == b"":
                 return
 
-    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
+    def _head(self, status: int, headers: Headers) -> bytes:
         """The head of an answer, as bytes; from here on the answer counts as sent."""
         self.status = status
         reason = http.client.responses.get(status, "Overloaded" if status == 529 else "Error")
@@ -5514,7 +5472,7 @@ def checked_json(body: bytes, counting: bool = False) -> Json:
     return request
 
 
-def shows_token(headers: Mapping[str, str], token: bytes) -> bool:
+def shows_token(headers: Headers, token: bytes) -> bool:
     """Whether a request shows the server's token; takes the same time whatever it shows."""
     import hmac  # only where there is a token, to start smaller
 
