@@ -3638,7 +3638,8 @@ class ChunkedReader:
 
 
 class BodyReader:
-    """A reply's payload from its raw bytes: chunked, of known length or up to the end."""
+    """The payload of an HTTP message from its raw bytes: chunked, of known length or up to the
+    end; `rest` is what came after it."""
 
     def __init__(self, status: int, headers: Headers) -> None:
         coding = headers.get("transfer-encoding", "").lower()
@@ -3652,14 +3653,15 @@ class BodyReader:
         if status in (204, 304):
             self._left = 0
         self.done = self._left == 0
+        self.rest = b""
         self.reusable = headers.get("connection", "").lower() != "close"
 
     def feed(self, data: bytes) -> bytes:
         if self._chunked:
             data = self._chunked.feed(data)
-            self.done = self._chunked.done
+            self.done, self.rest = self._chunked.done, self._chunked.rest
         elif self._left is not None:
-            data = data[: self._left]
+            data, self.rest = data[: self._left], data[self._left :]
             self._left -= len(data)
             self.done = self._left == 0
         return self._unpacker.decompress(data) if self._unpacker else data
@@ -4923,16 +4925,13 @@ class Stream:
     """A streamed answer that the relay writes while its handler sleeps."""
 
     handler: Handler
+    client: socket.socket
     pieces: Pieces
     source: socket.socket  # where the pieces come from
     unsent: bytes = b""  # what the client was too slow to take
     written_at: float = field(default_factory=time.monotonic)
     ended: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
-
-    @property
-    def client(self) -> socket.socket:
-        return self.handler.connection
 
 
 class Relay:
@@ -4953,16 +4952,14 @@ class Relay:
 
     def finish(self, stream: Stream) -> None:
         """Write the rest of an answer; raises what ended it early."""
-        self._call_for(stream)
+        self._ring(stream)
         stream.ended.wait()
         if stream.error:
             raise stream.error
 
-    def _call_for(self, stream: Stream) -> None:
-        self._new.append(stream)
-        self._ring()
-
-    def _ring(self) -> None:
+    def _ring(self, *streams: Stream) -> None:
+        """Have run() look at once, at streams to be moved or at the end."""
+        self._new.extend(streams)
         with suppress(OSError):  # it is full of rings, heard soon anyway; or the relay has ended
             self._bell.send(b"!")
 
@@ -5013,7 +5010,7 @@ class Relay:
                     self._send(stream, stream.handler.framed(piece))
                 moves += 1
                 if moves == 4:
-                    self._call_for(stream)
+                    self._ring(stream)
                     break
         except StopIteration:
             self._end(stream)
@@ -5189,32 +5186,17 @@ class Handler(socketserver.BaseRequestHandler):
         check_size(int(length or 0), limit)
         if headers.get("expect", "").lower() == "100-continue":
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        data = self._read_chunked(limit) if coding else self._read_exactly(int(length or 0))
-        self._unread = False
-        return unpacked(data, headers.get("content-encoding", "identity").lower(), limit)
-
-    def _read_exactly(self, size: int) -> bytes:
-        pieces, left = [self._received[:size]], size - len(self._received)
-        self._received = self._received[size:]
-        while left > 0:
-            pieces.append(self._body_piece(left))
-            left -= len(pieces[-1])
-        return b"".join(pieces)
-
-    def _read_chunked(self, limit: int) -> bytes:
-        reader = ChunkedReader()
-        body = bytearray(reader.feed(self._received))
+        reader = BodyReader(200, {**headers, "content-encoding": ""})  # that has its own limit
+        pieces = [reader.feed(self._received)]
         while not reader.done:
-            body += reader.feed(self._body_piece(RECEIVE_SIZE))
-            check_size(len(body), limit)
-        self._received = reader.rest
-        return bytes(body)
-
-    def _body_piece(self, size: int) -> bytes:
-        data = self._receive(min(size, 4 * RECEIVE_SIZE))
-        if not data:
-            raise ConnectionResetError("the client closed in the middle of its request")
-        return data
+            data = self._receive(4 * RECEIVE_SIZE)
+            if not data:
+                raise ConnectionResetError("the client closed in the middle of its request")
+            pieces.append(reader.feed(data))
+            check_size(sum(map(len, pieces)), limit)
+        self._received, self._unread = reader.rest, False
+        data = b"".join(pieces)
+        return unpacked(data, headers.get("content-encoding", "identity").lower(), limit)
 
     def _guard(self) -> None:
         """Keep browsers out: a page that a user visits must not be able to spend their keys, by
@@ -5312,7 +5294,8 @@ class Handler(socketserver.BaseRequestHandler):
                     if done.reply:
                         done.reply.patient = False
                 elif piece is None and done.first_event and done.reply:
-                    self.server.relay.finish(Stream(self, pieces, done.reply.socket))
+                    source = done.reply.socket
+                    self.server.relay.finish(Stream(self, self.connection, pieces, source))
                     break
                 if piece or now - written_at >= self.server.gateway.tick * 0.9:
                     self._send_piece(piece or (PING if done.first_event else SIGN_OF_LIFE))
@@ -5346,7 +5329,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _write(self, data: bytes) -> None:
         send_all(self.connection, data, self.server.limits.client_timeout)
 
-    def _send(self, status: int, data: bytes, headers: Headers = {}) -> None:
+    def _send(self, status: int, data: bytes, headers: Mapping[str, str] = {}) -> None:
         fields = {"content-type": "application/json", "content-length": str(len(data)), **headers}
         head = self._head(status, fields)
         self._write(head if self.command == "HEAD" else head + data)
@@ -5631,24 +5614,22 @@ def served_for_session() -> tuple[Server, str]:
 def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
     """The server's URL without /v1: from --url, else --host (a name, an address or a URL) and
     --port, else OGX_PORT."""
-    if options.url or "://" in options.host or re.fullmatch(r"[^:]+:[0-9]+", options.host):
-        url = options.url or options.host
-        url = url if "://" in url else f"http://{url}"
-        try:
-            parts = urllib.parse.urlsplit(url)
-            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:
-            usable = False
-        if not usable:
-            raise OgxError(400, f"--url: expected a URL like http://localhost:8321, got '{url}'")
-        if options.port is not None and parts.port is None:
-            parts = parts._replace(netloc=f"{parts.netloc}:{options.port}")
-        return re.sub(r"/(v1/?)?$", "", urllib.parse.urlunsplit(parts))
-    port = options.port
-    if port is None:
-        port = port_number(environ.get("OGX_PORT") or DEFAULT_PORT, "OGX_PORT")
-    host = options.host.strip("[]")
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    url, port = options.url or options.host, options.port
+    if not (options.url or "://" in url or re.fullmatch(r"[^:]+:[0-9]+", url)):
+        url = f"[{url.strip('[]')}]" if ":" in url else url
+        if port is None:
+            port = port_number(environ.get("OGX_PORT") or DEFAULT_PORT, "OGX_PORT")
+    url = url if "://" in url else f"http://{url}"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise OgxError(400, f"--url: expected a URL like http://localhost:8321, got '{url}'")
+    if port is not None and parts.port is None:
+        parts = parts._replace(netloc=f"{parts.netloc}:{port}")
+    return re.sub(r"/(v1/?)?$", "", urllib.parse.urlunsplit(parts))
 
 
 def model_listing(base_url: str, token: str) -> Json:
@@ -5743,10 +5724,10 @@ def is_alias(entry: Json) -> bool:
 def limit_variables(entries: Sequence[Json]) -> dict[str, str]:
     """Claude Code's window and output limit, in tokens: it knows one for all tiers, so the
     smallest; nothing where the server doesn't know."""
-    windows = (first_number(entry, ("max_input_tokens",)) for entry in entries)
-    contexts = [number for number in windows if number]
-    limits_told = (first_number(entry, ("max_tokens",)) for entry in entries)
-    outputs = [number for number in limits_told if number]
+    contexts, outputs = (
+        [number for entry in entries if (number := first_number(entry, [name]))]
+        for name in ("max_input_tokens", "max_tokens")
+    )
     limits = {}
     if contexts:
         limits["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(min(contexts))
@@ -5886,18 +5867,19 @@ def exit_code_of(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a program in this terminal and give its exit code, as a shell would."""
     import subprocess
 
-    # Ctrl-C reaches the whole foreground group, and Claude Code decides what it means: a handler
-    # that does nothing, since SIG_IGN would be inherited. Other signals to end are passed on.
     child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, frame: Any) -> None:
+        # Ctrl-C reaches the whole foreground group, and Claude Code decides what it means. (It is
+        # handled here and not ignored, since SIG_IGN would be inherited.)
+        if child and number != signal.SIGINT:
+            child.send_signal(number)
+
     handlers: dict[int, Any] = {}
-    if in_main_thread():
-        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
-        for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
-            number = getattr(signal, name, None)  # Windows has only the first
-            if number:
-                handlers[number] = signal.signal(
-                    number, lambda got, _: child.send_signal(got) if child else None
-                )
+    if threading.current_thread() is threading.main_thread():
+        ends = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")  # Windows has only the first two
+        numbers = [getattr(signal, name) for name in ends if hasattr(signal, name)]
+        handlers = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         child = subprocess.Popen(argv, env=environment)
         code = child.wait()
@@ -5907,10 +5889,6 @@ def exit_code_of(argv: Sequence[str], environment: Mapping[str, str]) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return 128 - code if code < 0 else code
-
-
-def in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def print_check(base_url: str, token: str, plan: LaunchPlan) -> int:
@@ -6065,7 +6043,7 @@ def run(options: argparse.Namespace) -> int:
     server = Server(gateway, options.host or config.host, port, token, tls)
     server.log_bodies = options.log_bodies
     stopped = threading.Event()
-    if in_main_thread():
+    if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             # Gently at the first signal, at once at the second.
             signal.signal(number, lambda *_: os._exit(130) if stopped.is_set() else stopped.set())
@@ -6152,11 +6130,9 @@ def summary_lines(gateway: Gateway, server: Server) -> list[str]:
 
 def say(*lines: str) -> None:
     """Print lines; a closed stdout (`| head`) is no reason to stop serving."""
+    coding = getattr(sys.stdout, "encoding", None) or "utf-8"  # some terminals have another one
     try:
-        try:
-            print(*lines, sep="\n", flush=True)
-        except UnicodeEncodeError:  # a terminal without UTF-8
-            print(*(ascii(line)[1:-1] for line in lines), sep="\n", flush=True)
+        print("\n".join(lines).encode(coding, "backslashreplace").decode(coding), flush=True)
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
