@@ -3589,17 +3589,33 @@ def headers_from_bytes(lines: bytes) -> dict[str, str]:
     return headers
 
 
-class ChunkedReader:
-    """The payload of a chunked body from bytes cut anywhere; `rest` is what came after it."""
+class BodyReader:
+    """The payload of an HTTP message from raw bytes cut anywhere: chunked, of known length or up
+    to the end; `rest` is what came after it."""
 
-    def __init__(self) -> None:
-        self.done = False
-        self.rest = b""
-        self._buffer = b""
-        self._left = 0  # payload bytes of the current chunk still to come
-        self._state = "size"
+    def __init__(self, status: int, headers: Headers) -> None:
+        length = headers.get("content-length", "").split(",")[0].strip()
+        self._chunked = headers.get("transfer-encoding", "").lower().endswith("chunked")
+        self._sized = bool(LENGTH.fullmatch(length)) and not self._chunked
+        self._left = int(length) if self._sized else 0  # bytes, of a chunk or of the body
+        self._state = "size"  # what comes next of a chunked body
+        self._buffer = self.rest = b""
+        self._unpacker = None
+        if headers.get("content-encoding", "").lower() in ("gzip", "deflate"):
+            self._unpacker = zlib.decompressobj(47)  # zlib or gzip, told by the data itself
+        self.done = status in (204, 304) or (self._sized and not self._left)
+        self.reusable = headers.get("connection", "").lower() != "close"
 
     def feed(self, data: bytes) -> bytes:
+        if self._chunked:
+            data = self._payload(data)
+        elif self._sized:
+            data, self.rest = data[: self._left], data[self._left :]
+            self._left -= len(data)
+            self.done = not self._left
+        return self._unpacker.decompress(data) if self._unpacker else data
+
+    def _payload(self, data: bytes) -> bytes:
         # An index moves over the buffer: slicing it for every chunk would be quadratic.
         buffer, at = self._buffer + data, 0
         payload: list[bytes] = []
@@ -3636,42 +3652,12 @@ class ChunkedReader:
             self._left = int(digits, 16)
             self._state = "data" if self._left else "trailer"
 
-
-class BodyReader:
-    """The payload of an HTTP message from its raw bytes: chunked, of known length or up to the
-    end; `rest` is what came after it."""
-
-    def __init__(self, status: int, headers: Headers) -> None:
-        coding = headers.get("transfer-encoding", "").lower()
-        length = headers.get("content-length", "").split(",")[0].strip()
-        self._chunked = ChunkedReader() if coding.endswith("chunked") else None
-        known = LENGTH.fullmatch(length) and not self._chunked
-        self._left = int(length) if known else None
-        self._unpacker = None
-        if headers.get("content-encoding", "").lower() in ("gzip", "deflate"):
-            self._unpacker = zlib.decompressobj(47)  # zlib or gzip, told by the data itself
-        if status in (204, 304):
-            self._left = 0
-        self.done = self._left == 0
-        self.rest = b""
-        self.reusable = headers.get("connection", "").lower() != "close"
-
-    def feed(self, data: bytes) -> bytes:
-        if self._chunked:
-            data = self._chunked.feed(data)
-            self.done, self.rest = self._chunked.done, self._chunked.rest
-        elif self._left is not None:
-            data, self.rest = data[: self._left], data[self._left :]
-            self._left -= len(data)
-            self.done = self._left == 0
-        return self._unpacker.decompress(data) if self._unpacker else data
-
     def ended_by(self, data: bytes | None) -> bool:
         """Whether its last bytes, None for none, end the body and nothing else: the end of a
         chunked one often comes a moment after the last event."""
         if self.done or not data or not self._chunked:
             return self.done and data is None
-        return not self._chunked.feed(data) and self._chunked.done and not self._chunked.rest
+        return not self._payload(data) and self.done and not self.rest
 
     def end(self) -> None:
         """The connection ended: fine only for a body that has no other end."""
@@ -3807,14 +3793,11 @@ class Upstream:
         deadline = time.monotonic() + timeout
         method = "POST" if body else "GET"
         reply = self.send(provider, method, path, body, headers, timeout, watch)
-        answer = bytearray()
         try:
-            data = b"" if reply.head(timeout) else None
-            while data is not None and len(answer) < 32 * 1024 * 1024:
-                data = reply.read(deadline - time.monotonic())
-                if data == b"":
-                    return reply, bytes(answer)
-                answer += data or b""
+            if reply.head(timeout):
+                answer, complete = reply.rest(deadline - time.monotonic(), 32 * 1024 * 1024)
+                if complete:
+                    return reply, answer
         finally:
             reply.release()
         raise OgxError(504, f"no complete answer from {provider.base_url} within {timeout:g} s")
@@ -4068,6 +4051,15 @@ class Reply:
                 return payload
         return b""
 
+    def rest(self, seconds: float, size: int) -> tuple[bytes, bool]:
+        """The body as far as it comes in time and holds `size` bytes; whether that is all."""
+        body, deadline = bytearray(), time.monotonic() + seconds
+        while len(body) < size and (data := self.read(deadline - time.monotonic())) is not None:
+            if not data:
+                return bytes(body), True
+            body += data
+        return bytes(body), False
+
     def _receive(self, deadline: float, limit: float) -> bytes | None:
         """Bytes as they come, b"" at the end, None when the deadline passed; OgxError(504) after
         `limit` seconds without a byte."""
@@ -4133,6 +4125,7 @@ PASSING = (408, 429, 500, 502, 503, 504, 529)  # statuses of failures that anoth
 TICK = 10.0  # seconds of silence after which the client gets a sign of life
 LIST_TIMEOUT = 5.0  # for a provider's model list
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of an answer that isn't streamed
+ERROR_BODY = (10.0, 1024 * 1024)  # seconds and bytes that an upstream has for its words
 MAX_PAGES = 20  # of a model list
 MIN_CONTEXT = 32_000  # tokens; Claude Code's own prompt and tools take 15,000 of them
 REFRESH = 300.0  # seconds between model lists; a 20th for local servers and after a problem
@@ -4268,9 +4261,8 @@ class Gateway:
                          model.served, one_line(error.message), pause)  # fmt: skip
                 pause_unless_closed(pause, exchange.watch)
 
-    def _request(
-        self, model: Model, name: str, exchange: Exchange, lessons: Sequence[Lesson]
-    ) -> tuple[Json, bytes]:
+    def _request(self, model: Model, name: str, exchange: Exchange,
+                 lessons: Sequence[Lesson]) -> tuple[Json, bytes]:  # fmt: skip
         """The request in the dialect's words, for remedies to look at, and its bytes."""
         if not model.provider.kind.keeps_billing_header:  # everyone but Anthropic itself
             refuse_untranslatable(exchange.request)
@@ -4281,9 +4273,8 @@ class Gateway:
         data = with_model(exchange.raw, exchange.request, sent) if dialect.native else None
         return body, data or json_bytes(sent)
 
-    def _learned(
-        self, error: OgxError, body: Json, model: Model, exchange: Exchange, lessons: list[Lesson]
-    ) -> bool:
+    def _learned(self, error: OgxError, body: Json, model: Model, exchange: Exchange,
+                 lessons: list[Lesson]) -> bool:  # fmt: skip
         """Whether a refusal taught something that makes another request worthwhile."""
         refusal, provider = error.refusal, model.provider
         if refusal is None:
@@ -4342,7 +4333,7 @@ class Gateway:
             while not reply.head(self.tick):
                 yield None
             if reply.status != 200:
-                answer = whole_body(reply)
+                answer, _ = reply.rest(*ERROR_BODY)
                 refusal = refusal_from_body(reply.status, answer)
                 native = answer if dialect.native else b""
                 raise refused_error(refusal, model, reply.headers, native)
@@ -4764,14 +4755,6 @@ def upstream_items(reply: Reply, tick: float) -> Iterator[list[bytes] | None]:
         if len(whole) > MAX_ANSWER:
             raise OgxError(502, "the upstream's answer is too large")
     yield [bytes(whole)] if whole else reader.end()
-
-
-def whole_body(reply: Reply) -> bytes:
-    """The body of an error, as far as it comes within 10 s and holds a megabyte."""
-    body, deadline = bytearray(), time.monotonic() + 10.0
-    while len(body) < 1 << 20 and (data := reply.read(deadline - time.monotonic())):
-        body += data
-    return bytes(body)
 
 
 def model_entry(model: Model, alias_of: str = "", learned: Sequence[str] = ()) -> Json:
@@ -5305,8 +5288,7 @@ class Handler(socketserver.BaseRequestHandler):
                 raise
             self.exchange.error = f"the stream broke: {error.message}"
             self._send_piece(sse_bytes(error.body(self.exchange.request_id)))
-        if self.request_version == "HTTP/1.1":
-            self._write(b"0\r\n\r\n")
+        self._write(self.framed(b""))
 
     def _send_piece(self, data: bytes) -> None:
         """One piece of a stream; the head goes with the first."""
@@ -5532,20 +5514,21 @@ class LaunchPlan:
 def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> int:
     """Launch Claude Code on the server's models, or print the environment; its exit code."""
     claude = None if options.print_env or options.check else claude_program(os.environ)
-    base_url, token = server_url(options, os.environ), server_token(options, os.environ) or TOKEN
+    token = server_token(options, os.environ) or TOKEN
+    server = Provider("OGX", ProviderKind("OGX"), server_url(options, os.environ), token)
     own_server = None
     try:
-        listing = model_listing(base_url, token)
+        listing = model_listing(server)
     except OgxError:
         elsewhere = options.host != "localhost" or options.port is not None or options.url
         if not options.serve or elsewhere:
             raise
         own_server, log_file = served_for_session()
-        base_url, token = own_server.url, TOKEN
-        tell(options, f"ogx.py serves {base_url} for this session; its log is {log_file}")
-        listing = model_listing(base_url, token)
+        server = replace(server, base_url=own_server.url, api_key=TOKEN)
+        tell(options, f"ogx.py serves {server.base_url} for this session; its log is {log_file}")
+        listing = model_listing(server)
     try:
-        plan = launch_plan(base_url, token, listing, options, os.environ)
+        plan = launch_plan(server.base_url, server.api_key, listing, options, os.environ)
         if options.print_env:
             for path in settings_files(os.environ):
                 if overrides(read_settings(path), plan):
@@ -5553,8 +5536,8 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
             print("\n".join(shell_lines(plan, options.shell)))
             return 0
         if options.check:
-            return print_check(base_url, token, plan)
-        tell(options, f"Claude Code on {base_url}", *plan_lines(plan))
+            return print_check(server, plan)
+        tell(options, f"Claude Code on {server.base_url}", *plan_lines(plan))
         return launched(options, plan, [claude or "claude", *claude_args])
     finally:
         if own_server:
@@ -5632,28 +5615,26 @@ def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
     return re.sub(r"/(v1/?)?$", "", urllib.parse.urlunsplit(parts))
 
 
-def model_listing(base_url: str, token: str) -> Json:
+def model_listing(server: Provider) -> Json:
     """The server's GET /v1/models; raises OgxError in the launcher's words."""
-    upstream, server = Upstream(), Provider("OGX", ProviderKind("OGX"), base_url, token)
+    upstream, at = Upstream(), f"OGX server at {server.base_url}"
     try:
         reply, body = upstream.ask(server, "/v1/models", 10.0)
     except OgxError as error:
         why = error.message.partition(": ")[2] or error.message
-        raise OgxError(502, f"Failed to connect to OGX server at {base_url}: {why}\n"
-                            f"Start the server first with: {command_name()} run") \
-            from None  # fmt: skip
+        hint = f"Start the server first with: {command_name()} run"
+        raise OgxError(502, f"Failed to connect to {at}: {why}\n{hint}") from None
     finally:
         upstream.close()
-    if reply.status != 200:
-        words = f"Failed to query models from OGX server at {base_url} (HTTP {reply.status})"
-        if reply.status == 401:
-            words += "\nIt asks for a token: set OGX_API_KEY, or use --api-key-file"
-        raise OgxError(502, words)
     listing = dict_or_empty(json_or_none(body))
-    if not isinstance(listing.get("data"), list):
-        raise OgxError(502, f"Failed to query models from OGX server at {base_url}: "
-                            "it doesn't answer with a model list")  # fmt: skip
-    return listing
+    if reply.status == 200 and isinstance(listing.get("data"), list):
+        return listing
+    why = ": it doesn't answer with a model list"
+    if reply.status != 200:
+        why = f" (HTTP {reply.status})"
+    if reply.status == 401:
+        why += "\nIt asks for a token: set OGX_API_KEY, or use --api-key-file"
+    raise OgxError(502, f"Failed to query models from {at}{why}")
 
 
 def command_name() -> str:
@@ -5891,9 +5872,9 @@ def exit_code_of(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     return 128 - code if code < 0 else code
 
 
-def print_check(base_url: str, token: str, plan: LaunchPlan) -> int:
+def print_check(server: Provider, plan: LaunchPlan) -> int:
     """Try each tier's model with a real message and a tool, and print a table; 0 when all work."""
-    upstream, server = Upstream(), Provider("OGX", ProviderKind("OGX"), base_url, token)
+    upstream = Upstream()
     models: dict[str, list[str]] = {}
     for tier in TIERS:
         models.setdefault(plan.set[f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL"], []).append(tier)
@@ -5928,7 +5909,8 @@ def checked_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[fl
         while not reply.head(60.0):
             pass
         if reply.status != 200:
-            raise OgxError(reply.status, refusal_from_body(reply.status, whole_body(reply)).message)
+            answer, _ = reply.rest(*ERROR_BODY)
+            raise OgxError(reply.status, refusal_from_body(reply.status, answer).message)
         for items in upstream_items(reply, 60.0):
             events += [json.loads(item) for item in items or ()]
             first = first or (time.monotonic() if events else 0.0)

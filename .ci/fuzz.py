@@ -144,7 +144,7 @@ def chunked_reader(chance: random.Random) -> bytes:
     data = mutated(CHUNKS, chance)
 
     def read(pieces: list[bytes]) -> tuple[bytes, bool, bytes]:
-        reader, payload, rest = ogx.ChunkedReader(), b"", b""
+        reader, payload, rest = ogx.BodyReader(200, {"transfer-encoding": "chunked"}), b"", b""
         for piece in pieces:
             if reader.done:
                 rest += piece
