@@ -3311,11 +3311,10 @@ class Store:
         if path != ":memory:":
             os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        database = sqlite3.connect(path, timeout=2.0, check_same_thread=False)
+        database = sqlite3.connect(path, 2.0, check_same_thread=False, isolation_level=None)
         try:
             database.execute("CREATE TABLE IF NOT EXISTS facts (kind TEXT, key TEXT, value TEXT, "
                              "at REAL, PRIMARY KEY (kind, key))")  # fmt: skip
-            database.commit()
             told = database.execute("PRAGMA quick_check").fetchone()[0]
             if told != "ok":
                 raise sqlite3.DatabaseError(told)
@@ -3347,13 +3346,12 @@ class Store:
         self._write("DELETE FROM facts WHERE kind = ? AND key = ?", (kind, key))
 
     def _write(self, statement: str, values: tuple[Any, ...]) -> None:
-        """Write and commit; a full disk or a locked file is told in the log alone."""
+        """Write; a full disk or a locked file is told in the log alone."""
         with self._lock:
             if self._database is None:
                 self._open()
             try:
-                with self._database:
-                    self._database.execute(statement, values)
+                self._database.execute(statement, values)
             except self._errors as error:
                 log.warning("can't write the state file %s: %s", self.path, error)
 
@@ -3365,10 +3363,9 @@ class Store:
 
 def state_path(given: str | None, environ: Mapping[str, str]) -> str:
     """The state file: as given, else OGX_STATE, else in the user's directory for such things."""
-    if given or environ.get("OGX_STATE"):
-        return given or environ["OGX_STATE"]
     base = environ.get("XDG_STATE_HOME") or environ.get("LOCALAPPDATA") or "~/.local/state"
-    return os.path.join(os.path.expanduser(base), "ogx", "state.sqlite")
+    usual = os.path.join(os.path.expanduser(base), "ogx", "state.sqlite")
+    return given or environ.get("OGX_STATE") or usual
 
 
 class Lessons:
@@ -4774,15 +4771,14 @@ def model_entry(model: Model, alias_of: str = "", learned: Sequence[str] = ()) -
 def with_loaded_context(model: Model, loaded: Any) -> Model:
     """The model with the context it has in its server's memory, and a warning if that is small.
     Ollama cuts prompts that are longer than it in silence, from the front."""
-    entries = loaded.get("models") if isinstance(loaded, dict) else None
-    for entry in entries if isinstance(entries, list) else ():
-        if isinstance(entry, dict) and model.upstream_id in (entry.get("name"), entry.get("model")):
-            context = first_number(entry, ("context_length",))
-            warning = ""
-            if context and context < MIN_CONTEXT:
-                hint = model.provider.kind.context_hint
-                warning = f"a context of {context:,} tokens is too small for Claude Code; {hint}"
-            return replace(model, context=context or model.context, warning=warning)
+    entries = dict_or_empty(loaded).get("models")
+    for entry in map(dict_or_empty, entries if isinstance(entries, list) else ()):
+        context = first_number(entry, ("context_length",))
+        if context and model.upstream_id in (entry.get("name"), entry.get("model")):
+            hint = model.provider.kind.context_hint
+            words = f"a context of {context:,} tokens is too small for Claude Code; {hint}"
+            warning = words if context < MIN_CONTEXT else ""
+            return replace(model, context=context, warning=warning)
     return model
 
 
@@ -5487,6 +5483,9 @@ UNSET = (
     "CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST", "CLAUDE_CODE_HOST_AUTH_ENV_VAR", "CLAUDECODE",
     "CLAUDE_CODE_SUBAGENT_MODEL", "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
     "CLAUDE_CODE_MAX_OUTPUT_TOKENS")  # fmt: skip
+CLAUDE_COMMANDS = {  # those that start no session
+    "agents", "auth", "auto-mode", "config", "doctor", "install", "mcp", "migrate-installer",
+    "plugin", "plugins", "setup-token", "update", "upgrade"}  # fmt: skip
 SHELLS = {  # shell -> how it sets and unsets a variable
     "sh": ("export {}={}", "unset {}", shlex.quote),
     "fish": ("set -gx {} {}", "set -e {}",
@@ -5552,9 +5551,8 @@ def tell(options: argparse.Namespace, *lines: str) -> None:
 def claude_program(environ: Mapping[str, str]) -> str:
     """Claude Code's program, from PATH or where its installers put it."""
     home = os.path.expanduser("~")
-    places = [environ.get("PATH", ""), os.path.join(home, ".local", "bin"),
-              os.path.join(home, ".claude", "local"), os.path.join(home, ".npm-global", "bin"),
-              "/usr/local/bin", "/opt/homebrew/bin"]  # fmt: skip
+    places = [environ.get("PATH", ""), f"{home}/.local/bin", f"{home}/.claude/local",
+              f"{home}/.npm-global/bin", "/usr/local/bin", "/opt/homebrew/bin"]  # fmt: skip
     found = shutil.which("claude", path=os.pathsep.join(places))
     if not found:
         raise OgxError(400, INSTALL_WORDS)
@@ -5744,10 +5742,8 @@ def launched(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str])
     import tempfile
 
     rest, given = without_settings_flag(argv)
-    given_settings = read_settings(given) if given else {}
-    if given and not given_settings:  # Claude Code says best what is wrong with them
-        given = ""
-    else:
+    given_settings = read_settings(given)
+    if given_settings or not given:  # else Claude Code says best what is wrong with them
         argv = rest
     files = {path: read_settings(path) for path in settings_files(os.environ)}
     conflicts = [path for path, tree in files.items() if overrides(tree, plan)]
@@ -5757,7 +5753,7 @@ def launched(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str])
     if is_interactive(argv) and not permission_mode({**files, "": given_settings}):
         # Auto mode asks the model's provider for verdicts on tool calls, which only Anthropic has.
         argv = [argv[0], "--permission-mode", "default", *argv[1:]]
-    if not given and not conflicts:
+    if not given_settings and not conflicts:
         return exit_code_of(argv, plan.environment(os.environ))
     try:
         handle, path = tempfile.mkstemp(prefix="ogx-", suffix=".json")  # mode 0600
@@ -5789,26 +5785,23 @@ def without_settings_flag(argv: Sequence[str]) -> tuple[list[str], str]:
 
 def settings_files(environ: Mapping[str, str]) -> list[str]:
     """Where Claude Code reads settings: the user's, the project's, the administrator's."""
-    user = environ.get("CLAUDE_CONFIG_DIR") or os.path.join(os.path.expanduser("~"), ".claude")
-    managed = {"darwin": "/Library/Application Support/ClaudeCode", "win32":
-               "C:\\ProgramData\\ClaudeCode"}.get(sys.platform, "/etc/claude-code")  # fmt: skip
-    home = environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~")
-    return [os.path.join(home, ".claude.json"), os.path.join(user, "settings.json"),
-            os.path.join(".claude", "settings.json"),
-            os.path.join(".claude", "settings.local.json"),
-            os.path.join(managed, "managed-settings.json")]  # fmt: skip
+    chosen, home = environ.get("CLAUDE_CONFIG_DIR"), os.path.expanduser("~")
+    managed = {"darwin": "/Library/Application Support/ClaudeCode",
+               "win32": "C:/ProgramData/ClaudeCode"}.get(sys.platform, "/etc/claude-code")
+    return [f"{chosen or home}/.claude.json", f"{chosen or home + '/.claude'}/settings.json",
+            ".claude/settings.json", ".claude/settings.local.json",
+            f"{managed}/managed-settings.json"]  # fmt: skip
 
 
 def read_settings(source: str) -> Json:
     """Settings from a file or, as Claude Code's --settings takes them, from JSON text; what can't
     be read is left for Claude Code to complain about."""
-    try:
-        if source.lstrip().startswith("{"):
-            return dict_or_empty(json_or_none(source))
-        with open(source, encoding="utf-8-sig") as file:
-            return dict_or_empty(json.load(file))
-    except (OSError, ValueError, RecursionError):
-        return {}
+    with suppress(OSError, ValueError):
+        if not source.lstrip().startswith("{"):
+            with open(source, encoding="utf-8-sig") as file:
+                source = file.read()
+        return dict_or_empty(json_or_none(source))
+    return {}
 
 
 def overrides(settings: Json, plan: LaunchPlan) -> bool:
@@ -5837,11 +5830,6 @@ def is_interactive(argv: Sequence[str]) -> bool:
     chosen = flags & {"-p", "--print", "--permission-mode", "--dangerously-skip-permissions",
                       "-v", "--version", "-h", "--help"}  # fmt: skip
     return not chosen and not set(argv[1:2]) & CLAUDE_COMMANDS
-
-
-CLAUDE_COMMANDS = {"agents", "auth", "auto-mode", "config", "doctor", "install", "mcp",
-                   "migrate-installer", "plugin", "plugins", "setup-token", "update",
-                   "upgrade"}  # fmt: skip
 
 
 def exit_code_of(argv: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -6088,15 +6076,13 @@ def summary_lines(gateway: Gateway, server: Server) -> list[str]:
     lines = [f"ogx.py {__version__} serves {server.url}", ""]
     width = max(map(len, [*registry.providers, "sonnet"]))
     for provider_id in registry.providers:
-        count = len(registry.lists.get(provider_id, ()))
-        words = f"{count} model{'s' * (count != 1)}" if count else "no models"
-        problem = registry.problems.get(provider_id)
-        if provider_id not in registry.lists and not problem:
+        models, problem = registry.lists.get(provider_id), registry.problems.get(provider_id)
+        words = f"{len(models)} model{'s' * (len(models) != 1)}" if models else "no models"
+        if models is None and not problem:
             words = "still asking for its models"
         lines.append(f"  {provider_id:<{width}}  {words}{': ' + problem if problem else ''}")
-        for model in registry.lists.get(provider_id, ()):
-            if model.warning:
-                lines.append(f"  {'':<{width}}  {model.upstream_id}: {model.warning}")
+        lines += [f"  {'':<{width}}  {model.upstream_id}: {model.warning}"
+                  for model in models or () if model.warning]  # fmt: skip
     if DEMO_PROVIDER.id in registry.providers:
         variables = [kind.switches[0] for kind in PROVIDER_KINDS.values() if kind.switches]
         lines += ["", "No provider is configured: only the built-in demo model answers.",
