@@ -3311,7 +3311,7 @@ class Store:
         if path != ":memory:":
             os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        database = sqlite3.connect(path, 2.0, check_same_thread=False, isolation_level=None)
+        database = sqlite3.connect(path, timeout=2.0, check_same_thread=False, isolation_level=None)
         try:
             database.execute("CREATE TABLE IF NOT EXISTS facts (kind TEXT, key TEXT, value TEXT, "
                              "at REAL, PRIMARY KEY (kind, key))")  # fmt: skip
@@ -3908,7 +3908,7 @@ UNREACHABLE = {  # the first that fits
     ssl.SSLError: "TLS failed ({0}); is the URL's https right?",
     socket.gaierror: "its host name can't be resolved",
     socket.timeout: "connecting took too long",  # TimeoutError's other name from 3.10 on
-    ConnectionRefusedError: "connection refused; is the server running there?"}
+    ConnectionRefusedError: "connection refused; is the server running there?"}  # fmt: skip
 
 
 def unreachable(provider: Provider, error: Exception) -> OgxError:
@@ -4200,7 +4200,6 @@ class Gateway:
                 yield from self._tried(model, exchange)
                 return
             except OgxError as error:
-                error.without(self.upstream.secrets(model.provider))
                 if len(chain) > 1 and is_passing(error):
                     self._resting[model.served] = time.monotonic() + REST
                 if exchange.answered or place == len(chain) or not is_passing(error):
@@ -4939,13 +4938,14 @@ class Relay:
     def _ring(self, *streams: Stream) -> None:
         """Have run() look at once, at streams to be moved or at the end."""
         self._new.extend(streams)
-        with suppress(OSError):  # it is full of rings, heard soon anyway; or the relay has ended
+        with suppress(BlockingIOError):  # it is full of rings: heard soon anyway
             self._bell.send(b"!")
 
     def close(self) -> None:
         """End what still runs with an error."""
-        self._closed = True
-        self._ring()
+        if not self._closed:
+            self._closed = True
+            self._ring()
 
     def run(self) -> None:
         while not self._closed:
@@ -5907,7 +5907,7 @@ def checked_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[fl
     error = next((event["error"] for event in events if event["type"] == "error"), None)
     if error or not events:
         raise OgxError(502, error["message"] if error else "an empty answer")
-    return first, message_from_events(event for event in events if event["type"] != "ping")
+    return first, message_from_events(events)
 
 
 # ======== Command line =======================================================================
