@@ -5167,12 +5167,14 @@ class Handler(socketserver.BaseRequestHandler):
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         reader = BodyReader(200, {**headers, "content-encoding": ""})  # that has its own limit
         pieces = [reader.feed(self._received)]
+        size = len(pieces[0])
         while not reader.done:
             data = self._receive(4 * RECEIVE_SIZE)
             if not data:
                 raise ConnectionResetError("the client closed in the middle of its request")
             pieces.append(reader.feed(data))
-            check_size(sum(map(len, pieces)), limit)
+            size += len(pieces[-1])
+            check_size(size, limit)
         self._received, self._unread = reader.rest, False
         data = b"".join(pieces)
         return unpacked(data, headers.get("content-encoding", "identity").lower(), limit)
