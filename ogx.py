@@ -257,8 +257,6 @@ class ProviderKind:
     openai_root: str = ""  # where the paths of the other dialects begin, below the base URL
     native_gaps: tuple[str, ...] = ()  # what its Messages API refuses or loses: see lost_natively()
     native_models: str = ""  # pattern of the ids that have it; they have nothing else
-    native_repair: bool = False  # its event stream breaks the grammar and is written anew
-    native_system: bool = True  # takes system messages in mid-conversation
     keeps_billing_header: bool = False  # wants Claude Code's first system block
     # OpenAI's Responses API: where these hosts are, or where a refusal told (True), or never.
     responses_hosts: tuple[str, ...] = ()
@@ -316,9 +314,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  native_gaps=GAPS),
     ProviderKind("llama-cpp", "http://localhost:8080/v1", ("LLAMA_API_KEY",), ("LLAMA_CPP_URL",),
                  enabled_by="url", local_port=8080, identity=("/models", '"owned_by":"llamacpp"'),
-                 dialects=BOTH, native_gaps=(*GAPS, "tool_choice", "text_after_result",
-                                             "url_image", "output_format"),
-                 native_repair=True, native_system=False, named_tool_choice=False, top_k=True,
+                 named_tool_choice=False, top_k=True,
                  tokenizer=("~/apply-template", "~/tokenize")),
     ProviderKind("sglang", "http://localhost:30000/v1", ("SGLANG_API_KEY",), ("SGLANG_URL",),
                  enabled_by="url", dialects=BOTH, native_gaps=GAPS, top_k=True),
@@ -2435,9 +2431,6 @@ def lost_natively(request: Json, kind: ProviderKind) -> set[str]:
         used.add("server_tool")
     for message in request["messages"]:
         blocks = blocks_of(message["content"])
-        kinds = {block["type"] for block in blocks}
-        if "tool_result" in kinds and len(kinds) > 1:
-            used.add("text_after_result")
         inner = [b for x in blocks if x["type"] == "tool_result" for b in
                  blocks_of(x.get("content"))]  # fmt: skip
         for block in blocks + inner:
@@ -2470,8 +2463,6 @@ def messages_request(request: Json, model: Model) -> Json:
             {**m, "content": [b for b in m["content"] if not is_foreign_thought(b)]}
             if foreign_thoughts(m) else m for m in request["messages"]
         ]  # fmt: skip
-    if not kind.native_system and any(m["role"] == "system" for m in request["messages"]):
-        body["messages"] = folded_system(request["messages"])
     if not kind.images:
         body["messages"] = [{**m, "content": told_images(m["content"])} for m in body["messages"]]
     return body
@@ -2504,24 +2495,6 @@ def is_foreign_thought(block: Json) -> bool:
     return is_thought and (not signature or str(signature).startswith(SIGNATURE_MARK))
 
 
-def folded_system(messages: Sequence[Json]) -> list[Json]:
-    """The messages with system messages as marked user text, in the message before them where
-    that is a user's without tool results."""
-    folded: list[Json] = []
-    for message in messages:
-        if message["role"] != "system":
-            folded.append(message)
-            continue
-        text = reminder_part(blocks_of(message["content"]))
-        before = blocks_of(folded[-1]["content"]) if folded else []
-        after_results = any(block["type"] == "tool_result" for block in before)
-        if folded and folded[-1]["role"] == "user" and not after_results:
-            folded[-1] = {"role": "user", "content": [*before, text]}
-        else:
-            folded.append({"role": "user", "content": [text]})
-    return folded
-
-
 def told_images(content: Any) -> Any:
     """Content with words in the place of images, in tool results too."""
     if not isinstance(content, list):
@@ -2546,63 +2519,6 @@ def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
     if json.loads(raw[match.end(1) : match.end()]) != request["model"]:
         return None  # the field comes twice
     return raw[: match.end(1)] + json.dumps(body["model"]).encode() + raw[match.end() :]
-
-
-class MessagesTranslator(Translator):
-    """Events of a server that breaks the grammar (llama.cpp leaves blocks open and overlaps them,
-    and starts tool calls without an input) to Anthropic's; a whole message is written as events."""
-
-    NO_SHAPE = "sent an event of unknown shape:"
-
-    def _read(self, chunk: Json, data: bytes) -> None:
-        kind = str(chunk.get("type"))
-        if kind == "message":
-            self._read_message(chunk)
-        elif re.match("message_|content_block_|ping", kind):
-            self._read_event(chunk)
-        else:
-            raise upstream_error(refusal_from_body(500, data), self._origin, {})
-
-    def _read_message(self, message: Json) -> None:
-        self._read_event({"type": "message_start", "message": message})
-        for index, block in enumerate(message["content"]):
-            self._read_event({"type": "content_block_start", "index": index,
-                              "content_block": block})  # fmt: skip
-        self._read_event({"type": "message_delta", "delta": message})
-        self.end()
-
-    def _read_event(self, event: Json) -> None:
-        kind, index = event["type"], event.get("index")
-        if kind == "message_start":
-            self._read_usage(event["message"].get("usage"))
-        elif kind == "content_block_start":
-            block = event["content_block"]
-            if block["type"] == "tool_use":
-                given = json.dumps(block["input"]) if block.get("input") else ""
-                self.writer.tool(index, block["id"], block["name"], given)
-            self.writer.thinking(block.get("thinking") or "")
-            self.writer.text(block.get("text") or "")
-        elif kind == "content_block_delta":
-            delta = event["delta"]
-            self.writer.thinking(delta.get("thinking") or "")
-            self.writer.text(delta.get("text") or "")
-            if "partial_json" in delta:
-                self.writer.tool(index, "", "", delta["partial_json"])
-        elif kind == "message_delta":
-            delta = dict_or_empty(event["delta"])
-            self._stop_reason = delta.get("stop_reason") or ""
-            self._stop_sequence = delta.get("stop_sequence")
-            self._read_usage(event.get("usage"))
-        elif kind == "message_stop":
-            self.end()
-
-    def _read_usage(self, usage: Json | None) -> None:
-        known = self.usage or Usage(self.writer.input_tokens)
-        usage = usage or {}
-        self.usage = Usage(
-            usage.get("input_tokens", known.input), usage.get("output_tokens", known.output),
-            usage.get("cache_read_input_tokens", known.cache_read),
-            usage.get("cache_creation_input_tokens", known.cache_written))  # fmt: skip
 
 
 class NativeStream:
@@ -2904,9 +2820,9 @@ class Dialect:
     """What an upstream speaks: how requests are made and answers are read."""
 
     request: Callable[[Json, Model], Json]
-    translator: Callable[[MessageWriter, Json, Model], Translator]
+    translator: Callable[[MessageWriter, Json, Model], Translator] = Translator
     finished: Callable[[Json], Json] = lambda body: body  # the request after the lessons
-    native: bool = False  # Anthropic's own format: bytes and headers are handed on
+    native: bool = False  # Anthropic's own format: handed on as it is, and never translated
 
 
 def demo_request(request: Json, model: Model) -> Json:
@@ -2932,7 +2848,7 @@ def demo_stream(body: Json) -> Iterator[bytes]:
 DIALECTS = {
     "chat": Dialect(chat_request, ChatTranslator),
     "responses": Dialect(responses_request, ResponsesTranslator, finished_responses),
-    "messages": Dialect(messages_request, MessagesTranslator, finished_messages, native=True),
+    "messages": Dialect(messages_request, finished=finished_messages, native=True),
     "demo": Dialect(demo_request, ChatTranslator),
 }
 COUNTED_FIELDS = ("model", "messages", "tools", "instructions", "input")
@@ -4314,16 +4230,15 @@ class Gateway:
 
     def _answer(self, model: Model, name: str, data: bytes, exchange: Exchange) -> Pieces:
         """What one request to the upstream brings."""
-        dialect, kind = DIALECTS[name], model.provider.kind
+        dialect = DIALECTS[name]
         headers = exchange.headers if dialect.native else {}
-        path = request_path(name, kind)
+        path = request_path(name, model.provider.kind)
         reply = self.upstream.send(model.provider, "POST", path, data, headers,
                                    watch=exchange.watch)  # fmt: skip
         data = b""
         try:
-            handed_on = dialect.native and not kind.native_repair
             prompt = prompt_tokens(exchange.request)  # while the upstream works: it takes a while
-            if not handed_on:
+            if not dialect.native:
                 estimate, shows = self.ratios.estimate(model, prompt), self.config.show_thinking
                 translator = new_translator(dialect, exchange.request, model, estimate, shows)
             while not reply.head(self.tick):
@@ -4334,9 +4249,9 @@ class Gateway:
                 native = answer if dialect.native else b""
                 raise refused_error(refusal, model, reply.headers, native)
             exchange.reply = reply
-            if handed_on and exchange.stream:
+            if dialect.native and exchange.stream:
                 yield from self._handed_on(reply, model.provider, exchange)
-            elif handed_on:
+            elif dialect.native:
                 yield from self._handed_on_whole(reply, exchange)
             else:
                 events = self._translated(reply, translator)

@@ -2723,15 +2723,6 @@ class TestMessages:
         assert ogx.lost_natively(request(tools=tools), ogx.PROVIDER_KINDS["vllm"]) == set()
         assert len(ogx.messages_request(request(tools=tools), model("anthropic"))["tools"]) == 2
 
-    def test_system_messages_are_folded_where_the_server_puts_them_into_the_template(self):
-        system = {"role": "system", "content": "s"}
-        turns = [user("a"), system, assistant([call("c")]), user([result("c")]), system]
-        sent = ogx.messages_request(request(*turns), model("llama-cpp"))["messages"]
-        marked = text("<system-reminder>\ns\n</system-reminder>")
-        assert sent[0] == user(text("a"), marked)
-        assert sent[2:] == [user([result("c")]), user([marked])]
-        assert ogx.messages_request(request(*turns), model("vllm"))["messages"][1] == system
-
     def test_for_a_blind_model_images_are_words_and_auto_translates(self):
         kind = dataclasses.replace(ogx.PROVIDER_KINDS["vllm"], images=False)
         owner = dataclasses.replace(provider("vllm"), kind=kind)
@@ -2754,10 +2745,7 @@ class TestMessages:
                                                                         "url": "u"}}])]},
              {"url_image"}),
             ("ollama", {"messages": [user([result("a", "x", is_error=True)])]}, {"is_error"}),
-            ("llama-cpp", {"messages": [user(result("a"), text("and"))]}, {"text_after_result"}),
-            ("llama-cpp", {"messages": [user([result("a")])]}, set()),
-            ("llama-cpp", {"output_config": {"format": {"type": "json_schema"}}},
-             {"output_format"}),
+            ("ollama", {"output_config": {"format": {"type": "json_schema"}}}, {"output_format"}),
             ("anthropic", {"messages": [user(result("a"), pdf())]}, set()),
         ],
     )  # fmt: skip
@@ -2808,69 +2796,6 @@ class TestMessages:
         stream = ogx.NativeStream("m")
         error = b'event: error\ndata: {"type":"error","error":{"type":"x","message":"y"}}\n\n'
         assert stream.feed(error) == error and stream.ended
-
-    LLAMA = (  # seen live: tool_use without input, blocks left open and overlapping
-        {"type": "message_start", "message": {"usage": {"cache_read_input_tokens": 4,
-                                                        "input_tokens": 6}}},
-        {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking",
-                                                                      "thinking": ""}},
-        {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta",
-                                                              "thinking": "hm"}},
-        {"type": "content_block_start", "index": 1, "content_block": {"type": "text", "text": ""}},
-        {"type": "content_block_delta", "index": 1, "delta": {"type": "text_delta", "text": "ok"}},
-        {"type": "content_block_start", "index": 2, "content_block": {"type": "tool_use",
-                                                                      "id": "t", "name": "A"}},
-        {"type": "content_block_delta", "index": 2, "delta": {"type": "input_json_delta",
-                                                              "partial_json": '{"x":1}'}},
-        {"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta",
-                                                              "signature": ""}},
-        {"type": "content_block_stop", "index": 0}, {"type": "content_block_stop", "index": 1},
-        {"type": "content_block_stop", "index": 2},
-        {"type": "message_delta", "delta": {"stop_reason": "tool_use"},
-         "usage": {"output_tokens": 3}},
-        {"type": "message_stop"},
-    )  # fmt: skip
-
-    def repaired(self, *events):
-        writer = ogx.MessageWriter(ogx.new_message("m", "m", 5))
-        translator = ogx.MessagesTranslator(writer, request(), model("llama-cpp"))
-        for event in events:
-            translator.feed(json.dumps(event).encode())
-        translator.end()
-        made = writer.take()
-        check_grammar(made)
-        return ogx.message_from_events(made)
-
-    def test_a_stream_that_breaks_the_grammar_is_written_anew(self):
-        message = self.repaired(*self.LLAMA)
-        assert [b.get("thinking") or b.get("text") or b["input"] for b in message["content"]] == [
-            "hm", "ok", {"x": 1}
-        ]
-        usage = message["usage"]
-        assert (usage["input_tokens"], usage["cache_read_input_tokens"], usage["output_tokens"]) \
-            == (6, 4, 3)  # fmt: skip
-
-    def test_a_whole_message_too(self):
-        message = self.repaired({
-            "type": "message", "content": [{"type": "text", "text": "a"},
-                                           {"type": "tool_use", "id": "t", "name": "A",
-                                            "input": {"x": 1}}],
-            "stop_reason": "tool_use", "usage": {"input_tokens": 6, "output_tokens": 3},
-        })  # fmt: skip
-        assert (message["content"][1]["input"], message["stop_reason"]) == ({"x": 1}, "tool_use")
-
-    @pytest.mark.parametrize(
-        ("event", "words"),
-        [({"code": 500, "message": "oops", "type": "server_error"}, "oops (from llama-cpp, model "),
-         ({"type": "error", "error": {"message": "bad"}}, "bad (from llama-cpp, model "),
-         ({"type": "content_block_delta", "index": 7, "delta": {"partial_json": "x"}},
-          "before it was complete"), (5, "unknown shape")],
-    )  # fmt: skip
-    def test_errors_of_such_a_stream(self, event, words):
-        assert words in refused(self.repaired, event).message
-
-    def test_such_a_stream_that_just_ends_is_an_error(self):
-        assert "before it was complete" in refused(self.repaired, *self.LLAMA[:5]).message
 
 
 def responses(body, **row):
@@ -5091,11 +5016,6 @@ class TestGateway:
             data = client.post(request(model="vllm/gpt-x", stream=True))[2]
         events = read_events(data)
         assert events[-1]["type"] == "error" and events[-2]["type"] != "message_stop"
-
-    def test_a_native_stream_is_repaired_where_the_row_says_so(self):
-        events = b"".join(map(ogx.sse_bytes, TestMessages.LLAMA))
-        with self.native(events, kind="llama-cpp") as (client, _):
-            check_grammar(read_events(client.post(request(model="llama-cpp/x", stream=True))[2]))
 
     def test_threads_are_refused_natively_too_but_for_anthropic(self):
         with self.native() as (client, upstream):

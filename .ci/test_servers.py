@@ -3,9 +3,8 @@
     make test-servers       installs them (.ci/servers-install) and runs this file
 
 Both serve the same tiny model (.ci/tiny_model.py), which says fixed things: its answers show what
-reached it. For the gateway llama.cpp is four providers: translated (`chat`, `responses`), native
-(`messages`) and as found out (`auto`). OGX_PYTHON names another Python for it, OGX_FILE another
-copy of it.
+reached it. For the gateway llama.cpp is two providers, `chat` and `responses`. OGX_PYTHON names
+another Python for it, OGX_FILE another copy of it.
 """
 
 import contextlib
@@ -34,7 +33,7 @@ PYTHON = os.environ.get("OGX_PYTHON", sys.executable)
 SERVERS = ROOT / ".servers"
 CLAUDE_BIN = ROOT / ".clients/npm/node_modules/.bin"
 KEY, CONTEXT = "the-key-of-llama", 65_536
-DIALECTS = ["chat", "messages", "responses", "auto"]
+DIALECTS = ["chat", "responses"]
 LLAMA = [f"{dialect}/tiny" for dialect in DIALECTS]
 MODELS = [*LLAMA, "transformers/ogx/tiny"]
 HELLO = "Hello from a tiny model \U0001f600 with bytes."
@@ -43,9 +42,6 @@ os.environ.update(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")  # for the SDKs
 
 every_model = pytest.mark.parametrize("model", MODELS)
 every_llama = pytest.mark.parametrize("model", LLAMA)
-# llama.cpp's own Messages API loses something here, which who forces it has asked for ...
-every_whole = pytest.mark.parametrize("model", [m for m in MODELS if m != "messages/tiny"])
-every_able = pytest.mark.parametrize("model", ["chat/tiny", "auto/tiny"])  # and so do transformers
 
 
 # ======== Servers and the gateway ============================================================
@@ -99,10 +95,10 @@ def base_environment(folder: Path) -> dict[str, str]:
             "LANG": "C.UTF-8", "HF_HUB_CACHE": str(SERVERS / "hub"), **dict.fromkeys(quiet, "1")}
 
 
-def llama_server(folder: Path, *flags: object) -> Server:
+def llama_server(folder: Path) -> Server:
     run = [SERVERS / "llama-server", "-m", SERVERS / "tiny.gguf", "--alias", "tiny", "--jinja",
            "-c", CONTEXT, "-np", 1, "--host", "127.0.0.1", "--port", "PORT",
-           "--api-key", KEY, *flags]
+           "--api-key", KEY]
     return Server(folder, "llama", "/health", run)
 
 
@@ -216,7 +212,7 @@ class TestMessages:
         last = answered(request, first.content, first.content[-1].id, "42-from-the-shell")
         assert said(both_ways(sdk, last)) == [("text", "The shell says 42.")]
 
-    @every_whole
+    @every_model
     def test_shows_text_after_the_tool_results_it_follows(self, sdk, model):
         call = {"type": "tool_use", "id": "call_1", "name": "weather", "input": {"city": "Oslo"}}
         request = ask(model, "ASK-WEATHER", tools=[WEATHER])
@@ -225,24 +221,22 @@ class TestMessages:
 
     @every_llama
     def test_makes_the_call_that_is_demanded(self, sdk, model):
-        tools = [LOOKUP] if model == "messages/tiny" else [WEATHER, LOOKUP]  # it loses the name
-        choice = {"type": "tool", "name": "lookup"}
+        tools, choice = [WEATHER, LOOKUP], {"type": "tool", "name": "lookup"}
         message = both_ways(sdk, ask(model, "Hello", tools=tools, tool_choice=choice))
         assert said(message) == [("text", HELLO), ("lookup", {"q": "", "n": 0})]
         message = both_ways(sdk, ask(model, "Hello", tools=[LOOKUP], tool_choice={"type": "any"}))
         assert said(message)[1:] == [("lookup", {"q": "", "n": 0})]
 
-    @every_able
-    def test_makes_no_call_when_none_is_wanted(self, sdk, model):
-        request = ask(model, "ASK-WEATHER", tools=[WEATHER], tool_choice={"type": "none"})
+    # The others lose what is asked of them in these two.
+    def test_makes_no_call_when_none_is_wanted(self, sdk):
+        request = ask("chat/tiny", "ASK-WEATHER", tools=[WEATHER], tool_choice={"type": "none"})
         message = sdk.messages.create(**request)
         assert ([b.type for b in message.content], message.stop_reason) == (["text"], "end_turn")
 
-    @every_able
-    def test_gives_a_structured_answer(self, sdk, model):
+    def test_gives_a_structured_answer(self, sdk):
         schema = {**WEATHER["input_schema"], "additionalProperties": False}
         wanted = {"format": {"type": "json_schema", "schema": schema}}
-        message = both_ways(sdk, ask(model, "Hello", output_config=wanted))
+        message = both_ways(sdk, ask("chat/tiny", "Hello", output_config=wanted))
         assert json.loads(message.content[0].text) == {"city": ""}
 
     @every_model
@@ -255,7 +249,7 @@ class TestMessages:
         assert said(message)[0][1].startswith("on and on and on and on")
         assert message.usage.output_tokens < 10 and message.stop_reason != "max_tokens"
 
-    @every_whole
+    @every_model
     def test_shows_a_text_document(self, sdk, model):
         source = {"type": "text", "media_type": "text/plain", "data": "It says THINK-FIRST."}
         content = [{"type": "document", "source": source}, {"type": "text", "text": "Hello"}]
@@ -307,12 +301,10 @@ def test_lists_models_with_their_context(gateway, sdk):
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_recovers_with_its_server(tmp_path, dialect):
-    llama = llama_server(tmp_path, "--verbosity", 5)
+    llama = llama_server(tmp_path)
     upstream, hello = provider("one", "llama-cpp", llama, dialect), ask("one/tiny", "Hello")
     with llama, gateway_server(tmp_path, [upstream]) as gateway, gateway.sdk() as sdk:
         assert said(both_ways(sdk, hello)) == [("text", HELLO)]
-        native = "converted: Anthropic -> OpenAI" in llama.log.read_text(errors="replace")
-        assert native == (dialect in ("messages", "auto"))
         with pytest.raises(anthropic.APIError, match=r"in the middle of its answer \(one\)"), \
                 sdk.messages.stream(**ask("one/tiny", "TALK-ON", max_tokens=60_000)) as stream:
             for _ in stream.text_stream:
