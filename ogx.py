@@ -90,31 +90,26 @@ ERROR_TYPES = {  # Anthropic's error types by status (OpenAPI of the Messages AP
 }  # fmt: skip
 MIN_SECRET = 8  # characters of a key worth hiding; shorter ones are dummies, and words of any text
 # What AWS says with status 403 when it's the credentials that are wrong, not what they may do.
-WRONG_KEY = re.compile("security token|bearer token|authentication|signature", re.I)
+WRONG_KEY = "(?i)security token|bearer token|authentication|signature"
 CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 
 
+@dataclass(eq=False, repr=False)
 class OgxError(Exception):
-    """A failure told to the client: HTTP status, Anthropic error type, message, headers."""
+    """A failure told to the client. A raised one holds on to its frames: keep a replace() of it."""
 
-    def __init__(self, status: int, message: str, error_type: str = "",
-                 headers: Mapping[str, str] | None = None, details: Json | None = None,
-                 raw: bytes = b"") -> None:  # fmt: skip
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        usual = "invalid_request_error" if 400 <= status < 500 else "api_error"
-        self.type = error_type or ERROR_TYPES.get(status, usual)
-        self.headers = dict(headers or {})
-        self.details = details
-        self.raw = raw  # the body as an upstream that speaks Messages wrote it
-        self.refusal: Refusal | None = None  # the upstream's own words, where it said some
+    status: int  # of HTTP
+    message: str
+    type: str = ""  # Anthropic's; empty: the usual one of the status
+    headers: Mapping[str, str] = field(default_factory=dict)
+    details: Json | None = None
+    raw: bytes = b""  # the body as an upstream that speaks Messages wrote it
+    refusal: Refusal | None = None  # the upstream's own words, where it said some
 
-    def again(self) -> OgxError:
-        """The same error to be raised once more: a raised one holds on to its frames."""
-        error = OgxError(self.status, self.message, self.type, self.headers, self.details, self.raw)
-        error.refusal = self.refusal
-        return error
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
+        usual = "invalid_request_error" if 400 <= self.status < 500 else "api_error"
+        self.type = self.type or ERROR_TYPES.get(self.status, usual)
 
     def without(self, secrets: Iterable[str]) -> OgxError:
         """This error with keys hidden that an upstream may have quoted."""
@@ -159,11 +154,9 @@ def refusal_from_body(status: int, body: bytes) -> Refusal:
     if isinstance(inner, dict):
         fields = inner
     words = fields.get("message") or fields.get("Message") or fields.get("detail") or inner or text
-    if not isinstance(words, str):
-        words = json.dumps(words)
-    words = words[:2000]
+    words = words if isinstance(words, str) else json.dumps(words)
     code = fields.get("code") or fields.get("type") or fields.get("__type") or ""
-    return Refusal(status, words, str(code)[:200], str(fields.get("param") or "")[:500])
+    return Refusal(status, words[:2000], str(code)[:200], str(fields.get("param") or "")[:500])
 
 
 def is_anthropic_error(body: bytes) -> bool:
@@ -208,16 +201,14 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
     then `(from ORIGIN)`. `retry-after` is passed on; what can't get better by itself says so,
     since Claude Code would retry it for minutes."""
     told = {k: headers[k] for k in ("retry-after",) if k in headers}
-    wrong_key = refusal.status == 403 and WRONG_KEY.search(refusal.message)
+    wrong_key = refusal.status == 403 and re.search(WRONG_KEY, refusal.message)
     status = 401 if wrong_key else refusal.status if 400 <= refusal.status <= 599 else 502
     out_of_money = status in (400, 403) and re.search("credit balance|billing", refusal.message)
     out_of_quota = status == 429 and "quota" in refusal.code
     kind = "billing_error" if out_of_money or out_of_quota else ""
     if kind or status in (401, 402, 403):
         told["x-should-retry"] = "false"
-    error = OgxError(status, f"{refusal.message} (from {origin})", kind, told)
-    error.refusal = refusal
-    return error
+    return OgxError(status, f"{refusal.message} (from {origin})", kind, told, refusal=refusal)
 
 
 # ======== Providers ==========================================================================
@@ -761,11 +752,8 @@ def is_llm(upstream_id: str, entry: Json) -> bool:
 
 def first_number(fields: Json, names: Iterable[str]) -> int | None:
     """The first positive whole number among the named fields."""
-    for name in names:
-        value = fields.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
+    values = (fields.get(name) for name in names)
+    return next((value for value in values if type(value) is int and value > 0), None)
 
 
 class Registry:
@@ -807,23 +795,16 @@ class Registry:
         """All listed LLMs in the order of the providers."""
         return [model for pid in self.providers for model in self.lists.get(pid, [])]
 
-    def chain(self, model_id: str) -> list[Model]:
-        """The models to try for an id, in order; OgxError(404) when there is none."""
-        alias = self.aliases.get(model_id)
-        if alias is None or not alias.targets:
-            return [self.resolve(model_id)]
-        found = [self._named(t) or self._bare(t) or self._routed(t) for t in alias.targets]
-        models = [replace(model, id=model_id) for model in found if model]
-        if not models:
-            raise OgxError(404, f"no provider serves a target of model '{model_id[:200]}'")
-        return models
-
     def resolve(self, model_id: str) -> Model:
-        """The model that serves an id; OgxError(404) when none does.
-        In this order: a listed id; an alias with a fixed target; a tier chosen by
-        ANTHROPIC_DEFAULT_*_MODEL; an upstream's bare id where only one provider has it; an alias
-        for `auto`, and any `claude-*` id by its family, which both mean the first LLM, or the
-        first of that family; `provider/anything`.
+        """The model that serves an id; OgxError(404) when none does."""
+        return self.chain(model_id)[0]
+
+    def chain(self, model_id: str) -> list[Model]:
+        """The models to try for an id, in order; OgxError(404) when there is none.
+        An alias may name several. Others have one, in this order: a listed id; an alias with a
+        fixed target; a tier chosen by ANTHROPIC_DEFAULT_*_MODEL; an upstream's bare id where only
+        one provider has it; an alias for `auto`, and any `claude-*` id by its family, which both
+        mean the first LLM, or the first of that family; `provider/anything`.
         """
         wanted = model_id.strip().removesuffix("[1m]")
         alias = self.aliases.get(wanted)
@@ -831,12 +812,18 @@ class Registry:
             gone = alias.provider_id
             raise OgxError(404, f"the provider '{gone}' of model '{wanted}' is not configured")
         if alias and alias.targets:
-            return self.chain(wanted)[0]
-        found = (self._named(wanted) or self._by_tier(wanted) or self._bare(wanted)
-                 or self._automatic(wanted) or self._routed(wanted))  # fmt: skip
-        if found is None:
-            raise OgxError(404, self._not_found_words(model_id))
-        return found if found.id == model_id else replace(found, id=model_id)
+            found = [self._named(t) or self._bare(t) or self._routed(t) for t in alias.targets]
+        else:
+            found = [self._named(wanted) or self._by_tier(wanted) or self._bare(wanted)
+                     or self._automatic(wanted) or self._routed(wanted)]  # fmt: skip
+        models = [m if m.id == model_id else replace(m, id=model_id) for m in found if m]
+        if not models and alias:
+            raise OgxError(404, f"no provider serves a target of model '{wanted[:200]}'")
+        if not models:
+            hint = near_miss(model_id, [*(m.id for m in self.models()), *self.aliases])
+            words = f"model '{model_id[:200]}' not found.{hint}"
+            raise OgxError(404, f"{words} GET /v1/models lists what there is.")
+        return models
 
     def _named(self, wanted: str) -> Model | None:
         if wanted in self._by_id:
@@ -886,11 +873,6 @@ class Registry:
             listed = (m for m in self.lists.get(provider_id, []) if m.upstream_id == rest)
             return next(listed, Model(wanted, self.providers[provider_id].at(rest), rest))
         return None
-
-    def _not_found_words(self, model_id: str) -> str:
-        known = [m.id for m in self.models()] + list(self.aliases)
-        hint = near_miss(model_id, known)
-        return f"model '{model_id[:200]}' not found.{hint} GET /v1/models lists what there is."
 
 
 def near_miss(word: str, known: Iterable[str]) -> str:
@@ -4150,7 +4132,7 @@ class Gateway:
             # nothing in the translation.
             until, known_error = self._refused.get(key, (0.0, None))
             if known_error and until > time.monotonic():
-                raise known_error.again()
+                raise replace(known_error)
             try:
                 for piece in self._answer(taught, name, data, exchange):
                     if piece and not exchange.answered:  # what was changed has helped
@@ -4226,7 +4208,7 @@ class Gateway:
         if error.refusal and error.status in (400, 422) and not chance:
             now = time.monotonic()
             fresh = {k: known for k, known in list(self._refused.items()) if known[0] > now}
-            self._refused = {**fresh, key: (now + SAME_REFUSAL, error.again())}
+            self._refused = {**fresh, key: (now + SAME_REFUSAL, replace(error))}
 
     def _answer(self, model: Model, name: str, data: bytes, exchange: Exchange) -> Pieces:
         """What one request to the upstream brings."""
