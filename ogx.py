@@ -2856,8 +2856,8 @@ def ways_to_count(name: str, request: Json, model: Model) -> Iterator[tuple[Sequ
 
 # ======== Remedies ===========================================================================
 # What an upstream's refusal teaches. A row of REMEDIES reads the words of a refused request and
-# gives a lesson, one change to the request's fields; the request is sent again with it. Patterns
-# are generic, since wordings change; each has its real texts as cases in the tests. Pure.
+# gives lessons, each a change to one field; with the first that is of use it is sent again.
+# Patterns are generic, since wordings change; each has its real texts as cases in the tests. Pure.
 
 EFFORT_LADDER = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # What each action does to a field that the request has.
@@ -2880,11 +2880,12 @@ SCHEMA_KEYWORDS = ("propertyNames", "exclusiveMinimum", "exclusiveMaximum", "add
                    "patternProperties", "pattern", "format", "default", "const", "minLength",
                    "maxLength", "minItems", "maxItems", "uniqueItems", "minimum", "maximum",
                    "$schema", "title", "examples")  # fmt: skip
-RENAMED_LIMIT = re.compile(r"['`\"]?(max_\w*tokens)['`\"]?.{0,60}[Uu]se ['`\"]?(max_\w*tokens)")
-UNSUPPORTED = re.compile(r"(unsupported|not supported|unrecognized|unknown|unexpected|does not "
-                         r"support|not permitted|extra (fields|inputs))", re.I)  # fmt: skip
+RENAMED_LIMIT = r"['`\"]?(max_\w*tokens)['`\"]?.{0,60}[Uu]se ['`\"]?(max_\w*tokens)"
+LEAST_LIMIT = r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)"
+UNSUPPORTED = (r"(?i)unsupported|not supported|unrecognized|unknown|unexpected|does not support|"
+               r"not permitted|extra (fields|inputs)")  # fmt: skip
 # Seen live: vLLM's. The others are from issue threads; DeepSeek's and Anthropic's from memory.
-OUTPUT_LIMITS = tuple(map(re.compile, (
+OUTPUT_LIMITS = (
     r"supports at most (\d+) (?:completion|output) tokens",  # OpenAI
     r"\d+ > (\d+), which is the maximum allowed number of output tokens",  # Anthropic
     r"max_tokens.{0,80}less than or equal to `?(\d+)",  # Groq
@@ -2892,16 +2893,16 @@ OUTPUT_LIMITS = tuple(map(re.compile, (
     r"max_tokens\D{0,60}\[1, ?(\d+)\]",  # DeepSeek
     r"max_model_len=(\d+)",  # vLLM 0.33
     r"expected a value <= (\d+)",  # Volcano
-)))  # fmt: skip
+)
 # (limit, prompt, asked for): the prompt fits, prompt and output together don't.
-ROOM_LEFT = tuple(map(re.compile, (
+ROOM_LEFT = (
     r"context length is (?P<limit>\d+) tokens.*?\((?P<prompt>\d+) in the messages",
     r"context length is (?P<limit>\d+) tokens and your request has (?P<prompt>\d+) input",
     r"exceed context limit: (?P<prompt>\d+) \+ \d+ > (?P<limit>\d+)",
-    r"must be <= (?P<limit>\d+)\. Given: (?P<prompt>\d+) `inputs`")))  # fmt: skip
+    r"must be <= (?P<limit>\d+)\. Given: (?P<prompt>\d+) `inputs`")  # fmt: skip
 # Seen live: vLLM's and llama.cpp's. The others are from issue threads; xAI's, Groq's, Bedrock's and
 # Mistral's from memory.
-OVERFLOWS = tuple(map(re.compile, (
+OVERFLOWS = (
     r"context length is (?P<limit>\d+) tokens\. However, your messages resulted in (?P<prompt>\d+)",
     r"context length is (?P<limit>\d+) tokens\. However, your prompt contains (?:at least )?"
     r"(?P<prompt>\d+) input tokens",
@@ -2916,37 +2917,37 @@ OVERFLOWS = tuple(map(re.compile, (
     r"Request too large for model.*Limit (?P<limit>\d+), Requested (?P<prompt>\d+)",
     r"Prompt contains (?P<prompt>\d+) tokens.*?(?P<limit>\d+) maximum context length",
     r"context_length_exceeded|exceeds the context window|[Ii]nput is too long|"
-    r"exceed_context_size|maximum context length|prompt is too long")))  # fmt: skip
+    r"exceed_context_size|maximum context length|prompt is too long")  # fmt: skip
 # Words that tell how a server differs from the row it was configured under: the row is put right.
 # Seen live: llama.cpp's and chat templates'. The others are from vendors' pages and issue threads.
-ROW_REMEDIES: tuple[tuple[re.Pattern[str], str, Any], ...] = (
+ROW_REMEDIES: tuple[tuple[str, str, Any], ...] = (
     # OpenAI: models that take tools, or anything, only there, and those that don't
-    (re.compile(r"not supported (in|on|with) (the )?(/?v1/responses|Responses API)|"
-                r"does not support the '/v1/responses' API", re.I), "responses", False),
-    (re.compile(r"use /?v1/responses|only supported in /?v1/responses|not a chat model|"
-                r"does not support the '/v1/chat/completions' API"), "responses", True),
-    (re.compile(r"isn't supported on this route"), "openai_root", "~/openai/v1"),  # Bedrock
-    (re.compile(r"encrypted content .*(verified|decrypted|invalid)|[Ii]tem with id '(rs|ws)_|"
-                r"without its required following item|reasoning_details|[Cc]orrupted thought|"
-                r"[Tt]hought.signature is not valid"), "own_reasoning", False),
-    (re.compile(r"must be verified to .*summar|summary.*verif", re.I), "summaries", False),
-    (re.compile(r"roles must alternate|role 'user' after role 'tool'"), "user_after_tool", False),
-    (re.compile(r"Tool call id was .* must be a-z"), "tool_ids", NINE),  # mistral-common
-    (re.compile(r"call(s\[\d+\]\.|_)id.{0,9}string too long"), "tool_ids", FORTY),  # OpenAI
-    (re.compile(r"reasoning_content.{0,60}(must be passed back|is missing)"),
+    (r"(?i)not supported (in|on|with) (the )?(/?v1/responses|Responses API)|"
+     r"does not support the '/v1/responses' API", "responses", False),
+    (r"use /?v1/responses|only supported in /?v1/responses|not a chat model|"
+     r"does not support the '/v1/chat/completions' API", "responses", True),
+    ("isn't supported on this route", "openai_root", "~/openai/v1"),  # Bedrock
+    (r"encrypted content .*(verified|decrypted|invalid)|[Ii]tem with id '(rs|ws)_|"
+     r"without its required following item|reasoning_details|[Cc]orrupted thought|"
+     r"[Tt]hought.signature is not valid", "own_reasoning", False),
+    ("(?i)must be verified to .*summar|summary.*verif", "summaries", False),
+    ("roles must alternate|role 'user' after role 'tool'", "user_after_tool", False),
+    ("Tool call id was .* must be a-z", "tool_ids", NINE),  # mistral-common
+    (r"call(s\[\d+\]\.|_)id.{0,9}string too long", "tool_ids", FORTY),  # OpenAI
+    ("reasoning_content.{0,60}(must be passed back|is missing)",
      "reasoning_echo", "reasoning_content"),  # DeepSeek, Moonshot
-    (re.compile(r"property '(reasoning\w*)' is unsupported"), "reasoning_echo", ""),  # Groq
-    (re.compile(r"[Ss]ystem message must be (at|the) (the )?(beginning|first)|"
-                r"role 'system' after role"), "system_anywhere", False),  # Qwen, Mistral
+    (r"property '(reasoning\w*)' is unsupported", "reasoning_echo", ""),  # Groq
+    ("[Ss]ystem message must be (at|the) (the )?(beginning|first)|role 'system' after role",
+     "system_anywhere", False),  # Qwen, Mistral
     # OpenAI, vLLM, Groq, Ollama
-    (re.compile(r"(does not|doesn't|n[o']t) support images?\b(?! \w*(larger|format|url|of))|"
-                r"image_url is only supported|unknown variant `image_url`|"
-                r"At most 0 image|image input is not supported|missing data required for image|"
-                r"mmproj|found that support image", re.I), "images", False),
-    (re.compile(r"(file|document|pdf).{0,40}not supported|'?type'?: ?'?file'?.{0,60}invalid|"
-                r"Invalid value: 'file'|unknown part type: file", re.I), "files", False),
-    (re.compile(r"thought_signature"), "tool_call_extra", SKIP_SIGNATURE),
-    (re.compile(r"not have [\w'/]+ at the top level"), "root_unions", False))  # fmt: skip
+    (r"(?i)(does not|doesn't|n[o']t) support images?\b(?! \w*(larger|format|url|of))|"
+     r"image_url is only supported|unknown variant `image_url`|At most 0 image|mmproj|"
+     r"image input is not supported|missing data required for image|found that support image",
+     "images", False),
+    (r"(?i)(file|document|pdf).{0,40}not supported|'?type'?: ?'?file'?.{0,60}invalid|"
+     r"Invalid value: 'file'|unknown part type: file", "files", False),
+    ("thought_signature", "tool_call_extra", SKIP_SIGNATURE),
+    (r"not have [\w'/]+ at the top level", "root_unions", False))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -3000,150 +3001,119 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
         return None
     words, kind = refusal.words, model.provider.kind
     tried = {lesson.field for lesson in known if lesson.action == "row"}
-    for pattern, row_field, value in ROW_REMEDIES:
-        if row_field not in tried and pattern.search(words) and getattr(kind, row_field) != value:
+    for pattern, name, value in ROW_REMEDIES:
+        if name not in tried and getattr(kind, name) != value and re.search(pattern, words):
             # One conversation's reasoning can be another key's: that tells nothing about others.
-            return Lesson("row", row_field, value, keep=row_field != "own_reasoning")
-    no_path = refusal.status in (404, 405) and not re.search("model|item", words, re.I)
+            return Lesson("row", name, value, keep=name != "own_reasoning")
+    no_path = refusal.status in (404, 405) and not re.search("(?i)model|item", words)
     if no_path and "input" in body:
         return Lesson("row", "responses", False)  # there is no such path
     for remedy in REMEDIES if refusal.status != 500 else ():
-        lesson = remedy(refusal, body)
-        if lesson is None:
-            continue
-        actions = {lesson.action, *(k.action for k in known if k.field == lesson.field)}
-        useful = lesson.action in ("again", "row") or with_lessons(body, [lesson]) != body
-        if useful and not ("set" in actions and len(actions) > 1):  # that would go to and fro
-            return lesson
+        for lesson in remedy(refusal, body):
+            actions = {lesson.action, *(k.action for k in known if k.field == lesson.field)}
+            useful = lesson.action in ("again", "row") or with_lessons(body, [lesson]) != body
+            if useful and not ("set" in actions and len(actions) > 1):  # that would go to and fro
+                return lesson
     return None
 
 
-def renamed_limit(refusal: Refusal, body: Json) -> Lesson | None:
-    """`Unsupported parameter: 'max_tokens' ... Use 'max_completion_tokens' instead.`"""
-    match = RENAMED_LIMIT.search(refusal.message)
-    return Lesson("rename", match.group(1), match.group(2)) if match else None
+def first_match(patterns: Iterable[str], words: str) -> re.Match[str] | None:
+    return next(filter(None, (re.search(pattern, words) for pattern in patterns)), None)
 
 
-def clamped_limit(refusal: Refusal, body: Json) -> Lesson | None:
-    """`max_tokens is too large: 32000. This model supports at most 16384 completion tokens`"""
-    name, words = limit_field(body), refusal.words
-    match = first_match(OUTPUT_LIMITS, words)
-    if name is None or match is None or int(match.group(1)) < 16:
-        return None
+def fitting_limit(refusal: Refusal, body: Json) -> Iterator[Lesson]:
+    """`Unsupported parameter: 'max_tokens' ... Use 'max_completion_tokens' instead.`,
+    `max_tokens is too large: 32000. This model supports at most 16384 completion tokens`,
+    `integer below minimum value. Expected a value >= 16, but got 1 instead.`; and for a prompt
+    that fits, but not with the output asked for, what is left, this once."""
+    said, words = refusal.message, refusal.words
+    renamed = re.search(RENAMED_LIMIT, said)
+    if renamed:
+        yield Lesson("rename", renamed[1], renamed[2])
+    name = next((name for name in LIMIT_FIELDS if name in body), None)
+    if name is None:
+        return
     # Other limits are told in the same words: of images, of tools, of the temperature.
-    if not re.search(rf"max_\w*tokens|(output|completion|maximum) tokens|\b{body[name]}\b", words):
-        return None
-    return Lesson("clamp", name, int(match.group(1)))
+    about = rf"max_\w*tokens|(output|completion|maximum) tokens|\b{body[name]}\b"
+    most, room = first_match(OUTPUT_LIMITS, words), first_match(ROOM_LEFT, said)
+    if most and int(most[1]) >= 16 and re.search(about, words):
+        yield Lesson("clamp", name, int(most[1]))
+    if room and int(room["limit"]) - int(room["prompt"]) >= 256:
+        yield Lesson("clamp", name, int(room["limit"]) - int(room["prompt"]), keep=False)
+    least = re.search(LEAST_LIMIT, said)
+    if least and 0 < int(least[1]) <= 64 and "token" in words:
+        yield Lesson("raise", name, int(least[1]))
 
 
-def limit_field(body: Json) -> str | None:
-    return next((name for name in LIMIT_FIELDS if name in body), None)
-
-
-def first_match(patterns: Iterable[re.Pattern[str]], words: str) -> re.Match[str] | None:
-    return next(filter(None, (pattern.search(words) for pattern in patterns)), None)
-
-
-def room_left(refusal: Refusal, body: Json) -> Lesson | None:
-    """The prompt fits, but not with the output asked for: ask for what is left, this once."""
-    name, match = limit_field(body), first_match(ROOM_LEFT, refusal.message)
-    if name is None or match is None:
-        return None
-    left = int(match.group("limit")) - int(match.group("prompt"))
-    return Lesson("clamp", name, left, keep=False) if left >= 256 else None
-
-
-def no_reasoning_with_tools(refusal: Refusal, body: Json) -> Lesson | None:
+def lower_effort(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     """`Function tools with reasoning_effort are not supported for gpt-5.6-terra in
-    /v1/chat/completions. To use function tools, use /v1/responses or set ... to 'none'.`"""
-    told = "Function tools with reasoning_effort" in refusal.message
-    return Lesson("set", "reasoning_effort", "none") if told else None
-
-
-def lower_effort(refusal: Refusal, body: Json) -> Lesson | None:
-    """`Unsupported value: 'reasoning_effort' does not support 'max' with this model. Supported
+    /v1/chat/completions. To use function tools, use /v1/responses or set ... to 'none'.`
+    `Unsupported value: 'reasoning_effort' does not support 'max' with this model. Supported
     values are: 'low', 'medium', and 'high'.`: the highest of those that isn't above what was
     asked, else a step down the ladder."""
     words, asked = refusal.words, body.get("reasoning_effort")
-    if asked not in EFFORT_LADDER or not re.search(r"effort", words):
-        return None
+    if "Function tools with reasoning_effort" in words:
+        yield Lesson("set", "reasoning_effort", "none")
+    if asked not in EFFORT_LADDER or "effort" not in words:
+        return
     rank = EFFORT_LADDER.index(asked)
     quoted = set(re.findall(r"[`'\"](\w+)[`'\"]", words)) - {asked}
     told = [effort for effort in EFFORT_LADDER[1:] if effort in quoted]
-    lower = [w for w in told if EFFORT_LADDER.index(w) < rank]
+    lower = [effort for effort in told if EFFORT_LADDER.index(effort) < rank]
     if not told:
-        if not UNSUPPORTED.search(words) or "Unsupported parameter" in words or rank == 2:
-            return None
+        if not re.search(UNSUPPORTED, words) or "Unsupported parameter" in words or rank == 2:
+            return
         lower, told = [EFFORT_LADDER[rank - 1]] if rank > 2 else [], ["low"]
-    return Lesson("limit" if lower else "lift", "reasoning_effort", (lower or told[:1])[-1])
+    yield Lesson("limit" if lower else "lift", "reasoning_effort", (lower or told[:1])[-1])
 
 
-def raised_limit(refusal: Refusal, body: Json) -> Lesson | None:
-    """`integer below minimum value. Expected a value >= 16, but got 1 instead.`"""
-    name, said = limit_field(body), refusal.message
-    match = re.search(r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)", said)
-    least = int(match.group(1)) if match else 0
-    if not 0 < least <= 64 or name is None or "token" not in refusal.words:
-        return None
-    return Lesson("raise", name, least)
+def other_tools(refusal: Refusal, body: Json) -> Iterator[Lesson]:
+    """`Invalid 'tools': array too long. Expected an array with maximum length 128`; or the model
+    wrote a call that the provider couldn't read, and may do better (Groq's `tool_use_failed`)."""
+    most = re.search(r"tools.{0,60}(?:maximum length|at most|maximum of) (\d+)", refusal.message)
+    if most and 0 < int(most[1]) < len(body.get("tools") or ()):
+        yield Lesson("row", "max_tools", int(most[1]))
+    if refusal.code == "tool_use_failed" or "tool call validation failed" in refusal.message:
+        yield Lesson("again", "messages", keep=False)
 
 
-def fewer_tools(refusal: Refusal, body: Json) -> Lesson | None:
-    """`Invalid 'tools': array too long. Expected an array with maximum length 128`"""
-    match = re.search(r"tools.{0,60}(?:maximum length|at most|maximum of) (\d+)", refusal.message)
-    most = int(match.group(1)) if match else 0
-    return Lesson("row", "max_tools", most) if 0 < most < len(body.get("tools") or ()) else None
-
-
-def plainer_answer(refusal: Refusal, body: Json) -> Lesson | None:
+def plainer_answer(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     """A JSON answer is asked for by response_format, else by a tool that must be called, else in
     words: `Unsupported parameter: 'response_format'`, `This model does not support tool_choice`."""
+    if "response_format" in body and re.search("(?i)response_?format|json_schema", refusal.words):
+        yield Lesson("row", "answer_by", "tool", keep="nvalid schema" not in refusal.words)
     tools = [(tool.get("function") or {}).get("name") for tool in body.get("tools") or ()]
-    if "response_format" in body and re.search("response_?format|json_schema", refusal.words, re.I):
-        return Lesson("row", "answer_by", "tool", keep="nvalid schema" not in refusal.words)
-    asked = ANSWER_TOOL in tools and "tool" in refusal.words
-    return Lesson("row", "answer_by", "words") if asked else None
+    if ANSWER_TOOL in tools and "tool" in refusal.words:
+        yield Lesson("row", "answer_by", "words")
 
 
-def plainer_schema(refusal: Refusal, body: Json) -> Lesson | None:
+def dropped_field(refusal: Refusal, body: Json) -> Iterator[Lesson]:
+    """`Unsupported value: 'temperature' does not support 0.2`, `property 'x' is unsupported`."""
+    if not re.search(UNSUPPORTED, f"{refusal.message} {refusal.code}"):
+        return
+    told = f"{refusal.param} {refusal.message}".replace("reasoning.effort", "reasoning_effort")
+    # Names that are also English words count only in quotes.
+    words = [refusal.param, *re.findall(r"[`'\"](\w+)[`'\"]", told), *re.findall(r"\w*_\w*", told)]
+    if "think" in refusal.message:  # Ollama: `"m" does not support thinking`
+        words.append("reasoning_effort")
+    named = next((word for word in words if word in OPTIONAL_FIELDS), None)
+    if named:  # tool_choice changes what the answer may be, so it is left out only this once
+        yield Lesson("drop", named, keep=named != "tool_choice")
+    elif re.search(r"\bstrict\b", told):
+        for holder in ("tools", "response_format", "text"):
+            yield Lesson("unschema", holder, "strict")
+
+
+def plainer_schema(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     """A keyword of JSON schema that a tool's schema may not have: `Invalid schema for function
     'X': ... 'propertyNames' is not permitted`, or a path such as parameters.properties.a.format."""
-    words = refusal.words
-    if "tools" not in body or not re.search(r"schema|parameters|function_declarations", words):
-        return None
-    named = re.findall(r"[\w$]+", words)
-    keyword = next((w for w in SCHEMA_KEYWORDS if w in named), None)
-    return Lesson("unschema", "tools", keyword) if keyword else None
+    named = re.findall(r"[\w$]+", refusal.words)
+    keyword = next((word for word in SCHEMA_KEYWORDS if word in named), None)
+    if keyword and re.search("schema|parameters|function_declarations", refusal.words):
+        yield Lesson("unschema", "tools", keyword)
 
 
-def garbled_call(refusal: Refusal, body: Json) -> Lesson | None:
-    """Groq's `tool_use_failed`: the model wrote a call that the provider couldn't read."""
-    told = refusal.code == "tool_use_failed" or "tool call validation failed" in refusal.message
-    return Lesson("again", "messages", keep=False) if told else None
-
-
-def dropped_field(refusal: Refusal, body: Json) -> Lesson | None:
-    """`Unsupported value: 'temperature' does not support 0.2`, `property 'x' is unsupported`."""
-    if not UNSUPPORTED.search(refusal.message + " " + refusal.code):
-        return None
-    told = f"{refusal.param} {refusal.message}".replace("reasoning.effort", "reasoning_effort")
-    words = re.findall(r"\w+", told)
-    # Names that are also English words count only in quotes.
-    quoted = [refusal.param, *re.findall(r"[`'\"](\w+)[`'\"]", told)]
-    plain = [word for word in words if "_" in word]
-    named = next((word for word in quoted + plain if word in OPTIONAL_FIELDS), None)
-    if named is None and "think" in refusal.message:  # Ollama: `"m" does not support thinking`
-        named = "reasoning_effort"
-    if named is None and "strict" in words:
-        holder = next((n for n in ("tools", "response_format", "text") if n in body), None)
-        return Lesson("unschema", holder, "strict") if holder else None
-    # tool_choice changes what the answer may be, so it is left out only this once.
-    return Lesson("drop", named, keep=named != "tool_choice") if named else None
-
-
-REMEDIES: tuple[Callable[[Refusal, Json], Lesson | None], ...] = (
-    renamed_limit, clamped_limit, room_left, raised_limit, no_reasoning_with_tools, lower_effort,
-    fewer_tools, garbled_call, plainer_answer, dropped_field, plainer_schema)  # fmt: skip
+REMEDIES = (fitting_limit, lower_effort, other_tools, plainer_answer, dropped_field, plainer_schema)
 
 
 def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxError | None:
@@ -3160,7 +3130,7 @@ def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxErr
     prompt = int(found.get("prompt") or estimate)
     maximum = int(found.get("limit") or limit or max(1, prompt - 1))
     message = f"prompt is too long: {max(prompt, maximum + 1)} tokens > {maximum} maximum"
-    return OgxError(400, message)
+    return OgxError(400, message, refusal=refusal)
 
 
 # ======== Above this line nothing does I/O ===================================================
@@ -4585,9 +4555,7 @@ def told_error(error: OgxError, exchange: Exchange, model: Model) -> OgxError:
     if error.refusal is None or "prompt is too long" in error.message:
         return error
     count = round(sum(prompt_tokens(exchange.request)))
-    told = overflow_error(error.refusal, count, model.context) or error
-    told.refusal = error.refusal
-    return told
+    return overflow_error(error.refusal, count, model.context) or error
 
 
 def raise_if_error(events: bytes, origin: str) -> None:
