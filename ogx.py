@@ -654,10 +654,8 @@ def alias_from_node(node: Node, provider_ids: set[str]) -> Alias:
 
 def port_number(value: Any, where: str) -> int:
     """A TCP port from a number or its digits; 0 lets the system choose."""
-    if isinstance(value, (int, str)) and not isinstance(value, bool):
-        digits = str(value)
-        if re.fullmatch("[0-9]{1,5}", digits) and int(digits) <= 65535:
-            return int(digits)
+    if re.fullmatch("[0-9]{1,5}", str(value)) and int(value) <= 65535:
+        return int(value)
     raise OgxError(400, f"{where}: expected a port from 0 to 65535, got {json.dumps(value)[:80]}")
 
 
@@ -2413,38 +2411,28 @@ def lost_natively(request: Json, kind: ProviderKind) -> set[str]:
         used.add("server_tool")
     for message in request["messages"]:
         blocks = blocks_of(message["content"])
-        inner = [b for x in blocks if x["type"] == "tool_result" for b in
-                 blocks_of(x.get("content"))]  # fmt: skip
-        for block in blocks + inner:
-            used.update(block_features(block))
+        results = (block for block in blocks if block["type"] == "tool_result")
+        for block in [*blocks, *(inner for r in results for inner in blocks_of(r.get("content")))]:
+            used.add(block["type"] if block["type"] in CORE_BLOCKS else "server_tool")
+            if block["type"] == "image" and block["source"]["type"] != "base64":
+                used.add("url_image")
+            if block.get("is_error"):
+                used.add("is_error")
     return used & gaps
-
-
-def block_features(block: Json) -> Iterator[str]:
-    """The names of what a block asks of a server."""
-    yield block["type"] if block["type"] in CORE_BLOCKS else "server_tool"
-    if block["type"] == "image" and block["source"]["type"] != "base64":
-        yield "url_image"
-    if block.get("is_error"):
-        yield "is_error"
 
 
 def messages_request(request: Json, model: Model) -> Json:
     """The request as it goes to an upstream that speaks Messages: every field as it came, but for
     what is Claude Code's and Anthropic's own business, and what the row says isn't taken."""
     kind, body = model.provider.kind, {**request, "model": model.upstream_id}
-    system, tools = request.get("system"), request.get("tools") or ()
+    system, tools = request.get("system"), request.get("tools")
     if not kind.keeps_billing_header:
-        if isinstance(system, list) and any(is_billing_header(block) for block in system):
-            body["system"] = [block for block in system if not is_billing_header(block)]
-        if any(tool.get("name") == PLACEHOLDER for tool in tools):
+        if isinstance(system, list):
+            body["system"] = [b for b in system if not block_text(b).startswith(BILLING_HEADER)]
+        if tools:
             body["tools"] = [tool for tool in tools if tool.get("name") != PLACEHOLDER]
-    of_claude = kind.keeps_billing_header or kind.native_models
-    if of_claude and any(map(foreign_thoughts, request["messages"])):
-        body["messages"] = [
-            {**m, "content": [b for b in m["content"] if not is_foreign_thought(b)]}
-            if foreign_thoughts(m) else m for m in request["messages"]
-        ]  # fmt: skip
+    if kind.keeps_billing_header or kind.native_models:  # Claude itself
+        body["messages"] = [without_foreign_thoughts(m) for m in request["messages"]]
     if not kind.images:
         body["messages"] = [{**m, "content": told_images(m["content"])} for m in body["messages"]]
     return body
@@ -2461,20 +2449,20 @@ def finished_messages(body: Json) -> Json:
     return {name: value for name, value in body.items() if name != "thinking"}
 
 
-def is_billing_header(block: Json) -> bool:
-    return block_text(block).startswith(BILLING_HEADER)
-
-
-def foreign_thoughts(message: Json) -> bool:
-    """Whether a message holds thinking that Anthropic didn't sign, and would refuse."""
+def without_foreign_thoughts(message: Json) -> Json:
+    """The message without thinking that Anthropic didn't sign, and would refuse."""
     content = message["content"]
-    return not isinstance(content, str) and any(map(is_foreign_thought, content))
+    if isinstance(content, str):
+        return message
+    kept = [block for block in content if not is_foreign_thought(block)]
+    return {**message, "content": kept} if len(kept) < len(content) else message
 
 
 def is_foreign_thought(block: Json) -> bool:
-    signature = block.get("signature" if block["type"] == "thinking" else "data") or ""
-    is_thought = block["type"] in ("thinking", "redacted_thinking")
-    return is_thought and (not signature or str(signature).startswith(SIGNATURE_MARK))
+    if block["type"] not in ("thinking", "redacted_thinking"):
+        return False
+    signature = str(block.get("signature" if block["type"] == "thinking" else "data") or "")
+    return not signature or signature.startswith(SIGNATURE_MARK)
 
 
 def told_images(content: Any) -> Any:
@@ -2494,9 +2482,9 @@ def told_images(content: Any) -> Any:
 def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
     """The client's own bytes with another model's id, where nothing else differs and the id comes
     first, as Claude Code and the SDKs write it; None where the body must be written anew."""
-    same = all(value is request.get(name) for name, value in body.items() if name != "model")
+    same = body == {**request, "model": body["model"]}  # identical values aren't looked into
     match = MODEL_FIELD.match(raw, raw.find(b'"'))
-    if not same or len(body) != len(request) or not match or raw[: match.start()].strip() != b"{":
+    if not same or not match or raw[: match.start()].strip() != b"{":
         return None
     if json.loads(raw[match.end(1) : match.end()]) != request["model"]:
         return None  # the field comes twice
@@ -2576,13 +2564,11 @@ def responses_request(request: Json, model: Model) -> Json:
     for place, item in enumerate(body["input"]):
         if item.get("role") == "assistant":  # OpenAI's types want an id; unstored, any will do
             item["id"] = f"msg_{place}"
-    instructions = "\n\n".join(filter(None, (system_text(request), note)))
-    if instructions:
-        body["instructions"] = instructions
+    told = {"instructions": "\n\n".join(filter(None, (system_text(request), note))),
+            "prompt_cache_key": conversation_key(request), "stream": request.get("stream")}
+    body.update({name: value for name, value in told.items() if value})
     body.update(flat_tool_fields(request, names, kind))
     body.update({n: request[n] for n in ("temperature", "top_p") if request.get(n) is not None})
-    if conversation_key(request):
-        body["prompt_cache_key"] = conversation_key(request)
     if REASONS.search(model.upstream_id):
         body["reasoning_effort"] = reasoning_effort(request) or "medium"
         body["reasoning"] = {"summary": "auto"} if kind.summaries else {}
@@ -2590,8 +2576,6 @@ def responses_request(request: Json, model: Model) -> Json:
     if output_format:
         body["text"] = {"format": {"type": "json_schema", **response_format(
             output_format["schema"])["json_schema"]}}  # fmt: skip
-    if request.get("stream"):
-        body["stream"] = True
     return body
 
 
@@ -2693,18 +2677,14 @@ class ResponsesTranslator(Translator):
         self._searches = 0
 
     def _read(self, chunk: Json, data: bytes) -> None:
-        if chunk.get("object") == "response":
-            self._read_whole(chunk)
-        else:
+        if chunk.get("object") != "response":
             self._read_event(chunk)
-
-    def _read_whole(self, response: Json) -> None:
-        for index, item in enumerate(response.get("output") or ()):
-            for step in ("added", "done"):
-                kind = f"response.output_item.{step}"
-                self._read_event({"type": kind, "output_index": index, "item": item})
-        status = response.get("status") or "completed"
-        self._read_event({"type": f"response.{status}", "response": response})
+            return
+        for index, item in enumerate(chunk.get("output") or ()):
+            for step in ("response.output_item.added", "response.output_item.done"):
+                self._read_event({"type": step, "output_index": index, "item": item})
+        status = chunk.get("status") or "completed"
+        self._read_event({"type": f"response.{status}", "response": chunk})
 
     def _read_event(self, event: Json) -> None:
         kind, index = event.get("type") or "error", event.get("output_index")
@@ -2776,9 +2756,8 @@ class ResponsesTranslator(Translator):
     def _read_citation(self, annotation: Json) -> None:
         if annotation.get("type") == "url_citation":
             self.writer.citation({
-                "type": "web_search_result_location", "url": annotation["url"],
-                "title": annotation.get("title"), "encrypted_index": "", "cited_text": "",
-            })  # fmt: skip
+                "type": "web_search_result_location", "url": annotation["url"], "cited_text": "",
+                "title": annotation.get("title"), "encrypted_index": ""})  # fmt: skip
 
     def _finish(self, response: Json) -> None:
         self.usage = usage_from_chat(response.get("usage") or {}, self.writer.input_tokens)
