@@ -120,9 +120,8 @@ class OgxError(Exception):
 
     def body(self, request_id: str) -> Json:
         """Anthropic's error object: {"type": "error", "error": {...}, "request_id": ...}."""
-        error: Json = {"type": self.type, "message": self.message}
-        if self.details:
-            error["details"] = self.details
+        details = {"details": self.details} if self.details else {}
+        error = {"type": self.type, "message": self.message, **details}
         return {"type": "error", "error": error, "request_id": request_id}
 
 
@@ -146,7 +145,7 @@ def refusal_from_body(status: int, body: bytes) -> Refusal:
     text = body[:100_000].decode("utf-8", "replace").strip()
     node = json_or_none(text)
     if node is None:
-        return Refusal(status, readable_text(text) or http.client.responses.get(status, "no words"))
+        return Refusal(status, beginning(body) or http.client.responses.get(status, "no words"))
     if isinstance(node, list) and node:
         node = node[0]
     fields = node if isinstance(node, dict) else {"message": node}
@@ -178,12 +177,9 @@ def dict_or_empty(value: Any) -> Json:
 
 
 def beginning(data: bytes) -> str:
-    """How an answer begins that isn't what it should be, in words."""
-    return readable_text(data[:2000].decode("utf-8", "replace"))
-
-
-def readable_text(text: str) -> str:
-    """Plain words of an error page: the title of an HTML page, else the text, in 500 characters."""
+    """How an answer begins that isn't what it should be: the title of an HTML page, else the text,
+    in 500 characters."""
+    text = data[:100_000].decode("utf-8", "replace").strip()
     if "<html" in text[:1000].lower() or text[:9].lower() == "<!doctype":
         title = re.search(r"<title[^>]*>(.*?)</title>", text, re.I | re.S)
         body = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]+>", " ", text)
@@ -284,7 +280,8 @@ BOTH = ("messages", "chat")
 GAPS = ("document", "search_result", "server_tool")  # of most servers' Messages APIs
 AWS_HOST = r"bedrock-(?:mantle|runtime)\.([a-z0-9-]*)\.[^/]+.*"
 NINE, FORTY = "[a-zA-Z0-9]{9}", ".{1,40}"  # ids of tool calls
-STRICT: Json = {"root_unions": False, "max_tools": 128, "tool_ids": FORTY}  # OpenAI's tools
+OPENAI: Json = {"max_tokens_field": "max_completion_tokens", "system_anywhere": True, "files": True,
+                "cache_key": True, "root_unions": False, "max_tools": 128, "tool_ids": FORTY}
 SKIP_SIGNATURE = (("extra_content", {"google": {
     "thought_signature": "skip_thought_signature_validator"}}),)  # fmt: skip
 PROVIDER_KINDS = {kind.name: kind for kind in (
@@ -305,13 +302,11 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  native_gaps=GAPS),
     ProviderKind("llama-cpp", "http://localhost:8080/v1", ("LLAMA_API_KEY",), ("LLAMA_CPP_URL",),
                  enabled_by="url", local_port=8080, identity=("/models", '"owned_by":"llamacpp"'),
-                 named_tool_choice=False, top_k=True,
-                 tokenizer=("~/apply-template", "~/tokenize")),
+                 named_tool_choice=False, top_k=True, tokenizer=("~/apply-template", "~/tokenize")),
     ProviderKind("sglang", "http://localhost:30000/v1", ("SGLANG_API_KEY",), ("SGLANG_URL",),
                  enabled_by="url", dialects=BOTH, native_gaps=GAPS, top_k=True),
     ProviderKind("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",),
-                 responses_hosts=("api.openai.com",), max_tokens_field="max_completion_tokens",
-                 system_anywhere=True, files=True, cache_key=True, **STRICT),
+                 responses_hosts=("api.openai.com",), **OPENAI),
     ProviderKind("anthropic", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",),
                  key_header="x-api-key", headers=(("anthropic-version", "2023-06-01"),),
                  list_path="/models?limit=1000", dialects=("messages",), keeps_billing_header=True),
@@ -340,9 +335,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
                  default_path="/openai/v1", key_header="api-key",
                  responses_hosts=(".openai.azure.com", ".cognitiveservices.azure.com",
-                                  ".services.ai.azure.com"),
-                 max_tokens_field="max_completion_tokens", system_anywhere=True, files=True,
-                 cache_key=True, **STRICT),
+                                  ".services.ai.azure.com"), **OPENAI),
     ProviderKind("gemini", "https://generativelanguage.googleapis.com/v1beta/openai",
                  ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GEMINI_ACCESS_TOKEN"),
                  tool_call_extra=SKIP_SIGNATURE, root_unions=False, refused_keywords=(
@@ -449,7 +442,7 @@ class Config:
     port: int
     providers: tuple[Provider, ...]
     aliases: tuple[Alias, ...]
-    tiers: Mapping[str, str]  # tier -> model id, from ANTHROPIC_DEFAULT_*_MODEL
+    tiers: Mapping[str, str]  # tier -> model id or "", from ANTHROPIC_DEFAULT_*_MODEL
     discover_local: bool = True
     retries: int = 3  # of a request that failed before its first event
     retry_seconds: float = 5.0  # of waiting between them in all
@@ -460,26 +453,23 @@ class Config:
 
 def starter_config() -> Json:
     """The built-in configuration; starter.json holds the same (a test compares them)."""
-    kinds = sorted((k for k in PROVIDER_KINDS.values() if k.switches), key=lambda k: k.signed)
+    lines = []
+    for kind in sorted(PROVIDER_KINDS.values(), key=lambda kind: kind.signed):
+        keys, urls = "|".join(kind.key_vars), "|".join(kind.url_vars)
+        switches, verify = "|".join(kind.switches), kind.verify_var
+        settings = {"base_url": f"${{env.{urls}:={kind.base_url}}}" if urls else kind.base_url,
+                    "api_key": f"${{env.{keys}:=}}",
+                    **({"verify": f"${{env.{verify}:=true}}"} if verify else {})}  # fmt: skip
+        if switches:
+            lines.append({"provider_id": f"${{env.{switches}:+{kind.name}}}",
+                          "provider_type": f"remote::{kind.name}", "config": settings})
     alias = {"provider_id": "all", "provider_model_id": "auto", "model_type": "llm"}
     models = [{"model_id": model_id, **alias} for model_id in STARTER_ALIASES]
     return {
         "version": 2, "distro_name": "starter",
-        "providers": {"inference": [starter_line(kind) for kind in kinds]},
+        "providers": {"inference": lines},
         "registered_resources": {"models": models},
         "server": {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "discover_local": True}}  # fmt: skip
-
-
-def starter_line(kind: ProviderKind) -> Json:
-    """A provider's entry, on when its variable is set: {"provider_id": "${env.X:+name}", ...}."""
-    keys, urls = "|".join(kind.key_vars), "|".join(kind.url_vars)
-    base_url = f"${{env.{urls}:={kind.base_url}}}" if urls else kind.base_url
-    return {
-        "provider_id": f"${{env.{'|'.join(kind.switches)}:+{kind.name}}}",
-        "provider_type": f"remote::{kind.name}",
-        "config": {"base_url": base_url, "api_key": f"${{env.{keys}:=}}",
-                   **({"verify": f"${{env.{kind.verify_var}:=true}}"} if kind.verify_var else {})},
-    }  # fmt: skip
 
 
 def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Config:
@@ -491,21 +481,20 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
     server.only(*own, "show_thinking", *asdict(Limits()))
     entries = root.child("providers").items("inference")
     providers = [p for p in (provider_from_node(entry) for entry in entries) if p]
-    for index, provider in enumerate(providers):
-        if provider.id in {p.id for p in providers[:index]}:
-            raise OgxError(400, f"{source}: two providers have the provider_id '{provider.id}'")
-    entries, ids = root.child("registered_resources").items("models"), {p.id for p in providers}
+    ids = [provider.id for provider in providers]
+    for provider_id in ids:
+        if ids.count(provider_id) > 1:
+            raise OgxError(400, f"{source}: two providers have the provider_id '{provider_id}'")
+    entries = root.child("registered_resources").items("models")
     aliases = [alias_from_node(entry, ids) for entry in entries]
     tiers = {tier: environ.get(f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL", "") for tier in TIERS}
     port = port_number(server.value("port", DEFAULT_PORT), server.path("port"))
-    if environ.get("OGX_PORT"):
-        port = port_number(environ["OGX_PORT"], "OGX_PORT")
+    port = port_number(environ.get("OGX_PORT") or port, "OGX_PORT")
     variables = Node({name: value for name, value in environ.items() if value}, "environment")
     limits = Limits(**{name: variables.number(f"OGX_{name.upper()}", server.number(name, usual))
                        for name, usual in asdict(Limits()).items()})  # fmt: skip
     return Config(
-        source, server.text("host", DEFAULT_HOST), port, tuple(providers), tuple(aliases),
-        {tier: model for tier, model in tiers.items() if model},
+        source, server.text("host", DEFAULT_HOST), port, tuple(providers), tuple(aliases), tiers,
         server.flag("discover_local", True), int(server.number("retries", 3)),
         server.number("retry_seconds", 5.0), limits,
         tuple(server.text("host_names", "").lower().replace(",", " ").split()),
@@ -568,11 +557,9 @@ class Node:
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.value(key, default)
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        if not isinstance(value, bool):
+        if str(value).lower() not in ("true", "false"):
             raise self.wrong(key, "true or false", value)
-        return value
+        return str(value).lower() == "true"
 
     def number(self, key: str, default: float) -> float:
         given = self.value(key, default)
@@ -636,13 +623,13 @@ def checked_base_url(node: Node, kind: ProviderKind) -> str:
     return f"{parts.scheme}://{parts.netloc}{path or usual}"
 
 
-def alias_from_node(node: Node, provider_ids: set[str]) -> Alias:
+def alias_from_node(node: Node, provider_ids: Sequence[str]) -> Alias:
     node.only("model_id", "provider_id", "provider_model_id", "model_type")
     if node.text("model_type", "llm") != "llm":
         raise node.wrong("model_type", '"llm"', node.fields["model_type"])
     provider_id = node.text("provider_id", "all")
     if provider_id != "all" and provider_id not in provider_ids:
-        expected = ", ".join(sorted(provider_ids | {"all"}))
+        expected = ", ".join(sorted([*provider_ids, "all"]))
         raise node.wrong("provider_id", f"a configured provider ({expected})", provider_id)
     targets = node.fields.get("provider_model_id")
     if isinstance(targets, list):
@@ -680,8 +667,6 @@ ID_FIELDS = ("id", "name", "inferenceProfileId", "modelId")
 OUTPUT_FIELDS = ("max_completion_tokens", "max_output_length", "max_tokens")
 PRO = re.compile(r"(^|[-_./])pro\b", re.I)
 BAD_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, half characters
-NOT_LLM_TYPES = ("embedding", "embeddings", "rerank", "image", "moderation", "audio", "video",
-                 "transcribe", "tts")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -740,7 +725,7 @@ def is_llm(upstream_id: str, entry: Json) -> bool:
         return bool(capabilities["completion_chat"])
     if isinstance(capabilities, list) and capabilities:
         return "completion" in capabilities
-    if entry.get("type") in NOT_LLM_TYPES or entry.get("supports_chat") is False:
+    if NOT_LLM.search(str(entry.get("type"))) or entry.get("supports_chat") is False:
         return False
     modalities = dict_or_empty(entry.get("architecture")).get("output_modalities")
     if isinstance(modalities, list) and "text" not in modalities:
