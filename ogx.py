@@ -177,8 +177,7 @@ def dict_or_empty(value: Any) -> Json:
 
 
 def beginning(data: bytes) -> str:
-    """How an answer begins that isn't what it should be: the title of an HTML page, else the text,
-    in 500 characters."""
+    """How an odd answer begins: the title of an HTML page, else the text, in 500 characters."""
     text = data[:100_000].decode("utf-8", "replace").strip()
     if "<html" in text[:1000].lower() or text[:9].lower() == "<!doctype":
         title = re.search(r"<title[^>]*>(.*?)</title>", text, re.I | re.S)
@@ -263,7 +262,6 @@ class ProviderKind:
     tool_ids: str = ""  # pattern of the ids of tool calls that it takes
     named_tool_choice: bool = True  # can be told to call one tool
     tool_call_extra: tuple[tuple[str, Any], ...] = ()  # fields that each call of the history needs
-    max_stop: int = 4
     format_with_tools: bool = True  # takes response_format beside tools; else it is asked in words
     answer_by: str = "format"  # how a JSON answer is asked for: as "format", "tool" or "words"
     root_unions: bool = True  # takes anyOf and its like at the root of a tool's schema
@@ -787,8 +785,7 @@ class Registry:
         An alias may name several. Others have one, in this order: a listed id; an alias with a
         fixed target; a tier chosen by ANTHROPIC_DEFAULT_*_MODEL; an upstream's bare id where only
         one provider has it; an alias for `auto`, and any `claude-*` id by its family, which both
-        mean the first LLM, or the first of that family; `provider/anything`.
-        """
+        mean the first LLM, or the first of that family; `provider/anything`."""
         wanted = model_id.strip().removesuffix("[1m]")
         alias = self.aliases.get(wanted)
         if alias and alias.provider_id not in (*self.providers, "all"):
@@ -1735,7 +1732,7 @@ def chat_request(request: Json, model: Model) -> Json:
     sampling = ("temperature", "top_p", "top_k") if kind.top_k else ("temperature", "top_p")
     body.update({name: request[name] for name in sampling if request.get(name) is not None})
     if request.get("stop_sequences"):
-        body["stop"] = request["stop_sequences"][: kind.max_stop]
+        body["stop"] = request["stop_sequences"][:4]  # the most it takes
     if kind.cache_key and conversation_key(request):
         body["prompt_cache_key"] = conversation_key(request)
     effort = reasoning_effort(request) if REASONS.search(model.upstream_id) else None
@@ -2666,8 +2663,7 @@ class ResponsesTranslator(Translator):
             self._read_event(chunk)
             return
         for index, item in enumerate(chunk.get("output") or ()):
-            for step in ("response.output_item.added", "response.output_item.done"):
-                self._read_event({"type": step, "output_index": index, "item": item})
+            self._read_item(index, item)
         status = chunk.get("status") or "completed"
         self._read_event({"type": f"response.{status}", "response": chunk})
 
@@ -2704,7 +2700,8 @@ class ResponsesTranslator(Translator):
         """An item at its end: what its deltas didn't bring, and what only its end tells."""
         kind, whole = item["type"], index not in self._streamed
         if kind == "function_call" and whole:
-            self.writer.tool(index, "", "", item.get("arguments") or "")
+            name, arguments = self._names.back(item["name"]), item.get("arguments") or ""
+            self.writer.tool(index, item["call_id"], name, arguments)
         elif kind == "message":
             for part in item.get("content") or () if whole else ():
                 self._refused = self._refused or part["type"] == "refusal"
