@@ -46,6 +46,7 @@ import email.utils
 import errno
 import functools
 import http.client
+import http.server
 import ipaddress
 import json
 import logging
@@ -59,7 +60,6 @@ import shlex
 import shutil
 import signal
 import socket
-import socketserver
 import ssl
 import sys
 import textwrap
@@ -4621,7 +4621,7 @@ ABOUT = {"service": "ogx.py", "version": __version__, "status": "OK"}
 SIMPLE_TYPES = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
 
 
-class Server(socketserver.ThreadingTCPServer):
+class Server(http.server.ThreadingHTTPServer):
     """A gateway on a listening socket; port 0 takes a free one. `url` tells where it listens."""
 
     daemon_threads = True
@@ -4645,7 +4645,11 @@ class Server(socketserver.ThreadingTCPServer):
             super().__init__((self.host, port), Handler)
         except (OSError, OverflowError) as error:
             raise OgxError(500, listen_problem(error, host, port)) from None
-        self.server_port = self.server_address[1]
+
+    def server_bind(self) -> None:
+        """Bind without HTTPServer's reverse DNS query, which can stall for half a minute."""
+        super(http.server.HTTPServer, self).server_bind()
+        self.server_name, self.server_port = self.host, self.server_address[1]
 
     @property
     def url(self) -> str:
@@ -4872,21 +4876,21 @@ class Relay:
         stream.ended.set()
 
 
-class Handler(socketserver.BaseRequestHandler):
+class Handler(http.server.BaseHTTPRequestHandler):
     """One client connection."""
 
     server: Server
 
-    def handle(self) -> None:
+    def setup(self) -> None:
         self.connection: socket.socket = self.request
         self.connection.setblocking(False)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._received = b""  # and not yet read
-        self.close_connection = False
-        while not self.close_connection:
-            self._handle_one()
 
-    def _handle_one(self) -> None:
+    def finish(self) -> None:
+        pass
+
+    def handle_one_request(self) -> None:
         self.close_connection = True
         self.exchange = Exchange(fresh_id("req"), watch=self.connection)
         self.status, self.command, self.path = 0, "", ""
