@@ -891,19 +891,22 @@ MEDIA_TYPES = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"),
 MAX_IMAGE = 5 * 1024 * 1024  # characters of base64, as at Anthropic
 ANSWER_NOTE = "Your last answer must be JSON alone, valid against this JSON schema: "
 ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_format is taken
+CONTENT, NUMBER = (str, list), (int, float)
 BLOCK_FIELDS: dict[str, dict[str, type]] = {  # what translation relies on
     "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict},
     "thinking": {"thinking": str}, "tool_use": {"id": str, "name": str, "input": dict},
     "tool_result": {"tool_use_id": str}, "search_result": {"content": list}}  # fmt: skip
-SOURCE_FIELDS: dict[str, dict[str, type]] = {
+SOURCE_FIELDS: dict[str, Json] = {
     "base64": {"media_type": str, "data": str}, "url": {"url": str}, "text": {"data": str},
-    "file": {"file_id": str}}  # fmt: skip
+    "file": {"file_id": str}, "content": {"content": CONTENT}}  # fmt: skip
+TOOL_FIELDS = {"input_schema": dict, "type": str, "description": str}
 OPTIONS = {"tools": list, "tool_choice": dict, "stop_sequences": list, "stream": bool,
-           "temperature": float, "top_p": float, "top_k": int, "thinking": dict,
-           "output_config": dict, "metadata": dict}  # fmt: skip
+           "temperature": NUMBER, "top_p": NUMBER, "top_k": int, "thinking": dict,
+           "output_config": dict, "metadata": dict, "system": CONTENT}  # fmt: skip
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 KIND_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
-              float: "a number", bool: "true or false", type(None): "null"}  # fmt: skip
+              float: "a number", bool: "true or false", type(None): "null", NUMBER: "a number",
+              CONTENT: "a string or a list of content blocks"}  # fmt: skip
 PLACEHOLDER = "DeferredToolPlaceholder"  # Claude Code's; stands for tools that may be found later
 BILLING_HEADER = "x-anthropic-billing-header:"  # varies per prompt and would spoil prefix caches
 NO_RESULT = "[No result: the tool call was interrupted before it answered.]"
@@ -914,100 +917,67 @@ GO_ON = "[Go on from the very end of your last message, and repeat nothing of it
 def check_request(body: Any, counting: bool = False) -> None:
     """Raise OgxError(400) with one sentence about the first wrong field of a Messages request.
     Unknown fields are accepted. `counting` is for count_tokens, which has no max_tokens."""
-    if not isinstance(body, dict):
-        raise OgxError(400, f"the request body: expected a JSON object, got {kind_of(body)}")
-    expect(body, "model", str, required=True)
+    expect(body, "", {"model": str})
     if not body["model"].strip():
         raise OgxError(400, "model: expected the id of a model, got an empty string")
-    expect(body, "messages", list, required=True)
-    if not counting:
-        expect(body, "max_tokens", int, required=True)
-        if body["max_tokens"] < 1:
-            raise OgxError(400, f"max_tokens: expected at least 1, got {body['max_tokens']}")
+    expect(body, "", {"messages": list} if counting else {"messages": list, "max_tokens": int})
+    if not counting and body["max_tokens"] < 1:
+        raise OgxError(400, f"max_tokens: expected at least 1, got {body['max_tokens']}")
     if not body["messages"]:
         raise OgxError(400, "messages: expected at least one message")
     for index, message in enumerate(body["messages"]):
-        check_message(message, f"messages.{index}")
-    if not isinstance(body.get("system") or "", str):
-        check_blocks(body["system"], "system")
-    check_options(body)
-
-
-def check_message(message: Any, where: str) -> None:
-    """One message: {"role": ..., "content": a string or a list of blocks}."""
-    if not isinstance(message, dict):
-        raise OgxError(400, f"{where}: expected an object, got {kind_of(message)}")
-    if message.get("role") not in ROLES:
-        role = json.dumps(message.get("role"))[:80]
-        raise OgxError(400, f"{where}.role: expected one of {', '.join(ROLES)}, got {role}")
-    if message["role"] == "system":  # may hold nothing but an output_config
-        message.setdefault("content", [])
-    if "content" not in message:
-        raise OgxError(400, f"{where}.content: field required")
-    if not isinstance(message["content"], str):
+        where = f"messages.{index}"
+        expect(message, where, {"role": ROLES})
+        if message["role"] == "system":  # may hold nothing but an output_config
+            message.setdefault("content", [])
+        expect(message, where, {"content": CONTENT})
+        if "output_config" in message:
+            expect(message, where, {"output_config": dict}, required=False)
         check_blocks(message["content"], f"{where}.content")
-    expect(message, "output_config", dict, where=f"{where}.")
+    check_options(body)
+    check_blocks(body.get("system"), "system")
 
 
-def check_blocks(blocks: Any, where: str) -> None:
-    """A list of content blocks, tool results with their own blocks included."""
-    if not isinstance(blocks, list):
-        expected = "a string or a list of content blocks"
-        raise OgxError(400, f"{where}: expected {expected}, got {kind_of(blocks)}")
-    for index, block in enumerate(blocks):
+def check_blocks(content: Any, where: str) -> None:
+    """The blocks of a content that isn't a string; tool results with their own included."""
+    for index, block in enumerate(content if isinstance(content, list) else ()):
         here = f"{where}.{index}"
         if not isinstance(block, dict):
-            raise OgxError(400, f"{here}: expected a content block, got {kind_of(block)}")
-        block_type = block.get("type")
-        if not isinstance(block_type, str):
-            shown = json.dumps(block_type)[:80]
+            raise wrong(here, "a content block", block)
+        kind = block.get("type")
+        if not isinstance(kind, str):
+            shown = json.dumps(kind)[:80]
             raise OgxError(400, f"{here}.type: expected the type of a content block, got {shown}")
-        for name, kind in BLOCK_FIELDS.get(block_type, {}).items():
-            expect(block, name, kind, required=True, where=f"{here}.")
-        inner = block.get("content") or ""
-        if block_type in ("tool_result", "search_result") and not isinstance(inner, str):
-            check_blocks(inner, f"{here}.content")
-        elif block_type in ("image", "document"):
-            check_source(block["source"], f"{here}.source.")
-
-
-def check_source(source: Json, where: str) -> None:
-    source_type = source.get("type")
-    if source_type == "content":
-        if not isinstance(source.get("content"), str):
-            check_blocks(source.get("content"), f"{where}content")
-    elif not isinstance(source_type, str) or source_type not in SOURCE_FIELDS:
-        known = ", ".join((*SOURCE_FIELDS, "content"))
-        shown = json.dumps(source_type)[:80]
-        raise OgxError(400, f"{where}type: expected one of {known}, got {shown}")
-    for name, kind in SOURCE_FIELDS.get(str(source_type), {}).items():
-        expect(source, name, kind, required=True, where=where)
+        if kind in BLOCK_FIELDS:
+            expect(block, here, BLOCK_FIELDS[kind])
+        if kind in ("tool_result", "search_result"):
+            expect(block, here, {"content": CONTENT}, required=False)
+            check_blocks(block.get("content"), f"{here}.content")
+        elif kind in ("image", "document"):
+            here, source = f"{here}.source", block["source"]
+            expect(source, here, {"type": tuple(SOURCE_FIELDS)})
+            expect(source, here, SOURCE_FIELDS[source["type"]])
+            if source["type"] == "content":
+                check_blocks(source["content"], f"{here}.content")
 
 
 def check_options(body: Json) -> None:
-    for name, kind in OPTIONS.items():
-        expect(body, name, kind)
+    expect(body, "", OPTIONS, required=False)
     for index, tool in enumerate(body.get("tools") or ()):
-        if not isinstance(tool, dict):
-            raise OgxError(400, f"tools.{index}: expected an object, got {kind_of(tool)}")
-        expect(tool, "input_schema", dict, where=f"tools.{index}.")
-        for name in ("type", "description"):
-            expect(tool, name, str, where=f"tools.{index}.")
-        expect(tool, "name", str, is_client_tool(tool), f"tools.{index}.")
+        where = f"tools.{index}"
+        expect(tool, where, TOOL_FIELDS, required=False)
+        expect(tool, where, {"name": str}, required=is_client_tool(tool))
     for index, sequence in enumerate(body.get("stop_sequences") or ()):
         if not isinstance(sequence, str) or not sequence:
             raise OgxError(400, f"stop_sequences.{index}: expected a string that isn't empty")
     choice = body.get("tool_choice") or {"type": "auto"}
-    if choice.get("type") not in ("auto", "any", "tool", "none"):
-        raise OgxError(400, "tool_choice.type: expected one of auto, any, tool, none")
-    if choice["type"] == "tool":
-        expect(choice, "name", str, required=True, where="tool_choice.")
+    expect(choice, "tool_choice", {"type": ("auto", "any", "tool", "none")})
+    expect(choice, "tool_choice", {"name": str}, required=choice["type"] == "tool")
     config = body.get("output_config") or {}
-    for name, kind in (("effort", str), ("format", dict)):
-        expect(config, name, kind, where="output_config.")
+    expect(config, "output_config", {"effort": str, "format": dict}, required=False)
     output_format = config.get("format") or {}
     if output_format.get("type") == "json_schema":
-        expect(output_format, "schema", dict, required=True, where="output_config.format.")
+        expect(output_format, "output_config.format", {"schema": dict})
 
 
 def search_notice(request: Json) -> str:
@@ -1027,20 +997,28 @@ def is_client_tool(tool: Json) -> bool:
     return tool.get("type") in (None, "custom") or "input_schema" in tool
 
 
-def kind_of(value: Any) -> str:
-    return KIND_NAMES.get(type(value), "something else")
+def expect(node: Any, where: str, kinds: Mapping[str, Any], required: bool = True) -> None:
+    """Check the fields of an object, the request's body where it has no place: each is of a type,
+    or among some types or words. Null counts as absent."""
+    if type(node) is not dict:
+        raise wrong(where or "the request body", "an object" if where else "a JSON object", node)
+    for name, kind in kinds.items():
+        value = node.get(name)
+        if type(value) is kind or (value is None and not required):
+            continue
+        place = f"{where}.{name}" if where else name
+        if value is None:
+            raise OgxError(400, f"{place}: field required")
+        if isinstance(kind, tuple) and (type(value) in kind or value in kind):
+            continue
+        if kind not in KIND_NAMES:
+            shown = json.dumps(value)[:80]
+            raise OgxError(400, f"{place}: expected one of {', '.join(kind)}, got {shown}")
+        raise wrong(place, KIND_NAMES[kind], value)
 
 
-def expect(node: Json, name: str, kind: type, required: bool = False, where: str = "") -> None:
-    """Check one field's kind; null counts as absent."""
-    value = node.get(name)
-    if value is None:
-        if required:
-            raise OgxError(400, f"{where}{name}: field required")
-        return
-    fits = isinstance(value, (int, float) if kind is float else kind)
-    if not fits or (kind in (int, float) and isinstance(value, bool)):
-        raise OgxError(400, f"{where}{name}: expected {KIND_NAMES[kind]}, got {kind_of(value)}")
+def wrong(where: str, expected: str, value: Any) -> OgxError:
+    return OgxError(400, f"{where}: expected {expected}, got {KIND_NAMES[type(value)]}")
 
 
 def refuse_untranslatable(body: Json) -> None:
@@ -1055,10 +1033,9 @@ def refuse_untranslatable(body: Json) -> None:
     if body.get("safeguards"):
         raise OgxError(400, "safeguards: not supported by translated models")
     config = body.get("output_config") or {}
-    if config.get("effort") and config["effort"] not in EFFORTS:
-        raise OgxError(400, f"output_config.effort: expected one of {', '.join(EFFORTS)}")
-    if config.get("format") and config["format"].get("type") != "json_schema":
-        raise OgxError(400, 'output_config.format.type: expected "json_schema"')
+    expect(config, "output_config", {"effort": EFFORTS}, required=False)
+    if config.get("format"):
+        expect(config["format"], "output_config.format", {"type": ("json_schema",)})
     for index, message in enumerate(body["messages"]):
         for place, block in enumerate(blocks_of(message["content"])):
             if block["type"] not in BLOCK_TYPES:
@@ -1068,16 +1045,14 @@ def refuse_untranslatable(body: Json) -> None:
 
 def registered_alias(body: Any, registry: Registry) -> Alias:
     """The alias that a POST /v1/models asks for; OgxError 400 or 409."""
-    if not isinstance(body, dict):
-        raise OgxError(400, f"the request body: expected a JSON object, got {kind_of(body)}")
-    targets = body.get("provider_model_id")
-    if isinstance(targets, list):
-        if not targets or not all(isinstance(t, str) and t for t in targets):
-            raise OgxError(400, "provider_model_id: expected a model's id or a list of them")
-        body = {**body, "provider_model_id": targets[0]}
-    for name in ("model_id", "provider_id", "provider_model_id", "model_type"):
-        expect(body, name, str, required=name == "model_id")
-    model_id = body["model_id"]
+    expect(body, "", {"model_id": str})
+    model_id, targets = body["model_id"], body.get("provider_model_id")
+    chain = targets if isinstance(targets, list) else []
+    if chain is targets and not (chain and all(isinstance(t, str) and t for t in chain)):
+        raise OgxError(400, "provider_model_id: expected a model's id or a list of them")
+    body = {**body, "provider_model_id": chain[0]} if chain else body
+    kinds = {"provider_id": str, "provider_model_id": str, "model_type": str}
+    expect(body, "", kinds, required=False)
     if not re.fullmatch(r"\S(.{0,254}\S)?", model_id) or BAD_ID.search(model_id):
         raise OgxError(400, "model_id: expected 1 to 256 characters without control characters or "
                             "outer spaces")  # fmt: skip
@@ -1089,8 +1064,8 @@ def registered_alias(body: Any, registry: Registry) -> Alias:
         raise OgxError(400, f"provider_id: no provider '{provider_id[:100]}'; there is: {known}")
     if any(model.id == model_id for model in registry.models()):
         raise OgxError(409, f"model_id: '{model_id}' is a provider's own id")
-    if isinstance(targets, list):
-        return Alias(model_id, "all", targets[0], tuple(targets))
+    if chain:
+        return Alias(model_id, "all", chain[0], tuple(chain))
     return Alias(model_id, provider_id, targets or "auto")
 
 
