@@ -970,10 +970,10 @@ def check_options(body: Json) -> None:
     for index, sequence in enumerate(body.get("stop_sequences") or ()):
         if not isinstance(sequence, str) or not sequence:
             raise OgxError(400, f"stop_sequences.{index}: expected a string that isn't empty")
-    choice = body.get("tool_choice") or {"type": "auto"}
-    expect(choice, "tool_choice", {"type": ("auto", "any", "tool", "none")})
-    expect(choice, "tool_choice", {"name": str}, required=choice["type"] == "tool")
-    config = body.get("output_config") or {}
+    choice, config = body.get("tool_choice"), body.get("output_config") or {}
+    if choice:
+        expect(choice, "tool_choice", {"type": ("auto", "any", "tool", "none")})
+        expect(choice, "tool_choice", {"name": str}, required=choice["type"] == "tool")
     expect(config, "output_config", {"effort": str, "format": dict}, required=False)
     output_format = config.get("format") or {}
     if output_format.get("type") == "json_schema":
@@ -1006,11 +1006,11 @@ def expect(node: Any, where: str, kinds: Mapping[str, Any], required: bool = Tru
         value = node.get(name)
         if type(value) is kind or (value is None and not required):
             continue
+        if isinstance(kind, tuple) and (value in kind or type(value) in kind):
+            continue
         place = f"{where}.{name}" if where else name
         if value is None:
             raise OgxError(400, f"{place}: field required")
-        if isinstance(kind, tuple) and (type(value) in kind or value in kind):
-            continue
         if kind not in KIND_NAMES:
             shown = json.dumps(value)[:80]
             raise OgxError(400, f"{place}: expected one of {', '.join(kind)}, got {shown}")
@@ -1033,7 +1033,8 @@ def refuse_untranslatable(body: Json) -> None:
     if body.get("safeguards"):
         raise OgxError(400, "safeguards: not supported by translated models")
     config = body.get("output_config") or {}
-    expect(config, "output_config", {"effort": EFFORTS}, required=False)
+    if config.get("effort"):
+        expect(config, "output_config", {"effort": EFFORTS})
     if config.get("format"):
         expect(config["format"], "output_config.format", {"type": ("json_schema",)})
     for index, message in enumerate(body["messages"]):
@@ -1379,19 +1380,19 @@ class Usage:
 
 @dataclass
 class Block:
-    """A block that is open or waits: `pending` isn't written yet, `text` is all it holds."""
+    """A block that is open or waits: `pending` isn't written yet, `input` is all of a call's."""
 
     key: Any  # what fragments of it are recognised by
     kind: str  # text, thinking, tool_use or whole
     id: str = ""
     name: str = ""
     pending: str = ""
-    text: str = ""
+    input: str = ""
     content: Json | None = None  # of a block that needs no deltas
+    begun: bool = False
 
-    def may_close(self) -> bool:
-        """Whether another block may begin: a tool call only when its input is whole."""
-        return self.kind != "tool_use" or is_json(self.text + self.pending)
+    def may_open(self) -> bool:
+        return self.kind != "tool_use" or self.name != ""
 
 
 def is_json(text: str) -> bool:
@@ -1413,8 +1414,7 @@ class MessageWriter:
         self.input_tokens: int = message["usage"]["input_tokens"]
         self._used_ids = set(used_ids)  # of tool calls; Claude Code drops a call whose id recurs
         self.events: list[Json | bytes] = []
-        self._open: Block | None = None
-        self._waiting: list[Block] = []
+        self._blocks: list[Block] = []  # the open one, then those that wait
         self._ended: set[Any] = set()  # keys of closed tool calls
         self._index = -1
         self.tools = 0
@@ -1426,10 +1426,14 @@ class MessageWriter:
 
     def goes_on(self, kind: str, escaped: str) -> bool:
         """Whether a block of that kind is open and went on by a text in JSON's quotes."""
-        if self._open is None or self._open.kind != kind:
+        if not self._blocks or self._blocks[0].kind != kind:
             return False
         self.events.append((DELTA_EVENT % (self._index, *DELTAS[kind], escaped)).encode("ascii"))
         return True
+
+    def _is_open(self, *kinds: str) -> bool:
+        """Whether a block of these kinds is open; only a tool call may be first and wait."""
+        return bool(self._blocks) and self._blocks[0].kind in kinds
 
     def start(self) -> None:
         """Write message_start, once."""
@@ -1458,7 +1462,7 @@ class MessageWriter:
 
     def signature(self, signature: str) -> None:
         """Sign and end the thinking that is open, or stand for thinking that isn't shown."""
-        if self._open and self._open.kind == "thinking":
+        if self._is_open("thinking"):
             self._delta("signature_delta", "signature", signature)
             self._close()
         else:
@@ -1466,12 +1470,12 @@ class MessageWriter:
 
     def whole(self, content: Json) -> None:
         """A block that needs no deltas, as soon as it may stand after what came before it."""
-        self._waiting.append(Block(object(), "whole", content=content))
+        self._blocks.append(Block(object(), "whole", content=content))
         self._advance()
 
     def citation(self, citation: Json) -> None:
         """A source of the text that is open."""
-        if self._open and self._open.kind == "text":
+        if self._is_open("text"):
             self._delta("citations_delta", "citation", citation)
 
     def thinking(self, text: str) -> None:
@@ -1488,13 +1492,7 @@ class MessageWriter:
         written, and only then, and `max_tokens` when a call's input broke off."""
         self.start()
         self.end_text()
-        self._close()
-        while self._waiting:
-            block = self._waiting.pop(0)
-            if block.kind == "tool_use" and not block.name:
-                raise OgxError(502, "the upstream sent a tool call without a name")
-            self._begin(block)
-            self._close()
+        self._advance(ending=True)
         if self.broken_input:
             stop_reason = "max_tokens"
         elif self.tools and stop_reason in ("end_turn", "stop_sequence"):
@@ -1514,35 +1512,43 @@ class MessageWriter:
         if self._tail and self._message is None:  # what failed before it began may be tried again
             self._fragment("text", "text", self._tail)
             self._tail = ""
-        if self._open and self._open.kind in ("text", "whole"):
+        if self._is_open("text", "whole"):
             self._close()
 
     def _fragment(self, key: Any, kind: str, text: str, call_id: str = "", name: str = "") -> None:
-        block = self._open
-        if block is None or block.key != key:
-            block = next((b for b in self._waiting if b.key == key), None)
-            if block is None:
-                block = Block(key, kind)
-                self._waiting.append(block)
+        block = next((b for b in self._blocks if b.key == key), None)
+        if block is None:
+            block = Block(key, kind)
+            self._blocks.append(block)
         block.id = block.id or call_id
         block.name = block.name or name
         block.pending += text
-        if block is not self._open:
-            self._advance()
-        if block is self._open:
-            self._flush(block)
+        if kind == "tool_use":
+            block.input += text
+        self._advance()
 
-    def _advance(self) -> None:
-        """Begin the first waiting block where the open one may close and the name is known."""
-        while self._waiting and (self._open is None or self._open.may_close()):
-            if self._waiting[0].kind == "tool_use" and not self._waiting[0].name:
-                return
+    def _advance(self, ending: bool = False) -> None:
+        """Write what may be written by now: a block waits for the ones before it to close, which
+        calls do when their input is whole, and a call for its name."""
+        while self._blocks and self._blocks[0].may_open():
+            block, following = self._blocks[0], self._blocks[1:2]
+            if not block.begun:
+                self._begin(block)
+            if block.pending:
+                self._delta(*DELTAS[block.kind], block.pending)
+                block.pending = ""
+            if not ending:
+                if not following or not following[0].may_open():
+                    return
+                if block.kind == "tool_use" and not is_json(block.input):
+                    return
             self._close()
-            self._begin(self._waiting.pop(0))
+        if ending and self._blocks:
+            raise OgxError(502, "the upstream sent a tool call without a name")
 
     def _begin(self, block: Block) -> None:
         self.start()
-        self._open = block
+        block.begun = True
         self._index += 1
         content: Json
         if block.content is not None:
@@ -1558,30 +1564,19 @@ class MessageWriter:
         start = {"type": "content_block_start", "index": self._index, "content_block": content}
         self.events.append(start)
 
-    def _flush(self, block: Block) -> None:
-        if block.pending:
-            self._delta(*DELTAS[block.kind], block.pending)
-            if block.kind == "tool_use":
-                block.text += block.pending
-            block.pending = ""
-
     def _delta(self, kind: str, name: str, value: Any) -> None:
         delta = {"type": kind, name: value}
         self.events.append({"type": "content_block_delta", "index": self._index, "delta": delta})
 
     def _close(self) -> None:
-        block = self._open
-        if block is None:
-            return
+        block = self._blocks.pop(0)
         if block.kind == "tool_use":
-            if not (block.text + block.pending).strip():
-                block.pending = "{}"
             self._ended.add(block.key)
-        self._flush(block)
-        if block.kind == "tool_use" and not is_json(block.text):
-            self.broken_input = True
+            if not block.input.strip():
+                self._delta(*DELTAS["tool_use"], "{}")
+            elif not is_json(block.input):
+                self.broken_input = True
         self.events.append({"type": "content_block_stop", "index": self._index})
-        self._open = None
 
     def _fresh_id(self, call_id: str) -> str:
         """An id of Anthropic's alphabet that the conversation doesn't have yet."""
@@ -1600,7 +1595,6 @@ def fresh_id(prefix: str) -> str:
 def message_from_events(events: Iterable[Json]) -> Json:
     """The message that a complete stream of events amounts to."""
     message: Json = {}
-    inputs: dict[int, str] = {}
     for event in events:
         kind = event["type"]
         if kind == "message_start":
@@ -1612,15 +1606,16 @@ def message_from_events(events: Iterable[Json]) -> Json:
             if delta["type"] == "citations_delta":
                 block["citations"] = [*(block["citations"] or ()), delta["citation"]]
             elif delta["type"] == "input_json_delta":
-                inputs[event["index"]] = inputs.get(event["index"], "") + delta["partial_json"]
+                block["input"] = (block["input"] or "") + delta["partial_json"]
             else:
                 name = delta["type"].partition("_")[0]
                 block[name] += delta[name]
         elif kind == "message_delta":
             message.update(event["delta"])
             message["usage"].update(event["usage"])
-    for index, text in inputs.items():
-        message["content"][index]["input"] = json.loads(text) if is_json(text) else None
+    for block in message["content"]:
+        if isinstance(block.get("input"), str):
+            block["input"] = json_or_none(block["input"])
     # Half a call must not run: its stop_reason says that it broke off.
     message["content"] = [b for b in message["content"] if b.get("input", {}) is not None]
     return message
