@@ -48,9 +48,11 @@ import functools
 import http.client
 import http.server
 import ipaddress
+import itertools
 import json
 import logging
 import marshal
+import operator
 import os
 import random
 import re
@@ -1743,26 +1745,46 @@ class ToolNames:
 
 
 def chat_messages(request: Json, model: Model, names: ToolNames) -> list[Json]:
-    """The system prompt and the history as chat messages that strict providers accept."""
+    """The system prompt and the history as chat messages that strict providers accept. What a user
+    says at one place is one message or, where none can follow a tool's, goes into the last one."""
     kind = model.provider.kind
     way, schema = answer_way(request, kind)
     note = ANSWER_NOTE + json.dumps(schema) if way == "words" else ""
     notes = (system_text(request), unserved_tools_note(request, kind), note)
     head = "\n\n".join(filter(None, notes))
     messages: list[Json] = [{"role": "system", "content": head}] if head else []
-    for turn in turns_from_messages(request["messages"], kind.system_anywhere):
+    turns = turns_from_messages(request["messages"], kind.system_anywhere)
+    told = [m for m in turn_messages(turns, model, names) if m["content"] or m.get("tool_calls")]
+    for role, group in itertools.groupby(told, key=operator.itemgetter("role")):
+        if role != "user":
+            messages += group
+            continue
+        content: Any = [part for message in group for part in message["content"]]
+        if all(part["type"] == "text" for part in content):  # not every server takes a list
+            content = "\n\n".join(part["text"] for part in content)
+        after_tool = bool(messages) and messages[-1]["role"] == "tool"
+        if after_tool and not kind.user_after_tool:
+            if isinstance(content, str):
+                messages[-1]["content"] += f"\n\n{content}"
+                continue
+            messages.append({"role": "assistant", "content": "Noted."})  # the results, that is
+        messages.append({"role": "user", "content": content})
+    return messages
+
+
+def turn_messages(turns: Iterable[Turn], model: Model, names: ToolNames) -> Iterator[Json]:
+    """Turns as messages: a user's content is a list of parts; what held thinking alone is empty."""
+    kind = model.provider.kind
+    for turn in turns:
         if turn.role == "assistant":
-            messages.append(assistant_message(turn.blocks, model, names))
+            yield assistant_message(turn.blocks, model, names)
         elif turn.role == "results":
-            messages.extend(tool_messages(turn.blocks, kind))
+            yield from tool_messages(turn.blocks, kind)
         elif turn.role == "system":
-            text = "\n\n".join(map(block_text, turn.blocks))
-            messages.append({"role": "system", "content": text})
+            yield {"role": "system", "content": "\n\n".join(map(block_text, turn.blocks))}
         else:
             parts = [attachment_part(b, kind) or text_part(block_text(b)) for b in turn.blocks]
-            messages.append({"role": "user", "content": parts})
-    messages = [with_plain_content(m) for m in merged_user_messages(messages)]
-    return messages if kind.user_after_tool else without_user_after_tool(messages)
+            yield {"role": "user", "content": parts}
 
 
 def sent_tools(request: Json, kind: ProviderKind) -> list[Json]:
@@ -1868,43 +1890,6 @@ def data_url(block: Json) -> str:
         words = f"image exceeds 5 MB maximum: {size} bytes > {MAX_IMAGE} bytes"
         raise OgxError(400, f"image.source.base64: {words}")
     return f"data:{source['media_type']};base64,{source['data']}"
-
-
-def merged_user_messages(messages: Sequence[Json]) -> list[Json]:
-    """The messages with neighbouring user messages in one, as strict templates demand."""
-    merged: list[Json] = []
-    for message in messages:
-        if not message["content"] and not message.get("tool_calls"):  # it held thinking alone
-            continue
-        if merged and message["role"] == "user" == merged[-1]["role"]:
-            merged[-1] = {"role": "user", "content": merged[-1]["content"] + message["content"]}
-        else:
-            merged.append(message)
-    return merged
-
-
-def without_user_after_tool(messages: Sequence[Json]) -> list[Json]:
-    """The messages with a user's text that follows tool messages in the last of them. Before what
-    can't stand there, images say, the model takes note of the results."""
-    joined: list[Json] = []
-    for message in messages:
-        last = joined[-1] if joined else message
-        text = message["content"]
-        if message["role"] != "user" or last["role"] != "tool":
-            joined.append(message)
-        elif isinstance(text, str):
-            joined[-1] = {**last, "content": f"{last['content']}\n\n{text}"}
-        else:
-            joined += [{"role": "assistant", "content": "Noted."}, message]
-    return joined
-
-
-def with_plain_content(message: Json) -> Json:
-    """The message with parts that are all text as one string: not every server takes a list."""
-    parts = message["content"]
-    if isinstance(parts, list) and all(part["type"] == "text" for part in parts):
-        return {**message, "content": "\n\n".join(part["text"] for part in parts)}
-    return message
 
 
 def tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
