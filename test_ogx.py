@@ -1004,6 +1004,15 @@ class TestRegistry:
         registry = self.registry(ogx.Alias("mine", "vllm", "autocoder:7b"))
         assert registry.resolve("mine").upstream_id == "autocoder:7b"
 
+    def test_an_alias_of_several_targets_has_those_that_are_served(self):
+        best = ogx.Alias("best", "all", "openai/gpt-y", ("openai/gpt-y", "gone/x", "Qwen/Q3"))
+        registry = self.registry(best, ogx.Alias("lost", "all", "gone/x", ("gone/x",)))
+        for asked in ("best", "best[1m]"):
+            found = [(model.id, model.served) for model in registry.chain(asked)]
+            assert found == [(asked, "openai/gpt-y"), (asked, "vllm/Qwen/Q3")]
+        error = refused(registry.chain, "lost")
+        assert error.message == "no provider serves a target of model 'lost'"
+
     def test_an_unknown_id_is_not_found_and_a_near_one_is_suggested(self):
         error = refused(self.registry().resolve, "openai-gpt-y")
         assert error.status == 404
