@@ -460,7 +460,7 @@ def starter_config() -> Json:
         settings = {"base_url": f"${{env.{urls}:={kind.base_url}}}" if urls else kind.base_url,
                     "api_key": f"${{env.{keys}:=}}",
                     **({"verify": f"${{env.{verify}:=true}}"} if verify else {})}  # fmt: skip
-        if switches:
+        if switches:  # by which it is on
             lines.append({"provider_id": f"${{env.{switches}:+{kind.name}}}",
                           "provider_type": f"remote::{kind.name}", "config": settings})
     alias = {"provider_id": "all", "provider_model_id": "auto", "model_type": "llm"}
@@ -2371,7 +2371,7 @@ def messages_request(request: Json, model: Model) -> Json:
     if kind.keeps_billing_header or kind.native_models:  # Claude itself
         body["messages"] = [without_foreign_thoughts(m) for m in request["messages"]]
     if not kind.images:
-        body["messages"] = [{**m, "content": told_images(m["content"])} for m in body["messages"]]
+        body["messages"] = list(map(without_images, body["messages"]))
     return body
 
 
@@ -2402,18 +2402,14 @@ def is_foreign_thought(block: Json) -> bool:
     return not signature or signature.startswith(SIGNATURE_MARK)
 
 
-def told_images(content: Any) -> Any:
-    """Content with words in the place of images, in tool results too."""
+def without_images(holder: Json) -> Json:
+    """A message or a tool result with words in the place of its images."""
+    content = holder.get("content")
     if not isinstance(content, list):
-        return content
-    told = []
-    for block in content:
-        if block["type"] == "image":
-            block = text_part(block_text(block))
-        elif block["type"] == "tool_result" and block.get("content"):
-            block = {**block, "content": told_images(block["content"])}
-        told.append(block)
-    return told
+        return holder
+    told = (text_part(block_text(b)) if b["type"] == "image" else b for b in content)
+    return {**holder, "content": [without_images(b) if b["type"] == "tool_result" else b
+                                  for b in told]}  # fmt: skip
 
 
 def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
@@ -2726,11 +2722,10 @@ class Dialect:
 def demo_request(request: Json, model: Model) -> Json:
     """The demo model's "request": the text it answers and the size of what it was sent."""
     tokens = round(sum(prompt_tokens(request)))
-    text = (
-        f"This is ogx.py's built-in demo model; I received {len(request['messages'])} messages, "
-        f"{len(request.get('tools') or ())} tools, about {tokens:,} tokens. "
-        f"Set OPENAI_API_KEY, VLLM_URL or OLLAMA_URL and start `run` again to talk to a real model."
-    )
+    text = (f"This is ogx.py's built-in demo model; I received {len(request['messages'])} "
+            f"messages, {len(request.get('tools') or ())} tools, about {tokens:,} tokens. Set "
+            "OPENAI_API_KEY, VLLM_URL or OLLAMA_URL and start `run` again to talk to a real "
+            "model.")  # fmt: skip
     return {"model": model.upstream_id, "text": text, "prompt_tokens": tokens, "stream": True}
 
 
