@@ -876,7 +876,6 @@ def tier_of(model_id: str) -> str | None:
 # What holds for a Messages request whatever the upstream speaks: its shape is checked once, its
 # history becomes turns that every provider accepts, odd blocks become text. Pure.
 
-ROLES = ("user", "assistant", "system")
 # Block types of Anthropic's OpenAPI and of its SDK 2.12 (messages and their betas, November 2026).
 # The text of a block that no chat format has is made by block_text().
 BLOCK_TYPES = frozenset((
@@ -929,7 +928,7 @@ def check_request(body: Any, counting: bool = False) -> None:
         raise OgxError(400, "messages: expected at least one message")
     for index, message in enumerate(body["messages"]):
         where = f"messages.{index}"
-        expect(message, where, {"role": ROLES})
+        expect(message, where, {"role": ("user", "assistant", "system")})
         if message["role"] == "system":  # may hold nothing but an output_config
             message.setdefault("content", [])
         expect(message, where, {"content": CONTENT})
@@ -1250,13 +1249,11 @@ def document_text(block: Json) -> str:
     source = block["source"]
     title = str(block.get("title") or "document")
     context = f"{block['context']}\n" if block.get("context") else ""
-    if source["type"] == "text":
-        text = source["data"]
-    elif source["type"] == "content":
-        text = "\n".join(map(block_text, blocks_of(source["content"])))
-    else:
+    if source["type"] not in ("text", "content"):
         return f"{context}[The document '{title}' could not be passed on to this model: " \
                f"{source_words(source)}]"  # fmt: skip
+    content = source["data"] if source["type"] == "text" else source["content"]
+    text = "\n".join(map(block_text, blocks_of(content)))
     return f"<document title={json.dumps(title, ensure_ascii=False)}>\n{context}{text}\n</document>"
 
 
@@ -1723,8 +1720,7 @@ class ToolNames:
     their odd characters replaced and a hash of the whole name, so that none collide."""
 
     def __init__(self, request: Json) -> None:
-        tools = request.get("tools") or ()
-        named = [tool["name"] for tool in tools if tool.get("name")]
+        named = [tool["name"] for tool in request.get("tools") or () if tool.get("name")]
         self._originals: dict[str, str] = {self.there(name): name for name in named}
 
     def there(self, name: str) -> str:
@@ -1898,20 +1894,18 @@ def tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
     if not tools:
         return {}
     fields: Json = {"tools": tools}
-    choice = request.get("tool_choice")
-    if choice:
-        known = {t["function"]["name"] for t in tools}
-        if choice["type"] != "tool":
-            fields["tool_choice"] = {"any": "required"}.get(choice["type"], choice["type"])
-        elif names.there(choice["name"]) in known:
-            function = {"name": names.there(choice["name"])}
-            fields["tool_choice"] = "required"
-            if kind.named_tool_choice:
-                fields["tool_choice"] = {"type": "function", "function": function}
-            else:
-                fields["tools"] = [t for t in tools if t["function"]["name"] == function["name"]]
-        if choice.get("disable_parallel_tool_use"):
-            fields["parallel_tool_calls"] = False
+    choice = request.get("tool_choice") or {}
+    if choice.get("type") == "tool":
+        name = names.there(choice["name"])
+        named = [tool for tool in tools if tool["function"]["name"] == name]
+        if named and kind.named_tool_choice:
+            fields["tool_choice"] = {"type": "function", "function": {"name": name}}
+        elif named:
+            fields = {"tools": named, "tool_choice": "required"}
+    elif choice:
+        fields["tool_choice"] = {"any": "required"}.get(choice["type"], choice["type"])
+    if choice.get("disable_parallel_tool_use"):
+        fields["parallel_tool_calls"] = False
     return fields
 
 
@@ -2083,8 +2077,7 @@ class ChatTranslator(Translator):
     def end(self) -> None:
         if self._stop_reason and not self.done:
             self._write(self._thoughts.end())
-            if self._details:
-                self._sign()
+            self._sign()
             named = self._stop_sequence is not None
             self._stop_reason = "stop_sequence" if named else self._stop_reason
             if self._holds:
@@ -2104,9 +2097,10 @@ class ChatTranslator(Translator):
         self.writer.text(found or text)
 
     def _sign(self) -> None:
-        kept = {"reasoning_details": list(self._details.values())}
-        self.writer.signature(signature_of("chat", self._model.served, kept))
-        self._details = {}
+        if self._details:
+            kept = {"reasoning_details": list(self._details.values())}
+            self.writer.signature(signature_of("chat", self._model.served, kept))
+            self._details = {}
 
     def _error(self, data: bytes) -> OgxError:
         """An error inside a stream; its `code` may be the status it would have had."""
@@ -2152,8 +2146,7 @@ class ChatTranslator(Translator):
 
     def _read_content(self, content: Any) -> None:
         """Text, or Mistral's list of parts, whose thinking parts hold texts of their own."""
-        if self._details:
-            self._sign()
+        self._sign()
         if isinstance(content, str):
             self._write(self._thoughts.feed(content))
             return
@@ -2169,8 +2162,7 @@ class ChatTranslator(Translator):
             (self.writer.thinking if kind == "thinking" else self._text)(text)
 
     def _read_call(self, fragment: Json) -> None:
-        if self._details:
-            self._sign()
+        self._sign()
         self._write((kind, text) for kind, text in self._thoughts.end() if text.strip())
         function = fragment.get("function") or {}
         call_id, name = str(fragment.get("id") or ""), function.get("name") or ""
@@ -2306,8 +2298,7 @@ class ToolCall:
 
 def usage_from_chat(usage: Json, estimate: int = 0) -> Usage:
     """Anthropic's usage from that of OpenAI's APIs, whose input includes what the cache held."""
-    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
-    details = dict_or_empty(details)
+    details = dict_or_empty(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
     read = details.get("cached_tokens") or usage.get("prompt_cache_hit_tokens") or 0
     written = details.get("cache_write_tokens") or 0
     prompt = usage.get("prompt_tokens") or usage.get("input_tokens") or estimate
