@@ -1343,6 +1343,8 @@ def attached_tokens(block: Json) -> int:
 
 DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
           "tool_use": ("input_json_delta", "partial_json")}  # fmt: skip
+STARTS = {"text": {"type": "text", "text": "", "citations": None},
+          "thinking": {"type": "thinking", "thinking": "", "signature": ""}}  # fmt: skip
 DELTA_FIELDS = dict(DELTAS.values())  # type of delta -> its field
 DELTA_EVENT = ('event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
                '"delta":{"type":"%s","%s":%s}}\n\n')  # fmt: skip
@@ -1549,17 +1551,11 @@ class MessageWriter:
         self.start()
         block.begun = True
         self._index += 1
-        content: Json
-        if block.content is not None:
-            content = block.content
-        elif block.kind == "tool_use":
+        content = block.content or STARTS.get(block.kind)
+        if content is None:
             self.tools += 1
             content = {"type": "tool_use", "id": self._fresh_id(block.id), "name": block.name,
                        "input": {}, "caller": {"type": "direct"}}  # fmt: skip
-        elif block.kind == "thinking":
-            content = {"type": "thinking", "thinking": "", "signature": ""}
-        else:
-            content = {"type": "text", "text": "", "citations": None}
         start = {"type": "content_block_start", "index": self._index, "content_block": content}
         self.events.append(start)
 
