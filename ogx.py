@@ -1048,13 +1048,11 @@ def refuse_untranslatable(body: Json) -> None:
 def registered_alias(body: Any, registry: Registry) -> Alias:
     """The alias that a POST /v1/models asks for; OgxError 400 or 409."""
     expect(body, "", {"model_id": str})
-    model_id, targets = body["model_id"], body.get("provider_model_id")
-    chain = targets if isinstance(targets, list) else []
-    if chain is targets and not (chain and all(isinstance(t, str) and t for t in chain)):
+    model_id, given = body["model_id"], body.get("provider_model_id")
+    chain = given if isinstance(given, list) else ["auto" if given in (None, "") else given]
+    if not chain or not all(isinstance(target, str) and target for target in chain):
         raise OgxError(400, "provider_model_id: expected a model's id or a list of them")
-    body = {**body, "provider_model_id": chain[0]} if chain else body
-    kinds = {"provider_id": str, "provider_model_id": str, "model_type": str}
-    expect(body, "", kinds, required=False)
+    expect(body, "", {"provider_id": str, "model_type": str}, required=False)
     if not re.fullmatch(r"\S(.{0,254}\S)?", model_id) or BAD_ID.search(model_id):
         raise OgxError(400, "model_id: expected 1 to 256 characters without control characters or "
                             "outer spaces")  # fmt: skip
@@ -1066,9 +1064,8 @@ def registered_alias(body: Any, registry: Registry) -> Alias:
         raise OgxError(400, f"provider_id: no provider '{provider_id[:100]}'; there is: {known}")
     if any(model.id == model_id for model in registry.models()):
         raise OgxError(409, f"model_id: '{model_id}' is a provider's own id")
-    if chain:
-        return Alias(model_id, "all", chain[0], tuple(chain))
-    return Alias(model_id, provider_id, targets or "auto")
+    several = tuple(chain) if isinstance(given, list) else ()
+    return Alias(model_id, "all" if several else provider_id, chain[0], several)
 
 
 def blocks_of(content: Any) -> list[Json]:
