@@ -1632,7 +1632,7 @@ class SseReader:
     joined by LF (WHATWG HTML, 9.2). An event larger than `limit` bytes raises OgxError(502)."""
 
     def __init__(self, limit: int = 16 * 1024 * 1024) -> None:
-        self._rest = b""
+        self._rest = bytearray()
         self._data: list[bytes] = []
         self._limit = limit
         self._size = 0
@@ -1644,10 +1644,13 @@ class SseReader:
         if not data:
             return []
         self._after_cr = data.endswith(b"\r")
-        lines = (self._rest + data).splitlines(keepends=True)
-        self._rest = b"" if lines[-1].endswith((b"\n", b"\r")) else lines.pop()
+        self._rest += data
         if len(self._rest) + self._size > self._limit:
             raise OgxError(502, "the upstream sent an event that is too large")
+        if b"\n" not in data and b"\r" not in data:  # not to split a long line again and again
+            return []
+        lines = bytes(self._rest).splitlines(keepends=True)
+        self._rest = bytearray(b"" if lines[-1].endswith((b"\n", b"\r")) else lines.pop())
         events = []
         for line in lines:
             line = line.rstrip(b"\r\n")
@@ -3373,7 +3376,11 @@ class BodyReader:
             data, self.rest = data[: self._left], data[self._left :]
             self._left -= len(data)
             self.done = not self._left
-        return self._unpacker.decompress(data) if self._unpacker else data
+        if self._unpacker:
+            data = self._unpacker.decompress(data, 128 * RECEIVE_SIZE)
+            if self._unpacker.unconsumed_tail:
+                raise OgxError(400, "packed data that unpacks to too much")
+        return data
 
     def _payload(self, data: bytes) -> bytes:
         # An index moves over the buffer: slicing it for every chunk would be quadratic.
@@ -3405,6 +3412,9 @@ class BodyReader:
             self._state = "size"
         elif self._state == "trailer":
             self.done = not line
+            self._left += len(line) + 1
+            if self._left > MAX_HEAD:
+                raise OgxError(400, "malformed chunked body: too many trailers")
         else:
             digits = line.split(b";")[0].strip()
             if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", digits):
@@ -3435,43 +3445,44 @@ def received(sock: socket.socket, size: int = RECEIVE_SIZE) -> bytes | None:
         return None
 
 
-def send_all(sock: socket.socket, data: bytes, timeout: float,
-             watch: socket.socket | None = None) -> None:  # fmt: skip
+def send_all(sock: socket.socket, data: bytes, timeout: float) -> None:
     """Send it all; socket.timeout once the other side took nothing for `timeout` seconds."""
     view = memoryview(data)
     while view:
         try:
             view = view[sock.send(view) :]
         except WOULD_BLOCK:
-            if not wait_ready(sock, timeout, watch, to_send=True):
+            if not wait_ready(sock, timeout, events=selectors.EVENT_WRITE):
                 raise socket.timeout("the other side reads nothing") from None
 
 
 def wait_ready(sock: socket.socket, timeout: float, watch: socket.socket | None = None,
-               to_send: bool = False) -> bool:  # fmt: skip
-    """Whether the socket has bytes, or its end, or can take some, within `timeout` seconds. Raises
-    OgxError(CLIENT_GONE) as soon as the `watch`ed connection, the client's, is closed."""
-    if isinstance(sock, ssl.SSLSocket) and sock.pending() and not to_send:
+               events: int = selectors.EVENT_READ) -> bool:  # fmt: skip
+    """Whether the socket has bytes, or its end (EVENT_READ), or can take some (EVENT_WRITE), within
+    `timeout` seconds. Raises OgxError(CLIENT_GONE) as soon as the `watch`ed connection, the
+    client's, is closed."""
+    if events & selectors.EVENT_READ and isinstance(sock, ssl.SSLSocket) and sock.pending():
         return True
     deadline = time.monotonic() + timeout
-    ready = ready_sockets(sock, watch, max(0.0, timeout), to_send)
+    ready = ready_sockets(sock, watch, max(0.0, timeout), events)
     if not ready or sock.fileno() in ready:
         return bool(ready)
     if watch is not None and is_closed(watch):
         raise OgxError(CLIENT_GONE, "the client closed the connection")
     # The client sent its next request already.
-    return wait_ready(sock, deadline - time.monotonic(), None, to_send)
+    return wait_ready(sock, deadline - time.monotonic(), None, events)
 
 
 def ready_sockets(sock: socket.socket, watch: socket.socket | None, timeout: float,
-                  to_send: bool) -> list[int]:  # fmt: skip
+                  events: int) -> list[int]:  # fmt: skip
     """The descriptors of those of two sockets that are ready."""
+    reads, writes = events & selectors.EVENT_READ, events & selectors.EVENT_WRITE
     if not hasattr(select, "poll"):  # Windows
-        readers = [s for s in (None if to_send else sock, watch) if s]
-        ready = select.select(readers, [sock] if to_send else [], [], timeout)
+        readers = [s for s in (sock if reads else None, watch) if s]
+        ready = select.select(readers, [sock] if writes else [], [], timeout)
         return [s.fileno() for s in ready[0] + ready[1]]
     poll = select.poll()  # unlike select, it takes descriptors above 1,023
-    poll.register(sock, select.POLLOUT if to_send else select.POLLIN)
+    poll.register(sock, (select.POLLIN if reads else 0) | (select.POLLOUT if writes else 0))
     if watch is not None:
         poll.register(watch, select.POLLIN)
     return [descriptor for descriptor, _ in poll.poll(timeout * 1000)]
@@ -3578,6 +3589,8 @@ class Upstream:
     def take(self, provider: Provider, timeout: float, fresh: bool) -> tuple[socket.socket, bool]:
         """A connection to the provider, and whether it was used before."""
         key = origin_of(provider)
+        if self.closed:
+            raise OgxError(503, "ogx.py is stopping")
         while not fresh:
             with self._lock:
                 idle = self._idle.get(key)
@@ -3585,20 +3598,19 @@ class Upstream:
                     break
                 since, sock, body = idle.pop()
             with suppress(OSError, OgxError):
-                idle_for = time.monotonic() - since
-                if idle_for < 0.1 and body.done:  # hardly closed yet; if so, it is noticed later
-                    return sock, True
                 # One that holds anything else was closed by the other side, or is out of step.
-                if idle_for < POOL_SECONDS and body.ended_by(received(sock)):
+                if time.monotonic() - since < POOL_SECONDS and body.ended_by(received(sock)):
                     return sock, True
             sock.close()
         return self._connected(provider, timeout), False
 
     def give_back(self, provider: Provider, sock: socket.socket, body: BodyReader) -> None:
         with self._lock:
-            idle = self._idle.setdefault(origin_of(provider), [])
+            idle, now = self._idle.setdefault(origin_of(provider), []), time.monotonic()
+            while idle and now - idle[0][0] > POOL_SECONDS:
+                idle.pop(0)[1].close()
             if len(idle) < POOL_SIZE:
-                idle.append((time.monotonic(), sock, body))
+                idle.append((now, sock, body))
                 return
         sock.close()
 
@@ -3733,11 +3745,10 @@ class Reply:
 
     def _connect(self, fresh: bool) -> None:
         self.socket, self._reused = self._upstream.take(self._provider, self._timeout, fresh)
+        self._unsent = memoryview(self._request)
         try:
-            send_all(self.socket, self._request, self._limits.idle_timeout, self._watch)
-        except socket.timeout:
-            self.socket.close()
-            raise OgxError(504, f"{self._provider.id} stopped reading the request") from None
+            while self._unsent and not self._buffer:
+                self._send_some()
         except OSError:
             if self._reused:
                 self.socket.close()
@@ -3745,11 +3756,25 @@ class Reply:
             # Else it may have answered already, that the body is too large say: head() tells.
         self._sent_at = self._heard_at = time.monotonic()
 
+    def _send_some(self) -> None:
+        """Send what the upstream takes now; where it takes nothing, it may have answered already,
+        that the body is too large say."""
+        try:
+            self._unsent = self._unsent[self.socket.send(self._unsent) :]
+        except WOULD_BLOCK:
+            both = selectors.EVENT_READ | selectors.EVENT_WRITE
+            if not wait_ready(self.socket, self._limits.idle_timeout, self._watch, both):
+                self.socket.close()
+                words = f"{self._provider.id} stopped reading the request"
+                raise OgxError(504, words) from None
+            self._buffer = received(self.socket) or b""
+
     def head(self, timeout: float) -> bool:
         """Read status and headers; False when they haven't come within `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self._body is None:
-            data = self._receive(deadline, self._limits.first_byte_timeout)
+            early, self._buffer = (self._buffer, b"") if self._unsent else (b"", self._buffer)
+            data = early or self._receive(deadline, self._limits.first_byte_timeout)
             if data is None:
                 return False
             if not data:
@@ -3793,7 +3818,9 @@ class Reply:
         """The next piece of the body, b"" at its end, None after `timeout` seconds of silence."""
         body, deadline = self._body, time.monotonic() + timeout
         assert body is not None, "head() comes before read()"
-        while not body.done:
+        for _ in range(100):  # what brings nothing, such as empty lines, must not hold up others
+            if body.done:
+                return b""
             data, self._buffer = self._buffer, b""
             raw = data or self._receive(deadline, self._limits.idle_timeout)
             if raw is None:
@@ -3801,7 +3828,7 @@ class Reply:
             try:
                 if not raw:
                     body.end()
-                    break
+                    return b""
                 payload = body.feed(raw)
             except zlib.error:
                 raise OgxError(502, f"{self._provider.id} sent broken gzip data") from None
@@ -3809,7 +3836,7 @@ class Reply:
                 raise OgxError(502, f"{error.message} ({self._provider.id})") from None
             if payload:
                 return payload
-        return b""
+        return None
 
     def rest(self, seconds: float, size: int) -> tuple[bytes, bool]:
         """The body as far as it comes in time and holds `size` bytes; whether that is all."""
@@ -3850,8 +3877,9 @@ class Reply:
 
     def release(self) -> None:
         """Done with it: keep the connection where it is clean, else close it."""
-        body = self._body
-        if body and body.reusable and (self.complete or body.done) and not self._buffer:
+        body, surplus = self._body, bool(self._buffer or self._unsent)
+        ended = body and body.reusable and (self.complete or body.done)
+        if body and ended and not (surplus or body.rest):
             self._upstream.give_back(self._provider, self.socket, body)
         else:
             self.socket.close()
@@ -4481,10 +4509,10 @@ def pause_before(error: OgxError, retries: int, backoff: float) -> float | None:
 
 def pause_unless_closed(seconds: float, watch: socket.socket | None) -> None:
     """Wait; OgxError(CLIENT_GONE) as soon as the client has left."""
-    if watch is None:
-        time.sleep(seconds)
-    elif wait_ready(watch, seconds) and is_closed(watch):
+    until = time.monotonic() + seconds
+    if watch is not None and wait_ready(watch, seconds) and is_closed(watch):
         raise OgxError(CLIENT_GONE, "the client closed the connection")
+    time.sleep(max(0.0, until - time.monotonic()))  # it sent its next request already
 
 
 def upstream_items(reply: Reply, tick: float) -> Iterator[list[bytes] | None]:
@@ -4676,6 +4704,9 @@ class Stream:
     error: BaseException | None = None
 
 
+STOPPING = "ogx.py is stopping; ask again in a moment"
+
+
 class Relay:
     """One thread that moves the bytes of all streams that wait for their upstreams: with a thread
     for each, most of the time would go into switching between them. It never waits for one stream
@@ -4690,7 +4721,8 @@ class Relay:
         self._bell.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ)
         self._looked_at = 0.0
-        self._closed = False
+        self._lock = threading.Lock()
+        self._closed = self._ended = False
 
     def finish(self, stream: Stream) -> None:
         """Write the rest of an answer; raises what ended it early."""
@@ -4701,67 +4733,83 @@ class Relay:
 
     def _ring(self, *streams: Stream) -> None:
         """Have run() look at once, at streams to be moved or at the end."""
-        self._new.extend(streams)
-        with suppress(BlockingIOError):  # it is full of rings: heard soon anyway
-            self._bell.send(b"!")
+        with self._lock:
+            if streams and self._ended:
+                raise OgxError(529, STOPPING)
+            self._new.extend(streams)
+            with suppress(OSError):  # it is full of rings, heard soon anyway; or it has ended
+                self._bell.send(b"!")
 
     def close(self) -> None:
         """End what still runs with an error."""
-        if not self._closed:
-            self._closed = True
-            self._ring()
+        self._closed = True
+        self._ring()
 
     def run(self) -> None:
-        while not self._closed:
-            for key, _ in self._selector.select(self._tick / 10 if self._streams else None):
-                stream = key.data
-                if stream is None:
-                    self._ear.recv(1000)
-                    self._admit()
-                elif stream not in self._streams:  # it ended a moment ago
-                    pass
-                elif key.fileobj is stream.source or stream.unsent:
-                    self._move(stream)
-                elif is_closed(stream.client):
-                    self._end(stream, OgxError(CLIENT_GONE, "the client closed the connection"))
-                else:  # it sent its next request already
-                    self._selector.unregister(stream.client)
-            self._look_after_silent()
-        for stream in [*self._streams, *self._new]:
-            self._end(stream, OgxError(529, "ogx.py is stopping; ask again in a moment"))
-        self._selector.close()
-        self._bell.close()
-        self._ear.close()
+        """Move bytes until close()."""
+        try:
+            while not self._closed:
+                for key, _ in self._selector.select(self._tick / 10 if self._streams else None):
+                    if key.data is None:
+                        self._ear.recv(1000)
+                        self._admit()
+                    elif key.data in self._streams:  # else it ended a moment ago
+                        self._attempt(self._go_on, key.data, key.fileobj)
+                now = time.monotonic()
+                if now - self._looked_at >= self._tick / 10:
+                    self._looked_at = now
+                    for stream in list(self._streams):
+                        self._attempt(self._look_after, stream, now)
+        finally:
+            with self._lock:
+                self._ended = True
+            for stream in [*self._streams, *self._new]:
+                self._end(stream, OgxError(529, STOPPING))
+            for closable in (self._selector, self._bell, self._ear):
+                closable.close()
+
+    def _attempt(self, step: Callable[..., None], stream: Stream, *arguments: Any) -> None:
+        """Do something for a stream; what fails ends this one, and its handler knows why."""
+        try:
+            step(stream, *arguments)
+        except StopIteration:
+            self._end(stream)
+        except BaseException as error:
+            self._end(stream, error)
 
     def _admit(self) -> None:
         for _ in range(len(self._new)):
             stream = self._new.pop(0)
-            if stream.ended.is_set():
-                continue
-            if stream not in self._streams:
-                self._streams.add(stream)
-                self._watch(stream)
-            self._move(stream)  # TLS may hold what came in meanwhile
+            if not stream.ended.is_set():
+                self._attempt(self._begin, stream)
+
+    def _begin(self, stream: Stream) -> None:
+        if stream not in self._streams:
+            self._streams.add(stream)
+            self._watch(stream)
+        self._move(stream)  # TLS may hold what came in meanwhile
+
+    def _go_on(self, stream: Stream, ready: Any) -> None:
+        if ready is stream.source or stream.unsent:
+            self._move(stream)
+        elif is_closed(stream.client):
+            raise OgxError(CLIENT_GONE, "the client closed the connection")
+        else:  # it sent its next request already
+            self._await(stream, stream.client, 0)
 
     def _move(self, stream: Stream) -> None:
         """Write what there is, as far as the client takes it, and others aren't kept waiting."""
         blocked, moves = bool(stream.unsent), 0
-        try:
-            self._send(stream, b"")
-            while not stream.unsent and (piece := next(stream.pieces)) is not None:
-                if piece:
-                    self._send(stream, stream.handler.framed(piece))
-                moves += 1
-                if moves == 4:
-                    self._ring(stream)
-                    break
-        except StopIteration:
-            self._end(stream)
-        except BaseException as error:  # its handler knows what to do
-            self._end(stream, error)
-        else:
-            if blocked != bool(stream.unsent):
-                self._watch(stream)
+        self._send(stream, b"")
+        while not stream.unsent and (piece := next(stream.pieces)) is not None:
+            if piece:
+                self._send(stream, stream.handler.framed(piece))
+            moves += 1
+            if moves == 4:
+                self._ring(stream)
+                break
+        if blocked != bool(stream.unsent):
+            self._watch(stream)
 
     def _send(self, stream: Stream, data: bytes) -> None:
         data = stream.unsent + data
@@ -4779,26 +4827,21 @@ class Relay:
                     selectors.EVENT_WRITE if behind else selectors.EVENT_READ)  # fmt: skip
 
     def _await(self, stream: Stream, sock: socket.socket, events: int) -> None:
-        if sock in self._selector.get_map():
+        with suppress(KeyError, ValueError):  # it isn't registered; it is closed
             self._selector.unregister(sock)
         if events:
             self._selector.register(sock, events, stream)
 
-    def _look_after_silent(self) -> None:
-        """Pings for clients that got nothing for a tick, and an end of those that take nothing."""
-        now = time.monotonic()
-        if now - self._looked_at < self._tick / 10:
-            return
-        self._looked_at = now
-        for stream in list(self._streams):
-            silence = now - stream.written_at
-            if stream.unsent and silence >= self._patience:
-                self._end(stream, socket.timeout("the client reads nothing"))
-            elif not stream.unsent and silence >= self._tick * 0.9:
-                self._move(stream)  # the upstream may have been silent for too long
-                if stream in self._streams and not stream.unsent and stream.written_at < now:
-                    self._send(stream, stream.handler.framed(PING))
-                    self._watch(stream)
+    def _look_after(self, stream: Stream, now: float) -> None:
+        """A ping for a client that got nothing for a tick, an end for one that takes nothing."""
+        silence = now - stream.written_at
+        if stream.unsent and silence >= self._patience:
+            raise socket.timeout("the client reads nothing")
+        if not stream.unsent and silence >= self._tick * 0.9:
+            self._move(stream)  # the upstream may have been silent for too long
+            if not stream.unsent and stream.written_at < now:
+                self._send(stream, stream.handler.framed(PING))
+                self._watch(stream)
 
     def _end(self, stream: Stream, error: BaseException | None = None) -> None:
         self._streams.discard(stream)
@@ -5031,6 +5074,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Write a stream as it comes; an error before its first piece is the caller's to answer.
         Once there is nothing more to read at once, the relay goes on with it."""
         done, written_at = self.exchange, time.monotonic()
+        stream: Stream | None = None
         try:
             for piece in pieces:
                 now = time.monotonic()
@@ -5039,8 +5083,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     if done.reply:
                         done.reply.patient = False
                 elif piece is None and done.first_event and done.reply:
-                    source = done.reply.socket
-                    self.server.relay.finish(Stream(self, self.connection, pieces, source))
+                    stream = Stream(self, self.connection, pieces, done.reply.socket)
+                    self.server.relay.finish(stream)
                     break
                 if piece or now - written_at >= self.server.gateway.tick * 0.9:
                     self._send_piece(piece or (PING if done.first_event else SIGN_OF_LIFE))
@@ -5049,6 +5093,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not self.status or error.status == CLIENT_GONE:
                 raise
             self.exchange.error = f"the stream broke: {error.message}"
+            self._write(stream.unsent if stream else b"")
             self._send_piece(sse_bytes(error.body(self.exchange.request_id)))
         self._write(self.framed(b""))
 
