@@ -1789,7 +1789,7 @@ def unserved_tools_note(request: Json, kind: ProviderKind, served: str = "") -> 
     """Words for the model about tools that only Anthropic's servers run (web search, say) or that
     are too many; `served` is how the types of those begin that the upstream has as well."""
     known = {PLACEHOLDER, *(tool["name"] for tool in sent_tools(request, kind))}
-    names = [t.get("name") or t["type"] for t in request.get("tools") or ()
+    names = [t.get("name") or str(t.get("type")) for t in request.get("tools") or ()
              if not served or not str(t.get("type")).startswith(served)]  # fmt: skip
     names = [name for name in names if name not in known]
     if not names:
@@ -2601,7 +2601,8 @@ class ResponsesTranslator(Translator):
             self._read_event(chunk)
             return
         for index, item in enumerate(chunk.get("output") or ()):
-            self._read_item(index, item)
+            kind = "response.output_item.done"
+            self._read_event({"type": kind, "output_index": index, "item": item})
         status = chunk.get("status") or "completed"
         self._read_event({"type": f"response.{status}", "response": chunk})
 

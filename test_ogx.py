@@ -4043,6 +4043,54 @@ class TestUpstream:
             assert reply.head(0.1) is False and time.monotonic() - began < 2
             fake.client_left.set()
 
+    def test_a_connection_with_more_than_its_answer_is_not_used_again(self):
+        def twice(fake, connection):
+            answers = (b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+                       for body in (said("One."), said("Stray.")))  # fmt: skip
+            connection.sendall(b"".join(answers))
+            fake.client_left.wait(5)
+
+        with gateway_over(twice, said("Two.")) as (client, upstream):
+            for words in ("One.", "Two."):
+                assert client.post(request())[2]["content"][0]["text"] == words
+            upstream.client_left.set()
+
+    def test_a_pause_is_kept_though_the_client_sends_its_next_request(self):
+        one, two = socket.socketpair()
+        with one, two:
+            two.sendall(b"GET / HTTP/1.1")
+            began = time.monotonic()
+            ogx.pause_unless_closed(0.1, one)
+            assert time.monotonic() - began >= 0.1
+
+    def test_an_early_refusal_ends_the_upload(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            def serve():
+                connection, _ = listener.accept()
+                connection.recv(1000)
+                send(connection, 413, b'{"error": "too large"}', "application/json")
+                done.wait(20)  # and neither reads on nor closes
+
+            done = threading.Event()
+            threading.Thread(target=serve, daemon=True).start()
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            upstream = ogx.Upstream()
+            reply = upstream.send(provider(url=url), "POST", "/x", b"x" * 20_000_000)
+            assert reply.head(5) and reply.status == 413
+            assert reply.rest(5, 100) == (b'{"error": "too large"}', True)
+            reply.release()
+            assert not any(upstream._idle.values()), "half a request went out on it"
+            done.set()
+
+    def test_bodies_that_bring_nothing_are_bounded(self):
+        trailers = ogx.BodyReader(200, {"transfer-encoding": "chunked"})
+        trailers.feed(b"0\r\n")
+        words = "too many trailers"
+        assert words in refused(trailers.feed, b"a: b\r\n" * 20_000).message
+        packed = ogx.BodyReader(200, {"content-encoding": "gzip"})
+        bomb = gzip.compress(b"\n" * 50_000_000)
+        assert "unpacks to too much" in refused(packed.feed, bomb[: ogx.RECEIVE_SIZE]).message
+
     def test_an_answer_before_the_whole_request_was_read_arrives(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             def serve():
@@ -6340,6 +6388,64 @@ def options(**given):
             rest = self.read_until(sock, b"0\r\n\r\n")
             assert b"content_block_stop" in rest and b"event: error" in rest
             assert client.post(request())[0] == 200, "the server goes on"
+
+    def test_one_clients_reset_ends_no_other_stream(self):
+        def quiet(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="Hello"), done=False))
+            fake.client_left.wait(20)
+            with contextlib.suppress(OSError):
+                send_chunk(connection, sse(delta("stop")))
+                connection.sendall(b"0\r\n\r\n")
+
+        with gateway_over(quiet, quiet, tick=0.05) as (client, upstream):
+            with self.stream_of(client) as other:
+                self.read_until(other, b"Hello")
+                gone = self.stream_of(client)
+                self.read_until(gone, b"Hello")
+                gone.sendall(b"GET / HT")  # so that its end is not looked for any more
+                self.read_until(gone, b"ping")
+                gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                gone.close()  # by a reset
+                self.read_until(other, b"ping")
+                self.read_until(other, b"ping")
+                upstream.client_left.set()
+                self.read_until(other, b"0\r\n\r\n")
+
+    def test_a_slow_reader_gets_all_from_an_upstream_that_closes(self):
+        def large(fake, connection):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n")
+            connection.sendall(sse(delta(content="x"), done=False))
+            go_on.wait(20)
+            connection.sendall(sse(delta(content="y" * 6_000_000), delta("stop")))
+
+        go_on = threading.Event()
+        with gateway_over(large) as (client, _), self.stream_of(client) as sock:
+            self.read_until(sock, b'"x"')
+            go_on.set()
+            time.sleep(0.2)  # the server fills the buffers meanwhile
+            data = b"".join(iter(lambda: sock.recv(1 << 20)[:-5], b""))
+            assert data.count(b"y") >= 6_000_000
+            assert client.get("/v1/health")[0] == 200
+
+    def test_what_was_written_in_part_is_completed_before_the_error(self):
+        def endless(fake, connection):
+            begin_stream(connection)
+            with contextlib.suppress(OSError):
+                while not fake.client_left.is_set():
+                    send_chunk(connection, sse(*[delta(content="z" * 900)] * 50, done=False))
+
+        with gateway_over(endless) as (client, upstream), self.stream_of(client) as sock:
+            self.read_until(sock, b"zzz")
+            stop = threading.Thread(target=client.server.stop, args=(0.3,))
+            stop.start()
+            time.sleep(0.5)  # the client is behind when the time to finish is over
+            raw = b"".join(iter(lambda: sock.recv(1 << 20), b""))
+            stop.join(20)
+            upstream.client_left.set()
+        assert raw.endswith(b"\r\n0\r\n\r\n")
+        last = raw[: raw.rindex(b"\r\n0\r\n\r\n")]
+        assert last[last.rindex(b"\r\nevent: error") :].count(b"overloaded_error") == 1
 
     def test_a_request_sent_while_the_answer_streams_is_answered_after_it(self):
         def slow(fake, connection):
