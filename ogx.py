@@ -5817,6 +5817,7 @@ def run(options: argparse.Namespace) -> int:
     # What no line of this log shows is not looked up (logging's HOWTO, "Optimization").
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    allow_many_files()
     config = config_from_name(options.config, with_aws_region(os.environ))
     token = server_token(options, os.environ)
     gateway = Gateway(config, store=Store(state_path(options.state, os.environ)))
@@ -5844,6 +5845,17 @@ def run(options: argparse.Namespace) -> int:
     log.info("stopping; running answers have %g s to finish", server.limits.drain_timeout)
     server.stop()
     return 0
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files, 256 on macOS, since a stream takes two."""
+    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = 10_240 if hard == resource.RLIM_INFINITY else min(10_240, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def start_log(path: str | None, level: str) -> None:
@@ -5917,5 +5929,17 @@ def say(*lines: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-if __name__ == "__main__":
+def main_after_parsing(*_: Any) -> None:
+    """Run main() when the script's last line is over: until then Python holds what it took to
+    parse the file, 15 MB, and glibc would hold it after that."""
+    sys.excepthook = sys.__excepthook__
+    with suppress(Exception):  # another C library
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    sys.excepthook = main_after_parsing
+    raise RuntimeError("main() runs where errors of the script are told")

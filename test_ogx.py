@@ -6398,19 +6398,20 @@ def options(**given):
                 send_chunk(connection, sse(delta("stop")))
                 connection.sendall(b"0\r\n\r\n")
 
-        with gateway_over(quiet, quiet, tick=0.05) as (client, upstream):
-            with self.stream_of(client) as other:
-                self.read_until(other, b"Hello")
-                gone = self.stream_of(client)
-                self.read_until(gone, b"Hello")
-                gone.sendall(b"GET / HT")  # so that its end is not looked for any more
-                self.read_until(gone, b"ping")
-                gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                gone.close()  # by a reset
-                self.read_until(other, b"ping")
-                self.read_until(other, b"ping")
-                upstream.client_left.set()
-                self.read_until(other, b"0\r\n\r\n")
+        with gateway_over(quiet, quiet, tick=0.05) as (client, upstream), self.stream_of(
+            client
+        ) as other:
+            self.read_until(other, b"Hello")
+            gone = self.stream_of(client)
+            self.read_until(gone, b"Hello")
+            gone.sendall(b"GET / HT")  # so that its end is not looked for any more
+            self.read_until(gone, b"ping")
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            gone.close()  # by a reset
+            self.read_until(other, b"ping")
+            self.read_until(other, b"ping")
+            upstream.client_left.set()
+            self.read_until(other, b"0\r\n\r\n")
 
     def test_a_slow_reader_gets_all_from_an_upstream_that_closes(self):
         def large(fake, connection):
