@@ -431,7 +431,7 @@ class Limits:
     client_timeout: float = limit(30, "seconds for a client to send its request, or read on")
     drain_timeout: float = limit(30, "seconds for running answers after a signal to stop")
     max_body: float = limit(32, "megabytes of a request, after decompression")
-    max_requests: float = limit(500, "requests that run at once; others get a 529")
+    max_requests: float = limit(1000, "requests that run at once; others get a 529")
     max_idle: float = limit(1000, "idle connections of clients; the oldest are closed first")
 
 
