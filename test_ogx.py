@@ -742,7 +742,7 @@ class TestProviders:
 
     @pytest.mark.parametrize(
         ("kind", "base_url", "url"),
-        [  # where each native server has its Messages API (facts/providers.md A5)
+        [  # where each native server has its Messages API
             ("vllm", "http://h:8000/v1", "http://h:8000/v1/messages"),
             ("ollama", "http://h:11434/v1", "http://h:11434/v1/messages"),
             ("anthropic", "", "https://api.anthropic.com/v1/messages"),
