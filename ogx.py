@@ -27,7 +27,7 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
     Events         build, write, read and fold Anthropic events
     Chat           OpenAI Chat Completions: request there, chunks back
     Messages       Anthropic's own format, for upstreams that speak it
-    Responses      the table of dialects
+    Responses      OpenAI's Responses, and the table of dialects
     Remedies       what an upstream's refusal teaches
     Store          what must outlive a request, or the process
     Signing        AWS's credentials, and the signatures made with them
@@ -437,7 +437,6 @@ class Limits:
 
 @dataclass(frozen=True)
 class Config:
-    source: str
     host: str
     port: int
     providers: tuple[Provider, ...]
@@ -494,7 +493,7 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
     limits = Limits(**{name: variables.number(f"OGX_{name.upper()}", server.number(name, usual))
                        for name, usual in asdict(Limits()).items()})  # fmt: skip
     return Config(
-        source, server.text("host", DEFAULT_HOST), port, tuple(providers), tuple(aliases), tiers,
+        server.text("host", DEFAULT_HOST), port, tuple(providers), tuple(aliases), tiers,
         server.flag("discover_local", True), int(server.number("retries", 3)),
         server.number("retry_seconds", 5.0), limits,
         tuple(server.text("host_names", "").lower().replace(",", " ").split()),
@@ -5761,15 +5760,19 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=command_name(), description=purpose)
     parser.add_argument("--version", action="version", version=f"ogx.py {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    add_run(commands)
+    add_connect(commands)
+    return parser
 
+
+def add_run(commands: Any) -> None:
     limits = "".join(f"  OGX_{each.name.upper():<20}{each.default:>4}  {each.metadata['words']}\n"
                      for each in fields(Limits))  # fmt: skip
-    run_ = commands.add_parser(
+    flag = commands.add_parser(
         "run", help="serve the Anthropic Messages API",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"limits, also keys of `server` in the JSON file (client_timeout):\n{limits}",
-    )
-    flag = run_.add_argument
+    ).add_argument
     flag("config", nargs="?", default="starter", help="'starter' (default) or a JSON file like it")
     flag("--host", help=f"address to listen on (default {DEFAULT_HOST})")
     flag("--port", type=port_argument, help=f"port (default OGX_PORT, else {DEFAULT_PORT})")
@@ -5785,6 +5788,8 @@ def argument_parser() -> argparse.ArgumentParser:
     flag("--log-bodies", action="store_true", help="log requests and answers too, shortened and "
          "without keys: what is said to models is then in the log")  # fmt: skip
 
+
+def add_connect(commands: Any) -> None:
     connect = commands.add_parser("connect", help="launch a client on a running server")
     clients = connect.add_subparsers(dest="client", metavar="CLIENT", required=True)
     claude = clients.add_parser("claude", help="Claude Code",
@@ -5802,7 +5807,6 @@ def argument_parser() -> argparse.ArgumentParser:
     flag("--print-env", action="store_true", help="print export and unset lines, launch nothing")
     flag("--shell", choices=tuple(SHELLS), default="sh", help="whose lines --print-env prints")
     flag("--quiet", action="store_true", help="launch without a word")
-    return parser
 
 
 def port_argument(text: str) -> int:

@@ -436,7 +436,7 @@ def native_message(words="Hello."):
 
 def config(*providers, aliases=(), tiers=None, **options):
     fields = {"retries": 0, **options}
-    return ogx.Config("test", "127.0.0.1", 0, providers, tuple(aliases), tiers or {}, **fields)
+    return ogx.Config("127.0.0.1", 0, providers, tuple(aliases), tiers or {}, **fields)
 
 
 @contextlib.contextmanager
