@@ -52,11 +52,11 @@ import itertools
 import json
 import logging
 import marshal
+import math
 import operator
 import os
 import random
 import re
-import select
 import selectors
 import shlex
 import shutil
@@ -74,7 +74,7 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Callable, ClassVar, Optional
+from typing import Any, Callable, ClassVar, Optional, Union
 
 __version__ = "0.1.0"
 
@@ -3323,12 +3323,13 @@ class Signer:
 
 # ======== Upstream ===========================================================================
 # Connections to providers. http.client makes them (TLS, proxies); requests are written and replies
-# are read straight from the socket, so that silence can be told from data at any byte, a client
-# that left is noticed, and every piece is handed on as it comes.
+# are read straight from the socket, which never waits, so that one thread can serve many and every
+# piece is handed on as it comes.
 
 POOL_SECONDS = 50.0  # an idle connection is used no longer: many servers close them after 60
 POOL_SIZE = 64  # idle connections kept for one provider
 RECEIVE_SIZE = 64 * 1024
+MAX_ASKED = 32 * 1024 * 1024  # bytes of a model list and the like
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 HEADER_LINE = re.compile(
     r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r?$", re.M)  # fmt: skip
@@ -3337,6 +3338,9 @@ STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b")
 LENGTH = re.compile("[0-9]{1,18}")
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 Headers = Mapping[str, str]  # by lower-case name
+BLOCKING = False  # is yielded before a step that may block, or takes long: it wants a thread
+Piece = Union[bytes, bool, None]  # of an answer; None: nothing is there yet; or BLOCKING
+Pieces = Generator[Piece, None, None]
 
 
 def headers_from_bytes(lines: bytes) -> dict[str, str]:
@@ -3445,47 +3449,11 @@ def received(sock: socket.socket, size: int = RECEIVE_SIZE) -> bytes | None:
         return None
 
 
-def send_all(sock: socket.socket, data: bytes, timeout: float) -> None:
-    """Send it all; socket.timeout once the other side took nothing for `timeout` seconds."""
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[sock.send(view) :]
-        except WOULD_BLOCK:
-            if not wait_ready(sock, timeout, events=selectors.EVENT_WRITE):
-                raise socket.timeout("the other side reads nothing") from None
-
-
-def wait_ready(sock: socket.socket, timeout: float, watch: socket.socket | None = None,
-               events: int = selectors.EVENT_READ) -> bool:  # fmt: skip
-    """Whether the socket has bytes, or its end (EVENT_READ), or can take some (EVENT_WRITE), within
-    `timeout` seconds. Raises OgxError(CLIENT_GONE) as soon as the `watch`ed connection, the
-    client's, is closed."""
-    if events & selectors.EVENT_READ and isinstance(sock, ssl.SSLSocket) and sock.pending():
-        return True
-    deadline = time.monotonic() + timeout
-    ready = ready_sockets(sock, watch, max(0.0, timeout), events)
-    if not ready or sock.fileno() in ready:
-        return bool(ready)
-    if watch is not None and is_closed(watch):
-        raise OgxError(CLIENT_GONE, "the client closed the connection")
-    # The client sent its next request already.
-    return wait_ready(sock, deadline - time.monotonic(), None, events)
-
-
-def ready_sockets(sock: socket.socket, watch: socket.socket | None, timeout: float,
-                  events: int) -> list[int]:  # fmt: skip
-    """The descriptors of those of two sockets that are ready."""
-    reads, writes = events & selectors.EVENT_READ, events & selectors.EVENT_WRITE
-    if not hasattr(select, "poll"):  # Windows
-        readers = [s for s in (sock if reads else None, watch) if s]
-        ready = select.select(readers, [sock] if writes else [], [], timeout)
-        return [s.fileno() for s in ready[0] + ready[1]]
-    poll = select.poll()  # unlike select, it takes descriptors above 1,023
-    poll.register(sock, (select.POLLIN if reads else 0) | (select.POLLOUT if writes else 0))
-    if watch is not None:
-        poll.register(watch, select.POLLIN)
-    return [descriptor for descriptor, _ in poll.poll(timeout * 1000)]
+def wait_ready(sock: socket.socket, seconds: float, events: int) -> bool:
+    """Whether a socket can be read or written, as `events` ask, within so many seconds."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, events)
+        return bool(selector.select(max(0.0, seconds)))
 
 
 def is_closed(sock: socket.socket) -> bool:
@@ -3543,34 +3511,35 @@ class Upstream:
         return [s for s in (provider.api_key, *self.signer.secrets) if len(s) >= MIN_SECRET]
 
     def send(self, provider: Provider, method: str, path: str, body: bytes | None = None,
-             headers: Headers | None = None, timeout: float | None = None,
-             watch: socket.socket | None = None) -> Reply:  # fmt: skip
-        """Send a request to one of the provider's paths; the reply is still to be read.
-        Raises OgxError 502 or 504, told for the user, when the provider can't be reached, and
-        CLIENT_GONE here or later when the `watch`ed connection, the client's, is closed."""
+             headers: Headers | None = None, timeout: float | None = None) -> Reply:  # fmt: skip
+        """Send a request to one of the provider's paths, as far as goes without waiting; the reply
+        is still to be read."""
+        if self.closed:
+            raise stopping_error()
         if provider.kind is DEMO_KIND:
             return DemoReply(json.loads(body or b"{}"))
         own = {"x-ogx-instance": self.instance, **(headers or {})}
         if provider.kind.signed and not provider.api_key:
             own.update(self.signer.headers(provider.kind.signed, method, provider.url(path), body))
         data = request_bytes(provider, method, path, body, own)
-        return Reply(self, provider, data, timeout or self.limits.connect_timeout, watch)
+        return Reply(self, provider, data, timeout or self.limits.connect_timeout)
 
     def ask(self, provider: Provider, path: str, timeout: float, body: bytes | None = None,
-            headers: Headers | None = None,
-            watch: socket.socket | None = None) -> tuple[Reply, bytes]:  # fmt: skip
+            headers: Headers | None = None) -> tuple[Reply, bytes]:  # fmt: skip
         """The reply to a GET, or to a POST where there is a body, and what it holds; OgxError
-        when that takes longer than `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        method = "POST" if body else "GET"
-        reply = self.send(provider, method, path, body, headers, timeout, watch)
+        when that takes longer than `timeout` seconds, for which this waits."""
+        reply = self.send(provider, "POST" if body else "GET", path, body, headers, timeout)
         try:
-            if reply.head(timeout):
-                answer, complete = reply.rest(deadline - time.monotonic(), 32 * 1024 * 1024)
-                if complete:
-                    return reply, answer
+            steps = reply.whole(timeout, MAX_ASKED)
+            while True:
+                if next(steps) is None:
+                    reply.wait()
+        except StopIteration as end:
+            answer, complete = end.value
         finally:
             reply.release()
+        if complete:
+            return reply, answer
         raise OgxError(504, f"no complete answer from {provider.base_url} within {timeout:g} s")
 
     def json(self, provider: Provider, path: str, timeout: float) -> Any:
@@ -3586,23 +3555,19 @@ class Upstream:
             words = f"expected JSON from {provider.url(path)}, got {beginning(body)[:120]}"
             raise OgxError(502, words) from None
 
-    def take(self, provider: Provider, timeout: float, fresh: bool) -> tuple[socket.socket, bool]:
-        """A connection to the provider, and whether it was used before."""
-        key = origin_of(provider)
-        if self.closed:
-            raise OgxError(503, "ogx.py is stopping")
-        while not fresh:
+    def idle_connection(self, provider: Provider) -> socket.socket | None:
+        """A connection to the provider that was used before and is still good."""
+        while True:
             with self._lock:
-                idle = self._idle.get(key)
+                idle = self._idle.get(origin_of(provider))
                 if not idle:
-                    break
+                    return None
                 since, sock, body = idle.pop()
             with suppress(OSError, OgxError):
                 # One that holds anything else was closed by the other side, or is out of step.
                 if time.monotonic() - since < POOL_SECONDS and body.ended_by(received(sock)):
-                    return sock, True
+                    return sock
             sock.close()
-        return self._connected(provider, timeout), False
 
     def give_back(self, provider: Provider, sock: socket.socket, body: BodyReader) -> None:
         with self._lock:
@@ -3626,7 +3591,9 @@ class Upstream:
                 with suppress(OSError):  # of TCP, not of TLS: its state is another thread's
                     socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-    def _connected(self, provider: Provider, timeout: float) -> socket.socket:
+    def new_connection(self, provider: Provider, timeout: float) -> socket.socket:
+        """A new connection, for which this waits; OgxError 502 or 504, told for the user, when the
+        provider can't be reached."""
         parts = urllib.parse.urlsplit(provider.base_url)
         host, secure = parts.hostname or "", parts.scheme == "https"
         try:
@@ -3646,6 +3613,9 @@ class Upstream:
         sock.setblocking(False)
         with self._lock:
             self._made.add(sock)
+        if self.closed:  # meanwhile, and this one was not among those that were ended
+            sock.close()
+            raise stopping_error()
         return sock
 
     def _context(self, provider: Provider) -> ssl.SSLContext:
@@ -3666,6 +3636,11 @@ class Upstream:
 def origin_of(provider: Provider) -> str:
     """Scheme, host, port and trust: what connections to a provider may be shared by."""
     return f"{provider.url('~')} {provider.verify} {provider.ca_file}"
+
+
+def stopping_error() -> OgxError:
+    """For who still waits when the server stops; clients try again after it."""
+    return OgxError(503, "ogx.py is stopping; ask again in a moment", "overloaded_error")
 
 
 def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
@@ -3726,68 +3701,91 @@ COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
 class Reply:
-    """An upstream's answer while it comes in; headers by lower-case name. A request that met a
-    dead pooled connection is sent again. One that isn't `patient` never waits for bytes; one that
-    is `complete` has nothing to say any more."""
+    """An upstream's answer while it comes in; headers by lower-case name. Nothing here waits but
+    connect(), which is due where `socket` is None: at first, where no connection was left of
+    requests before, and when the one that was left turns out to be dead. One that is `complete`
+    has nothing to say any more."""
 
-    def __init__(self, upstream: Upstream, provider: Provider, request: bytes, timeout: float,
-                 watch: socket.socket | None = None) -> None:  # fmt: skip
+    def __init__(self, upstream: Upstream, provider: Provider, request: bytes,
+                 timeout: float) -> None:  # fmt: skip
         self.status = 0
         self.headers: Headers = {}
-        self.patient, self.complete = True, False
-        self._upstream, self._provider, self._watch = upstream, provider, watch
-        self._limits = upstream.limits
+        self.complete = False
+        self._upstream, self._provider, self._limits = upstream, provider, upstream.limits
         self._request, self._timeout = request, timeout
         self._buffer = b""
         self._body: BodyReader | None = None
-        self._heard_at = self._sent_at = 0.0
-        self._connect(fresh=False)
+        self._unsent = memoryview(request)
+        self._heard_at = time.monotonic()  # or when it took some of the request
+        self._deadline = math.inf
+        self.socket = upstream.idle_connection(provider)
+        self._reused = self.socket is not None
+        if self._reused:
+            self._send()
 
-    def _connect(self, fresh: bool) -> None:
-        self.socket, self._reused = self._upstream.take(self._provider, self._timeout, fresh)
-        self._unsent = memoryview(self._request)
-        try:
-            while self._unsent and not self._buffer:
-                self._send_some()
-        except OSError:
-            if self._reused:
-                self.socket.close()
-                self._connect(fresh=True)
-            # Else it may have answered already, that the body is too large say: head() tells.
-        self._sent_at = self._heard_at = time.monotonic()
+    def connect(self) -> None:
+        """Make a connection and send as much as goes; OgxError 502 or 504."""
+        self.socket = self._upstream.new_connection(self._provider, self._timeout)
+        self._unsent, self._heard_at = memoryview(self._request), time.monotonic()
+        self._send()
 
-    def _send_some(self) -> None:
-        """Send what the upstream takes now; where it takes nothing, it may have answered already,
-        that the body is too large say."""
-        try:
-            self._unsent = self._unsent[self.socket.send(self._unsent) :]
-        except WOULD_BLOCK:
-            both = selectors.EVENT_READ | selectors.EVENT_WRITE
-            if not wait_ready(self.socket, self._limits.idle_timeout, self._watch, both):
-                self.socket.close()
-                words = f"{self._provider.id} stopped reading the request"
-                raise OgxError(504, words) from None
-            self._buffer = received(self.socket) or b""
+    def wait(self) -> None:
+        """Connect where that is due, else wait for more to read or to send, and not too long."""
+        if self.socket is None:
+            self.connect()
+        else:
+            wait_ready(self.socket, self.until - time.monotonic(), self.events)
 
-    def head(self, timeout: float) -> bool:
-        """Read status and headers; False when they haven't come within `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        while self._body is None:
-            early, self._buffer = (self._buffer, b"") if self._unsent else (b"", self._buffer)
-            data = early or self._receive(deadline, self._limits.first_byte_timeout)
+    def more(self) -> Pieces:
+        """The same without waiting: in steps."""
+        yield None if self.socket else BLOCKING
+        if self.socket is None:
+            self.connect()
+
+    @property
+    def events(self) -> int:
+        """What the socket is waited for: bytes and, while some are unsent, room for them."""
+        return selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
+
+    @property
+    def until(self) -> float:
+        """When the upstream's silence will have been too long, or what whole() may take."""
+        waits = self._body is None and not self._unsent
+        limits = self._limits
+        silence = limits.first_byte_timeout if waits else limits.idle_timeout
+        return min(self._heard_at + silence, self._deadline)
+
+    def _send(self) -> None:
+        """Send what the upstream takes now. An error is no reason to stop: it may have answered
+        already, that the body is too large say."""
+        assert self.socket is not None
+        with suppress(OSError):  # WOULD_BLOCK too
+            while self._unsent:
+                self._unsent = self._unsent[self.socket.send(self._unsent) :]
+                self._heard_at = time.monotonic()
+
+    def head(self) -> bool:
+        """Go on to the end of status and headers; whether they are all there."""
+        while self._body is None and self.socket:
+            if self._unsent and not self._buffer:
+                self._send()
+            data = self._receive()
             if data is None:
                 return False
             if not data:
-                at_once = time.monotonic() - self._sent_at < 1.0
-                if not self._reused or self._buffer or not at_once:
-                    raise self._broken(None)
-                self.socket.close()
-                self._connect(fresh=True)
-                continue
+                self._lose()
             self._buffer += data
             while self._body is None and self._parse_head():
                 pass
-        return True
+        return self._body is not None
+
+    def _lose(self) -> None:
+        """The connection ended before an answer: fine only for one that may have been dead."""
+        at_once = time.monotonic() - self._heard_at < 1.0
+        if not self._reused or self._buffer or not at_once:
+            raise self._broken(None)
+        self.release()
+        self.socket, self._reused = None, False
 
     def _parse_head(self) -> bool:
         """Take a complete head off the buffer; whether there was one. 1xx heads are skipped."""
@@ -3814,15 +3812,15 @@ class Reply:
             self._body.reusable = False
         return True
 
-    def read(self, timeout: float) -> bytes | None:
-        """The next piece of the body, b"" at its end, None after `timeout` seconds of silence."""
-        body, deadline = self._body, time.monotonic() + timeout
+    def read(self) -> bytes | None:
+        """The next piece of the body, b"" at its end, None where there is none yet."""
+        body = self._body
         assert body is not None, "head() comes before read()"
         for _ in range(100):  # what brings nothing, such as empty lines, must not hold up others
             if body.done:
                 return b""
             data, self._buffer = self._buffer, b""
-            raw = data or self._receive(deadline, self._limits.idle_timeout)
+            raw = data or self._receive()
             if raw is None:
                 return None
             try:
@@ -3838,37 +3836,39 @@ class Reply:
                 return payload
         return None
 
-    def rest(self, seconds: float, size: int) -> tuple[bytes, bool]:
+    def whole(self, seconds: float, size: int) -> Generator[Piece, None, tuple[bytes, bool]]:
         """The body as far as it comes in time and holds `size` bytes; whether that is all."""
-        body, deadline = bytearray(), time.monotonic() + seconds
-        while len(body) < size and (data := self.read(deadline - time.monotonic())) is not None:
-            if not data:
-                return bytes(body), True
-            body += data
-        return bytes(body), False
+        self._deadline, answer = time.monotonic() + seconds, bytearray()
+        while len(answer) < size and time.monotonic() < self._deadline:
+            piece = self.read() if self.head() else None
+            if piece == b"":
+                return bytes(answer), True
+            if piece is None:
+                yield from self.more()
+            else:
+                answer += piece
+                yield b""
+        return bytes(answer), False
 
-    def _receive(self, deadline: float, limit: float) -> bytes | None:
-        """Bytes as they come, b"" at the end, None when the deadline passed; OgxError(504) after
-        `limit` seconds without a byte."""
-        deadline = min(deadline, self._heard_at + limit)
-        while not self.patient or wait_ready(self.socket, deadline - time.monotonic(), self._watch):
-            if self._upstream.closed:
-                raise OgxError(503, "ogx.py is stopping")
-            try:
-                data = received(self.socket)
-            except OSError as error:
-                if self._reused and self._body is None and not self._buffer:
-                    return b""
-                raise self._broken(error) from None
-            if data is not None:
-                self._heard_at = time.monotonic()
-                return data
-            if not self.patient:
-                break
-        silence = time.monotonic() - self._heard_at
-        if silence >= limit:
-            raise OgxError(504, f"{self._provider.id} sent nothing for {silence:.3g} s")
-        return None
+    def _receive(self) -> bytes | None:
+        """Bytes as they come, b"" at the end, None where there are none yet; OgxError(504) after
+        too long a silence."""
+        assert self.socket is not None
+        if self._upstream.closed:
+            raise stopping_error()
+        try:
+            data = received(self.socket)
+        except OSError as error:
+            if self._reused and self._body is None and not self._buffer:
+                return b""
+            raise self._broken(error) from None
+        if data:
+            self._heard_at = time.monotonic()
+        elif data is None and self.until <= time.monotonic() < self._deadline:
+            silence = time.monotonic() - self._heard_at
+            did = "stopped reading the request" if self._unsent else f"sent nothing for {silence:.3g} s"
+            raise OgxError(504, f"{self._provider.id} {did}")
+        return data
 
     def _broken(self, error: OSError | None) -> OgxError:
         why = (error and error.strerror) or "it closed the connection"
@@ -3879,22 +3879,21 @@ class Reply:
         """Done with it: keep the connection where it is clean, else close it."""
         body, surplus = self._body, bool(self._buffer or self._unsent)
         ended = body and body.reusable and (self.complete or body.done)
-        if body and ended and not (surplus or body.rest):
+        if self.socket and body and ended and not (surplus or body.rest):
             self._upstream.give_back(self._provider, self.socket, body)
-        else:
+        elif self.socket:
             self.socket.close()
 
 
 class DemoReply(Reply):
     def __init__(self, body: Json) -> None:
         self.status, self.headers = 200, {"content-type": "text/event-stream"}
-        self.patient = True
-        self._pieces = demo_stream(body)
+        self.socket, self._pieces = None, demo_stream(body)
 
-    def head(self, timeout: float) -> bool:
+    def head(self) -> bool:
         return True
 
-    def read(self, timeout: float) -> bytes | None:
+    def read(self) -> bytes | None:
         return next(self._pieces, b"")
 
     def release(self) -> None:
@@ -3917,7 +3916,6 @@ ERROR_BODY = (10.0, 1024 * 1024)  # seconds and bytes that an upstream has for i
 MAX_PAGES = 20  # of a model list
 MIN_CONTEXT = 32_000  # tokens; Claude Code's own prompt and tools take 15,000 of them
 REFRESH = 300.0  # seconds between model lists; a 20th for local servers and after a problem
-Pieces = Generator[Optional[bytes], None, None]  # of an answer; None for a tick of silence
 Batches = Generator[Optional[list[Any]], None, None]  # of events, or bytes of some; None likewise
 
 
@@ -3929,7 +3927,6 @@ class Exchange:
     request: Json = field(default_factory=dict)
     raw: bytes = b""  # the request as the client wrote it
     headers: Headers = field(default_factory=dict)  # for upstreams that speak Messages
-    watch: socket.socket | None = None  # the client's connection, to notice that it left
     asked: str = ""
     answered: bool = False  # a part of the answer is with the client: there is no second try
     served: str = ""
@@ -3939,7 +3936,9 @@ class Exchange:
     session: str = ""
     started: float = field(default_factory=time.monotonic)
     first_event: float | None = None
-    reply: Reply | None = None  # the present model's, once it began with status 200
+    reply: Reply | None = None  # that is waited for
+    begun: bool = False  # the present model's reply began with status 200
+    pause: float = math.inf  # when to go on, whatever has come by then
     usage: Usage | None = None
     error: str = ""
 
@@ -3954,7 +3953,8 @@ class Exchange:
 
 
 class Gateway:
-    """The service behind the server. `tick` is the silence before a sign of life, in seconds."""
+    """The service behind the server. `tick` is the silence before a sign of life, in seconds. What
+    answers /v1/messages never waits but after BLOCKING; other methods may."""
 
     def __init__(self, config: Config, upstream: Upstream | None = None, tick: float = TICK,
                  store: Store | None = None) -> None:  # fmt: skip
@@ -3981,10 +3981,12 @@ class Gateway:
 
     def messages(self, exchange: Exchange) -> Pieces:
         """The answer's bytes as they come: server-sent events, or one JSON object where no stream
-        was asked for. None when the upstream was silent for a tick.
+        was asked for. None where nothing is there yet: exchange.reply and .pause tell until when.
         Raises OgxError: before the first bytes it can still become an HTTP status. Closing the
         iterator closes the upstream's connection."""
         exchange.asked = one_line(BAD_ID.sub("?", exchange.request["model"]))[:200]
+        if not self.discovered.is_set():
+            yield BLOCKING
         chain = self._chain(exchange.request["model"])
         for place, model in enumerate(chain, 1):
             try:
@@ -4012,7 +4014,7 @@ class Gateway:
     def _tried(self, model: Model, exchange: Exchange) -> Pieces:
         """One model's answer, its refusals remedied and its failures retried."""
         exchange.served, exchange.retries, exchange.waited = model.served, 0, 0.0
-        exchange.reply = None
+        exchange.begun = False
         lessons = list(self.lessons.of(model))
         known, key = len(lessons), None
         for attempt in range(1, MAX_REQUESTS + 1):
@@ -4031,7 +4033,9 @@ class Gateway:
                     if piece and not exchange.answered:  # what was changed has helped
                         body, data = {}, b""
                         exchange.note_answer()
-                        self.lessons.add(model, lessons[known:])
+                        if lessons[known:]:
+                            yield BLOCKING  # a disk
+                            self.lessons.add(model, lessons[known:])
                     yield piece
                 return
             except OgxError as error:
@@ -4046,7 +4050,7 @@ class Gateway:
                     raise error from None
                 log.info("%s: %s failed: %s; trying again in %.1f s", exchange.request_id,
                          model.served, one_line(error.message), pause)  # fmt: skip
-                pause_unless_closed(pause, exchange.watch)
+                yield from self._paused(pause, exchange)
 
     def _request(self, model: Model, name: str, exchange: Exchange,
                  lessons: Sequence[Lesson]) -> tuple[Json, bytes]:  # fmt: skip
@@ -4086,7 +4090,7 @@ class Gateway:
     def _pause(self, error: OgxError, exchange: Exchange) -> float | None:
         """Seconds before a failed request is sent again; None when it is not. What was begun to
         be answered is never asked for twice, unless the upstream said itself that it failed."""
-        if (exchange.reply and error.refusal is None) or self._stopped.is_set():
+        if (exchange.begun and error.refusal is None) or self._stopped.is_set():
             return None
         pause = pause_before(error, exchange.retries, self.backoff)
         if pause is None or exchange.retries == self.config.retries or (
@@ -4095,6 +4099,12 @@ class Gateway:
             return None
         exchange.retries, exchange.waited = exchange.retries + 1, exchange.waited + pause
         return pause
+
+    def _paused(self, seconds: float, exchange: Exchange) -> Pieces:
+        exchange.pause = time.monotonic() + seconds
+        while time.monotonic() < exchange.pause:
+            yield None
+        exchange.pause = math.inf
 
     def _note_refusal(self, key: int, error: OgxError) -> None:
         chance = error.refusal and error.refusal.code == "tool_use_failed"
@@ -4108,22 +4118,21 @@ class Gateway:
         dialect = DIALECTS[name]
         headers = exchange.headers if dialect.native else {}
         path = request_path(name, model.provider.kind)
-        reply = self.upstream.send(model.provider, "POST", path, data, headers,
-                                   watch=exchange.watch)  # fmt: skip
+        reply = yield from self._sent(model.provider, path, data, headers, exchange)
         data = b""
         try:
             prompt = prompt_tokens(exchange.request)  # while the upstream works: it takes a while
             if not dialect.native:
                 estimate, shows = self.ratios.estimate(model, prompt), self.config.show_thinking
                 translator = new_translator(dialect, exchange.request, model, estimate, shows)
-            while not reply.head(self.tick):
-                yield None
+            while not reply.head():
+                yield from reply.more()
             if reply.status != 200:
-                answer, _ = reply.rest(*ERROR_BODY)
-                refusal = refusal_from_body(reply.status, answer)
-                native = answer if dialect.native else b""
+                words, _ = yield from reply.whole(*ERROR_BODY)
+                refusal = refusal_from_body(reply.status, words)
+                native = words if dialect.native else b""
                 raise refused_error(refusal, model, reply.headers, native)
-            exchange.reply = reply
+            exchange.begun = True
             if dialect.native and exchange.stream:
                 yield from self._handed_on(reply, model.provider, exchange)
             elif dialect.native:
@@ -4135,11 +4144,19 @@ class Gateway:
             self.ratios.learn(model, prompt, exchange.usage)
         finally:
             reply.release()
+            exchange.reply = None
+
+    def _sent(self, provider: Provider, path: str, data: bytes, headers: Headers,
+              exchange: Exchange) -> Generator[Piece, None, Reply]:  # fmt: skip
+        if provider.kind.signed and not provider.api_key:
+            yield BLOCKING  # for files with keys, and programs that tell them
+        exchange.reply = self.upstream.send(provider, "POST", path, data, headers)
+        return exchange.reply
 
     def _translated(self, reply: Reply, translator: Translator) -> Batches:
         """The answer's events in batches, each what came together; None for a tick of silence."""
         try:
-            for items in upstream_items(reply, self.tick):
+            for items in upstream_items(reply):
                 for item in items or ():
                     translator.feed(item)
                 reply.complete = translator.done and not translator.writer.stopped
@@ -4172,7 +4189,7 @@ class Gateway:
     def _handed_on(self, reply: Reply, provider: Provider, exchange: Exchange) -> Pieces:
         """A native stream's bytes, but for the model's id."""
         stream, begun = NativeStream(exchange.request["model"]), False
-        while not stream.ended and (data := reply.read(self.tick)) != b"":
+        while not stream.ended and (data := reply.read()) != b"":
             if data is None:
                 yield None
                 continue
@@ -4191,7 +4208,7 @@ class Gateway:
     def _handed_on_whole(self, reply: Reply, exchange: Exchange) -> Pieces:
         """A native message, but for the model's id."""
         whole = b""
-        for items in upstream_items(reply, self.tick):
+        for items in upstream_items(reply):
             whole = b"".join(items or ()) or whole
             if items is None:
                 yield None
@@ -4204,27 +4221,34 @@ class Gateway:
         exchange.usage = Usage(*(count if isinstance(count, int) else 0 for count in counts))
         yield json_bytes({**message, "model": exchange.request["model"]})
 
-    def count_tokens(self, exchange: Exchange) -> Json:
+    def count_tokens(self, exchange: Exchange) -> Pieces:
         """{"input_tokens": N}: by the upstream where it counts for free, else an estimate."""
-        request = exchange.request
+        if not self.discovered.is_set():
+            yield BLOCKING
+        request, count = exchange.request, 0
         model = self._chain(request["model"])[0]
         model = taught_model(model, self.lessons.of(model))
-        ways = ways_to_count(self._dialect_of(model, request), request, model)
-        counts = (self._counted(model.provider, *way, exchange) for way in ways)
-        count = next(filter(None, counts), 0) or self.ratios.estimate(model, prompt_tokens(request))
-        return {"input_tokens": count, "context_management": {"original_input_tokens": count}}
+        for paths, body in ways_to_count(self._dialect_of(model, request), request, model):
+            count = yield from self._counted(model.provider, paths, body, exchange)
+            if count:
+                break
+        count = count or self.ratios.estimate(model, prompt_tokens(request))
+        counted = {"input_tokens": count, "context_management": {"original_input_tokens": count}}
+        yield json_bytes(counted) + b"\n"
 
     def _counted(self, provider: Provider, paths: Sequence[str], body: Json,
-                 exchange: Exchange) -> int:  # fmt: skip
+                 exchange: Exchange) -> Generator[Piece, None, int]:  # fmt: skip
         """What the upstream counts; 0 where it doesn't, and that it has no such path is kept."""
         missing, answer = self.registry.uncounted.setdefault(provider.base_url, set()), {}
         for path in () if paths[0] in missing else paths:
             try:
-                reply, told = self.upstream.ask(provider, path, 30.0, json_bytes(body),
-                                                exchange.headers, exchange.watch)  # fmt: skip
-            except OgxError as error:
-                if error.status == CLIENT_GONE:
-                    raise
+                reply = yield from self._sent(provider, path, json_bytes(body), exchange.headers,
+                                              exchange)  # fmt: skip
+                try:
+                    told, _ = yield from reply.whole(30.0, MAX_ASKED)
+                finally:
+                    reply.release()
+            except OgxError:
                 return 0
             if reply.status != 200:
                 missing.update(paths[:1] if reply.status in (404, 405, 501) else ())
@@ -4507,21 +4531,13 @@ def pause_before(error: OgxError, retries: int, backoff: float) -> float | None:
     return None if told else backoff * 2**retries * random.uniform(0.8, 1.2)
 
 
-def pause_unless_closed(seconds: float, watch: socket.socket | None) -> None:
-    """Wait; OgxError(CLIENT_GONE) as soon as the client has left."""
-    until = time.monotonic() + seconds
-    if watch is not None and wait_ready(watch, seconds) and is_closed(watch):
-        raise OgxError(CLIENT_GONE, "the client closed the connection")
-    time.sleep(max(0.0, until - time.monotonic()))  # it sent its next request already
-
-
-def upstream_items(reply: Reply, tick: float) -> Iterator[list[bytes] | None]:
-    """The data of the server-sent events that came together, or a whole body as one; None for a
-    tick of silence."""
+def upstream_items(reply: Reply) -> Iterator[list[bytes] | None]:
+    """The data of the server-sent events that came together, or a whole body as one; None where
+    nothing is there yet."""
     reader, whole = SseReader(), bytearray()
     is_whole: bool | None = None
     while True:
-        data = reply.read(tick)
+        data = reply.read()
         if data is None:
             yield None
             continue
@@ -4580,6 +4596,12 @@ SIGN_OF_LIFE = b": waiting for the model\n\n"  # before message_start only comme
 LOGGED_BODY = 10_000  # characters
 FILE_OR_KEY = re.compile(r"[A-Za-z0-9+/=]{200,}|\b(?<=sk-)[\w-]{8,}")
 ABOUT = {"service": "ogx.py", "version": __version__, "status": "OK"}
+LONG = 256 * 1024  # bytes of a request that takes so long to translate that it gets a thread
+SHARE = 0.002  # seconds for which new requests may hold up running answers at a time
+# What a connection waits for, besides BLOCKING.
+READS, WRITES, ANSWER = "the client writes", "the client reads", "the upstream answers"
+AGAIN = "the others"  # it could go on, but they come first
+Steps = Generator[Union[str, bool], None, Any]  # of a connection: what each waits for
 SIMPLE_TYPES = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
 
 
@@ -4596,7 +4618,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.gateway, self.limits = gateway, gateway.config.limits
         self.token = token.encode()  # which clients must show; empty: everyone may come in
         self.stopping = False
-        self.relay = Relay(gateway.tick, self.limits.client_timeout)
+        self.relay = Relay()
         self.running = 0
         self._done = threading.Condition()
         self._idle: dict[socket.socket, None] = {}  # connections without a request, oldest first
@@ -4633,9 +4655,10 @@ class Server(http.server.ThreadingHTTPServer):
         with self._done:
             patience = self.limits.drain_timeout if drain is None else drain
             self._done.wait_for(lambda: self.running == 0, patience)
-            self.relay.close()
+            self.relay.interrupt()
             self.gateway.close()
             self._done.wait_for(lambda: self.running == 0, 2.0)
+        self.relay.close()
 
     def count(self, change: int) -> None:
         """Count a running request in (1) or out (-1)."""
@@ -4654,7 +4677,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _close_idle(self, kept: int) -> None:
         for connection in list(self._idle)[: max(0, len(self._idle) - kept)]:
             self._idle.pop(connection, None)
-            with suppress(OSError):  # its own thread wakes up and closes it
+            with suppress(OSError):  # the relay sees its end and closes it
                 socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -4666,13 +4689,22 @@ class Server(http.server.ThreadingHTTPServer):
             time.sleep(0.02)  # it is tried again at once
             raise
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A new connection goes to the relay: with TLS from a thread of its own, since a slow
+        handshake must hold up no one else."""
+        shaken = super().process_request if self.tls else self.process_request_thread
+        shaken(request, client_address)
+
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection, in its own thread: a slow handshake holds up no one else."""
         request.settimeout(self.limits.client_timeout)
-        with suppress(OSError):  # a handshake that fails
+        try:
             request = self.tls.wrap_socket(request, server_side=True) if self.tls else request
-            with request:
-                super().finish_request(request, client_address)
+            super().finish_request(request, client_address)
+        except OSError:  # a handshake that fails
+            request.close()
+
+    def shutdown_request(self, request: Any) -> None:
+        """Not yet: the relay has the connection."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection failed unexpectedly")
@@ -4690,167 +4722,161 @@ def listen_problem(error: Exception, host: str, port: int) -> str:
     return f"can't listen on {host}:{port}: {error}"
 
 
-@dataclass(eq=False)
-class Stream:
-    """A streamed answer that the relay writes while its handler sleeps."""
-
-    handler: Handler
-    client: socket.socket
-    pieces: Pieces
-    source: socket.socket  # where the pieces come from
-    unsent: bytes = b""  # what the client was too slow to take
-    written_at: float = field(default_factory=time.monotonic)
-    ended: threading.Event = field(default_factory=threading.Event)
-    error: BaseException | None = None
-
-
-STOPPING = "ogx.py is stopping; ask again in a moment"
-
-
 class Relay:
-    """One thread that moves the bytes of all streams that wait for their upstreams: with a thread
-    for each, most of the time would go into switching between them. It never waits for one stream
-    alone; a client that is slow to read stops its own upstream."""
+    """One thread that goes on with every connection that can go on: with a thread for each, most
+    of the time would go into switching between them. What may block, or takes long, runs in a
+    thread of its own, and comes back."""
 
-    def __init__(self, tick: float, patience: float) -> None:
-        self._tick, self._patience = tick, patience  # seconds before a ping, for a slow reader
-        self._streams: set[Stream] = set()
-        self._new: list[Stream] = []
+    def __init__(self) -> None:
+        self._handlers: set[Handler] = set()  # those that no thread has
+        self._turns: dict[Handler, None] = {}  # those that can go on, the next one first
+        self._new: list[tuple[Handler, str]] = []
+        self._alarm = math.inf  # when the first of them may have waited for too long
         self._selector = selectors.DefaultSelector()
         self._bell, self._ear = socket.socketpair()
         self._bell.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ)
-        self._looked_at = 0.0
         self._lock = threading.Lock()
-        self._closed = self._ended = False
+        self._interrupted = self._closed = False
 
-    def finish(self, stream: Stream) -> None:
-        """Write the rest of an answer; raises what ended it early."""
-        self._ring(stream)
-        stream.ended.wait()
-        if stream.error:
-            raise stream.error
-
-    def _ring(self, *streams: Stream) -> None:
-        """Have run() look at once, at streams to be moved or at the end."""
+    def add(self, handler: Handler, step: str = AGAIN) -> None:
+        """Take in a connection, a new one or one that a thread is done with for now."""
         with self._lock:
-            if streams and self._ended:
-                raise OgxError(529, STOPPING)
-            self._new.extend(streams)
-            with suppress(OSError):  # it is full of rings, heard soon anyway; or it has ended
-                self._bell.send(b"!")
+            if not self._closed:
+                self._new.append((handler, step))
+                return self._ring()
+        handler.steps.close()
 
-    def close(self) -> None:
-        """End what still runs with an error."""
-        self._closed = True
+    def _ring(self) -> None:
+        with suppress(OSError):  # it is full of rings, heard soon anyway; or it has ended
+            self._bell.send(b"!")
+
+    def interrupt(self) -> None:
+        """Have what runs end with an error."""
+        self._interrupted = True
         self._ring()
 
+    def close(self) -> None:
+        """End at once."""
+        with self._lock:
+            self._closed = True
+            self._ring()
+
     def run(self) -> None:
-        """Move bytes until close()."""
+        """Serve until close(). Answers that run come first: a request that comes in may have to
+        wait for its turn, and is then read and translated."""
         try:
             while not self._closed:
-                for key, _ in self._selector.select(self._tick / 10 if self._streams else None):
-                    if key.data is None:
-                        self._ear.recv(1000)
+                patience = 0.0 if self._turns else max(0.0, self._alarm - time.monotonic())
+                for key, _ in self._selector.select(None if patience == math.inf else patience):
+                    handler = key.data
+                    if handler is None:
                         self._admit()
-                    elif key.data in self._streams:  # else it ended a moment ago
-                        self._attempt(self._go_on, key.data, key.fileobj)
+                    elif handler.waits is READS:
+                        self._turns[handler] = None
+                    elif handler in self._handlers and handler.waits is not AGAIN:
+                        self._go_on(handler, key.fileobj)
                 now = time.monotonic()
-                if now - self._looked_at >= self._tick / 10:
-                    self._looked_at = now
-                    for stream in list(self._streams):
-                        self._attempt(self._look_after, stream, now)
+                if now >= self._alarm:
+                    self._wake(now)
+                while self._turns and time.monotonic() - now < SHARE:
+                    handler = next(iter(self._turns))
+                    del self._turns[handler]
+                    self._go_on(handler)
         finally:
-            with self._lock:
-                self._ended = True
-            for stream in [*self._streams, *self._new]:
-                self._end(stream, OgxError(529, STOPPING))
+            self.close()
+            for handler in [*self._handlers, *(handler for handler, _ in self._new)]:
+                handler.steps.close()
             for closable in (self._selector, self._bell, self._ear):
                 closable.close()
 
-    def _attempt(self, step: Callable[..., None], stream: Stream, *arguments: Any) -> None:
-        """Do something for a stream; what fails ends this one, and its handler knows why."""
-        try:
-            step(stream, *arguments)
-        except StopIteration:
-            self._end(stream)
-        except BaseException as error:
-            self._end(stream, error)
-
     def _admit(self) -> None:
+        self._ear.recv(1000)
         for _ in range(len(self._new)):
-            stream = self._new.pop(0)
-            if not stream.ended.is_set():
-                self._attempt(self._begin, stream)
+            handler, step = self._new.pop(0)
+            self._handlers.add(handler)
+            self._wait(handler, step)
+        if self._interrupted:
+            for handler in list(self._handlers):
+                if not handler.interrupted:
+                    handler.interrupted = True
+                    self._go_on(handler, error=stopping_error())
 
-    def _begin(self, stream: Stream) -> None:
-        if stream not in self._streams:
-            self._streams.add(stream)
-            self._watch(stream)
-        self._move(stream)  # TLS may hold what came in meanwhile
+    def _wake(self, now: float) -> None:
+        """Let those go on that have waited for too long, and set the alarm for the others."""
+        self._alarm = math.inf
+        for handler in self._handlers:
+            if handler.until <= now:
+                self._turns[handler] = None
+            else:
+                self._alarm = min(self._alarm, handler.until)
 
-    def _go_on(self, stream: Stream, ready: Any) -> None:
-        if ready is stream.source or stream.unsent:
-            self._move(stream)
-        elif is_closed(stream.client):
-            raise OgxError(CLIENT_GONE, "the client closed the connection")
-        else:  # it sent its next request already
-            self._await(stream, stream.client, 0)
+    def _go_on(self, handler: Handler, ready: Any = None, error: OgxError | None = None) -> None:
+        if handler not in self._handlers:
+            return  # it ended a moment ago
+        if ready is handler.connection and handler.waits is ANSWER:
+            if not is_closed(handler.connection):  # it sent its next request already
+                return self._watch(handler, 0, *handler.watched[1:])
+            error = OgxError(CLIENT_GONE, "the client closed the connection")
+        self._wait(handler, handler.next_step(error))
 
-    def _move(self, stream: Stream) -> None:
-        """Write what there is, as far as the client takes it, and others aren't kept waiting."""
-        blocked, moves = bool(stream.unsent), 0
-        self._send(stream, b"")
-        while not stream.unsent and (piece := next(stream.pieces)) is not None:
-            if piece:
-                self._send(stream, stream.handler.framed(piece))
-            moves += 1
-            if moves == 4:
-                self._ring(stream)
-                break
-        if blocked != bool(stream.unsent):
-            self._watch(stream)
+    def _wait(self, handler: Handler, step: str | bool | None) -> None:
+        """Have a connection wait for what its step says; None is its end."""
+        handler.waits = step
+        if step is AGAIN:
+            self._turns[handler] = None
+        elif step is None or step is BLOCKING:
+            self._watch(handler, 0)
+            self._handlers.discard(handler)
+            self._turns.pop(handler, None)
+            if step is BLOCKING:
+                self._start_thread(handler)
+        else:
+            reply = handler.exchange.reply if step is ANSWER else None
+            events = selectors.EVENT_WRITE if step is WRITES else selectors.EVENT_READ
+            source = reply and reply.socket
+            self._watch(handler, events, source, reply.events if reply and source else 0)
+            self._alarm = min(self._alarm, handler.until)
 
-    def _send(self, stream: Stream, data: bytes) -> None:
-        data = stream.unsent + data
-        if data:
-            with suppress(*WOULD_BLOCK):
-                data = data[stream.client.send(data) :]
-                stream.written_at = time.monotonic()
-        stream.unsent = data
+    def _start_thread(self, handler: Handler) -> None:
+        try:
+            threading.Thread(target=self._block, args=(handler,), daemon=True).start()
+        except RuntimeError:  # the system has no more
+            self._handlers.add(handler)
+            self._wait(handler, handler.next_step(OgxError(529, "no thread is left for this")))
 
-    def _watch(self, stream: Stream) -> None:
-        """Wait for the upstream or, when the client is behind, for the client alone."""
-        behind = bool(stream.unsent)
-        self._await(stream, stream.source, 0 if behind else selectors.EVENT_READ)
-        self._await(stream, stream.client,
-                    selectors.EVENT_WRITE if behind else selectors.EVENT_READ)  # fmt: skip
+    def _block(self, handler: Handler) -> None:
+        """Do what may block, in a thread of its own."""
+        step: Any = BLOCKING
+        while step is BLOCKING:
+            step = handler.next_step()
+        if step is not None:
+            self.add(handler, step)
 
-    def _await(self, stream: Stream, sock: socket.socket, events: int) -> None:
-        with suppress(KeyError, ValueError):  # it isn't registered; it is closed
-            self._selector.unregister(sock)
-        if events:
-            self._selector.register(sock, events, stream)
+    def _watch(self, handler: Handler, events: int, source: socket.socket | None = None,
+               source_events: int = 0) -> None:  # fmt: skip
+        """Watch a connection and the upstream's for these events, and nothing else any more."""
+        wanted, old = (events, source, source_events), handler.watched
+        if wanted == old:
+            return
+        handler.watched = wanted
+        self._register(handler, handler.connection, old[0], events)
+        if old[1] is not source and old[1] is not None:
+            self._register(handler, old[1], old[2], 0)
+        if source is not None:
+            known = old[2] if old[1] is source else 0
+            self._register(handler, source, known, source_events)
 
-    def _look_after(self, stream: Stream, now: float) -> None:
-        """A ping for a client that got nothing for a tick, an end for one that takes nothing."""
-        silence = now - stream.written_at
-        if stream.unsent and silence >= self._patience:
-            raise socket.timeout("the client reads nothing")
-        if not stream.unsent and silence >= self._tick * 0.9:
-            self._move(stream)  # the upstream may have been silent for too long
-            if not stream.unsent and stream.written_at < now:
-                self._send(stream, stream.handler.framed(PING))
-                self._watch(stream)
-
-    def _end(self, stream: Stream, error: BaseException | None = None) -> None:
-        self._streams.discard(stream)
-        self._await(stream, stream.source, 0)
-        self._await(stream, stream.client, 0)
-        with suppress(Exception):
-            stream.pieces.close()
-        stream.error = error
-        stream.ended.set()
+    def _register(self, handler: Handler, sock: socket.socket, old: int, events: int) -> None:
+        if old == events:
+            return
+        with suppress(KeyError, ValueError):  # it is closed
+            if not events:
+                self._selector.unregister(sock)
+            elif old:
+                self._selector.modify(sock, events, handler)
+            else:
+                self._selector.register(sock, events, handler)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -4863,76 +4889,108 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setblocking(False)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._received = b""  # and not yet read
+        self._unsent: bytes | memoryview = b""  # what the client was too slow to take
+        self._moves = 0
+        self.steps = self._requests()
+        # The relay's: what is waited for and until when, what is watched for that.
+        self.waits: str | bool | None = None
+        self.until = math.inf
+        self.watched: tuple[int, socket.socket | None, int] = (0, None, 0)
+        self.interrupted = False
+
+    def handle(self) -> None:
+        """Leave the connection to the relay."""
+        self.server.relay.add(self)
 
     def finish(self) -> None:
         pass
 
-    def handle_one_request(self) -> None:
-        self.close_connection = True
-        self.exchange = Exchange(fresh_id("req"), watch=self.connection)
-        self.status, self.command, self.path = 0, "", ""
-        self._unread = False
+    def next_step(self, error: OgxError | None = None) -> str | bool | None:
+        """Go on as far as goes without waiting; what is waited for then, None at the end."""
         try:
-            head = self._read_head()
-            if head:
-                self.exchange.started = time.monotonic()
-                self.server.count(1)
-                try:
-                    self._answer(head)
-                finally:
-                    self.server.count(-1)
-        except (OSError, EOFError) as error:  # the client left or was too slow
-            self.close_connection = True
+            return self.steps.throw(error) if error else next(self.steps)
+        except (StopIteration, OgxError):  # it had not begun when it was interrupted
+            return None
+        except Exception:
+            log.exception("a connection failed unexpectedly")
+            return None
+
+    def _requests(self) -> Steps:
+        """Serve one request after the other."""
+        self.close_connection = False
+        try:
+            while not self.close_connection:
+                yield from self._one_request()
+        except (OSError, EOFError, OgxError) as error:  # the client left or was too slow
             log.debug("%s: connection lost: %s", self.exchange.request_id, error)
         finally:
             self.server.idle(self.connection, False)
+            self.connection.close()
 
-    def _receive(self, size: int = RECEIVE_SIZE) -> bytes:
+    def _one_request(self) -> Steps:
+        self.close_connection = True
+        self.exchange = Exchange(fresh_id("req"))
+        self.status, self.command, self.path = 0, "", ""
+        self._unread = False
+        head = yield from self._read_head()
+        if head:
+            self.exchange.started = time.monotonic()
+            self.server.count(1)
+            try:
+                yield from self._answer(head)
+            finally:
+                self.server.count(-1)
+
+    def _receive(self, size: int = RECEIVE_SIZE) -> Generator[str, None, bytes]:
         """Bytes from the client, b"" at its end; socket.timeout after the time for a request, to
         which 50 KB add a second."""
         while (data := received(self.connection, size)) is None:
-            if not wait_ready(self.connection, self._until - time.monotonic()):
+            if time.monotonic() >= self._deadline:
                 raise socket.timeout("the client was too slow")
-        self._until += len(data) / 50_000
+            self.until = self._deadline
+            yield READS
+        self._deadline += len(data) / 50_000
         return data
 
-    def _read_head(self) -> bytes:
+    def _read_head(self) -> Generator[str, None, bytes]:
         """A request's head without its last line break; b"" when the client closed."""
         if not self._received:
             self.server.idle(self.connection, True)
-            self._until = time.monotonic() + KEEP_ALIVE
-            self._received = self._receive().lstrip(b"\r\n")
+            self.until = self._deadline = time.monotonic() + KEEP_ALIVE
+            yield READS
+            self._received = (yield from self._receive()).lstrip(b"\r\n")
             self.server.idle(self.connection, False)
-        self._until = time.monotonic() + self.server.limits.client_timeout
+        self._deadline = time.monotonic() + self.server.limits.client_timeout
         while not (end := HEAD_END.search(self._received)) and len(self._received) <= MAX_HEAD:
-            data = self._receive()
+            data = yield from self._receive()
             if not data:
                 return b""
             self._received = (self._received + data).lstrip(b"\r\n")
         if not end or end.start() > MAX_HEAD:
-            self._send_error(OgxError(431, "the request's headers are too large"))
+            yield from self._send_error(OgxError(431, "the request's headers are too large"))
             return b""
         head, self._received = self._received[: end.start()], self._received[end.end() :]
         return head
 
-    def _answer(self, head: bytes) -> None:
+    def _answer(self, head: bytes) -> Steps:
         try:
             self._parse_head(head)
             self._guard()
-            self.exchange.raw = self._read_body()
-            self._route()
+            self.exchange.raw = yield from self._read_body()
+            yield from self._route()
         except OgxError as error:
-            self._send_error(error)
+            yield from self._send_error(error)
         except socket.timeout:
-            self._send_error(OgxError(408, "the request took too long to come in"))
+            yield from self._send_error(OgxError(408, "the request took too long to come in"))
         except ConnectionError:
             self.close_connection = True
             self.status = self.status or CLIENT_GONE
         except RecursionError:
-            self._send_error(OgxError(400, "the request's JSON is nested too deeply"))
+            yield from self._send_error(OgxError(400, "the request's JSON is nested too deeply"))
         except Exception:
             log.exception("%s: unexpected error", self.exchange.request_id)
-            self._send_error(OgxError(500, "internal error; the log of ogx.py has the trace"))
+            words = "internal error; the log of ogx.py has the trace"
+            yield from self._send_error(OgxError(500, words))
         self._log()
 
     def _parse_head(self, head: bytes) -> None:
@@ -4954,7 +5012,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.server.stopping or "close" in connection or old
         self._unread = "content-length" in headers or "transfer-encoding" in headers
 
-    def _read_body(self) -> bytes:
+    def _read_body(self) -> Generator[str | bool, None, bytes]:
         """The request's body, unpacked. Both lengths at once, or two, are how requests are
         smuggled past a proxy: refused, and the connection closed."""
         headers = self.request_headers
@@ -4972,20 +5030,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise OgxError(400, "content-length: expected one whole number")
         check_size(int(length or 0), limit)
         if headers.get("expect", "").lower() == "100-continue":
-            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            yield from self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         reader = BodyReader(200, {**headers, "content-encoding": ""})  # that has its own limit
         pieces = [reader.feed(self._received)]
         size = len(pieces[0])
         while not reader.done:
-            data = self._receive(4 * RECEIVE_SIZE)
+            data = yield from self._receive(4 * RECEIVE_SIZE)
             if not data:
                 raise ConnectionResetError("the client closed in the middle of its request")
             pieces.append(reader.feed(data))
             size += len(pieces[-1])
             check_size(size, limit)
         self._received, self._unread = reader.rest, False
-        data = b"".join(pieces)
-        return unpacked(data, headers.get("content-encoding", "identity").lower(), limit)
+        data, coding = b"".join(pieces), headers.get("content-encoding", "identity").lower()
+        if len(data) > LONG or coding != "identity":
+            yield BLOCKING
+        return unpacked(data, coding, limit)
 
     def _guard(self) -> None:
         """Keep browsers out: a page that a user visits must not be able to spend their keys, by
@@ -5010,7 +5070,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "POST" and content_type in SIMPLE_TYPES:
             raise OgxError(415, f"content-type: expected application/json, got {content_type}")
 
-    def _route(self) -> None:
+    def _route(self) -> Steps:
         path, _, query = self.path.partition("?")
         if path not in Handler.ROUTES:
             path = re.sub(r"/{2,}", "/", re.sub(r"^https?://[^/]*", "", path))
@@ -5026,19 +5086,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise OgxError(405, f"{self.command} is not possible on {path}, only {allowed}",
                            headers={"allow": allowed})  # fmt: skip
         answer = routes[method](self, argument)
-        if answer is not None:
-            self._send(200, json_bytes(answer) + b"\n")
+        if isinstance(answer, dict):
+            yield from self._send(200, json_bytes(answer) + b"\n")
+        else:
+            yield from answer
 
-    # -- endpoints: each gives the JSON to answer, but for the one that streams
+    # -- endpoints: each gives the JSON to answer, or the steps of answering
 
-    def _post_messages(self, query: str) -> None:
+    def _post_messages(self, query: str) -> Steps:
         self.exchange.request = checked_json(self.exchange.raw)
         with closing(self.server.gateway.messages(self.exchange)) as pieces:
             kept = self._kept(pieces) if self.server.log_bodies else pieces
-            if self.exchange.stream:
-                self._stream(kept)
-            else:
-                self._send(200, b"".join(piece or b"" for piece in kept))
+            yield from (self._stream(kept) if self.exchange.stream else self._whole(kept))
 
     def _kept(self, pieces: Pieces) -> Pieces:
         """The answer's pieces; the request and they are logged."""
@@ -5052,53 +5111,74 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pieces.close()
             self._log_body("answer", answer)
 
-    def _post_count_tokens(self, query: str) -> Json:
+    def _post_count_tokens(self, query: str) -> Steps:
         self.exchange.request = checked_json(self.exchange.raw, counting=True)
-        return self.server.gateway.count_tokens(self.exchange)
+        with closing(self.server.gateway.count_tokens(self.exchange)) as pieces:
+            yield from self._whole(pieces)
 
-    def _post_models(self, query: str) -> Json:
-        return self.server.gateway.register(parsed_json(self.exchange.raw))
+    def _in_thread(self, answer: Callable[[Any], Json], asked: Any) -> Steps:
+        """What a method of the gateway gives that may wait, for lists or a disk."""
+        yield BLOCKING
+        yield from self._send(200, json_bytes(answer(asked)) + b"\n")
 
-    ROUTES: ClassVar[dict[str, dict[str, Callable[[Handler, str], Json | None]]]] = {
+    ROUTES: ClassVar[dict[str, dict[str, Callable[[Handler, str], Json | Steps]]]] = {
         "/v1/messages": {"POST": _post_messages},
         "/v1/messages/count_tokens": {"POST": _post_count_tokens},
-        "/v1/models": {"GET": lambda self, query: self.server.gateway.model_list(query),
-                       "POST": _post_models},
-        "/v1/models/{id}": {"GET": lambda self, model_id: self.server.gateway.model(model_id),
-                            "DELETE": lambda self, known: self.server.gateway.unregister(known)},
+        "/v1/models": {
+            "GET": lambda self, query: self._in_thread(self.server.gateway.model_list, query),
+            "POST": lambda self, _: self._in_thread(self.server.gateway.register,
+                                                    parsed_json(self.exchange.raw))},
+        "/v1/models/{id}": {
+            "GET": lambda self, known: self._in_thread(self.server.gateway.model, known),
+            "DELETE": lambda self, known: self._in_thread(self.server.gateway.unregister, known)},
         **dict.fromkeys(("/v1/health", "/api/hello", "/"), {"GET": lambda self, query: ABOUT}),
     }  # fmt: skip
 
     # -- answers
 
-    def _stream(self, pieces: Pieces) -> None:
-        """Write a stream as it comes; an error before its first piece is the caller's to answer.
-        Once there is nothing more to read at once, the relay goes on with it."""
-        done, written_at = self.exchange, time.monotonic()
-        stream: Stream | None = None
+    def _whole(self, pieces: Pieces) -> Steps:
+        """Write an answer that isn't streamed."""
+        whole = []
+        for piece in pieces:
+            whole.append(piece or b"")
+            yield from self._step_after(piece)
+        yield from self._send(200, b"".join(whole))
+
+    def _stream(self, pieces: Pieces) -> Steps:
+        """Write a stream as it comes; an error before its first piece is the caller's to answer."""
+        done, tick, written_at = self.exchange, self.server.gateway.tick, time.monotonic()
         try:
             for piece in pieces:
-                now = time.monotonic()
-                if piece:
+                now, data = time.monotonic(), piece or b""
+                if data:
                     done.first_event = done.first_event or now
-                    if done.reply:
-                        done.reply.patient = False
-                elif piece is None and done.first_event and done.reply:
-                    stream = Stream(self, self.connection, pieces, done.reply.socket)
-                    self.server.relay.finish(stream)
-                    break
-                if piece or now - written_at >= self.server.gateway.tick * 0.9:
-                    self._send_piece(piece or (PING if done.first_event else SIGN_OF_LIFE))
+                elif now - written_at >= tick:
+                    data = PING if done.first_event else SIGN_OF_LIFE
+                if data:
+                    yield from self._send_piece(data)
                     written_at = now
+                yield from self._step_after(piece, written_at + tick)
         except OgxError as error:
             if not self.status or error.status == CLIENT_GONE:
                 raise
             self.exchange.error = f"the stream broke: {error.message}"
-            self._write(stream.unsent if stream else b"")
-            self._send_piece(sse_bytes(error.body(self.exchange.request_id)))
-        self._write(self.framed(b""))
+            yield from self._send_piece(sse_bytes(error.body(self.exchange.request_id)))
+        yield from self._write(self.framed(b""))
 
-    def _send_piece(self, data: bytes) -> None:
+    def _step_after(self, piece: Piece, until: float = math.inf) -> Steps:
+        """Wait for what an empty piece stands for; after others let the other connections go on."""
+        if piece is BLOCKING:
+            yield BLOCKING
+        elif piece is None:
+            reply = self.exchange.reply
+            self.until = min(until, self.exchange.pause, reply.until if reply else math.inf)
+            yield ANSWER
+        else:
+            self._moves = (self._moves + 1) % 4
+            if self._moves == 0:
+                yield AGAIN
+
+    def _send_piece(self, data: bytes) -> Steps:
         """One piece of a stream; the head goes with the first."""
         data = self.framed(data)
         if not self.status:
@@ -5108,7 +5188,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 self.close_connection = True
             data = self._head(200, headers) + data
-        self._write(data)
+        yield from self._write(data)
 
     def framed(self, data: bytes) -> bytes:
         """A piece of a stream as one chunk, for clients that know chunks."""
@@ -5116,15 +5196,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return data
         return b"%x\r\n%b\r\n" % (len(data), data)
 
-    def _write(self, data: bytes) -> None:
-        send_all(self.connection, data, self.server.limits.client_timeout)
+    def _write(self, data: bytes) -> Steps:
+        """Send it all, after what is unsent yet; socket.timeout once the client took nothing for too
+        long."""
+        self._unsent = bytes(self._unsent) + data
+        until = time.monotonic() + self.server.limits.client_timeout
+        while self._unsent:
+            try:
+                sent = self.connection.send(self._unsent)
+            except WOULD_BLOCK:
+                if time.monotonic() >= until:
+                    raise socket.timeout("the client reads nothing") from None
+                self.until = until
+                yield WRITES
+                continue
+            until = time.monotonic() + self.server.limits.client_timeout
+            self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
 
-    def _send(self, status: int, data: bytes, headers: Mapping[str, str] = {}) -> None:
+    def _send(self, status: int, data: bytes, headers: Mapping[str, str] = {}) -> Steps:
         fields = {"content-type": "application/json", "content-length": str(len(data)), **headers}
         head = self._head(status, fields)
-        self._write(head if self.command == "HEAD" else head + data)
+        yield from self._write(head if self.command == "HEAD" else head + data)
 
-    def _send_error(self, error: OgxError) -> None:
+    def _send_error(self, error: OgxError) -> Steps:
         """Answer with an error where an answer is still possible."""
         if self.status or error.status == CLIENT_GONE:
             self.close_connection = True
@@ -5133,18 +5227,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or self._unread or not self.command
         self.exchange.error = error.message
         body = error.raw or json_bytes(error.body(self.exchange.request_id)) + b"\n"
-        self._send(error.status, body, error.headers)
+        yield from self._send(error.status, body, error.headers)
         if self._unread:
-            self._linger()
+            yield from self._linger()
 
-    def _linger(self) -> None:
+    def _linger(self) -> Steps:
         """Read on for a moment: closing at once on unread data would reset the connection, and
         the client would never see the answer."""
         self.connection.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + 2.0
-        while time.monotonic() < deadline and wait_ready(self.connection, 0.5):
-            if received(self.connection) == b"":
-                return
+        self.until = time.monotonic() + 2.0
+        while received(self.connection) != b"" and time.monotonic() < self.until:
+            yield READS
 
     def _head(self, status: int, headers: Headers) -> bytes:
         """The head of an answer, as bytes; from here on the answer counts as sent."""
@@ -5705,18 +5798,20 @@ def print_check(server: Provider, plan: LaunchPlan) -> int:
 def checked_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[float, Json]:
     """When the first event of a streamed answer came, and the message; OgxError if it failed."""
     reply = upstream.send(server, "POST", "/v1/messages", json_bytes(body))
-    first, events = 0.0, []
+    first, told = 0.0, list[bytes]()
     try:
-        while not reply.head(60.0):
-            pass
-        if reply.status != 200:
-            answer, _ = reply.rest(*ERROR_BODY)
-            raise OgxError(reply.status, refusal_from_body(reply.status, answer).message)
-        for items in upstream_items(reply, 60.0):
-            events += [json.loads(item) for item in items or ()]
-            first = first or (time.monotonic() if events else 0.0)
+        while not reply.head():
+            reply.wait()
+        for items in upstream_items(reply):
+            if items is None:
+                reply.wait()
+            told += items or ()
+            first = first or (time.monotonic() if told else 0.0)
     finally:
         reply.release()
+    if reply.status != 200:
+        raise OgxError(reply.status, refusal_from_body(reply.status, b"".join(told)).message)
+    events = list(map(json.loads, told))
     error = next((event["error"] for event in events if event["type"] == "error"), None)
     if error or not events:
         raise OgxError(502, error["message"] if error else "an empty answer")
