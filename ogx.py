@@ -914,6 +914,132 @@ TOOL_ERROR = "[The tool reported an error]\n"
 GO_ON = "[Go on from the very end of your last message, and repeat nothing of it.]"
 
 
+def finite_number(text: str) -> float:
+    """The number; ValueError for Python's NaN and Infinity, which 1e999 is too."""
+    number = float(text)
+    if math.isfinite(number):
+        return number
+    raise ValueError(f"{text} is no number of JSON")
+
+
+STRICT_JSON = json.JSONDecoder(parse_constant=finite_number, parse_float=finite_number)
+
+
+def parsed_json(body: bytes) -> Any:
+    """The JSON of a request's body; OgxError(400) says where it breaks."""
+    if not body:
+        raise OgxError(400, "the request has no body; expected a JSON object")
+    try:
+        # As "utf-8-sig", but without its detour through Python.
+        return STRICT_JSON.decode(body.decode().removeprefix("\ufeff"))
+    except UnicodeDecodeError:
+        raise OgxError(400, "the request's body is not UTF-8") from None
+    except ValueError as error:
+        raise OgxError(400, f"the request's body is not JSON: {error}") from None
+
+
+def checked_json(body: bytes, counting: bool = False) -> Json:
+    """The Messages request in a body."""
+    request = with_known_tools(body)
+    if request is None:
+        request = parsed_json(body)
+        check_request(request, counting)
+        remember_tools(body, request.get("tools") or [])
+    else:
+        check_request(request, counting)
+    return request
+
+
+# Claude Code sends the same 60 KB of tools with each of its requests. A list that came twice is
+# known by its bytes from then on, and neither read nor checked, translated, written or counted again.
+TOOLS_FIELD = re.compile(rb'"tools"\s*:\s*(?=\[)')
+KEPT_TOOLS, KEPT_BODY = 8, 1 << 20  # lists, from bodies of so many bytes
+KNOWN_MARK = uuid.uuid4().hex  # stands for known tools while the rest is read
+
+
+class KnownTools:
+    def __init__(self, raw: bytes, tools: list[Json]) -> None:
+        self.raw, self.tools = raw, tools  # the field as it stands in a body, and its value
+        self.made: dict[tuple[str, str], tuple[Any, Any]] = {}
+
+
+# Newest last; replaced, never altered.
+known_tools: tuple[KnownTools, ...] = ()
+seen_tools: tuple[list[Json], ...] = ()  # once
+
+
+def with_known_tools(body: bytes) -> Json | None:
+    """The request in a body whose tools are known; None for others."""
+    at, marked = -1, b""
+    for _ in range(8 if known_tools else 0):  # the word occurs elsewhere too
+        at = body.find(b'"tools"', at + 1)
+        for known in known_tools if at >= 0 else ():
+            if body.startswith(known.raw, at):
+                marked = b'%b"tools":"%b"%b' % (
+                    body[:at], KNOWN_MARK.encode(), body[at + len(known.raw) :])  # fmt: skip
+                with suppress(OgxError):  # which is to tell its place in the whole body
+                    request = parsed_json(marked)
+                    if isinstance(request, dict) and request.get("tools") == KNOWN_MARK:
+                        request["tools"] = known.tools
+                        return request
+                return None
+    return None
+
+
+def remember_tools(body: bytes, tools: list[Json]) -> None:
+    """Know these tools from now on, if they came before."""
+    global known_tools, seen_tools
+    if not tools or len(body) > KEPT_BODY:
+        return
+    if tools not in seen_tools:
+        seen_tools = (*seen_tools[1 - KEPT_TOOLS :], tools)
+        return
+    for match in TOOLS_FIELD.finditer(body):
+        text = body[match.end() :].decode()
+        value, end = STRICT_JSON.raw_decode(text)
+        if value == tools:
+            raw = match.group() + text[:end].encode()
+            known_tools = (*known_tools[1 - KEPT_TOOLS :], KnownTools(raw, tools))
+            return
+
+
+def is_known(tools: Any) -> bool:
+    return any(known.tools is tools for known in known_tools)
+
+
+def made_of_tools(tools: Any, maker: str, kind: ProviderKind | None, make: Callable[[], Any]) -> Any:
+    """What `make` makes of a request's tools for a kind of provider: of known ones once."""
+    known = next((known for known in known_tools if known.tools is tools), None)
+    if known is None:
+        return make()
+    key = maker, kind.name if kind else ""
+    made_for, made = known.made.get(key, (None, None))
+    if key not in known.made or (made_for is not kind and made_for != kind):
+        made = make()
+        known.made[key] = kind, made
+    return made
+
+
+class EncodedList(list):  # type: ignore[type-arg]
+    """A list that keeps its JSON."""
+
+    @functools.cached_property
+    def encoded(self) -> bytes:
+        return COMPACT_JSON.encode(self).encode("ascii")
+
+
+COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False)
+
+
+def json_bytes(value: Json) -> bytes:
+    """Compact JSON; tools that keep theirs stand at the end."""
+    tools = value.get("tools")
+    if not isinstance(tools, EncodedList):
+        return COMPACT_JSON.encode(value).encode("ascii")
+    rest = {name: value[name] for name in value if name != "tools"}
+    return b'%b,"tools":%b}' % (COMPACT_JSON.encode(rest).encode("ascii")[:-1], tools.encoded)
+
+
 def check_request(body: Any, counting: bool = False) -> None:
     """Raise OgxError(400) with one sentence about the first wrong field of a Messages request.
     Unknown fields are accepted. `counting` is for count_tokens, which has no max_tokens."""
@@ -963,7 +1089,8 @@ def check_blocks(content: Any, where: str) -> None:
 
 def check_options(body: Json) -> None:
     expect(body, "", OPTIONS, required=False)
-    for index, tool in enumerate(body.get("tools") or ()):
+    tools = body.get("tools") or ()
+    for index, tool in enumerate(() if is_known(tools) else tools):
         where = f"tools.{index}"
         expect(tool, where, TOOL_FIELDS, required=False)
         expect(tool, where, {"name": str}, required=is_client_tool(tool))
@@ -1288,9 +1415,10 @@ def prompt_tokens(request: Json) -> tuple[float, int]:
     """About how many tokens a request's texts and tools are, and its images and documents. Its
     thinking is left out, which most upstreams drop."""
     blocks = [b for message in request["messages"] for b in blocks_of(message["content"])]
-    texts = (system_text(request), request.get("tools") or "", *map(block_text, blocks))
-    said = sum(map(text_tokens, texts)) + 4 * len(request["messages"]) + 3
-    return said, sum(map(attached_tokens, blocks))
+    tools = request.get("tools") or ""
+    said = made_of_tools(tools, "tokens", None, lambda: text_tokens(tools))
+    said += sum(map(text_tokens, (system_text(request), *map(block_text, blocks))))
+    return said + 4 * len(request["messages"]) + 3, sum(map(attached_tokens, blocks))
 
 
 def text_tokens(value: Any) -> float:
@@ -1697,9 +1825,9 @@ def chat_request(request: Json, model: Model) -> Json:
     body.update({name: request[name] for name in sampling if request.get(name) is not None})
     if request.get("stop_sequences"):
         body["stop"] = request["stop_sequences"][:4]  # the most it takes
-    if kind.cache_key and conversation_key(request):
-        body["prompt_cache_key"] = conversation_key(request)
-    effort = reasoning_effort(request) if REASONS.search(model.upstream_id) else None
+    if kind.cache_key and (key := conversation_key(request)):
+        body["prompt_cache_key"] = key
+    effort = reasoning_effort(request) if takes_effort(model.upstream_id) else None
     if effort:
         body["reasoning_effort"] = effort
     if way == "format":
@@ -1885,7 +2013,8 @@ def data_url(block: Json) -> str:
 
 def tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
     """`tools`, `tool_choice` and `parallel_tool_calls`, each only where there is a tool."""
-    tools = [chat_tool(tool, names, kind) for tool in sent_tools(request, kind)]
+    tools = made_of_tools(request.get("tools"), "chat", kind, lambda: EncodedList(
+        chat_tool(tool, names, kind) for tool in sent_tools(request, kind)))  # fmt: skip
     if not tools:
         return {}
     fields: Json = {"tools": tools}
@@ -1941,10 +2070,18 @@ def conversation_key(request: Json) -> str:
     """What keeps a conversation's requests on one cache: Claude Code's session, which it writes
     as JSON into metadata.user_id, or else a digest of that; at most 64 characters."""
     user_id = str((request.get("metadata") or {}).get("user_id") or "")
+    if not user_id:
+        return ""
     session = dict_or_empty(json_or_none(user_id)).get("session_id")
     if isinstance(session, str) and 0 < len(session) <= 64 and session.isascii():
         return session
-    return uuid.uuid5(uuid.NAMESPACE_OID, ascii(user_id)).hex if user_id else ""
+    return uuid.uuid5(uuid.NAMESPACE_OID, ascii(user_id)).hex
+
+
+@functools.lru_cache(maxsize=256)
+def takes_effort(upstream_id: str) -> bool:
+    """Whether a model, by its name, takes reasoning_effort."""
+    return bool(REASONS.search(upstream_id))
 
 
 def reasoning_effort(request: Json) -> str | None:
@@ -2488,7 +2625,7 @@ def responses_request(request: Json, model: Model) -> Json:
     body.update({name: value for name, value in told.items() if value})
     body.update(flat_tool_fields(request, names, kind))
     body.update({n: request[n] for n in ("temperature", "top_p") if request.get(n) is not None})
-    if REASONS.search(model.upstream_id):
+    if takes_effort(model.upstream_id):
         body["reasoning_effort"] = reasoning_effort(request) or "medium"
         body["reasoning"] = {"summary": "auto"} if kind.summaries else {}
     output_format = (request.get("output_config") or {}).get("format")
@@ -2564,25 +2701,35 @@ def input_part(block: Json, kind: ProviderKind) -> Json:
 
 def flat_tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
     """Tool fields as Responses has them: flat, not strict, and with its own web search."""
-    fields = tool_fields(request, names, kind)
-    functions = (tool["function"] for tool in fields.get("tools", ()))
-    tools = [{"type": "function", "strict": False, **function} for function in functions]
-    for tool in request.get("tools") or ():
-        if str(tool.get("type")).startswith("web_search"):
-            filters = {k: tool[k] for k in ("allowed_domains",) if tool.get(k)}
-            options = {"filters": filters, "user_location": tool.get("user_location")}
-            tools.append({"type": "web_search", **{k: v for k, v in options.items() if v}})
-            fields["include"] = [ENCRYPTED, SOURCES]
-            if tool.get("max_uses"):
-                fields["max_tool_calls"] = tool["max_uses"]
-            wanted = {"type": "auto", **(request.get("tool_choice") or {})}
-            if wanted.get("name") in (None, tool.get("name")):
-                forced = {"any": "required", "tool": "required"}
-                fields.setdefault("tool_choice", forced.get(wanted["type"], wanted["type"]))
+    fields, given = tool_fields(request, names, kind), request.get("tools") or []
+    searches = [tool for tool in given if str(tool.get("type")).startswith("web_search")]
+    functions = fields.get("tools", ())
+
+    def flat() -> EncodedList:
+        tools = [{"type": "function", "strict": False, **tool["function"]} for tool in functions]
+        return EncodedList([*tools, *map(search_tool, searches)])
+
+    whole = isinstance(functions, EncodedList)  # and not the one that must be called
+    tools = made_of_tools(given, "responses", kind, flat) if whole else flat()
+    for tool in searches:
+        fields["include"] = [ENCRYPTED, SOURCES]
+        if tool.get("max_uses"):
+            fields["max_tool_calls"] = tool["max_uses"]
+        wanted = {"type": "auto", **(request.get("tool_choice") or {})}
+        if wanted.get("name") in (None, tool.get("name")):
+            forced = {"any": "required", "tool": "required"}
+            fields.setdefault("tool_choice", forced.get(wanted["type"], wanted["type"]))
     choice = fields.get("tool_choice")
     if isinstance(choice, dict):
         fields["tool_choice"] = {"type": "function", **choice["function"]}
     return {**fields, "tools": tools} if tools else {}
+
+
+def search_tool(tool: Json) -> Json:
+    """Anthropic's web search as the provider's own."""
+    filters = {k: tool[k] for k in ("allowed_domains",) if tool.get(k)}
+    options = {"filters": filters, "user_location": tool.get("user_location")}
+    return {"type": "web_search", **{k: v for k, v in options.items() if v}}
 
 
 class ResponsesTranslator(Translator):
@@ -3330,12 +3477,12 @@ POOL_SECONDS = 50.0  # an idle connection is used no longer: many servers close 
 POOL_SIZE = 64  # idle connections kept for one provider
 RECEIVE_SIZE = 64 * 1024
 MAX_ASKED = 32 * 1024 * 1024  # bytes of a model list and the like
-HEAD_END = re.compile(rb"\r?\n\r?\n")
+HEAD_END = re.compile(rb"\n\r?\n")  # the \r before it is left to the last line
 HEADER_LINE = re.compile(
     r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r?$", re.M)  # fmt: skip
 REQUEST_LINE = re.compile(rb"([A-Z]+) ([\x21-\x7e]+) HTTP/(1\.[01])\r?")
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b")
-LENGTH = re.compile("[0-9]{1,18}")
+LENGTH = re.compile("[0-9]{1,18}")  # of a body
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 Headers = Mapping[str, str]  # by lower-case name
 BLOCKING = False  # is yielded before a step that may block, or takes long: it wants a thread
@@ -3693,13 +3840,6 @@ def request_bytes(provider: Provider, method: str, path: str, body: bytes | None
     return "\r\n".join(lines).encode("latin-1") + (body or b"")
 
 
-def json_bytes(value: Json) -> bytes:
-    return COMPACT_JSON.encode(value).encode("ascii")
-
-
-COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
-
-
 class Reply:
     """An upstream's answer while it comes in; headers by lower-case name. Nothing here waits but
     connect(), which is due where `socket` is None: at first, where no connection was left of
@@ -4016,7 +4156,7 @@ class Gateway:
         exchange.served, exchange.retries, exchange.waited = model.served, 0, 0.0
         exchange.begun = False
         lessons = list(self.lessons.of(model))
-        known, key = len(lessons), None
+        known, key = len(lessons), 0
         for attempt in range(1, MAX_REQUESTS + 1):
             taught = taught_model(model, lessons)
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
@@ -4675,7 +4815,8 @@ class Server(http.server.ThreadingHTTPServer):
             self._close_idle(0 if self.stopping else int(self.limits.max_idle))
 
     def _close_idle(self, kept: int) -> None:
-        for connection in list(self._idle)[: max(0, len(self._idle) - kept)]:
+        surplus = len(self._idle) - kept
+        for connection in list(self._idle)[:surplus] if surplus > 0 else ():
             self._idle.pop(connection, None)
             with suppress(OSError):  # the relay sees its end and closes it
                 socket.socket.shutdown(connection, socket.SHUT_RDWR)
@@ -5308,37 +5449,6 @@ def unpacked(data: bytes, coding: str, limit: int) -> bytes:
     return plain
 
 
-def finite_number(text: str) -> float:
-    """The number; ValueError for Python's NaN and Infinity, which 1e999 is too."""
-    number = float(text)
-    if abs(number) <= sys.float_info.max:
-        return number
-    raise ValueError(f"{text} is no number of JSON")
-
-
-STRICT_JSON = json.JSONDecoder(parse_constant=finite_number, parse_float=finite_number)
-
-
-def parsed_json(body: bytes) -> Any:
-    """The JSON of a request's body; OgxError(400) says where it breaks."""
-    if not body:
-        raise OgxError(400, "the request has no body; expected a JSON object")
-    try:
-        # As "utf-8-sig", but without its detour through Python.
-        return STRICT_JSON.decode(body.decode().removeprefix("\ufeff"))
-    except UnicodeDecodeError:
-        raise OgxError(400, "the request's body is not UTF-8") from None
-    except ValueError as error:
-        raise OgxError(400, f"the request's body is not JSON: {error}") from None
-
-
-def checked_json(body: bytes, counting: bool = False) -> Json:
-    """The Messages request in a body."""
-    request: Json = parsed_json(body)
-    check_request(request, counting)
-    return request
-
-
 def shows_token(headers: Headers, token: bytes) -> bool:
     """Whether a request shows the server's token; takes the same time whatever it shows."""
     import hmac  # only where there is a token, to start smaller
@@ -5959,6 +6069,18 @@ def allow_many_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
+class LogFormatter(logging.Formatter):
+    """Lines with their time; a second is put into words once, since that takes half of the work."""
+
+    second, words = 0, ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        if int(record.created) != self.second:
+            self.second = int(record.created)
+            self.words = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.second))
+        return f"{self.words},{int(record.msecs):03d}"
+
+
 def start_log(path: str | None, level: str) -> None:
     """Log to stderr or to a file of the user's alone; what can't be written later stops nothing."""
     if path:
@@ -5966,7 +6088,9 @@ def start_log(path: str | None, level: str) -> None:
             os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
         except OSError as error:
             raise OgxError(400, f"--log-file {path}: {error.strerror}") from None
-    logging.basicConfig(format=LOG_FORMAT, level=level.upper(), filename=path)
+    handler = logging.FileHandler(path) if path else logging.StreamHandler()
+    handler.setFormatter(LogFormatter(LOG_FORMAT))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
 def server_tls(cert: str, key: str | None) -> ssl.SSLContext:
