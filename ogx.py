@@ -1129,8 +1129,8 @@ def expect(node: Any, where: str, kinds: Mapping[str, Any], required: bool = Tru
     or among some types or words. Null counts as absent."""
     if type(node) is not dict:
         raise wrong(where or "the request body", "an object" if where else "a JSON object", node)
-    for name, kind in kinds.items():
-        value = node.get(name)
+    for name in kinds if required else [name for name in kinds if name in node]:
+        kind, value = kinds[name], node.get(name)
         if type(value) is kind or (value is None and not required):
             continue
         if isinstance(kind, tuple) and (value in kind or type(value) in kind):
@@ -1766,6 +1766,13 @@ class SseReader:
         self._after_cr = False
 
     def feed(self, data: bytes) -> list[bytes]:
+        pieces = data[:-2].split(b"\n\n")
+        if (data.count(b"\n") == 2 * len(pieces) and b"\r" not in data and data[-2:] == b"\n\n"
+                and not (self._rest or self._data or self._after_cr)):
+            # Nearly all blocks are whole events of one line: the same as below in a fifth of the time.
+            events = [piece[6:] for piece in pieces if piece[:6] == b"data: "]
+            if len(events) == len(pieces):
+                return events
         if self._after_cr and data[:1] == b"\n":  # the second half of a CRLF that was cut
             data, self._after_cr = data[1:], False
         if not data:
@@ -3482,7 +3489,7 @@ HEADER_LINE = re.compile(
     r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r?$", re.M)  # fmt: skip
 REQUEST_LINE = re.compile(rb"([A-Z]+) ([\x21-\x7e]+) HTTP/(1\.[01])\r?")
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b")
-LENGTH = re.compile("[0-9]{1,18}")  # of a body
+LENGTH = re.compile("([0-9]{1,18})(?: *,|$)")  # of a body; some servers send it twice
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 Headers = Mapping[str, str]  # by lower-case name
 BLOCKING = False  # is yielded before a step that may block, or takes long: it wants a thread
@@ -3496,11 +3503,16 @@ def headers_from_bytes(lines: bytes) -> dict[str, str]:
     found = HEADER_LINE.findall(lines.decode("latin-1"))
     if len(found) != lines.count(b"\n") + bool(lines):
         raise OgxError(400, "malformed header line")
-    headers: dict[str, str] = {}
-    for name, value in found:
-        name = name.lower()
-        headers[name] = f"{headers[name]}, {value.rstrip()}" if name in headers else value.rstrip()
+    names, values = zip(*found) if found else ((), ())
+    headers = dict(zip(map(str.lower, names), map(str.rstrip, values)))
+    if len(headers) < len(found):
+        headers = {}
+        for name, value in zip(map(str.lower, names), map(str.rstrip, values)):
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
+
+
+WHOLE_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")  # its size, that is
 
 
 class BodyReader:
@@ -3508,10 +3520,11 @@ class BodyReader:
     to the end; `rest` is what came after it."""
 
     def __init__(self, status: int, headers: Headers) -> None:
-        length = headers.get("content-length", "").split(",")[0].strip()
+        length = LENGTH.match(headers.get("content-length", ""))
         self._chunked = headers.get("transfer-encoding", "").lower().endswith("chunked")
-        self._sized = bool(LENGTH.fullmatch(length)) and not self._chunked
-        self._left = int(length) if self._sized else 0  # bytes, of a chunk or of the body
+        self._sized = bool(length) and not self._chunked
+        # Bytes that are left of a chunk or of the body.
+        self._left = int(length[1]) if length and self._sized else 0
         self._state = "size"  # what comes next of a chunked body
         self._buffer = self.rest = b""
         self._unpacker = None
@@ -3538,6 +3551,14 @@ class BodyReader:
         buffer, at = self._buffer + data, 0
         payload: list[bytes] = []
         while not self.done:
+            # Nearly all chunks are there as a whole: the same as below in a fifth of the time.
+            head = WHOLE_CHUNK.match(buffer, at) if self._state == "size" else None
+            if head:
+                start, end = head.end(), head.end() + int(head[1], 16)
+                if start < end < len(buffer) and buffer.startswith(b"\r\n", end):
+                    payload.append(buffer[start:end])
+                    at = end + 2
+                    continue
             if self._state == "data":
                 piece = buffer[at : at + self._left]
                 payload.append(piece)
@@ -3818,17 +3839,24 @@ def unreachable(provider: Provider, error: Exception) -> OgxError:
     return OgxError(status, f"can't reach {provider.id} at {provider.base_url}: {why}")
 
 
+@functools.lru_cache(maxsize=256)
+def address_of(url: str) -> tuple[str, str, str, str]:
+    """A URL's scheme, host, host with port, and what a request to it asks for."""
+    parts = urllib.parse.urlsplit(url)
+    target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    return parts.scheme, parts.hostname or "", parts.netloc, target
+
+
 def request_bytes(provider: Provider, method: str, path: str, body: bytes | None,
                   extra: Mapping[str, str]) -> bytes:  # fmt: skip
     """A whole HTTP/1.1 request for the provider."""
-    parts = urllib.parse.urlsplit(provider.url(path))
-    target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-    headers = {"Host": parts.netloc, "User-Agent": f"ogx.py/{__version__}",
+    scheme, host, address, target = address_of(provider.url(path))
+    headers = {"Host": address, "User-Agent": f"ogx.py/{__version__}",
                "Accept": "application/json, text/event-stream",
                "Accept-Encoding": "identity", **dict(provider.kind.headers), **extra}  # fmt: skip
-    proxy = proxy_of(parts.scheme, parts.hostname or "") if parts.scheme == "http" else None
+    proxy = proxy_of(scheme, host) if scheme == "http" else None
     if proxy:
-        target = f"http://{parts.netloc}{target}"
+        target = f"http://{address}{target}"
         headers.update(proxy_headers(proxy))
     if provider.api_key:
         bearer = "Bearer " if provider.kind.key_header == "authorization" else ""
@@ -3836,7 +3864,7 @@ def request_bytes(provider: Provider, method: str, path: str, body: bytes | None
     if body is not None:
         headers["Content-Type"] = "application/json"
         headers["Content-Length"] = str(len(body))
-    lines = [f"{method} {target} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items()), "", ""]
+    lines = [f"{method} {target} HTTP/1.1", *map(": ".join, headers.items()), "", ""]
     return "\r\n".join(lines).encode("latin-1") + (body or b"")
 
 
@@ -3856,6 +3884,7 @@ class Reply:
         self._buffer = b""
         self._body: BodyReader | None = None
         self._unsent = memoryview(request)
+        self._emptied = True  # it held no more bytes a moment ago: TLS alone may keep some back
         self._heard_at = time.monotonic()  # or when it took some of the request
         self._deadline = math.inf
         self.socket = upstream.idle_connection(provider)
@@ -3996,6 +4025,9 @@ class Reply:
         assert self.socket is not None
         if self._upstream.closed:
             raise stopping_error()
+        if self._emptied:  # a system call less; it is waited for in any case
+            self._emptied = False
+            return None
         try:
             data = received(self.socket)
         except OSError as error:
@@ -4004,6 +4036,7 @@ class Reply:
             raise self._broken(error) from None
         if data:
             self._heard_at = time.monotonic()
+            self._emptied = len(data) < RECEIVE_SIZE and type(self.socket) is socket.socket
         elif data is None and self.until <= time.monotonic() < self._deadline:
             silence = time.monotonic() - self._heard_at
             did = "stopped reading the request" if self._unsent else f"sent nothing for {silence:.3g} s"
@@ -4619,7 +4652,7 @@ def answer_bytes(batches: Batches, stream: bool) -> Pieces:
         elif stream:
             yield b"".join(map(sse_bytes, batch))
         else:
-            events += (event for event in batch if not isinstance(event, bytes))
+            events += [event for event in batch if not isinstance(event, bytes)]
     if not stream:
         yield json_bytes(message_from_events(events))
 
@@ -5167,7 +5200,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if coding is not None:
             if length is not None or coding.lower() != "chunked":
                 raise OgxError(400, "transfer-encoding: expected chunked alone, without a length")
-        elif not LENGTH.fullmatch(length or ""):
+        elif not re.fullmatch("[0-9]{1,18}", length or ""):
             raise OgxError(400, "content-length: expected one whole number")
         check_size(int(length or 0), limit)
         if headers.get("expect", "").lower() == "100-continue":
@@ -5390,7 +5423,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields["x-ogx-served"] = BAD_ID.sub("?", self.exchange.served[:256])
         if self.close_connection:
             fields["connection"] = "close"
-        lines = [f"HTTP/1.1 {status} {reason}", *(f"{k}: {v}" for k, v in fields.items()), "", ""]
+        lines = [f"HTTP/1.1 {status} {reason}", *map(": ".join, fields.items()), "", ""]
         return "\r\n".join(lines).encode("ascii", "replace")
 
     def _log(self) -> None:
