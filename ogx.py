@@ -380,6 +380,11 @@ class Provider:
     verify: bool = True  # its TLS certificate
     ca_file: str = ""  # of a private certificate authority
 
+    @functools.cached_property
+    def connection(self) -> str:
+        """Scheme, host, port and trust: what connections to a provider may be shared by."""
+        return f"{self.url('~')} {self.verify} {self.ca_file}"
+
     def at(self, place: str) -> Provider:
         """This provider at the server that has a model's id or a list's path."""
         urls = (re.sub(here, there, self.base_url) for pattern, here, there in self.kind.servers
@@ -680,7 +685,7 @@ class Model:
     max_output: int | None = None  # tokens
     warning: str = ""  # what keeps it from working well
 
-    @property
+    @functools.cached_property
     def served(self) -> str:
         """The id its provider lists it by, whatever it was asked as."""
         return f"{self.provider.id}/{self.upstream_id}"
@@ -1129,7 +1134,7 @@ def expect(node: Any, where: str, kinds: Mapping[str, Any], required: bool = Tru
     or among some types or words. Null counts as absent."""
     if type(node) is not dict:
         raise wrong(where or "the request body", "an object" if where else "a JSON object", node)
-    for name in kinds if required else [name for name in kinds if name in node]:
+    for name in kinds if required else sorted(kinds.keys() & node.keys()):
         kind, value = kinds[name], node.get(name)
         if type(value) is kind or (value is None and not required):
             continue
@@ -3727,7 +3732,7 @@ class Upstream:
         """A connection to the provider that was used before and is still good."""
         while True:
             with self._lock:
-                idle = self._idle.get(origin_of(provider))
+                idle = self._idle.get(provider.connection)
                 if not idle:
                     return None
                 since, sock, body = idle.pop()
@@ -3739,7 +3744,7 @@ class Upstream:
 
     def give_back(self, provider: Provider, sock: socket.socket, body: BodyReader) -> None:
         with self._lock:
-            idle, now = self._idle.setdefault(origin_of(provider), []), time.monotonic()
+            idle, now = self._idle.setdefault(provider.connection, []), time.monotonic()
             while idle and now - idle[0][0] > POOL_SECONDS:
                 idle.pop(0)[1].close()
             if len(idle) < POOL_SIZE:
@@ -3799,11 +3804,6 @@ class Upstream:
                 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
             self._tls[key] = context
         return self._tls[key]
-
-
-def origin_of(provider: Provider) -> str:
-    """Scheme, host, port and trust: what connections to a provider may be shared by."""
-    return f"{provider.url('~')} {provider.verify} {provider.ca_file}"
 
 
 def stopping_error() -> OgxError:
@@ -3884,7 +3884,7 @@ class Reply:
         self._buffer = b""
         self._body: BodyReader | None = None
         self._unsent = memoryview(request)
-        self._emptied = True  # it held no more bytes a moment ago: TLS alone may keep some back
+        self._emptied = False  # it held no more bytes a moment ago: TLS alone may keep some back
         self._heard_at = time.monotonic()  # or when it took some of the request
         self._deadline = math.inf
         self.socket = upstream.idle_connection(provider)
@@ -4627,7 +4627,7 @@ def local_providers(upstream: Upstream, kinds: Iterable[ProviderKind],
 
 def speaks_responses(provider: Provider) -> bool:
     """Whether requests go to the Responses API: known from the host, or learned."""
-    host = urllib.parse.urlsplit(provider.base_url).hostname or ""
+    _, host, _, _ = address_of(provider.base_url)
     learned = provider.kind.responses
     return host.endswith(provider.kind.responses_hosts) if learned is None else learned
 
@@ -4764,6 +4764,7 @@ def with_loaded_context(model: Model, loaded: Any) -> Model:
 
 KEEP_ALIVE = 300.0  # seconds an idle connection stays open
 ANTHROPIC_VERSION = "2023-06-01"
+PASSED_HEADERS = ("anthropic-beta", "anthropic-version")  # to upstreams that speak Messages
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 SIGN_OF_LIFE = b": waiting for the model\n\n"  # before message_start only comments may come
 LOGGED_BODY = 10_000  # characters
@@ -5095,6 +5096,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             while not self.close_connection:
                 yield from self._one_request()
+                yield from self._step_after(b"")
         except (OSError, EOFError, OgxError) as error:  # the client left or was too slow
             log.debug("%s: connection lost: %s", self.exchange.request_id, error)
         finally:
@@ -5130,8 +5132,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A request's head without its last line break; b"" when the client closed."""
         if not self._received:
             self.server.idle(self.connection, True)
-            self.until = self._deadline = time.monotonic() + KEEP_ALIVE
-            yield READS
+            self._deadline = time.monotonic() + KEEP_ALIVE
             self._received = (yield from self._receive()).lstrip(b"\r\n")
             self.server.idle(self.connection, False)
         self._deadline = time.monotonic() + self.server.limits.client_timeout
@@ -5179,8 +5180,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = self.request_headers = headers_from_bytes(lines)
         self.exchange.session = headers.get("x-claude-code-session-id", "")[:64]
         connection = headers.get("connection", "").lower()  # may name headers for us alone
-        names = ("anthropic-beta", "anthropic-version")
-        self.exchange.headers = {name: headers[name] for name in names
+        self.exchange.headers = {name: headers[name] for name in PASSED_HEADERS
                                  if name in headers and name not in connection}  # fmt: skip
         old = self.request_version == "HTTP/1.0" and "keep-alive" not in connection
         self.close_connection = self.server.stopping or "close" in connection or old
@@ -5430,7 +5430,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """One line per request; what clients ask all the time only at level DEBUG."""
         done, usage = self.exchange, self.exchange.usage
         served = f"{done.served} by {done.dialect}" if done.served else "nothing"
-        parts = (
+        parts = [
             f"{done.request_id} {self.command} {self.path.partition('?')[0]} {self.status}",
             done.asked and f"{done.asked} -> {served}",
             done.first_event and f"first {done.first_event - done.started:.3f}s",
@@ -5438,10 +5438,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             usage and f"in {usage.input} cached {usage.cache_read} out {usage.output}",
             done.session and f"session {done.session}",
             done.error and f"error: {one_line(done.error)}",
-        )
+        ]
         quiet = not done.error and not self.path.startswith("/v1/messages")
         level = logging.DEBUG if quiet else logging.INFO
-        log.log(level, "%s", " ".join(part for part in parts if part))
+        log.log(level, "%s", " ".join(filter(None, parts)))
 
     def _log_body(self, name: str, body: bytes | bytearray) -> None:
         """A body on one line, without keys and files, not too long."""
@@ -5491,7 +5491,8 @@ def shows_token(headers: Headers, token: bytes) -> bool:
     return any([hmac.compare_digest(token, key) for key in shown])
 
 
-def host_allowed(host: str, bound: str, names: Sequence[str] = ()) -> bool:
+@functools.lru_cache(maxsize=256)
+def host_allowed(host: str, bound: str, names: tuple[str, ...] = ()) -> bool:
     """Whether a Host header may come in: configured `names`, those of loopback and, bound
     elsewhere, addresses, which no foreign page can point here."""
     name = re.sub(r":[0-9]*$", "", host).strip("[]").lower()
