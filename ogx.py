@@ -4993,13 +4993,21 @@ class Relay:
             if not is_closed(handler.connection):  # it sent its next request already
                 return self._watch(handler, 0, *handler.watched[1:])
             error = OgxError(CLIENT_GONE, "the client closed the connection")
-        self._wait(handler, handler.next_step(error))
+        try:
+            self._wait(handler, handler.next_step(error))
+        except Exception:  # nothing of one connection may end the others
+            log.exception("a connection is lost")
+            handler.steps.close()
+            self._wait(handler, None)
 
     def _wait(self, handler: Handler, step: str | bool | None) -> None:
         """Have a connection wait for what its step says; None is its end."""
         handler.waits = step
+        reply = handler.exchange.reply
         if step is AGAIN:
             self._turns[handler] = None
+            if reply is None:  # another connection may have its source by now
+                self._watch(handler, handler.watched[0])
         elif step is None or step is BLOCKING:
             self._watch(handler, 0)
             self._handlers.discard(handler)
@@ -5007,9 +5015,8 @@ class Relay:
             if step is BLOCKING:
                 self._start_thread(handler)
         else:
-            reply = handler.exchange.reply if step is ANSWER else None
             events = selectors.EVENT_WRITE if step is WRITES else selectors.EVENT_READ
-            source = reply and reply.socket
+            source = reply.socket if reply and step is ANSWER else None
             self._watch(handler, events, source, reply.events if reply and source else 0)
             self._alarm = min(self._alarm, handler.until)
 
@@ -5043,15 +5050,12 @@ class Relay:
             self._register(handler, source, known, source_events)
 
     def _register(self, handler: Handler, sock: socket.socket, old: int, events: int) -> None:
-        if old == events:
-            return
-        with suppress(KeyError, ValueError):  # it is closed
-            if not events:
-                self._selector.unregister(sock)
-            elif old:
-                self._selector.modify(sock, events, handler)
-            else:
-                self._selector.register(sock, events, handler)
+        if old != events:
+            with suppress(ValueError):  # it is closed
+                if old:
+                    self._selector.unregister(sock)
+                if events:
+                    self._selector.register(sock, events, handler)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -5066,7 +5070,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._received = b""  # and not yet read
         self._unsent: bytes | memoryview = b""  # what the client was too slow to take
         self._moves = 0
-        self.steps = self._requests()
+        self.steps, self.exchange = self._requests(), Exchange("")
         # The relay's: what is waited for and until when, what is watched for that.
         self.waits: str | bool | None = None
         self.until = math.inf

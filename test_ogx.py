@@ -6366,6 +6366,22 @@ class TestServer:
                 thread.join(30)
             assert sorted(answer.decode() for answer in answers) == expected
 
+    def test_upstream_connections_change_hands_among_many_clients(self):
+        with gateway_over(models=["m"]) as (client, upstream):
+            statuses = []
+
+            def ask():
+                each = Client(client.server)
+                statuses.extend(each.post(request(stream=n % 2 == 0))[0] for n in range(40))
+                each.connection.close()
+
+            threads = [threading.Thread(target=ask) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            assert statuses == [200] * 320 and upstream.connections <= 10
+
     def test_streams_that_outlive_the_time_to_finish_end_with_an_error_event(self):
         def forever(fake, connection):
             begin_stream(connection)
