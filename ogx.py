@@ -3555,7 +3555,7 @@ class BodyReader:
         # An index moves over the buffer: slicing it for every chunk would be quadratic.
         buffer, at = self._buffer + data, 0
         payload: list[bytes] = []
-        while not self.done:
+        while not self.done and at < len(buffer):
             # Nearly all chunks are there as a whole: the same as below in a fifth of the time.
             head = WHOLE_CHUNK.match(buffer, at) if self._state == "size" else None
             if head:
@@ -3884,7 +3884,7 @@ class Reply:
         self._buffer = b""
         self._body: BodyReader | None = None
         self._unsent = memoryview(request)
-        self._emptied = False  # it held no more bytes a moment ago: TLS alone may keep some back
+        self._emptied = False  # its socket held no more, and need not be asked before it is ready
         self._heard_at = time.monotonic()  # or when it took some of the request
         self._deadline = math.inf
         self.socket = upstream.idle_connection(provider)
@@ -4005,6 +4005,11 @@ class Reply:
                 return payload
         return None
 
+    def drained(self) -> bool:
+        """Whether the body goes on and nothing of it is there yet, as read() would tell by None."""
+        emptied, self._emptied = self._emptied, False
+        return emptied and self._body is not None and not self._body.done
+
     def whole(self, seconds: float, size: int) -> Generator[Piece, None, tuple[bytes, bool]]:
         """The body as far as it comes in time and holds `size` bytes; whether that is all."""
         self._deadline, answer = time.monotonic() + seconds, bytearray()
@@ -4025,7 +4030,7 @@ class Reply:
         assert self.socket is not None
         if self._upstream.closed:
             raise stopping_error()
-        if self._emptied:  # a system call less; it is waited for in any case
+        if self._emptied:
             self._emptied = False
             return None
         try:
@@ -4036,6 +4041,7 @@ class Reply:
             raise self._broken(error) from None
         if data:
             self._heard_at = time.monotonic()
+            # TLS may keep some back.
             self._emptied = len(data) < RECEIVE_SIZE and type(self.socket) is socket.socket
         elif data is None and self.until <= time.monotonic() < self._deadline:
             silence = time.monotonic() - self._heard_at
@@ -4068,6 +4074,9 @@ class DemoReply(Reply):
 
     def read(self) -> bytes | None:
         return next(self._pieces, b"")
+
+    def drained(self) -> bool:
+        return False
 
     def release(self) -> None:
         pass
@@ -4112,6 +4121,7 @@ class Exchange:
     reply: Reply | None = None  # that is waited for
     begun: bool = False  # the present model's reply began with status 200
     pause: float = math.inf  # when to go on, whatever has come by then
+    drained: bool = False  # after this piece there is nothing yet, as None would tell
     usage: Usage | None = None
     error: str = ""
 
@@ -4311,13 +4321,13 @@ class Gateway:
             elif dialect.native:
                 yield from self._handed_on_whole(reply, exchange)
             else:
-                events = self._translated(reply, translator)
+                events = self._translated(reply, translator, exchange)
                 yield from answer_bytes(events, exchange.stream)
                 exchange.usage = translator.usage
             self.ratios.learn(model, prompt, exchange.usage)
         finally:
             reply.release()
-            exchange.reply = None
+            exchange.reply, exchange.drained = None, False
 
     def _sent(self, provider: Provider, path: str, data: bytes, headers: Headers,
               exchange: Exchange) -> Generator[Piece, None, Reply]:  # fmt: skip
@@ -4326,13 +4336,14 @@ class Gateway:
         exchange.reply = self.upstream.send(provider, "POST", path, data, headers)
         return exchange.reply
 
-    def _translated(self, reply: Reply, translator: Translator) -> Batches:
-        """The answer's events in batches, each what came together; None for a tick of silence."""
+    def _translated(self, reply: Reply, translator: Translator, exchange: Exchange) -> Batches:
+        """The answer's events in batches, each what came together; None where none came yet."""
         try:
             for items in upstream_items(reply):
                 for item in items or ():
                     translator.feed(item)
                 reply.complete = translator.done and not translator.writer.stopped
+                exchange.drained = exchange.stream and not translator.done and reply.drained()
                 yield translator.writer.take() if items is not None else None
                 if translator.done:
                     return
@@ -4370,6 +4381,7 @@ class Gateway:
             if stream.failed and not begun:
                 raise_if_error(events, exchange.served)
             begun, reply.complete = begun or bool(events), stream.ended
+            exchange.drained = not stream.ended and reply.drained()
             for secret in self.upstream.secrets(provider) if stream.failed else ():
                 events = events.replace(secret.encode(), b"***")
             yield events
@@ -4646,13 +4658,15 @@ def new_translator(dialect: Dialect, request: Json, model: Model, estimate: int,
 def answer_bytes(batches: Batches, stream: bool) -> Pieces:
     """Batches of events as server-sent events or, at the end, as one message."""
     events: list[Json] = []
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         if batch is None:
             yield None
         elif stream:
             yield b"".join(map(sse_bytes, batch))
         else:
             events += [event for event in batch if not isinstance(event, bytes)]
+            if number % 4 == 0:  # others may have their turn
+                yield b""
     if not stream:
         yield json_bytes(message_from_events(events))
 
@@ -5345,11 +5359,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _step_after(self, piece: Piece, until: float = math.inf) -> Steps:
         """Wait for what an empty piece stands for; after others let the other connections go on."""
+        done = self.exchange
         if piece is BLOCKING:
             yield BLOCKING
-        elif piece is None:
-            reply = self.exchange.reply
-            self.until = min(until, self.exchange.pause, reply.until if reply else math.inf)
+        elif piece is None or done.drained:
+            done.drained = False
+            self.until = min(until, done.pause, done.reply.until if done.reply else math.inf)
             yield ANSWER
         else:
             self._moves = (self._moves + 1) % 4
