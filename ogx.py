@@ -945,13 +945,11 @@ def parsed_json(body: bytes) -> Any:
 
 def checked_json(body: bytes, counting: bool = False) -> Json:
     """The Messages request in a body."""
-    request = with_known_tools(body)
-    if request is not None:
-        check_request(request, counting)
-        return request
-    request = parsed_json(body)
+    known = with_known_tools(body)
+    request: Json = parsed_json(body) if known is None else known
     check_request(request, counting)
-    remember_tools(body, request.get("tools") or [])
+    if known is None:
+        remember_tools(body, request.get("tools") or [])
     return request
 
 

@@ -1144,6 +1144,101 @@ class TestRegistry:
 
 
 class TestRequests:
+    # -- tools that came before
+
+    @pytest.fixture
+    def fresh_memory(self, monkeypatch):
+        monkeypatch.setattr(ogx, "known_tools", ())
+        monkeypatch.setattr(ogx, "seen_tools", ())
+
+    TOOLS = [tool("Read", properties={"path": {"description": "Pfad \u00e4 \U0001f600"}}),
+             tool("Task", properties={"tools": {"type": "array"}})]  # fmt: skip
+
+    @pytest.mark.parametrize("ascii_only", [True, False])
+    @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+    def test_known_tools_are_read_as_others_are(self, fresh_memory, ascii_only, separators):
+        def body(words):
+            said = assistant([call("a", "Task", tools=[{"name": "other"}])])
+            fields = request(words, said, user([result("a")]), tools=self.TOOLS, system="s")
+            return json.dumps(fields, ensure_ascii=ascii_only, separators=separators).encode()
+
+        read = [ogx.checked_json(body(f"turn {n} \U0001f600")) for n in range(4)]
+        assert read == [json.loads(body(f"turn {n} \U0001f600")) for n in range(4)]
+        assert read[1]["tools"] is not read[0]["tools"]  # once is no habit
+        assert read[3]["tools"] is read[2]["tools"] is read[1]["tools"]
+        assert list(read[3]) == list(read[0])
+
+    @pytest.mark.parametrize("kind", ["openai", "gemini", "mistral", "vllm", "bedrock"])
+    @pytest.mark.parametrize("dialect", ["chat", "responses"])
+    def test_what_is_made_of_known_tools_is_what_is_made_of_others(
+        self, fresh_memory, kind, dialect
+    ):
+        search = {"type": "web_search_20250305", "name": "web_search"}
+        body = json.dumps(request(tools=[*self.TOOLS, search])).encode()
+        made = []
+        for _ in range(4):
+            asked = ogx.checked_json(body)
+            sent = ogx.json_bytes(ogx.DIALECTS[dialect].request(asked, model(kind)))
+            made.append((json.loads(sent), ogx.prompt_tokens(asked)))
+            ogx.known_texts.clear()
+        assert made[0] == made[1] == made[2] == made[3]
+        assert ogx.known_as(asked["tools"])
+
+    def test_known_tools_are_made_anew_for_another_kind_of_provider(self, fresh_memory):
+        body = json.dumps(request(tools=[tool("x" * 70, anyOf=[{"properties": {}}])])).encode()
+        ask = [ogx.checked_json(body) for _ in range(3)][-1]
+        plain, strict = model("vllm"), model("openai")
+        taught = ogx.taught_model(plain, [ogx.Lesson("row", "root_unions", False)])
+        roots = [set(ogx.chat_request(ask, m)["tools"][0]["function"]["parameters"])
+                 for m in (plain, strict, taught, plain)]  # fmt: skip
+        assert [("anyOf" in root) for root in roots] == [True, False, False, True]
+
+    def test_what_only_looks_like_known_tools_is_read_as_it_is(self, fresh_memory):
+        tools = json.dumps(self.TOOLS).encode()
+        body = json.dumps(request()).encode()[:-1] + b', "tools": ' + tools + b"}"
+        for _ in range(3):
+            ogx.checked_json(body)
+        assert ogx.known_tools
+        twice = body[:-1] + b', "tools": []}'  # the last one counts
+        assert ogx.checked_json(twice)["tools"] == []
+        inside = assistant([call("a", "Task", tools=self.TOOLS)])
+        nested = json.dumps(request("x", inside, user([result("a")]))).encode()
+        assert ogx.checked_json(nested) == json.loads(nested)
+        nested = json.dumps(request("x", inside, user([result("a")]), tools=[tool("New")])).encode()
+        assert ogx.checked_json(nested) == json.loads(nested)
+        longer = body[:-2] + b", {}]}"
+        assert "tools.2.name: field required" in refused(ogx.checked_json, longer).message
+        broken = refused(ogx.checked_json, body[:-1] + b', "x": }').message
+        with pytest.raises(ValueError, match="Expecting value") as caught:
+            json.loads(body[:-1] + b', "x": }')
+        assert str(caught.value) in broken  # the place is that of the client's own text
+        quoted = json.dumps(request(body.decode(), tools=self.TOOLS)).encode()
+        assert ogx.checked_json(quoted) == json.loads(quoted)
+
+    def test_few_tools_are_kept(self, fresh_memory):
+        for n in range(40):
+            for _ in range(3):
+                ogx.checked_json(json.dumps(request(tools=[tool(f"T{n}")])).encode())
+        large = json.dumps(request("x" * ogx.KEPT_BODY, tools=[tool("Large")])).encode()
+        for _ in range(3):
+            ogx.checked_json(large)
+        names = [known.tools[0]["name"] for known in ogx.known_tools]
+        assert names == [f"T{n}" for n in range(32, 40)] and len(ogx.seen_tools) <= 8
+
+    def test_known_tools_reach_the_upstream_whole_and_unchanged(self):
+        body = request(tools=[tool("Bash", properties={"c": {"type": "string"}})])
+        with gateway_over(models=["gpt-x"]) as (client, upstream):
+            for n in range(4):
+                body["messages"][0]["content"] = f"turn {n}"
+                assert client.post(body)[0] == 200
+        first = upstream.seen[0]["tools"]
+        assert first[0]["function"]["name"] == "Bash"
+        assert all(seen["tools"] == first for seen in upstream.seen)
+        assert [seen["messages"][0]["content"] for seen in upstream.seen] == [
+            f"turn {n}" for n in range(4)]  # fmt: skip
+
+    # -- the checks
+
     @pytest.mark.parametrize(
         ("body", "words"),
         [
@@ -6365,6 +6460,136 @@ class TestServer:
             for thread in threads:
                 thread.join(30)
             assert sorted(answer.decode() for answer in answers) == expected
+
+    def test_what_waits_takes_no_thread(self):
+        def quiet(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="Hello"), done=False))
+            fake.client_left.wait(20)
+
+        with gateway_over(*[quiet] * 10) as (client, upstream):
+            running = threading.active_count()
+            with contextlib.ExitStack() as held:
+                for _ in range(30):
+                    held.enter_context(socket.create_connection(("127.0.0.1", client.port)))
+                for _ in range(10):
+                    self.read_until(held.enter_context(self.stream_of(client)), b"Hello")
+                ours = {thread.name for thread in threading.enumerate()}
+                assert threading.active_count() - running <= 10 + 1, ours  # the fake upstream's
+            upstream.client_left.set()
+
+    def test_what_may_block_holds_up_no_one(self):
+        go_on, begun = threading.Event(), threading.Event()
+
+        def slow(*_):
+            begun.set()
+            assert go_on.wait(20)
+            raise ogx.OgxError(502, "unreachable")
+
+        with FakeUpstream() as upstream, serving(
+            provider(url=upstream.url), provider("vllm", "http://127.0.0.1:9/v1")
+        ) as client:
+            connect = client.gateway.upstream.new_connection
+            client.gateway.upstream.new_connection = lambda owner, timeout: (
+                slow if owner.id == "vllm" else connect)(owner, timeout)  # fmt: skip
+            with client.sending(request(model="vllm/m")) as sock:
+                assert begun.wait(5)
+                for _ in range(2):
+                    assert client.post(request())[0] == 200
+                go_on.set()
+                assert sock.recv(65536).startswith(b"HTTP/1.1 502 ")
+
+    def test_long_requests_are_translated_in_threads_of_their_own(self):
+        with gateway_over() as (client, _):
+            threads, messages = [], client.gateway.messages
+
+            def noting(exchange):
+                threads.append(threading.current_thread().name)
+                return messages(exchange)
+
+            client.gateway.messages = noting
+            for body in (request(), request("x" * ogx.LONG)):
+                assert client.post(body)[0] == 200
+            data = gzip.compress(json.dumps(request()).encode())
+            assert client.post(data, content_encoding="gzip")[0] == 200
+        assert threads[0] == "relay" and "relay" not in threads[1:] and len(threads) == 3
+
+    def test_where_no_thread_is_left_it_says_so(self, monkeypatch):
+        def none(thread):
+            raise RuntimeError("can't start new thread")
+
+        with gateway_over() as (client, _):
+            assert client.post(request())[0] == 200
+            monkeypatch.setattr(threading.Thread, "start", none)
+            status, _, told = client.get("/v1/models")
+            assert (status, told["error"]["type"]) == (529, "overloaded_error")
+            assert client.post(request())[0] == 200  # by the connection that is there
+            monkeypatch.undo()
+            assert client.get("/v1/models")[0] == 200
+
+    def test_a_failure_in_one_step_ends_that_connection_alone(self, monkeypatch, caplog):
+        def late(fake, connection):
+            failed.wait(20)
+            send(connection, 200, said(), "text/event-stream")
+
+        failed, wait = threading.Event(), ogx.Relay._wait
+
+        def once(relay, handler, step):
+            if step is ogx.ANSWER and not failed.is_set():
+                failed.set()
+                raise KeyError("registered already")
+            wait(relay, handler, step)
+
+        with gateway_over(said(), late) as (client, _):
+            assert client.post(request())[0] == 200
+
+            other = Client(client.server)
+            assert other.get("/v1/health")[0] == 200
+            monkeypatch.setattr(ogx.Relay, "_wait", once)
+            until_closed = client.raw(self.HEAD + b"content-length: %d\r\n\r\n%b" % (
+                len(json.dumps(request())), json.dumps(request()).encode()))  # fmt: skip
+            assert until_closed == b"" and "a connection is lost" in caplog.text
+            assert other.post(request())[0] == 200
+            other.connection.close()
+
+    def test_running_answers_come_before_new_requests(self):
+        order = []
+
+        def paced(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="Hello"), done=False))
+            go_on.wait(20)
+            send_chunk(connection, sse(delta(content="again"), done=False))
+            fake.client_left.wait(20)
+
+        go_on = threading.Event()
+        with gateway_over(paced) as (client, upstream), self.stream_of(client) as sock:
+            self.read_until(sock, b"Hello")
+            relay, waiting = client.server.relay, Client(client.server)
+            assert waiting.get("/v1/health")[0] == 200
+            held = threading.Event()
+            go_on_with = relay._go_on
+
+            def noting(handler, *rest, **named):
+                order.append(handler.waits)
+                go_on_with(handler, *rest, **named)
+
+            def stop_the_relay():
+                held.set()
+                time.sleep(0.1)  # meanwhile both become ready
+
+            relay._go_on = noting
+            relay._admit = lambda: (relay._ear.recv(1000), stop_the_relay())
+            relay._ring()
+            assert held.wait(5)
+            waiting.connection.request("GET", "/v1/health")
+            go_on.set()
+            self.read_until(sock, b"again")
+            del relay._admit
+            assert waiting.connection.getresponse().status == 200
+            upstream.client_left.set()
+            waiting.connection.close()
+        assert order[:2] == [ogx.ANSWER, ogx.READS]
 
     def test_upstream_connections_change_hands_among_many_clients(self):
         with gateway_over(models=["m"]) as (client, upstream):
