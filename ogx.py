@@ -995,12 +995,12 @@ def remember_tools(body: bytes, tools: list[Json]) -> None:
     if tools not in seen_tools:
         seen_tools = (*seen_tools[1 - KEPT_TOOLS :], tools)
         return
-    for match in TOOLS_FIELD.finditer(body):
+    for match in itertools.islice(TOOLS_FIELD.finditer(body), 4):
         text = body[match.end() :].decode()
         value, end = STRICT_JSON.raw_decode(text)
         if value == tools:
-            raw = match.group() + text[:end].encode()
-            known_tools = (*known_tools[1 - KEPT_TOOLS :], KnownTools(raw, tools))
+            raw = match.group() + text[:end].encode()  # whose value it is: false equals 0 in Python
+            known_tools = (*known_tools[1 - KEPT_TOOLS :], KnownTools(raw, value))
             return
 
 
@@ -3877,7 +3877,7 @@ class Reply:
         self._request, self._timeout = request, timeout
         self._buffer = b""
         self._body: BodyReader | None = None
-        self._unsent = memoryview(request)
+        self._unsent, self._takes = memoryview(request), True  # the upstream, as far as is known
         self._emptied = False  # its socket held no more, and need not be asked before it is ready
         self._heard_at = time.monotonic()  # or when it took some of the request
         self._deadline = math.inf
@@ -3890,6 +3890,7 @@ class Reply:
         """Make a connection and send as much as goes; OgxError 502 or 504."""
         self.socket = self._upstream.new_connection(self._provider, self._timeout)
         self._unsent, self._heard_at = memoryview(self._request), time.monotonic()
+        self._takes = True
         self._send()
 
     def wait(self) -> None:
@@ -3908,7 +3909,8 @@ class Reply:
     @property
     def events(self) -> int:
         """What the socket is waited for: bytes and, while some are unsent, room for them."""
-        return selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
+        sends = self._unsent and self._takes
+        return selectors.EVENT_READ | (selectors.EVENT_WRITE if sends else 0)
 
     @property
     def until(self) -> float:
@@ -3919,19 +3921,20 @@ class Reply:
         return min(self._heard_at + silence, self._deadline)
 
     def _send(self) -> None:
-        """Send what the upstream takes now. An error is no reason to stop: it may have answered
-        already, that the body is too large say."""
-        assert self.socket is not None
-        with suppress(OSError):  # WOULD_BLOCK too
-            while self._unsent:
+        """Send what the upstream takes now, though it may have begun to answer. An error is no
+        reason to stop reading: it may have said before that the body is too large."""
+        try:
+            while self._unsent and self.socket:
                 self._unsent = self._unsent[self.socket.send(self._unsent) :]
                 self._heard_at = time.monotonic()
+        except WOULD_BLOCK:
+            pass
+        except OSError:
+            self._takes = False
 
     def head(self) -> bool:
         """Go on to the end of status and headers; whether they are all there."""
         while self._body is None and self.socket:
-            if self._unsent and not self._buffer:
-                self._send()
             data = self._receive()
             if data is None:
                 return False
@@ -3948,7 +3951,7 @@ class Reply:
         if not self._reused or self._buffer or not at_once:
             raise self._broken(None)
         self.release()
-        self.socket, self._reused = None, False
+        self._reused = False
 
     def _parse_head(self) -> bool:
         """Take a complete head off the buffer; whether there was one. 1xx heads are skipped."""
@@ -4024,6 +4027,8 @@ class Reply:
         assert self.socket is not None
         if self._upstream.closed:
             raise stopping_error()
+        if self._unsent and self._takes:
+            self._send()
         if self._emptied:
             self._emptied = False
             return None
@@ -4052,10 +4057,11 @@ class Reply:
         """Done with it: keep the connection where it is clean, else close it."""
         body, surplus = self._body, bool(self._buffer or self._unsent)
         ended = body and body.reusable and (self.complete or body.done)
-        if self.socket and body and ended and not (surplus or body.rest):
-            self._upstream.give_back(self._provider, self.socket, body)
-        elif self.socket:
-            self.socket.close()
+        sock, self.socket = self.socket, None
+        if sock and body and ended and not (surplus or body.rest):
+            self._upstream.give_back(self._provider, sock, body)
+        elif sock:
+            sock.close()
 
 
 class DemoReply(Reply):
@@ -4090,6 +4096,7 @@ LIST_TIMEOUT = 5.0  # for a provider's model list
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of an answer that isn't streamed
 ERROR_BODY = (10.0, 1024 * 1024)  # seconds and bytes that an upstream has for its words
 MAX_PAGES = 20  # of a model list
+LONG = 256 * 1024  # bytes of a request that takes so long to translate that it gets a thread
 MIN_CONTEXT = 32_000  # tokens; Claude Code's own prompt and tools take 15,000 of them
 REFRESH = 300.0  # seconds between model lists; a 20th for local servers and after a problem
 Batches = Generator[Optional[list[Any]], None, None]  # of events, or bytes of some; None likewise
@@ -4195,6 +4202,8 @@ class Gateway:
         lessons = list(self.lessons.of(model))
         known, key = len(lessons), 0
         for attempt in range(1, MAX_REQUESTS + 1):
+            if len(exchange.raw) > LONG or not self.discovered.is_set():
+                yield BLOCKING
             taught = taught_model(model, lessons)
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
             body, data = self._request(taught, name, exchange, lessons)
@@ -4216,6 +4225,8 @@ class Gateway:
                     yield piece
                 return
             except OgxError as error:
+                if len(exchange.raw) > LONG:
+                    yield BLOCKING
                 error.without(self.upstream.secrets(model.provider))
                 last = exchange.answered or attempt == MAX_REQUESTS
                 if not last and self._learned(error, body, taught, exchange, lessons):
@@ -4778,7 +4789,6 @@ SIGN_OF_LIFE = b": waiting for the model\n\n"  # before message_start only comme
 LOGGED_BODY = 10_000  # characters
 FILE_OR_KEY = re.compile(r"[A-Za-z0-9+/=]{200,}|\b(?<=sk-)[\w-]{8,}")
 ABOUT = {"service": "ogx.py", "version": __version__, "status": "OK"}
-LONG = 256 * 1024  # bytes of a request that takes so long to translate that it gets a thread
 SHARE = 0.002  # seconds for which new requests may hold up running answers at a time
 # What a connection waits for, besides BLOCKING.
 READS, WRITES, ANSWER = "the client writes", "the client reads", "the upstream answers"
@@ -4912,7 +4922,7 @@ class Relay:
     thread of its own, and comes back."""
 
     def __init__(self) -> None:
-        self._handlers: set[Handler] = set()  # those that no thread has
+        self._handlers: dict[Handler, None] = {}  # those that no thread has, the newest last
         self._turns: dict[Handler, None] = {}  # those that can go on, the next one first
         self._new: list[tuple[Handler, str]] = []
         self._alarm = math.inf  # when the first of them may have waited for too long
@@ -4929,7 +4939,7 @@ class Relay:
             if not self._closed:
                 self._new.append((handler, step))
                 return self._ring()
-        handler.steps.close()
+        handler.end()
 
     def _ring(self) -> None:
         with suppress(OSError):  # it is full of rings, heard soon anyway; or it has ended
@@ -4951,8 +4961,7 @@ class Relay:
         wait for its turn, and is then read and translated."""
         try:
             while not self._closed:
-                patience = 0.0 if self._turns else max(0.0, self._alarm - time.monotonic())
-                for key, _ in self._selector.select(None if patience == math.inf else patience):
+                for key in self._ready():
                     handler = key.data
                     if handler is None:
                         self._admit()
@@ -4970,15 +4979,25 @@ class Relay:
         finally:
             self.close()
             for handler in [*self._handlers, *(handler for handler, _ in self._new)]:
-                handler.steps.close()
+                handler.end()
             for closable in (self._selector, self._bell, self._ear):
                 closable.close()
+
+    def _ready(self) -> list[selectors.SelectorKey]:
+        """What happened, once something has."""
+        patience = 0.0 if self._turns else max(0.0, self._alarm - time.monotonic())
+        try:
+            ready = self._selector.select(None if patience == math.inf else patience)
+        except ValueError:  # more sockets than select() takes, on Windows
+            self._drop(next(reversed(self._handlers)))
+            return []
+        return [key for key, _ in ready]
 
     def _admit(self) -> None:
         self._ear.recv(1000)
         for _ in range(len(self._new)):
             handler, step = self._new.pop(0)
-            self._handlers.add(handler)
+            self._handlers[handler] = None
             self._wait(handler, step)
         if self._interrupted:
             for handler in list(self._handlers):
@@ -5002,30 +5021,41 @@ class Relay:
             if not is_closed(handler.connection):  # it sent its next request already
                 return self._watch(handler, 0, *handler.watched[1:])
             error = OgxError(CLIENT_GONE, "the client closed the connection")
-        try:
-            self._wait(handler, handler.next_step(error))
-        except Exception:  # nothing of one connection may end the others
-            log.exception("a connection is lost")
-            handler.steps.close()
-            self._wait(handler, None)
+        self._wait(handler, handler.next_step(error))
 
     def _wait(self, handler: Handler, step: Step | None) -> None:
         """Have a connection wait for what its step says; None is its end."""
+        try:
+            self._arrange(handler, step)
+        except Exception:  # nothing of one connection may end the others
+            log.exception("a connection is lost")
+            self._drop(handler)
+
+    def _drop(self, handler: Handler) -> None:
+        self._handlers.pop(handler, None)
+        self._turns.pop(handler, None)
+        for sock in (handler.connection, handler.watched[1]):
+            with suppress(Exception):
+                self._selector.unregister(sock)
+        handler.end()
+
+    def _arrange(self, handler: Handler, step: Step | None) -> None:
         handler.waits = step
         reply = handler.exchange.reply
+        source = reply.socket if reply else None
         if step is AGAIN:
             self._turns[handler] = None
-            if reply is None:  # another connection may have its source by now
+            if source is not handler.watched[1]:  # which another connection may have by now
                 self._watch(handler, handler.watched[0])
         elif step is None or step is BLOCKING:
             self._watch(handler, 0)
-            self._handlers.discard(handler)
+            self._handlers.pop(handler, None)
             self._turns.pop(handler, None)
             if step is BLOCKING:
                 self._start_thread(handler)
         else:
             events = selectors.EVENT_WRITE if step is WRITES else selectors.EVENT_READ
-            source = reply.socket if reply and step is ANSWER else None
+            source = source if step is ANSWER else None
             self._watch(handler, events, source, reply.events if reply and source else 0)
             self._alarm = min(self._alarm, handler.until)
 
@@ -5033,7 +5063,7 @@ class Relay:
         try:
             threading.Thread(target=self._block, args=(handler,), daemon=True).start()
         except RuntimeError:  # the system has no more
-            self._handlers.add(handler)
+            self._handlers[handler] = None
             self._wait(handler, handler.next_step(OgxError(529, "no thread is left for this")))
 
     def _block(self, handler: Handler) -> None:
@@ -5093,11 +5123,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def finish(self) -> None:
         pass
 
+    def end(self) -> None:
+        """Close the connection now; steps that had not begun would not."""
+        self.steps.close()
+        self.connection.close()
+
     def next_step(self, error: OgxError | None = None) -> Step | None:
         """Go on as far as goes without waiting; what is waited for then, None at the end."""
         try:
             return self.steps.throw(error) if error else next(self.steps)
-        except (StopIteration, OgxError):  # it had not begun when it was interrupted
+        except StopIteration:
+            return None
+        except OgxError:  # it was interrupted before it began
+            self.end()
             return None
         except Exception:
             log.exception("a connection failed unexpectedly")
@@ -5109,7 +5147,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             while not self.close_connection:
                 yield from self._one_request()
-                yield from self._step_after(b"")
+                yield from self._turn()
         except (OSError, EOFError, OgxError) as error:  # the client left or was too slow
             log.debug("%s: connection lost: %s", self.exchange.request_id, error)
         finally:
@@ -5139,7 +5177,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.until = self._deadline
             yield READS
         self._deadline += len(data) / 50_000
+        yield from self._turn()
         return data
+
+    def _turn(self) -> Steps:
+        """Let the others go on, after every fourth of what takes a moment."""
+        self._moves = (self._moves + 1) % 4
+        if self._moves == 0:
+            yield AGAIN
 
     def _read_head(self) -> Generator[Step, None, bytes]:
         """A request's head without its last line break; b"" when the client closed."""
@@ -5222,7 +5267,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pieces = [reader.feed(self._received)]
         size = len(pieces[0])
         while not reader.done:
-            data = yield from self._receive(4 * RECEIVE_SIZE)
+            # Chunks can be so small that many take a while to read.
+            data = yield from self._receive(RECEIVE_SIZE if coding else 4 * RECEIVE_SIZE)
             if not data:
                 raise ConnectionResetError("the client closed in the middle of its request")
             pieces.append(reader.feed(data))
@@ -5362,9 +5408,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.until = min(until, done.pause, done.reply.until if done.reply else math.inf)
             yield ANSWER
         else:
-            self._moves = (self._moves + 1) % 4
-            if self._moves == 0:
-                yield AGAIN
+            yield from self._turn()
 
     def _send_piece(self, data: bytes) -> Steps:
         """One piece of a stream; the head goes with the first."""
