@@ -5034,7 +5034,7 @@ class Relay:
     def _drop(self, handler: Handler) -> None:
         self._handlers.pop(handler, None)
         self._turns.pop(handler, None)
-        for sock in (handler.connection, handler.watched[1]):
+        for sock in filter(None, (handler.connection, handler.watched[1])):
             with suppress(Exception):
                 self._selector.unregister(sock)
         handler.end()
