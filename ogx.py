@@ -3623,13 +3623,13 @@ def wait_ready(sock: socket.socket, seconds: float, events: int) -> bool:
         return bool(selector.select(max(0.0, seconds)))
 
 
-def is_closed(sock: socket.socket) -> bool:
-    """Whether a readable connection has come to its end; with TLS an alert comes before it, which
-    TLS 1.3 writes as 19 bytes of data (RFC 8446, 5.2 and 6.1)."""
+def is_closed(sock: socket.socket) -> bool | None:
+    """Whether a connection has come to its end, and None where it has nothing to read; with TLS an
+    alert comes before the end, which TLS 1.3 writes as 19 bytes of data (RFC 8446, 5.2 and 6.1)."""
     try:
         head = socket.socket.recv(sock, 5, socket.MSG_PEEK)
     except WOULD_BLOCK:
-        return False
+        return None
     except OSError:
         return True
     alert = head[:1] == b"\x15" or head == b"\x17\x03\x03\x00\x13"
@@ -4779,7 +4779,8 @@ def with_loaded_context(model: Model, loaded: Any) -> Model:
 
 # ======== Server =============================================================================
 # HTTP for the clients: guard, read, route, write, log. Everything that can be wrong with a
-# request ends as one error in Anthropic's shape.
+# request ends as one error in Anthropic's shape. A connection is served in steps, each as far as
+# goes without waiting, by one thread for all; what may block gets a thread of its own.
 
 KEEP_ALIVE = 300.0  # seconds an idle connection stays open
 ANTHROPIC_VERSION = "2023-06-01"
@@ -4989,6 +4990,8 @@ class Relay:
         try:
             ready = self._selector.select(None if patience == math.inf else patience)
         except ValueError:  # more sockets than select() takes, on Windows
+            if not self._handlers:
+                raise
             self._drop(next(reversed(self._handlers)))
             return []
         return [key for key, _ in ready]
@@ -5018,8 +5021,11 @@ class Relay:
         if handler not in self._handlers:
             return  # it ended a moment ago
         if ready is handler.connection and handler.waits is ANSWER:
-            if not is_closed(handler.connection):  # it sent its next request already
-                return self._watch(handler, 0, *handler.watched[1:])
+            closed = is_closed(handler.connection)
+            if not closed:
+                if closed is False:  # it sent its next request already
+                    self._watch(handler, 0, *handler.watched[1:])
+                return
             error = OgxError(CLIENT_GONE, "the client closed the connection")
         self._wait(handler, handler.next_step(error))
 

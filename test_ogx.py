@@ -6569,6 +6569,25 @@ class TestServer:
             client.gateway.discovered.set()
         assert len(threads) == 2 and "relay" not in threads
 
+    def test_who_leaves_during_a_request_that_was_sent_early_is_noticed_too(self):
+        def late(fake, connection):
+            both.wait(10)
+            send(connection, 200, said("One."), "text/event-stream")
+
+        def hang(fake, connection):
+            await_end(fake, connection)
+
+        both = threading.Event()
+        with gateway_over(late, hang) as (client, upstream):
+            with self.stream_of(client, request()) as sock:
+                data = json.dumps(request()).encode()
+                sock.sendall(self.HEAD + b"content-length: %d\r\n\r\n%b" % (len(data), data))
+                until(lambda: upstream.seen)
+                both.set()
+                self.read_until(sock, b"One.")
+                until(lambda: len(upstream.seen) == 2)
+            assert upstream.client_left.wait(5)
+
     @pytest.mark.parametrize("flood", [
         b"\r\n" * 50_000, HEAD + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 50_000,
     ])  # fmt: skip
