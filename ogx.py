@@ -57,6 +57,7 @@ import operator
 import os
 import random
 import re
+import select
 import selectors
 import shlex
 import shutil
@@ -6179,6 +6180,27 @@ class LogFormatter(logging.Formatter):
         return f"{self.words},{int(record.msecs):03d}"
 
 
+class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes what can be written at once: a stopped terminal or a full pipe holds up no answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._poll, self._lost = None, 0
+        # Windows has none; stderr may be closed, or none.
+        with suppress(AttributeError, OSError, TypeError, ValueError):
+            self._poll = select.poll()
+            self._poll.register(self.stream, select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._poll and not self._poll.poll(0):
+            self._lost += 1
+            return
+        if self._lost:
+            record.msg = f"({self._lost} lines found no reader) {record.msg}"
+            self._lost = 0
+        super().emit(record)
+
+
 def start_log(path: str | None, level: str) -> None:
     """Log to stderr or to a file of the user's alone; what can't be written later stops nothing."""
     if path:
@@ -6186,7 +6208,7 @@ def start_log(path: str | None, level: str) -> None:
             os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
         except OSError as error:
             raise OgxError(400, f"--log-file {path}: {error.strerror}") from None
-    handler = logging.FileHandler(path) if path else logging.StreamHandler()
+    handler = logging.FileHandler(path) if path else LogHandler()
     handler.setFormatter(LogFormatter(LOG_FORMAT))
     logging.basicConfig(level=level.upper(), handlers=[handler])
 

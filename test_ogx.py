@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import select
 import shlex
 import signal
 import socket
@@ -7440,6 +7441,24 @@ class TestCommandLine:
                     break
             process.send_signal(number)
             assert process.wait(10) == 130
+
+    @pytest.mark.skipif(not hasattr(select, "poll"), reason="can't be told there")
+    def test_who_does_not_read_the_log_holds_up_no_one(self, tmp_path):
+        bare = {"HOME": str(tmp_path)}
+        with self.running(env=bare) as process:
+            port = int(self.summary(process)[0].rpartition(":")[2])
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            body = json.dumps(request(model="no/" + "m" * 180))
+            for _ in range(400):  # more than a pipe holds
+                connection.request("POST", "/v1/messages", body)
+                assert connection.getresponse().read()
+            told = ""
+            while "lines found no reader" not in told:
+                connection.request("POST", "/v1/messages", body)
+                assert connection.getresponse().read()
+                told += os.read(process.stderr.fileno(), 65536).decode()
+            connection.close()
+        assert re.search(r"^[\d-]+ [\d:,]+ \(\d+ lines found no reader\) req_\w+ POST", told, re.M)
 
     def test_a_closed_stdout_is_no_reason_to_stop(self, bare):
         reader, writer = os.pipe()
