@@ -1001,7 +1001,8 @@ def remember_tools(body: bytes, tools: list[Json]) -> None:
         value, end = STRICT_JSON.raw_decode(text)
         if value == tools:
             raw = match.group() + text[:end].encode()  # whose value it is: false equals 0 in Python
-            known_tools = (*known_tools[1 - KEPT_TOOLS :], KnownTools(raw, value))
+            if all(known.raw != raw for known in known_tools):  # else it stands too far behind
+                known_tools = (*known_tools[1 - KEPT_TOOLS :], KnownTools(raw, value))
             return
 
 
@@ -4210,11 +4211,7 @@ class Gateway:
             body, data = self._request(taught, name, exchange, lessons)
             headers = exchange.headers if DIALECTS[name].native else {}
             key = key or hash((model.served, data, tuple(headers.items())))
-            # Claude Code asks six times after a 400, with changes to betas that often come to
-            # nothing in the translation.
-            until, known_error = self._refused.get(key, (0.0, None))
-            if known_error and until > time.monotonic():
-                raise replace(known_error)
+            self._raise_known_refusal(key)
             try:
                 for piece in self._answer(taught, name, data, exchange):
                     if piece and not exchange.answered:  # what was changed has helped
@@ -4294,6 +4291,13 @@ class Gateway:
         while time.monotonic() < exchange.pause:
             yield None
         exchange.pause = math.inf
+
+    def _raise_known_refusal(self, key: int) -> None:
+        """Claude Code asks six times after a 400, with changes to betas that often come to nothing
+        in the translation."""
+        until, known_error = self._refused.get(key, (0.0, None))
+        if known_error and until > time.monotonic():
+            raise replace(known_error)
 
     def _note_refusal(self, key: int, error: OgxError) -> None:
         chance = error.refusal and error.refusal.code == "tool_use_failed"

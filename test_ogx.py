@@ -1233,8 +1233,14 @@ class TestRequests:
         large = json.dumps(request("x" * ogx.KEPT_BODY, tools=[tool("Large")])).encode()
         for _ in range(3):
             ogx.checked_json(large)
+        hidden = json.dumps([tool("T39"), {**tool("Deep"), "x": ["tools"] * 9}])
+        for _ in range(4):  # found, but too far behind other such words to be looked for again
+            body = json.dumps(request("x", x=["tools"] * 9)).encode()[:-1]
+            ogx.checked_json(body + b', "tools": %b}' % hidden.encode())
+        assert [known.tools[-1]["name"] for known in ogx.known_tools].count("Deep") == 1
+        ogx.known_tools = ogx.known_tools[:-1]
         names = [known.tools[0]["name"] for known in ogx.known_tools]
-        assert names == [f"T{n}" for n in range(32, 40)] and len(ogx.seen_tools) <= 8
+        assert names == [f"T{n}" for n in range(33, 40)] and len(ogx.seen_tools) <= 8
 
     def test_known_tools_reach_the_upstream_whole_and_unchanged(self):
         body = request(tools=[tool("Bash", properties={"c": {"type": "string"}})])
@@ -4185,15 +4191,19 @@ class TestUpstream:
                 connection, _ = listener.accept()
                 connection.recv(1000)
                 begin_stream(connection)
+                seen.wait(10)  # meanwhile the buffers between us are full
                 left = 20_000_000 - 1000
                 while left > 0:
                     left -= len(connection.recv(1 << 20))
                 send_chunk(connection, b"read")
                 connection.sendall(b"0\r\n\r\n")
 
+            seen = threading.Event()
             threading.Thread(target=serve, daemon=True).start()
             url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-            reply = self.sent(ogx.Upstream(), provider(url=url), data=b"x" * 20_000_000)
+            upstream = ogx.Upstream(ogx.Limits(idle_timeout=5))
+            reply = self.sent(upstream, provider(url=url), data=b"x" * 20_000_000)
+            seen.set()
             assert self.read_all(reply) == b"read"
 
     def test_an_early_refusal_ends_the_upload(self):
@@ -6569,6 +6579,23 @@ class TestServer:
             assert client.post(request(model="vllm/gpt-x"))[0] == 200
             client.gateway.discovered.set()
         assert len(threads) == 2 and "relay" not in threads
+
+    def test_a_request_that_was_sent_early_keeps_no_one_busy(self):
+        def quiet(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="Hello"), done=False))
+            fake.client_left.wait(20)
+
+        with gateway_over(quiet) as (client, upstream), self.stream_of(client) as sock:
+            self.read_until(sock, b"Hello")
+            relay, looks = client.server.relay, []
+            ready = relay._ready
+            relay._ready = lambda: looks.append(1) or ready()
+            sock.sendall(b"GET /v1/health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            until(lambda: looks)
+            time.sleep(0.2)  # in which a busy thread looks some ten thousand times
+            assert len(looks) < 50
+            upstream.client_left.set()
 
     def test_who_leaves_during_a_request_that_was_sent_early_is_noticed_too(self):
         def late(fake, connection):
