@@ -3491,6 +3491,7 @@ HEADER_LINE = re.compile(
 REQUEST_LINE = re.compile(rb"([A-Z]+) ([\x21-\x7e]+) HTTP/(1\.[01])\r?")
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b")
 LENGTH = re.compile("([0-9]{1,18})(?: *,|$)")  # of a body; some servers send it twice
+LENGTH_LINE = re.compile(rb"(?i)\ncontent-length:[ \t]*([0-9]{1,18})\r?(?=\n|\Z)")
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 Headers = Mapping[str, str]  # by lower-case name
 BLOCKING: Literal[False] = False  # is yielded before a step that may block or takes long
@@ -5118,6 +5119,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setblocking(False)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._received = b""  # and not yet read
+        self._admitted = b""  # the last request's head without its length
         self._unsent: bytes | memoryview = b""  # what the client was too slow to take
         self._moves = 0
         self.steps, self.exchange = self._requests(), Exchange("")
@@ -5168,8 +5170,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _one_request(self) -> Steps:
         self.close_connection = True
         self.exchange = Exchange(fresh_id("req"))
-        self.status, self.command, self.path = 0, "", ""
-        self._unread = False
+        self.status, self._unread = 0, False
         head = yield from self._read_head()
         if head:
             self.exchange.started = time.monotonic()
@@ -5211,6 +5212,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return b""
             self._received = (self._received + data).lstrip(b"\r\n")
         if not end or end.start() > MAX_HEAD:
+            self.command = ""
             yield from self._send_error(OgxError(431, "the request's headers are too large"))
             return b""
         head, self._received = self._received[: end.start()], self._received[end.end() :]
@@ -5218,8 +5220,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, head: bytes) -> Steps:
         try:
-            self._parse_head(head)
-            self._guard()
+            self._take_head(head)
             self.exchange.raw = yield from self._read_body()
             yield from self._route()
         except OgxError as error:
@@ -5237,8 +5238,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
             yield from self._send_error(OgxError(500, words))
         self._log()
 
+    def _take_head(self, head: bytes) -> None:
+        """Take in a request's head; OgxError for what is malformed or kept out. Clients send the
+        same with each request, but for the length: on one connection it is judged once."""
+        length = LENGTH_LINE.search(head)
+        rest = head[: length.start()] + head[length.end() :] if length else head
+        known = rest == self._admitted
+        if not known:
+            self._admitted, self.command, self.path = b"", "", ""
+            self._parse_head(head)
+        elif length:
+            self.request_headers["content-length"] = length[1].decode()
+        else:
+            self.request_headers.pop("content-length", None)
+        headers = self.request_headers
+        self.close_connection = self.server.stopping or self._closes
+        self._unread = "content-length" in headers or "transfer-encoding" in headers
+        self.exchange.session = headers.get("x-claude-code-session-id", "")[:64]
+        self.exchange.headers = self._passed
+        if not known:
+            self._guard()
+            self._admitted = rest  # one with two lengths ends the connection
+
     def _parse_head(self, head: bytes) -> None:
-        """Take in the request line and headers; OgxError(400) for anything malformed."""
+        """Read the request line and headers; OgxError(400) for anything malformed."""
         first, _, lines = head.partition(b"\n")
         match = REQUEST_LINE.fullmatch(first)
         if not match:
@@ -5247,13 +5270,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.path = match.group(2).decode()
         self.request_version = "HTTP/" + match.group(3).decode()
         headers = self.request_headers = headers_from_bytes(lines)
-        self.exchange.session = headers.get("x-claude-code-session-id", "")[:64]
         connection = headers.get("connection", "").lower()  # may name headers for us alone
-        self.exchange.headers = {name: headers[name] for name in PASSED_HEADERS
-                                 if name in headers and name not in connection}  # fmt: skip
+        self._passed = {name: headers[name] for name in PASSED_HEADERS
+                        if name in headers and name not in connection}  # fmt: skip
         old = self.request_version == "HTTP/1.0" and "keep-alive" not in connection
-        self.close_connection = self.server.stopping or "close" in connection or old
-        self._unread = "content-length" in headers or "transfer-encoding" in headers
+        self._closes = "close" in connection or old
 
     def _read_body(self) -> Generator[Step, None, bytes]:
         """The request's body, unpacked. Both lengths at once, or two, are how requests are

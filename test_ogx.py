@@ -6028,6 +6028,57 @@ class TestServer:
         assert re.findall(rb"HTTP/1\.1 (\d+)", answer) == [b"400"]
         assert b"connection: close" in answer and b'"type":"error"' in answer
 
+    @pytest.mark.parametrize(
+        ("head", "body", "answers"),
+        [
+            ("{head}content-length: {length}", "{body}", [b"200", b"200"]),
+            ("Content-Length:{length}\r\nhost: localhost", "{body} ", [b"200", b"200"]),
+            ("{head}x: y\r\ncontent-length: {length}", "{body}", [b"200", b"200"]),
+            ("{head}transfer-encoding: chunked", "{size:x}\r\n{body}\r\n0\r\n\r\n",
+             [b"200", b"200"]),
+            ("{head}x: y", "", [b"200", b"400"]),
+            ("{head}content-length: +5", "{body}", [b"200", b"400"]),
+            ("{head}content-length: {length}\r\ncontent-length: {length}", "{body}",
+             [b"200", b"400"]),
+            ("{head}content-length: {length}\r\ntransfer-encoding: chunked", "{body}",
+             [b"200", b"400"]),
+            ("{head}content-length: {length}\r\n 1", "{body}", [b"200", b"400"]),
+            ("{head}content-length: {length}\r\norigin: http://evil.example", "{body}",
+             [b"200", b"403"]),
+        ],
+    )  # fmt: skip
+    def test_a_head_that_came_before_is_the_same_but_for_its_length(self, head, body, answers):
+        lines, first = "host: localhost\r\n", json.dumps(request())
+        line = "POST /v1/messages HTTP/1.1\r\n"
+        words = json.dumps(request(user("Another length.")))
+        fields = {"head": lines, "body": words, "size": len(words),
+                  "length": len(body.format(body=words, size=0))}  # fmt: skip
+        second = f"{line}{head.format(**fields)}\r\nx-last: 1\r\n\r\n{body.format(**fields)}"
+        with gateway_over() as (client, upstream):
+            got = client.raw(
+                f"{line}{lines}content-length: {len(first)}\r\nx-last: 1\r\n\r\n{first}"
+                f"{second}{line}connection: close\r\n\r\n".encode())  # fmt: skip
+        assert re.findall(rb"HTTP/1\.1 (\d+)", got)[:2] == answers
+        assert len(upstream.seen) == answers.count(b"200")
+        if len(upstream.seen) == 2:
+            assert upstream.seen[1]["messages"][-1]["content"] == "Another length."
+
+    def test_a_length_is_not_left_from_the_request_before(self):
+        head = "GET /v1/health HTTP/1.1\r\nhost: localhost\r\n"
+        with gateway_over() as (client, _):
+            got = client.raw(
+                f"{head}content-length: 3\r\n\r\nabc{head}\r\n{head}\r\n"
+                f"{head}content-length: 2\r\n\r\nab{head}connection: close\r\n\r\n".encode()
+            )
+        assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200"] * 5
+
+    def test_a_head_that_is_kept_out_is_so_again(self):
+        head = b"GET /v1/health HTTP/1.1\r\nhost: localhost\r\nx-api-key: guess\r\n\r\n"
+        with gateway_over() as (client, _):
+            client.server.token = b"s3cret"
+            got = client.raw(head * 3, shut=True)
+            assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"401"] * 3
+
     def test_headers_without_end_are_bounded(self):
         with gateway_over() as (client, _):
             answer = client.raw(b"GET / HTTP/1.1\r\nx: " + b"y" * 70_000 + b"\r\n\r\n", shut=True)
