@@ -898,6 +898,7 @@ MAX_IMAGE = 5 * 1024 * 1024  # characters of base64, as at Anthropic
 ANSWER_NOTE = "Your last answer must be JSON alone, valid against this JSON schema: "
 ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_format is taken
 CONTENT, NUMBER = (str, list), (int, float)
+MESSAGE_FIELDS = {"role": ("user", "assistant", "system"), "content": CONTENT}
 BLOCK_FIELDS: dict[str, dict[str, type]] = {  # what translation relies on
     "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict},
     "thinking": {"thinking": str}, "tool_use": {"id": str, "name": str, "input": dict},
@@ -1054,10 +1055,9 @@ def check_request(body: Any, counting: bool = False) -> None:
         raise OgxError(400, "messages: expected at least one message")
     for index, message in enumerate(body["messages"]):
         where = f"messages.{index}"
-        expect(message, where, {"role": ("user", "assistant", "system")})
-        if message["role"] == "system":  # may hold nothing but an output_config
-            message.setdefault("content", [])
-        expect(message, where, {"content": CONTENT})
+        if isinstance(message, dict) and message.get("role") == "system":
+            message.setdefault("content", [])  # it may hold nothing but an output_config
+        expect(message, where, MESSAGE_FIELDS)
         if "output_config" in message:
             expect(message, where, {"output_config": dict}, required=False)
         check_blocks(message["content"], f"{where}.content")
@@ -1091,7 +1091,7 @@ def check_blocks(content: Any, where: str) -> None:
 def check_options(body: Json) -> None:
     expect(body, "", OPTIONS, required=False)
     tools = body.get("tools") or ()
-    for index, tool in enumerate(() if known_as(tools) else tools):
+    for index, tool in enumerate(() if tools and known_as(tools) else tools):
         where = f"tools.{index}"
         expect(tool, where, TOOL_FIELDS, required=False)
         expect(tool, where, {"name": str}, required=is_client_tool(tool))
@@ -1102,7 +1102,8 @@ def check_options(body: Json) -> None:
     if choice:
         expect(choice, "tool_choice", {"type": ("auto", "any", "tool", "none")})
         expect(choice, "tool_choice", {"name": str}, required=choice["type"] == "tool")
-    expect(config, "output_config", {"effort": str, "format": dict}, required=False)
+    if config:
+        expect(config, "output_config", {"effort": str, "format": dict}, required=False)
     output_format = config.get("format") or {}
     if output_format.get("type") == "json_schema":
         expect(output_format, "output_config.format", {"schema": dict})
@@ -1416,8 +1417,8 @@ def prompt_tokens(request: Json) -> tuple[float, int]:
     """About how many tokens a request's texts and tools are, and its images and documents. Its
     thinking is left out, which most upstreams drop."""
     blocks = [b for message in request["messages"] for b in blocks_of(message["content"])]
-    tools = request.get("tools") or ""
-    said = made_of_tools(tools, "tokens", None, lambda: text_tokens(tools))
+    tools = request.get("tools")
+    said = made_of_tools(tools, "tokens", None, lambda: text_tokens(tools)) if tools else 0.0
     said += sum(map(text_tokens, (system_text(request), *map(block_text, blocks))))
     return said + 4 * len(request["messages"]) + 3, sum(map(attached_tokens, blocks))
 
@@ -1923,6 +1924,8 @@ def sent_tools(request: Json, kind: ProviderKind) -> list[Json]:
 def unserved_tools_note(request: Json, kind: ProviderKind, served: str = "") -> str:
     """Words for the model about tools that only Anthropic's servers run (web search, say) or that
     are too many; `served` is how the types of those begin that the upstream has as well."""
+    if not request.get("tools"):
+        return ""
     known = {PLACEHOLDER, *(tool["name"] for tool in sent_tools(request, kind))}
     names = [t.get("name") or str(t.get("type")) for t in request.get("tools") or ()
              if not served or not str(t.get("type")).startswith(served)]  # fmt: skip
@@ -2021,7 +2024,8 @@ def data_url(block: Json) -> str:
 
 def tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
     """`tools`, `tool_choice` and `parallel_tool_calls`, each only where there is a tool."""
-    tools = made_of_tools(request.get("tools"), "chat", kind, lambda: EncodedList(
+    given = request.get("tools")
+    tools = given and made_of_tools(given, "chat", kind, lambda: EncodedList(
         chat_tool(tool, names, kind) for tool in sent_tools(request, kind)))  # fmt: skip
     if not tools:
         return {}
@@ -4195,6 +4199,8 @@ class Gateway:
         except OgxError:
             self.discovered.wait(LIST_TIMEOUT)
             chain = self.registry.chain(model_id)
+        if len(chain) == 1:
+            return chain
         now = time.monotonic()
         return sorted(chain, key=lambda model: self._resting.get(model.served, 0.0) > now)
 
@@ -4211,8 +4217,9 @@ class Gateway:
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
             body, data = self._request(taught, name, exchange, lessons)
             headers = exchange.headers if DIALECTS[name].native else {}
-            key = key or hash((model.served, data, tuple(headers.items())))
-            self._raise_known_refusal(key)
+            if not key and self._refused:  # none is nearly always so, and hashing takes a while
+                key = hash((model.served, data, tuple(headers.items())))
+                self._raise_known_refusal(key)
             try:
                 for piece in self._answer(taught, name, data, exchange):
                     if piece and not exchange.answered:  # what was changed has helped
@@ -4227,6 +4234,7 @@ class Gateway:
                 if len(exchange.raw) > LONG:
                     yield BLOCKING
                 error.without(self.upstream.secrets(model.provider))
+                key = key or hash((model.served, data, tuple(headers.items())))
                 last = exchange.answered or attempt == MAX_REQUESTS
                 if not last and self._learned(error, body, taught, exchange, lessons):
                     continue
@@ -4819,7 +4827,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.token = token.encode()  # which clients must show; empty: everyone may come in
         self.stopping = False
         self.relay = Relay()
-        self.running = 0
+        self.running: set[Handler] = set()  # those with a request
         self._done = threading.Condition()
         self._idle: dict[socket.socket, None] = {}  # connections without a request, oldest first
         self.host = host.strip("[]")
@@ -4854,17 +4862,17 @@ class Server(http.server.ThreadingHTTPServer):
         self._close_idle(0)
         with self._done:
             patience = self.limits.drain_timeout if drain is None else drain
-            self._done.wait_for(lambda: self.running == 0, patience)
+            self._done.wait_for(lambda: not self.running, patience)
             self.relay.interrupt()
             self.gateway.close()
-            self._done.wait_for(lambda: self.running == 0, 2.0)
+            self._done.wait_for(lambda: not self.running, 2.0)
         self.relay.close()
 
-    def count(self, change: int) -> None:
-        """Count a running request in (1) or out (-1)."""
-        with self._done:
-            self.running += change
-            if self.stopping:
+    def ended(self, handler: Handler) -> None:
+        """A connection's request runs no more."""
+        self.running.discard(handler)
+        if self.stopping:
+            with self._done:
                 self._done.notify_all()
 
     def idle(self, connection: socket.socket, waits: bool) -> None:
@@ -5174,11 +5182,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = yield from self._read_head()
         if head:
             self.exchange.started = time.monotonic()
-            self.server.count(1)
+            self.server.running.add(self)
             try:
                 yield from self._answer(head)
             finally:
-                self.server.count(-1)
+                self.server.ended(self)
 
     def _receive(self, size: int = RECEIVE_SIZE) -> Generator[Step, None, bytes]:
         """Bytes from the client, b"" at its end; socket.timeout after the time for a request, to
@@ -5283,7 +5291,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length, coding = headers.get("content-length"), headers.get("transfer-encoding")
         if length is None and coding is None:
             return b""
-        if self.server.running > self.server.limits.max_requests:
+        if len(self.server.running) > self.server.limits.max_requests:
             words = "too many requests are running already (see OGX_MAX_REQUESTS)"
             raise OgxError(529, words, headers={"retry-after": "1"})
         limit = int(self.server.limits.max_body * 1024 * 1024)
@@ -5295,22 +5303,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
         check_size(int(length or 0), limit)
         if headers.get("expect", "").lower() == "100-continue":
             yield from self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        reader = BodyReader(200, {**headers, "content-encoding": ""})  # that has its own limit
-        pieces = [reader.feed(self._received)]
-        size = len(pieces[0])
-        while not reader.done:
-            # Chunks can be so small that many take a while to read.
-            data = yield from self._receive(RECEIVE_SIZE if coding else 4 * RECEIVE_SIZE)
-            if not data:
-                raise ConnectionResetError("the client closed in the middle of its request")
-            pieces.append(reader.feed(data))
-            size += len(pieces[-1])
-            check_size(size, limit)
-        self._received, self._unread = reader.rest, False
-        data, coding = b"".join(pieces), headers.get("content-encoding", "identity").lower()
+        data = yield from self._sized(int(length)) if length else self._chunked(limit)
+        self._unread, coding = False, headers.get("content-encoding", "identity").lower()
         if len(data) > LONG or coding != "identity":
             yield BLOCKING
         return unpacked(data, coding, limit)
+
+    def _sized(self, length: int) -> Generator[Step, None, bytes]:
+        """A body of known length."""
+        pieces, missing = [self._received], length - len(self._received)
+        while missing > 0:
+            pieces.append((yield from self._more_body(4 * RECEIVE_SIZE)))
+            missing -= len(pieces[-1])
+        data = b"".join(pieces)
+        self._received = data[length:]
+        return data[:length]
+
+    def _chunked(self, limit: int) -> Generator[Step, None, bytes]:
+        """A body in chunks, which can be so small that many take a while to read."""
+        reader = BodyReader(200, {"transfer-encoding": "chunked"})
+        pieces = [reader.feed(self._received)]
+        size = len(pieces[0])
+        while not reader.done:
+            pieces.append(reader.feed((yield from self._more_body(RECEIVE_SIZE))))
+            size += len(pieces[-1])
+            check_size(size, limit)
+        self._received = reader.rest
+        return b"".join(pieces)
+
+    def _more_body(self, size: int) -> Generator[Step, None, bytes]:
+        data = yield from self._receive(size)
+        if not data:
+            raise ConnectionResetError("the client closed in the middle of its request")
+        return data
 
     def _guard(self) -> None:
         """Keep browsers out: a page that a user visits must not be able to spend their keys, by

@@ -4967,7 +4967,7 @@ class TestGateway:
             client.gateway.backoff = 30
             with client.sending(request()):
                 until(lambda: upstream.seen)
-            until(lambda: client.server.running == 0)
+            until(lambda: not client.server.running)
         assert len(upstream.seen) == 1
 
     def test_a_pause_is_kept_though_the_client_sends_its_next_request(self):
@@ -6219,7 +6219,7 @@ class TestServer:
                 assert "OGX_MAX_REQUESTS" in told["error"]["message"]
                 assert headers["retry-after"] == "1"
                 assert idle[0].get("/v1/health")[0] == 200
-                until(lambda: client.server.running == 1)  # they are done and counted out
+                until(lambda: len(client.server.running) == 1)  # they are done and counted out
                 finish.set()
                 assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
                 sock.sendall(self.HEAD + b"content-length: 2\r\n\r\n{}")  # there is room again
