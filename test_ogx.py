@@ -14,6 +14,7 @@ import gzip
 import http.client
 import importlib.util
 import json
+import logging
 import os
 import random
 import re
@@ -6275,6 +6276,17 @@ class TestServer:
         )  # fmt: skip
         assert "400" in second and "error: max_tokens: expected at least 1, got 0" in second
         assert "sk-secret" not in caplog.text
+
+    @pytest.mark.parametrize("failed", [False, True])
+    def test_log_lines_are_what_loggings_own_formatter_makes(self, failed):
+        own, usual = ogx.LogFormatter(ogx.LOG_FORMAT), logging.Formatter(ogx.LOG_FORMAT)
+        for created in (1_790_000_000.0, 1_790_000_000.0625, 1_790_000_001.9995):
+            record = logging.makeLogRecord({"msg": "%s of %d", "args": ("one", 2)})
+            record.created, record.msecs = created, created % 1 * 1000
+            if failed:
+                record.exc_info = (ValueError, ValueError("odd"), None)
+            assert own.format(record) == usual.format(record)
+            assert ("ValueError: odd" in own.format(record)) is failed
 
     @pytest.mark.parametrize("stream", [True, False])
     def test_bodies_are_logged_only_with_the_switch_without_secrets_and_bounded(
