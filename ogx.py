@@ -5544,8 +5544,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields["x-ogx-served"] = BAD_ID.sub("?", self.exchange.served[:256])
         if self.close_connection:
             fields["connection"] = "close"
-        start = head_start(status, int(time.time()))
-        return "\r\n".join([start, *map(": ".join, fields.items()), "", ""]).encode("ascii", "replace")
+        lines = [head_start(status, int(time.time())), *map(": ".join, fields.items()), "", ""]
+        return "\r\n".join(lines).encode("ascii", "replace")
 
     def _log(self) -> None:
         """One line per request; what clients ask all the time only at level DEBUG."""
