@@ -6413,12 +6413,35 @@ class TestServer:
             assert begun.wait(5)
             stopping = threading.Thread(target=client.server.stop)
             stopping.start()
+            until(lambda: client.server.socket.fileno() == -1)
             finish.set()
             for thread in (asking, stopping):
                 thread.join(5)
+            assert not stopping.is_alive()  # it did not wait for all of the grace period
             with pytest.raises(OSError):
                 socket.create_connection(("127.0.0.1", client.port), timeout=1)
         check_grammar(read_events(answers[0][2]))
+
+    def test_a_request_that_comes_in_while_stopping_is_its_connections_last(self):
+        asked, finish = threading.Event(), threading.Event()
+
+        def answer(fake, connection):
+            asked.set()
+            finish.wait(5)
+
+        with gateway_over(answer) as (client, _), client.sending(request()):
+            with socket.create_connection(("127.0.0.1", client.port), timeout=5) as sock:
+                sock.sendall(b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n")
+                assert asked.wait(5)
+                until(lambda: any(h._received for h in [*client.server.relay._handlers]))
+                stopping = threading.Thread(target=client.server.stop)
+                stopping.start()
+                until(lambda: client.server.stopping)
+                sock.sendall(b"content-length: 2\r\n\r\n{}")
+                told = b"".join(iter(lambda: sock.recv(65536), b""))
+            finish.set()
+            stopping.join(5)
+        assert told.startswith(b"HTTP/1.1 400 ") and b"\r\nconnection: close\r\n" in told
 
     @pytest.mark.parametrize("stream", [True, False])
     @pytest.mark.parametrize("begun", [True, False])
