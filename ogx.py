@@ -3500,6 +3500,7 @@ class Signer:
 
 POOL_SECONDS = 50.0  # an idle connection is used no longer: many servers close them after 60
 POOL_SIZE = 64  # idle connections kept for one provider
+PROXY_SECONDS = 60.0  # after which the system is asked again whether a proxy is before a provider
 RECEIVE_SIZE = 64 * 1024
 MAX_ASKED = 32 * 1024 * 1024  # bytes of a model list and the like
 HEAD_END = re.compile(rb"\n\r?\n")  # the \r before it is left to the last line
@@ -3691,6 +3692,7 @@ class Upstream:
         self._tls: dict[tuple[bool, str], ssl.SSLContext] = {}
         self.signer = Signer()
         self._made: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._proxies: dict[str, tuple[float, urllib.parse.SplitResult | None]] = {}
         self.closed = False
 
     def secrets(self, provider: Provider) -> list[str]:
@@ -3708,8 +3710,27 @@ class Upstream:
         own = {"x-ogx-instance": self.instance, **(headers or {})}
         if provider.kind.signed and not provider.api_key:
             own.update(self.signer.headers(provider.kind.signed, method, provider.url(path), body))
-        data = request_bytes(provider, method, path, body, own)
+        proxy = self.proxy(provider) if provider.base_url.startswith("http:") else None
+        data = request_bytes(provider, method, path, body, own, proxy)
         return Reply(self, provider, data, timeout or self.limits.connect_timeout)
+
+    def proxy(self, provider: Provider) -> urllib.parse.SplitResult | None:
+        """The proxy before a provider. The system is asked once a minute: that takes as long as a
+        third of a request, and on a Mac waits for DNS."""
+        until, proxy = self._proxies.get(provider.connection, (0.0, None))
+        if until < time.monotonic():
+            scheme, host, _, _ = address_of(provider.base_url)
+            proxy = proxy_of(scheme, host)
+            until = math.inf if is_loopback(host) else time.monotonic() + PROXY_SECONDS
+            self._proxies[provider.connection] = until, proxy
+        return proxy
+
+    def sends_at_once(self, provider: Provider) -> bool:
+        """Whether send() needs no file, no program and no system for what goes into the request."""
+        if provider.kind.signed and not provider.api_key:
+            return False
+        known = self._proxies.get(provider.connection, (0.0, None))[0] > time.monotonic()
+        return known or not provider.base_url.startswith("http:") or provider.kind is DEMO_KIND
 
     def ask(self, provider: Provider, path: str, timeout: float, body: bytes | None = None,
             headers: Headers | None = None) -> tuple[Reply, bytes]:  # fmt: skip
@@ -3784,7 +3805,7 @@ class Upstream:
         parts = urllib.parse.urlsplit(provider.base_url)
         host, secure = parts.hostname or "", parts.scheme == "https"
         try:
-            proxy = proxy_of(parts.scheme, host)
+            proxy = self.proxy(provider)
             at = proxy or parts
             name, port = at.hostname or "", at.port or (443 if secure and not proxy else 80)
             connection = http.client.HTTPConnection(name, port, timeout=timeout)
@@ -3862,11 +3883,11 @@ def address_of(url: str) -> tuple[str, str, str, str]:
 
 
 def request_bytes(provider: Provider, method: str, path: str, body: bytes | None,
-                  extra: Mapping[str, str]) -> bytes:  # fmt: skip
-    """A whole HTTP/1.1 request for the provider."""
-    scheme, host, address, target = address_of(provider.url(path))
+                  extra: Mapping[str, str],
+                  proxy: urllib.parse.SplitResult | None) -> bytes:  # fmt: skip
+    """A whole HTTP/1.1 request for the provider, or for the proxy that reads it."""
+    _, _, address, target = address_of(provider.url(path))
     headers = {"Host": address, **provider.headers, **extra}
-    proxy = proxy_of(scheme, host) if scheme == "http" else None
     if proxy:
         target = f"http://{address}{target}"
         headers.update(proxy_headers(proxy))
@@ -4358,8 +4379,8 @@ class Gateway:
 
     def _sent(self, provider: Provider, path: str, data: bytes, headers: Headers,
               exchange: Exchange) -> Generator[Piece, None, Reply]:  # fmt: skip
-        if provider.kind.signed and not provider.api_key:
-            yield BLOCKING  # for files with keys, and programs that tell them
+        if not self.upstream.sends_at_once(provider):
+            yield BLOCKING
         exchange.reply = self.upstream.send(provider, "POST", path, data, headers)
         return exchange.reply
 

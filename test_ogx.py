@@ -4312,6 +4312,27 @@ class TestUpstream:
         monkeypatch.setenv("no_proxy", "example.com")
         assert ogx.proxy_of("http", "example.com") is None
 
+    @pytest.mark.parametrize(("kept", "asked"), [(60.0, 1), (-1.0, None)])
+    def test_the_system_is_asked_for_proxies_seldom_and_never_by_the_relay(
+        self, monkeypatch, kept, asked
+    ):
+        threads = []
+
+        def noted(scheme, host, proxy_of=ogx.proxy_of):
+            threads.append(threading.current_thread().name)
+            return proxy_of(scheme, host)
+
+        monkeypatch.setattr(ogx, "proxy_of", noted)
+        monkeypatch.setattr(ogx, "PROXY_SECONDS", kept)
+        monkeypatch.delenv("no_proxy", raising=False)
+        with FakeUpstream(*[said("Hi.")] * 3) as proxy:
+            monkeypatch.setenv("http_proxy", proxy.url[:-3])
+            with serving(provider(url="http://models.test:81/v1")) as client:
+                for _ in range(3):
+                    assert client.post(request())[0] == 200
+                assert client.post(request(), "/v1/messages/count_tokens")[0] == 200
+        assert "relay" not in threads and len(threads) == (asked or len(threads)) > 0
+
     def test_plain_http_goes_through_a_proxy_by_its_whole_url(self, monkeypatch):
         with FakeUpstream({"a": 1}) as proxy:
             address = proxy.url[len("http://") : -len("/v1")]
