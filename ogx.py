@@ -6267,11 +6267,13 @@ class LogFormatter(logging.Formatter):
 
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes what can be written at once: a stopped terminal or a full pipe holds up no answer."""
+    """Writes to a file or stderr what can be written at once: a stopped terminal or a full pipe
+    holds up no answer. That a file can't be written is told once."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._poll, self._lost = None, 0
+    def __init__(self, path: str = "") -> None:
+        file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115
+        super().__init__(file)
+        self._path, self._poll, self._lost = path, None, 0
         # Windows has none; stderr may be closed, or none.
         with suppress(AttributeError, OSError, TypeError, ValueError):
             self._poll = select.poll()
@@ -6286,6 +6288,12 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
             self._lost = 0
         super().emit(record)
 
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        path, self._path = self._path, ""
+        with suppress(OSError, ValueError):
+            if path:
+                print(f"--log-file {path}: {sys.exc_info()[1]}", file=sys.stderr)
+
 
 def start_log(path: str | None, level: str) -> None:
     """Log to stderr or to a file of the user's alone; what can't be written later stops nothing."""
@@ -6294,7 +6302,7 @@ def start_log(path: str | None, level: str) -> None:
             os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
         except OSError as error:
             raise OgxError(400, f"--log-file {path}: {error.strerror}") from None
-    handler = logging.FileHandler(path) if path else LogHandler()
+    handler = LogHandler(path or "")
     handler.setFormatter(LogFormatter(LOG_FORMAT))
     logging.basicConfig(level=level.upper(), handlers=[handler])
 

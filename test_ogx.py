@@ -7523,6 +7523,10 @@ class TestCommandLine:
     def test_a_full_disk_never_stops_serving(self, bare):
         with self.running(bare, "--log-file", "/dev/full") as process:
             assert self.ask(process, request(model="claude-opus-4")) == 200
+            process.terminate()
+            assert process.wait(10) == 0
+            told = process.stderr.read()
+        assert told == "--log-file /dev/full: [Errno 28] No space left on device\n"
 
     def test_a_home_that_is_read_only_never_stops_serving(self, bare, tmp_path):
         state = str(tmp_path / "bare.json" / "no" / "folder")
