@@ -3509,7 +3509,7 @@ HEADER_LINE = re.compile(
 REQUEST_LINE = re.compile(rb"([A-Z]+) ([\x21-\x7e]+) HTTP/(1\.[01])\r?")
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b")
 LENGTH = re.compile("([0-9]{1,18})(?: *,|$)")  # of a body; some servers send it twice
-LENGTH_LINE = re.compile(rb"(?i)\ncontent-length:[ \t]*([0-9]{1,18})\r?(?=\n|\Z)")
+LENGTH_LINE = re.compile(rb"(?i)\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r?(?=\n|\Z)")
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 Headers = Mapping[str, str]  # by lower-case name
 BLOCKING: Literal[False] = False  # is yielded before a step that may block or takes long
@@ -3816,6 +3816,7 @@ class Upstream:
                 connection.set_tunnel(host, parts.port or 443, proxy_headers(proxy))
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:  # UnicodeError too
+            self._proxies.pop(provider.connection, None)  # its proxy may be another one by now
             raise unreachable(provider, error) from None
         sock: socket.socket = connection.sock
         sock.setblocking(False)
@@ -4246,8 +4247,8 @@ class Gateway:
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
             body, data = self._request(taught, name, exchange, lessons)
             headers = exchange.headers if DIALECTS[name].native else {}
-            if not key and self._refused:  # none is nearly always so, and hashing takes a while
-                key = hash((model.served, data, tuple(headers.items())))
+            if self._refused:  # none is nearly always so, and hashing takes a while
+                key = key or hash((model.served, data, tuple(headers.items())))
                 self._raise_known_refusal(key)
             try:
                 for piece in self._answer(taught, name, data, exchange):
@@ -4270,7 +4271,8 @@ class Gateway:
                 error = error if exchange.answered else told_error(error, exchange, model)
                 pause = None if last else self._pause(error, exchange)
                 if pause is None:
-                    self._note_refusal(key, error)
+                    if not exchange.answered:
+                        self._note_refusal(key, error)
                     raise error from None
                 log.info("%s: %s failed: %s; trying again in %.1f s", exchange.request_id,
                          model.served, one_line(error.message), pause)  # fmt: skip
@@ -5156,7 +5158,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setblocking(False)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._received = b""  # and not yet read
-        self._admitted = b""  # the last request's head without its length
+        self._admitted: bytes | None = None  # the last request's head without its length
         self._unsent: bytes | memoryview = b""  # what the client was too slow to take
         self._moves = 0
         self.steps, self.exchange = self._requests(), Exchange("")
@@ -5237,6 +5239,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _read_head(self) -> Generator[Step, None, bytes]:
         """A request's head without its last line break; b"" when the client closed."""
+        self._received = self._received.lstrip(b"\r\n")
         if not self._received:
             self.server.idle(self.connection, True)
             self._deadline = time.monotonic() + KEEP_ALIVE
@@ -5279,13 +5282,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Take in a request's head; OgxError for what is malformed or kept out. Clients send the
         same with each request, but for the length: on one connection it is judged once."""
         length = LENGTH_LINE.search(head)
+        told = length[1].decode() if length else None
         rest = head[: length.start()] + head[length.end() :] if length else head
         known = rest == self._admitted
         if not known:
-            self._admitted, self.command, self.path = b"", "", ""
+            self._admitted, self.command, self.path = None, "", ""
             self._parse_head(head)
-        elif length:
-            self.request_headers["content-length"] = length[1].decode()
+        elif told:
+            self.request_headers["content-length"] = told
         else:
             self.request_headers.pop("content-length", None)
         headers = self.request_headers
@@ -5295,7 +5299,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.exchange.headers = self._passed
         if not known:
             self._guard()
-            self._admitted = rest  # one with two lengths ends the connection
+            if headers.get("content-length") == told:  # else one is left in the rest
+                self._admitted = rest
 
     def _parse_head(self, head: bytes) -> None:
         """Read the request line and headers; OgxError(400) for anything malformed."""
@@ -6271,8 +6276,10 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
     holds up no answer. That a file can't be written is told once."""
 
     def __init__(self, path: str = "") -> None:
-        file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115
-        super().__init__(file)
+        stream = sys.stderr
+        if path:
+            stream = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        super().__init__(stream)
         self._path, self._poll, self._lost = path, None, 0
         # Windows has none; stderr may be closed, or none.
         with suppress(AttributeError, OSError, TypeError, ValueError):
@@ -6289,10 +6296,12 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        path, self._path = self._path, ""
-        with suppress(OSError, ValueError):
-            if path:
-                print(f"--log-file {path}: {sys.exc_info()[1]}", file=sys.stderr)
+        error = sys.exc_info()[1]
+        if not isinstance(error, (OSError, ValueError)):
+            super().handleError(record)
+        elif self._path:
+            print(f"--log-file {self._path}: {error}", file=sys.stderr)
+            self._path = ""
 
 
 def start_log(path: str | None, level: str) -> None:

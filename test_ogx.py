@@ -30,6 +30,7 @@ import sys
 import sysconfig
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -4333,6 +4334,18 @@ class TestUpstream:
                 assert client.post(request(), "/v1/messages/count_tokens")[0] == 200
         assert "relay" not in threads and len(threads) == (asked or len(threads)) > 0
 
+    def test_after_a_failure_the_system_is_asked_for_proxies_again(self, monkeypatch):
+        monkeypatch.delenv("no_proxy", raising=False)
+        upstream = ogx.Upstream()
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        owner = provider(url="http://models.test:81/v1")
+        assert refused(upstream.ask, owner, "/a", 5.0).status == 502
+        with FakeUpstream() as proxy:
+            monkeypatch.setenv("http_proxy", proxy.url[:-3])
+            assert upstream.ask(owner, "/models", 5.0)[0].status == 200
+        upstream.close()
+
     def test_plain_http_goes_through_a_proxy_by_its_whole_url(self, monkeypatch):
         with FakeUpstream({"a": 1}) as proxy:
             address = proxy.url[len("http://") : -len("/v1")]
@@ -4799,6 +4812,17 @@ class TestGateway:
             assert len(upstream.seen) == 2
             client.gateway._refused.clear()  # seconds later
             assert client.post(request(thinking={"type": "adaptive"}))[0] == 200
+
+    @pytest.mark.parametrize("others", [[], [(400, {"error": {"message": "no"}})]])
+    def test_what_broke_off_may_be_asked_again_whatever_others_asked(self, others):
+        broken = sse(delta(content="Hel"), {"error": {"message": "no", "code": 400}}, done=False)
+        with gateway_over(*others, broken, broken) as (client, upstream):
+            for _ in others:
+                assert client.post(request("something else"))[0] == 400
+            for _ in range(2):
+                status, _, told = client.post(request(stream=True))
+                assert status == 200 and b'"type":"error"' in told
+            assert len(upstream.seen) == len(others) + 2
 
     @pytest.mark.parametrize("field", ["thread", "safeguards"])
     def test_what_is_refused_by_us_is_served_without_it(self, field):
@@ -6065,6 +6089,9 @@ class TestServer:
             ("{head}content-length: {length}\r\ntransfer-encoding: chunked", "{body}",
              [b"200", b"400"]),
             ("{head}content-length: {length}\r\n 1", "{body}", [b"200", b"400"]),
+            ("{head}content-length: {length} ", "{body}", [b"200", b"200"]),
+            ("{head}content-length: {longer}\r\ncontent-length: {length} ", "{body} ",
+             [b"200", b"400"]),
             ("{head}content-length: {length}\r\norigin: http://evil.example", "{body}",
              [b"200", b"403"]),
         ],
@@ -6073,8 +6100,9 @@ class TestServer:
         lines, first = "host: localhost\r\n", json.dumps(request())
         line = "POST /v1/messages HTTP/1.1\r\n"
         words = json.dumps(request(user("Another length.")))
-        fields = {"head": lines, "body": words, "size": len(words),
-                  "length": len(body.format(body=words, size=0))}  # fmt: skip
+        length = len(body.format(body=words, size=0))
+        fields = {"head": lines, "body": words, "size": len(words), "length": length,
+                  "longer": length + 1}  # fmt: skip
         second = f"{line}{head.format(**fields)}\r\nx-last: 1\r\n\r\n{body.format(**fields)}"
         with gateway_over() as (client, upstream):
             got = client.raw(
@@ -6094,12 +6122,93 @@ class TestServer:
             )
         assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200"] * 5
 
-    def test_a_head_that_is_kept_out_is_so_again(self):
-        head = b"GET /v1/health HTTP/1.1\r\nhost: localhost\r\nx-api-key: guess\r\n\r\n"
-        with gateway_over() as (client, _):
-            client.server.token = b"s3cret"
-            got = client.raw(head * 3, shut=True)
-            assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"401"] * 3
+    def taken(self, handler, head):
+        """What a connection makes of a head, or why it refuses it."""
+        handler.exchange, handler.close_connection, handler._unread = ogx.Exchange("r"), True, False
+        try:
+            handler._take_head(head)
+        except ogx.OgxError as error:
+            return (error.status, error.message, handler.command, handler._unread,
+                    handler.close_connection or handler._unread)  # fmt: skip
+        return (handler.command, handler.path, handler.request_version, handler.close_connection,
+                dict(handler.request_headers), handler._unread, handler.exchange.session,
+                handler.exchange.headers)  # fmt: skip
+
+    def test_a_head_is_taken_as_on_a_new_connection_whatever_came_before(self):
+        gateway = ogx.Gateway(config())
+        server = types.SimpleNamespace(gateway=gateway, host="127.0.0.1", tls=None, stopping=False)
+        lines = [
+            b"host: localhost", b"host: evil.example", b"content-length: 5", b"Content-Length:7",
+            b"content-length: 5 ", b"content-length: 05\t", b"content-length: +5",
+            b"content-length:", b"content-length: 5, 5", b"content-length : 5",
+            b"content-length: 5\xa0", b"xcontent-length: 3", b"transfer-encoding: chunked",
+            b"connection: close", b"connection: anthropic-beta", b"anthropic-beta: a",
+            b"anthropic-beta: b", b"x-claude-code-session-id: s", b"x-api-key: token",
+            b"x-api-key: guess", b"origin: http://evil.example", b"content-type: text/plain",
+            b"no colon", b" folded", b"x: \xff", b"", b"\r",
+        ]  # fmt: skip
+        firsts = [b"GET /v1/health HTTP/1.1", b"POST /v1/messages HTTP/1.1", b"HEAD / HTTP/1.1",
+                  b"GET / HTTP/1.0", b"GET  / HTTP/1.1", b""]  # fmt: skip
+        chance, again = random.Random(7), 0
+        for server.token in (b"", b"token") * 400:
+            used = object.__new__(ogx.Handler)
+            used.server, used._admitted = server, None
+            head = [chance.choice(firsts[:3] * 3 + firsts), b"host: localhost", b"x-api-key: token",
+                    *chance.sample(lines, chance.randrange(3))]  # fmt: skip
+            for turn in range(6):
+                changed = list(head) if turn < 5 else [b"", b"content-length: 5"]
+                for _ in range(chance.randrange(2)):
+                    place = chance.randrange(len(changed))
+                    changed[place : place + chance.randrange(2)] = [chance.choice(lines)]
+                ending = chance.choice([b"\r\n", b"\n"])
+                sent = ending.join(changed) + ending[:-1]
+                fresh = object.__new__(ogx.Handler)
+                fresh.server, fresh._admitted = server, None
+                expected = self.taken(fresh, sent)
+                before = used._admitted
+                assert self.taken(used, sent) == expected, (head, sent)
+                again += before is not None and used._admitted is before
+        gateway.close()
+        assert again > 200
+
+    @pytest.mark.parametrize("space", ["", " ", "\t", " \t", "\xa0"])
+    def test_space_after_a_length_changes_nothing_when_it_comes_again(self, space):
+        body = json.dumps(request(user("DELETE /v1/models/x HTTP/1.1")))
+        head = "POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n" \
+               f"content-length: {len(body)}{space}\r\n\r\n"  # fmt: skip
+        with gateway_over() as (client, upstream):
+            last = "GET /v1/health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+            got = client.raw((2 * (head + body) + last).encode("latin-1"))
+        assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200"] * 3 and len(upstream.seen) == 2
+
+    @pytest.mark.parametrize(("field", "status"), [("x-api-key: guess", b"401"),
+                                                   ("origin: http://evil", b"403")])  # fmt: skip
+    @pytest.mark.parametrize("again", [
+        "{head}\r\n\r\n", "{head}\r\n{length}\r\n\r\n{body}", "\n{length}\r\n\r\n{body}",
+        "{length}\r\n\r\n{body}", "\r\n{head}\r\n{length}\r\n\r\n{body}"])  # fmt: skip
+    def test_a_head_that_is_kept_out_is_so_again(self, field, status, again):
+        head = f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n{field}"
+        body = json.dumps(request())
+        second = again.format(head=head, body=body, length=f"content-length: {len(body)}")
+        with gateway_over() as (client, upstream):
+            client.server.token = b"s3cret" if status == b"401" else b""
+            got = client.raw(f"{head}\r\n\r\n{second}".encode(), shut=True)
+        first, second = re.findall(rb"HTTP/1\.1 (\d+)", got)
+        assert first == status and second in (status, b"400") and not upstream.seen
+
+    @pytest.mark.parametrize("together", [True, False])
+    def test_empty_lines_before_a_request_are_passed_over(self, together):
+        head = b"GET /v1/health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        with gateway_over() as (client, _), socket.create_connection(
+            ("127.0.0.1", client.port), timeout=5
+        ) as sock:
+            sock.sendall(b"\r\n" + head + (b"\r\n\n" + head if together else b""))
+            if not together:
+                assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+                sock.sendall(b"\r\n\n" + head)
+            sock.shutdown(socket.SHUT_WR)
+            got = b"".join(iter(lambda: sock.recv(65536), b""))
+        assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200"] * (2 if together else 1)
 
     def test_headers_without_end_are_bounded(self):
         with gateway_over() as (client, _):
@@ -6297,6 +6406,15 @@ class TestServer:
         )  # fmt: skip
         assert "400" in second and "error: max_tokens: expected at least 1, got 0" in second
         assert "sk-secret" not in caplog.text
+
+    def test_what_no_file_can_hold_is_logged_in_other_letters(self, tmp_path, capsys):
+        path = tmp_path / "log"
+        handler = ogx.LogHandler(str(path))
+        handler.emit(logging.makeLogRecord({"msg": "model '\ud800', \xe9"}))
+        handler.close()
+        handler.stream.close()
+        assert path.read_text("utf-8") == "model '\\ud800', \xe9\n"
+        assert capsys.readouterr().err == ""
 
     @pytest.mark.parametrize("failed", [False, True])
     def test_log_lines_are_what_loggings_own_formatter_makes(self, failed):
