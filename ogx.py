@@ -4356,8 +4356,9 @@ class Gateway:
         try:
             prompt = prompt_tokens(exchange.request)  # while the upstream works: it takes a while
             if not dialect.native:
-                estimate, shows = self.ratios.estimate(model, prompt), self.config.show_thinking
-                translator = new_translator(dialect, exchange.request, model, estimate, shows)
+                estimate = self.ratios.estimate(model, prompt)
+                translator = new_translator(dialect, exchange, model, estimate,
+                                            self.config.show_thinking)  # fmt: skip
             while not reply.head():
                 yield from reply.more()
             if reply.status != 200:
@@ -4694,10 +4695,11 @@ def speaks_responses(provider: Provider) -> bool:
     return host.endswith(provider.kind.responses_hosts) if learned is None else learned
 
 
-def new_translator(dialect: Dialect, request: Json, model: Model, estimate: int,
+def new_translator(dialect: Dialect, exchange: Exchange, model: Model, estimate: int,
                    shows: bool) -> Translator:  # fmt: skip
-    """The dialect's translator, ready for the answer to a request."""
-    message = new_message(fresh_id("msg"), request["model"], estimate)
+    """The dialect's translator, ready for the answer to a request, whose id the message shares."""
+    request, message_id = exchange.request, exchange.request_id.replace("req", "msg", 1)
+    message = new_message(message_id, request["model"], estimate)
     used = (b["id"] for m in request["messages"] if m["role"] == "assistant"
             for b in blocks_of(m["content"]) if b["type"] == "tool_use")  # fmt: skip
     hides = not shows and (request.get("thinking") or {}).get("display") == "omitted"
@@ -5588,7 +5590,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ]
         quiet = not done.error and not self.path.startswith("/v1/messages")
         level = logging.DEBUG if quiet else logging.INFO
-        log.log(level, "%s", " ".join(filter(None, parts)))
+        log.log(level, " ".join(filter(None, parts)))
 
     def _log_body(self, name: str, body: bytes | bytearray) -> None:
         """A body on one line, without keys and files, not too long."""

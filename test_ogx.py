@@ -4384,6 +4384,7 @@ class TestGateway:
         assert message["content"] == [{"type": "text", "text": "Hi.", "citations": None}]
         assert message["model"] == "openai/gpt-x" and message["role"] == "assistant"
         assert re.fullmatch("msg_[0-9a-f]{24}", message["id"])
+        assert message["id"][4:] == headers["request-id"][4:]  # so the log's line is found by it
         assert upstream.seen[0]["model"] == "gpt-x" and "stream" not in upstream.seen[0]
 
     @pytest.mark.parametrize(("shows", "kinds"), [(True, ["thinking", "text"]), (False, ["text"])])
