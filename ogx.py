@@ -4246,9 +4246,8 @@ class Gateway:
             taught = taught_model(model, lessons)
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
             body, data = self._request(taught, name, exchange, lessons)
-            headers = exchange.headers if DIALECTS[name].native else {}
-            if self._refused:  # none is nearly always so, and hashing takes a while
-                key = key or hash((model.served, data, tuple(headers.items())))
+            if self._refused:  # it seldom is, and hashing takes a while
+                key = key or refusal_key(data, exchange)
                 self._raise_known_refusal(key)
             try:
                 for piece in self._answer(taught, name, data, exchange):
@@ -4264,15 +4263,14 @@ class Gateway:
                 if len(exchange.raw) > LONG:
                     yield BLOCKING
                 error.without(self.upstream.secrets(model.provider))
-                key = key or hash((model.served, data, tuple(headers.items())))
+                key = key or refusal_key(data, exchange)
                 last = exchange.answered or attempt == MAX_REQUESTS
                 if not last and self._learned(error, body, taught, exchange, lessons):
                     continue
                 error = error if exchange.answered else told_error(error, exchange, model)
                 pause = None if last else self._pause(error, exchange)
                 if pause is None:
-                    if not exchange.answered:
-                        self._note_refusal(key, error)
+                    self._note_refusal(key, error, exchange)
                     raise error from None
                 log.info("%s: %s failed: %s; trying again in %.1f s", exchange.request_id,
                          model.served, one_line(error.message), pause)  # fmt: skip
@@ -4339,8 +4337,8 @@ class Gateway:
         if known_error and until > time.monotonic():
             raise replace(known_error)
 
-    def _note_refusal(self, key: int, error: OgxError) -> None:
-        chance = error.refusal and error.refusal.code == "tool_use_failed"
+    def _note_refusal(self, key: int, error: OgxError, exchange: Exchange) -> None:
+        chance = error.refusal and error.refusal.code == "tool_use_failed" or exchange.answered
         if error.refusal and error.status in (400, 422) and not chance:
             now = time.monotonic()
             fresh = {k: known for k, known in list(self._refused.items()) if known[0] > now}
@@ -4734,6 +4732,12 @@ def refused_error(refusal: Refusal, model: Model, headers: Headers, native: byte
         hint = "the clock" if re.search("Z is (now|still) ", error.message) else hint or "api_key"
         error.message += f"; check {hint} where ogx.py runs"
     return error
+
+
+def refusal_key(data: bytes, exchange: Exchange) -> int:
+    """What a refused request is known by."""
+    headers = exchange.headers if DIALECTS[exchange.dialect].native else {}
+    return hash((exchange.served, data, tuple(headers.items())))
 
 
 def told_error(error: OgxError, exchange: Exchange, model: Model) -> OgxError:
