@@ -5205,7 +5205,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             while not self.close_connection:
                 yield from self._one_request()
-                yield from self._turn()
+                if self._gives_way():
+                    yield AGAIN
         except (OSError, EOFError, OgxError) as error:  # the client left or was too slow
             log.debug("%s: connection lost: %s", self.exchange.request_id, error)
         finally:
@@ -5234,14 +5235,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.until = self._deadline
             yield READS
         self._deadline += len(data) / 50_000
-        yield from self._turn()
+        if self._gives_way():
+            yield AGAIN
         return data
 
-    def _turn(self) -> Steps:
-        """Let the others go on, after every fourth of what takes a moment."""
+    def _gives_way(self) -> bool:
+        """Whether it is the others' turn: after every fourth of what takes a moment."""
         self._moves = (self._moves + 1) % 4
-        if self._moves == 0:
-            yield AGAIN
+        return self._moves == 0
 
     def _read_head(self) -> Generator[Step, None, bytes]:
         """A request's head without its last line break; b"" when the client closed."""
@@ -5471,7 +5472,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         whole = []
         for piece in pieces:
             whole.append(piece or b"")
-            yield from self._step_after(piece)
+            if (step := self._step_after(piece)) is not None:
+                yield step
         yield from self._send(200, b"".join(whole))
 
     def _stream(self, pieces: Pieces) -> Steps:
@@ -5487,7 +5489,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if data:
                     yield from self._send_piece(data)
                     written_at = now
-                yield from self._step_after(piece, written_at + tick)
+                if (step := self._step_after(piece, written_at + tick)) is not None:
+                    yield step
         except OgxError as error:
             if not self.status or error.status == CLIENT_GONE:
                 raise
@@ -5495,17 +5498,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             yield from self._send_piece(sse_bytes(error.body(self.exchange.request_id)))
         yield from self._write(self.framed(b""))
 
-    def _step_after(self, piece: Piece, until: float = math.inf) -> Steps:
-        """Wait for what an empty piece stands for; after others let the other connections go on."""
+    def _step_after(self, piece: Piece, until: float = math.inf) -> Step | None:
+        """What an empty piece stands for; after others now and then the other connections' turn."""
         done = self.exchange
         if piece is BLOCKING:
-            yield BLOCKING
-        elif piece is None or done.drained:
+            return BLOCKING
+        if piece is None or done.drained:
             done.drained = False
             self.until = min(until, done.pause, done.reply.until if done.reply else math.inf)
-            yield ANSWER
-        else:
-            yield from self._turn()
+            return ANSWER
+        return AGAIN if self._gives_way() else None
 
     def _send_piece(self, data: bytes) -> Steps:
         """One piece of a stream; the head goes with the first."""
