@@ -1256,10 +1256,11 @@ def turns_from_messages(messages: Sequence[Json], system_anywhere: bool = True) 
         rest.clear()
         results.clear()
 
-    last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
     for index, message in enumerate(messages):
         blocks = blocks_of(message["content"])
-        if message.get("clear_at") == "next_user_message" and index < last_user:
+        if message.get("clear_at") == "next_user_message" and any(
+            later["role"] == "user" for later in messages[index + 1 :]
+        ):
             continue
         if message["role"] == "assistant":
             if rest or results:
@@ -3509,7 +3510,8 @@ HEADER_LINE = re.compile(
 REQUEST_LINE = re.compile(rb"([A-Z]+) ([\x21-\x7e]+) HTTP/(1\.[01])\r?")
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b")
 LENGTH = re.compile("([0-9]{1,18})(?: *,|$)")  # of a body; some servers send it twice
-LENGTH_LINE = re.compile(rb"(?i)\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r?(?=\n|\Z)")
+LENGTH_LINE = re.compile(rb"(?i)\ncontent-length:[ \t]*([0-9]{1,18})\r?(?=\n|\Z)")
+NO_HEAD = (b"\n", b"")  # with which none begins
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 Headers = Mapping[str, str]  # by lower-case name
 BLOCKING: Literal[False] = False  # is yielded before a step that may block or takes long
@@ -5164,7 +5166,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setblocking(False)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._received = b""  # and not yet read
-        self._admitted: bytes | None = None  # the last request's head without its length
+        self._admitted = NO_HEAD  # what is before and after the length in the last one's head
         self._unsent: bytes | memoryview = b""  # what the client was too slow to take
         self._moves = 0
         self.steps, self.exchange = self._requests(), Exchange("")
@@ -5287,18 +5289,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _take_head(self, head: bytes) -> None:
         """Take in a request's head; OgxError for what is malformed or kept out. Clients send the
-        same with each request, but for the length: on one connection it is judged once."""
-        length = LENGTH_LINE.search(head)
-        told = length[1].decode() if length else None
-        rest = head[: length.start()] + head[length.end() :] if length else head
-        known = rest == self._admitted
-        if not known:
-            self._admitted, self.command, self.path = None, "", ""
-            self._parse_head(head)
-        elif told:
-            self.request_headers["content-length"] = told
+        same with each request, but for its length: on one connection it is judged once."""
+        before, after = self._admitted
+        length = head[len(before) : len(head) - len(after)]
+        known = length.isdigit() and head.startswith(before) and head.endswith(after)
+        if known:
+            self.request_headers["content-length"] = length.decode()
         else:
-            self.request_headers.pop("content-length", None)
+            self._admitted, self.command, self.path = NO_HEAD, "", ""
+            self._parse_head(head)
         headers = self.request_headers
         self.close_connection = self.server.stopping or self._closes
         self._unread = "content-length" in headers or "transfer-encoding" in headers
@@ -5306,8 +5305,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.exchange.headers = self._passed
         if not known:
             self._guard()
-            if headers.get("content-length") == told:  # else one is left in the rest
-                self._admitted = rest
+            found = LENGTH_LINE.search(head)
+            if found and headers["content-length"] == found[1].decode():  # there is but one
+                self._admitted = head[: found.start(1)], head[found.end(1) :]
 
     def _parse_head(self, head: bytes) -> None:
         """Read the request line and headers; OgxError(400) for anything malformed."""

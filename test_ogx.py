@@ -6090,6 +6090,8 @@ class TestServer:
             ("{head}content-length: {length}\r\ntransfer-encoding: chunked", "{body}",
              [b"200", b"400"]),
             ("{head}content-length: {length}\r\n 1", "{body}", [b"200", b"400"]),
+            ("{head}content-length: 0000000000000000{length}", "{body}", [b"200", b"400"]),
+            ("{head}content-length: ", "", [b"200", b"400"]),
             ("{head}content-length: {length} ", "{body}", [b"200", b"200"]),
             ("{head}content-length: {longer}\r\ncontent-length: {length} ", "{body} ",
              [b"200", b"400"]),
@@ -6153,22 +6155,23 @@ class TestServer:
         chance, again = random.Random(7), 0
         for server.token in (b"", b"token") * 400:
             used = object.__new__(ogx.Handler)
-            used.server, used._admitted = server, None
+            used.server, used._admitted = server, ogx.NO_HEAD
             head = [chance.choice(firsts[:3] * 3 + firsts), b"host: localhost", b"x-api-key: token",
                     *chance.sample(lines, chance.randrange(3))]  # fmt: skip
+            place, ending = chance.randrange(1, len(head) + 1), chance.choice([b"\r\n", b"\n"])
             for turn in range(6):
-                changed = list(head) if turn < 5 else [b"", b"content-length: 5"]
+                length = b"content-length: %d" % 10 ** chance.randrange(3)
+                changed = [*head[:place], length, *head[place:]] if turn < 5 else [b"", length]
                 for _ in range(chance.randrange(2)):
-                    place = chance.randrange(len(changed))
-                    changed[place : place + chance.randrange(2)] = [chance.choice(lines)]
-                ending = chance.choice([b"\r\n", b"\n"])
+                    at = chance.randrange(len(changed))
+                    changed[at : at + chance.randrange(2)] = [chance.choice(lines)]
                 sent = ending.join(changed) + ending[:-1]
                 fresh = object.__new__(ogx.Handler)
-                fresh.server, fresh._admitted = server, None
+                fresh.server, fresh._admitted = server, ogx.NO_HEAD
                 expected = self.taken(fresh, sent)
                 before = used._admitted
                 assert self.taken(used, sent) == expected, (head, sent)
-                again += before is not None and used._admitted is before
+                again += before is not ogx.NO_HEAD and used._admitted is before
         gateway.close()
         assert again > 200
 
