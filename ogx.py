@@ -94,6 +94,7 @@ ERROR_TYPES = {  # Anthropic's error types by status (OpenAPI of the Messages AP
 MIN_SECRET = 8  # characters of a key worth hiding; shorter ones are dummies, and words of any text
 # What AWS says with status 403 when it's the credentials that are wrong, not what they may do.
 WRONG_KEY = "(?i)security token|bearer token|authentication|signature"
+BAD_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, half characters
 CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 
 
@@ -173,6 +174,11 @@ def json_or_none(data: str | bytes) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError):
         return None
+
+
+def without_controls(text: str) -> str:
+    """A text with ? for control characters and half characters."""
+    return text if text.isprintable() else BAD_ID.sub("?", text)
 
 
 def dict_or_empty(value: Any) -> Json:
@@ -680,7 +686,6 @@ CONTEXT_FIELDS = ("max_input_tokens", "max_model_len", "context_window", "contex
 ID_FIELDS = ("id", "name", "inferenceProfileId", "modelId")
 OUTPUT_FIELDS = ("max_completion_tokens", "max_output_length", "max_tokens")
 PRO = re.compile(r"(^|[-_./])pro\b", re.I)
-BAD_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, half characters
 
 
 @dataclass(frozen=True)
@@ -4207,7 +4212,7 @@ class Gateway:
         was asked for. None where nothing is there yet: exchange.reply and .pause tell until when.
         Raises OgxError: before the first bytes it can still become an HTTP status. Closing the
         iterator closes the upstream's connection."""
-        exchange.asked = one_line(BAD_ID.sub("?", exchange.request["model"]))[:200]
+        exchange.asked = one_line(without_controls(exchange.request["model"]))[:200]
         if not self.discovered.is_set():
             yield BLOCKING
         chain = self._chain(exchange.request["model"])
@@ -5575,7 +5580,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.status = status
         fields = {"request-id": self.exchange.request_id, **headers}
         if self.exchange.served:
-            fields["x-ogx-served"] = BAD_ID.sub("?", self.exchange.served[:256])
+            fields["x-ogx-served"] = without_controls(self.exchange.served[:256])
         if self.close_connection:
             fields["connection"] = "close"
         lines = [head_start(status, int(time.time())), *map(": ".join, fields.items()), "", ""]
