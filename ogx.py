@@ -2415,18 +2415,19 @@ class ThoughtSplitter:
         self._held = self._closing = ""
         self._after_mark = False  # white space there is the mark's
 
-    def feed(self, text: str) -> Iterator[tuple[str, str]]:
+    def feed(self, text: str) -> list[tuple[str, str]]:
         """("thinking" or "text", words) pairs."""
+        pieces = []
         self._held += text.lstrip() if self._after_mark else text
         self._after_mark = self._after_mark and not self._held
         if not self.kind:
             begun = self._held.lstrip()
-            opening = next((mark for mark in self.MARKS if begun.startswith(mark)), "")
-            if opening:
+            if begun.startswith(self.MARKS):
+                opening = next(mark for mark in self.MARKS if begun.startswith(mark))
                 self.kind, self._closing = "thinking", f"</{opening[1:]}"
                 self._held = begun[len(opening) :].lstrip()
                 self._after_mark = not self._held
-            elif not any(mark.startswith(begun) for mark in self.MARKS):
+            elif begun[:1] not in ("", "<") or not any(m.startswith(begun) for m in self.MARKS):
                 self.kind = "text"
         if self.kind == "thinking":
             thought, closing, rest = self._held.partition(self._closing)
@@ -2438,14 +2439,13 @@ class ThoughtSplitter:
                 kept = next((n for n in lengths if thought.endswith(self._closing[:n])), 0)
                 self._held = thought[len(thought) - kept :]
                 thought = thought[: len(thought) - kept]
-            yield "thinking", thought
-        if self.kind == "text":
-            yield from self.end()
+            pieces.append(("thinking", thought))
+        return pieces + self.end() if self.kind == "text" else pieces
 
-    def end(self) -> Iterator[tuple[str, str]]:
+    def end(self) -> list[tuple[str, str]]:
         """What was held."""
         held, self._held = self._held, ""
-        yield self.kind or "text", held
+        return [(self.kind or "text", held)]
 
 
 @dataclass
