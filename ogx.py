@@ -1261,11 +1261,10 @@ def turns_from_messages(messages: Sequence[Json], system_anywhere: bool = True) 
         rest.clear()
         results.clear()
 
+    last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
     for index, message in enumerate(messages):
         blocks = blocks_of(message["content"])
-        if message.get("clear_at") == "next_user_message" and any(
-            later["role"] == "user" for later in messages[index + 1 :]
-        ):
+        if message.get("clear_at") == "next_user_message" and index < last_user:
             continue
         if message["role"] == "assistant":
             if rest or results:
