@@ -29,6 +29,7 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
     Messages       Anthropic's own format, for upstreams that speak it
     Responses      OpenAI's Responses, and the table of dialects
     Remedies       what an upstream's refusal teaches
+    Log            what people read: the log, and lines at a terminal
     Store          what must outlive a request, or the process
     Signing        AWS's credentials, and the signatures made with them
     Upstream       connections to providers
@@ -41,7 +42,7 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
 from __future__ import annotations
 
 import argparse
-import binascii
+import collections
 import email.utils
 import errno
 import functools
@@ -55,9 +56,9 @@ import marshal
 import math
 import operator
 import os
+import queue
 import random
 import re
-import select
 import selectors
 import shlex
 import shutil
@@ -94,7 +95,15 @@ ERROR_TYPES = {  # Anthropic's error types by status (OpenAPI of the Messages AP
 MIN_SECRET = 8  # characters of a key worth hiding; shorter ones are dummies, and words of any text
 # What AWS says with status 403 when it's the credentials that are wrong, not what they may do.
 WRONG_KEY = "(?i)security token|bearer token|authentication|signature"
-BAD_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, half characters
+# What moves a terminal's cursor, turns text around or is half a character; all but line ends.
+CONTROLS = r"\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+CONTROL, BAD_ID = re.compile(f"[{CONTROLS}]"), re.compile(f"[\n{CONTROLS}]")
+MAX_HEAD = 64 * 1024  # bytes of a head: a stream's first event, or a status line and headers
+MAX_ID = 256  # characters of a model's id
+KEY_CHARACTERS = "%+-./0123456789:=@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~"
+MAX_ELEMENTS = 1_000_000  # of a JSON text: Python's parser holds up all threads while it reads them
+JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.S)
+RETRY_AFTER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?|\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT")
 CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 
 
@@ -109,6 +118,7 @@ class OgxError(Exception):
     details: Json | None = None
     raw: bytes = b""  # the body as an upstream that speaks Messages wrote it
     refusal: Refusal | None = None  # the upstream's own words, where it said some
+    quote: str = ""  # more of the message for the client alone: what a model said is in no log
 
     def __post_init__(self) -> None:
         super().__init__(self.message)
@@ -119,13 +129,15 @@ class OgxError(Exception):
         """This error with keys hidden that an upstream may have quoted."""
         for secret in secrets:
             self.message = self.message.replace(secret, "***")
+            self.quote = self.quote.replace(secret, "***")
             self.raw = self.raw.replace(secret.encode(), b"***")
         return self
 
     def body(self, request_id: str) -> Json:
         """Anthropic's error object: {"type": "error", "error": {...}, "request_id": ...}."""
         details = {"details": self.details} if self.details else {}
-        error = {"type": self.type, "message": self.message, **details}
+        words = without_controls(self.message + self.quote)
+        error = {"type": self.type, "message": words, **details}
         return {"type": "error", "error": error, "request_id": request_id}
 
 
@@ -168,17 +180,50 @@ def is_anthropic_error(body: bytes) -> bool:
     return node.get("type") == "error" and {"type", "message"} <= set(error)
 
 
+def number_or_none(text: str) -> float | None:
+    """The number; None for what JSON hasn't."""
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+PLAIN_JSON = json.JSONDecoder(parse_constant=number_or_none, parse_float=number_or_none)
+
+
 def json_or_none(data: str | bytes) -> Any:
-    """The value of a JSON text; None for null and for what is no JSON."""
+    """The value of a JSON text; None for null and for what is no JSON, or has too many elements."""
+    if has_too_many_elements(data):
+        return None
     try:
-        return json.loads(data)
+        return PLAIN_JSON.decode(data if isinstance(data, str) else data.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
 
 
+def has_too_many_elements(data: str | bytes) -> bool:
+    """Whether a JSON text has so many elements, outside of strings, that it takes long to read."""
+    if len(data) <= MAX_ELEMENTS:
+        return False
+    data = data.encode("utf-8", "replace") if isinstance(data, str) else data
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_ELEMENTS:
+        data = JSON_STRING.sub(b"", data)
+    return sum(map(data.count, (b",", b"[", b"{"))) > MAX_ELEMENTS
+
+
 def without_controls(text: str) -> str:
-    """A text with ? for control characters and half characters."""
-    return text if text.isprintable() else BAD_ID.sub("?", text)
+    """A text as a terminal may show it, with ? for what CONTROL finds; line ends stay."""
+    return text if text.isprintable() else CONTROL.sub("?", text)
+
+
+def whole_number(value: Any) -> int:
+    """A number as a count, which JSON's readers in other languages know too; else 0."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and 0 < value < 1 << 53 else 0
+
+
+def cut(text: str, size: int) -> str:
+    """The beginning of a long text. It ends between words: half a key would not be known as one."""
+    return text if len(text) <= size else text[:size].rstrip(KEY_CHARACTERS) + "..."
 
 
 def dict_or_empty(value: Any) -> Json:
@@ -187,24 +232,32 @@ def dict_or_empty(value: Any) -> Json:
 
 def beginning(data: bytes) -> str:
     """How an odd answer begins: the title of an HTML page, else the text, in 500 characters."""
-    text = data[:100_000].decode("utf-8", "replace").strip()
+    # Where a tag isn't closed, these expressions look for its end again and again: cut before.
+    text = cut(data[:4000].decode("utf-8", "replace").strip(), 3900)
     if "<html" in text[:1000].lower() or text[:9].lower() == "<!doctype":
         title = re.search(r"<title[^>]*>(.*?)</title>", text, re.I | re.S)
         body = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]+>", " ", text)
-        return "an HTML page: " + " ".join((title.group(1) if title else body).split())[:300]
+        return "an HTML page: " + cut(one_line(title.group(1) if title else body), 300)
     return one_line(text)
 
 
 def one_line(text: str) -> str:
     """A text for the log: no line breaks, 500 characters."""
-    return " ".join(text.split())[:500]
+    return cut(" ".join(text[:5000].split()), 500)
+
+
+def unknown_data(words: str, data: bytes) -> OgxError:
+    """The error for what an upstream sent instead of an answer: a page is told in the log too."""
+    shown = beginning(data)
+    told = shown if shown.startswith("an HTML page") else ""
+    return OgxError(502, f"{words} {told}", quote="" if told else shown)
 
 
 def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) -> OgxError:
     """The error a client gets for an upstream's refusal: same status, the upstream's own words,
     then `(from ORIGIN)`. `retry-after` is passed on; what can't get better by itself says so,
     since Claude Code would retry it for minutes."""
-    told = {k: headers[k] for k in ("retry-after",) if k in headers}
+    told = {k: headers[k] for k in ("retry-after",) if RETRY_AFTER.fullmatch(headers.get(k, ""))}
     wrong_key = refusal.status == 403 and re.search(WRONG_KEY, refusal.message)
     status = 401 if wrong_key else refusal.status if 400 <= refusal.status <= 599 else 502
     out_of_money = status in (400, 403) and re.search("credit balance|billing", refusal.message)
@@ -638,7 +691,9 @@ def checked_base_url(node: Node, kind: ProviderKind) -> str:
         usable = False
     if not usable or parts.username is not None or parts.query or re.search(r"[^\x21-\x7e]", url):
         raise node.wrong("base_url", "a URL like http://localhost:8000/v1", url)
-    path = re.sub(r"(/chat/completions|/messages)?/*$", "", parts.path)
+    path = parts.path.rstrip("/")
+    for ending in ("/chat/completions", "/messages"):
+        path = path.removesuffix(ending).rstrip("/")
     usual = urllib.parse.urlsplit(kind.base_url).path or kind.default_path
     return f"{parts.scheme}://{parts.netloc}{path or usual}"
 
@@ -719,8 +774,8 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
     models: dict[str, Model] = {}
     for entry in map(dict_or_empty, payload if isinstance(payload, list) else ()):
         upstream_id = next((entry[name] for name in ID_FIELDS if entry.get(name)), None)
-        if (not isinstance(upstream_id, str) or BAD_ID.search(upstream_id)
-                or not is_llm(upstream_id, entry)):  # fmt: skip
+        if (not isinstance(upstream_id, str) or len(upstream_id) > MAX_ID
+                or BAD_ID.search(upstream_id) or not is_llm(upstream_id, entry)):  # fmt: skip
             continue
         upstream_id = re.sub("^models/", "", upstream_id)
         created = first_number(entry, ("created",)) or 0
@@ -754,8 +809,7 @@ def is_llm(upstream_id: str, entry: Json) -> bool:
 
 def first_number(fields: Json, names: Iterable[str]) -> int | None:
     """The first positive whole number among the named fields."""
-    values = (fields.get(name) for name in names)
-    return next((value for value in values if type(value) is int and value > 0), None)
+    return next(filter(None, (whole_number(fields.get(name)) for name in names)), None)
 
 
 class Registry:
@@ -796,6 +850,10 @@ class Registry:
     def models(self) -> list[Model]:
         """All listed LLMs in the order of the providers."""
         return [model for pid in self.providers for model in self.lists.get(pid, [])]
+
+    def listed(self, model: Model) -> Model | None:
+        """The model as its provider lists it."""
+        return self._by_id.get(model.served)
 
     def resolve(self, model_id: str) -> Model:
         """The model that serves an id; OgxError(404) when none does."""
@@ -880,7 +938,12 @@ def near_miss(word: str, known: Iterable[str]) -> str:
     """` Did you mean '...'?` where a known id is near to the word, else nothing."""
     import difflib  # only now, to start sooner and smaller
 
-    near = difflib.get_close_matches(word[:256], list(known), 1, 0.5)
+    # Comparing takes long: only with the ids that have most words in common.
+    words = set(re.findall(r"[a-z]+|[0-9]+", word[:MAX_ID].lower()))
+    common = ((len(words.intersection(re.findall(r"[a-z]+|[0-9]+", other.lower()))), other)
+              for other in itertools.islice(known, 5000))  # fmt: skip
+    best = [other for _, other in sorted(common, reverse=True)[:20]]
+    near = difflib.get_close_matches(word[:MAX_ID], best, 1, 0.5)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
@@ -908,6 +971,7 @@ UNSEEN_BLOCKS = ("thinking", "redacted_thinking", "mcp_tool_listing", "fallback"
 SIGNATURE_MARK = '{"ogx":'  # begins the signatures that we made: JSON with what goes back upstream
 MEDIA_TYPES = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"),
                "document": ("application/pdf",)}  # fmt: skip
+MAX_STOPS = 4000  # characters of all stop sequences
 MAX_IMAGE = 5 * 1024 * 1024  # characters of base64, as at Anthropic
 ANSWER_NOTE = "Your last answer must be JSON alone, valid against this JSON schema: "
 ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_format is taken
@@ -943,7 +1007,6 @@ def finite_number(text: str) -> float:
     raise ValueError(f"{text} is no number of JSON")
 
 
-PLAIN_JSON = json.JSONDecoder()
 STRICT_JSON = json.JSONDecoder(parse_constant=finite_number, parse_float=finite_number)
 
 
@@ -951,6 +1014,8 @@ def parsed_json(body: bytes) -> Any:
     """The JSON of a request's body; OgxError(400) says where it breaks."""
     if not body:
         raise OgxError(400, "the request has no body; expected a JSON object")
+    if has_too_many_elements(body):
+        raise OgxError(413, f"the request's JSON has more than {MAX_ELEMENTS:,} elements")
     try:
         # As "utf-8-sig", but without its detour through Python.
         return STRICT_JSON.decode(body.decode().removeprefix("\ufeff"))
@@ -1063,6 +1128,9 @@ def check_request(body: Any, counting: bool = False) -> None:
     expect(body, "", {"model": str})
     if not body["model"].strip():
         raise OgxError(400, "model: expected the id of a model, got an empty string")
+    if len(body["model"]) > MAX_ID or BAD_ID.search(body["model"]):
+        raise OgxError(400, f"model: expected at most {MAX_ID} characters, none of them a control "
+                            "character")  # fmt: skip
     expect(body, "", {"messages": list} if counting else {"messages": list, "max_tokens": int})
     if not counting and body["max_tokens"] < 1:
         raise OgxError(400, f"max_tokens: expected at least 1, got {body['max_tokens']}")
@@ -1113,6 +1181,8 @@ def check_options(body: Json) -> None:
     for index, sequence in enumerate(body.get("stop_sequences") or ()):
         if not isinstance(sequence, str) or not sequence:
             raise OgxError(400, f"stop_sequences.{index}: expected a string that isn't empty")
+    if sum(map(len, body.get("stop_sequences") or ())) > MAX_STOPS:  # each piece is searched
+        raise OgxError(400, f"stop_sequences: expected at most {MAX_STOPS} characters in all")
     choice, config = body.get("tool_choice"), body.get("output_config") or {}
     if choice:
         expect(choice, "tool_choice", {"type": ("auto", "any", "tool", "none")})
@@ -1301,7 +1371,7 @@ def add_turn(turns: list[Turn], turn: Turn) -> None:
     if not turn.blocks:
         return
     if turns and turns[-1].role == turn.role:
-        turns[-1] = Turn(turn.role, turns[-1].blocks + turn.blocks)
+        turns[-1].blocks += turn.blocks
     else:
         turns.append(turn)
 
@@ -1375,7 +1445,8 @@ def json_answer(text: str, schema: Json) -> str:
     """The JSON in a model's words that fits a schema's top level; "" where there is none."""
     kind, needed = schema.get("type"), schema.get("required")
     fitting = {"object": dict, "array": list}.get(str(kind), object)
-    for part in (text.strip(), re.sub(r"(?s)^[^\[{]*|[^\]}]*$", "", text)):
+    begins = (at for at in map(text.find, "[{") if at >= 0)
+    for part in (text.strip(), text[min(begins, default=0) : max(map(text.rfind, "]}")) + 1]):
         value: Any = json_or_none(part)
         names = needed if isinstance(value, dict) and isinstance(needed, list) else ()
         whole = value is not None and all(str(name) in value for name in names)
@@ -1409,7 +1480,6 @@ def source_words(source: Json) -> str:
 # each turn of a conversation brings again what was said before.
 
 ATTACHED_TOKENS = 1_600  # Anthropic's upper bound for one image; also of what can't be measured
-IMAGE_SIDE, PIXELS_PER_TOKEN = 1568, 750  # Anthropic's; larger images are made smaller
 PDF_BYTES_PER_TOKEN = 40  # a page of 60 kB is about 1,500 tokens
 # Each byte's class: a for small letters and most bytes of other scripts, 0, dot, or itself, as have
 # capitals, line ends, the first bytes of accented letters and of Chinese.
@@ -1421,11 +1491,6 @@ BYTE_TOKENS = 0.428
 RUN_TOKENS = ((b"aa", -0.638), (b".a", 0.19), (b".0", 1.37), (b" 0", 2.51), (b" " * 6, -2.27),
               (b"." * 8, -3.02))  # fmt: skip
 known_texts: dict[int, float] = {}  # hash of a text -> its tokens
-# Where images hold both sides as one number (JPEG's last: a small one may be before), and its half.
-IMAGE_HEADERS = (
-    (rb"\x89PNG.{12}(.{8})", 32), (rb"\xff\xd8.*\xff[\xc0-\xc3]\0[\x0b\x11]\x08(.{4})", 16),
-    (rb"GIF8..(.{4})", 16), (rb"RIFF.{4}WEBPVP8 .{10}(.{4})", 16),
-    (rb"RIFF.{4}WEBPVP8L.{5}(.{4})", 14), (rb"RIFF.{4}WEBPVP8X.{8}(.{6})", 24))  # fmt: skip
 
 
 def prompt_tokens(request: Json) -> tuple[float, int]:
@@ -1457,7 +1522,7 @@ def text_tokens(value: Any) -> float:
 
 
 def attached_tokens(block: Json) -> int:
-    """About how many tokens a block's images and documents are: images by their sides."""
+    """About how many tokens a block's images and documents are."""
     kind, source = block["type"], block.get("source") or {}
     if kind == "tool_result":
         return sum(map(attached_tokens, blocks_of(block.get("content"))))
@@ -1466,15 +1531,6 @@ def attached_tokens(block: Json) -> int:
     data = source.get("data") or ""
     if kind == "document" and data:
         return len(data) * 3 // 4 // PDF_BYTES_PER_TOKEN
-    with suppress(ValueError):  # it isn't base64
-        head = binascii.a2b_base64(data[: 1 << 16 if data[:3] == "/9j" else 64])
-        for pattern, bits in IMAGE_HEADERS:
-            match = re.match(pattern, head, re.S)
-            if match:
-                both = int.from_bytes(match[1], "big" if head[0] > 0x7F else "little")
-                sides = both & 0x3FFF, both >> bits & 0x3FFF
-                shown = sides[0] * sides[1] * min(1.0, IMAGE_SIDE / max(*sides, 1)) ** 2
-                return min(ATTACHED_TOKENS, int(shown / PIXELS_PER_TOKEN))
     return ATTACHED_TOKENS
 
 
@@ -1522,19 +1578,32 @@ class Usage:
 
 @dataclass
 class Block:
-    """A block that is open or waits: `pending` isn't written yet, `input` is all of a call's."""
+    """A block that is open or waits: `pending` isn't written yet, `input` is all of a call's; both
+    in pieces, since to join them each time would be quadratic."""
 
     key: Any  # what fragments of it are recognised by
     kind: str  # text, thinking, tool_use or whole
     id: str = ""
     name: str = ""
-    pending: str = ""
-    input: str = ""
+    pending: list[str] = field(default_factory=list)
+    input: list[str] = field(default_factory=list)
     content: Json | None = None  # of a block that needs no deltas
     begun: bool = False
+    size: int = 0  # of the input
+    judged: int = 0  # characters of it that were looked at to see whether it is whole
 
     def may_open(self) -> bool:
         return self.kind != "tool_use" or self.name != ""
+
+    def is_whole(self) -> bool:
+        """Whether another block may follow: a call's input is complete. To look at it anew after
+        each of many pieces would be quadratic: it waits for the end of the answer then."""
+        if self.kind != "tool_use":
+            return True
+        if self.judged > 16 * self.size + MAX_HEAD:
+            return False
+        self.judged += self.size
+        return is_json("".join(self.input))
 
 
 def is_json(text: str) -> bool:
@@ -1556,7 +1625,8 @@ class MessageWriter:
         self.input_tokens: int = message["usage"]["input_tokens"]
         self._used_ids = set(used_ids)  # of tool calls; Claude Code drops a call whose id recurs
         self.events: list[Json | bytes] = []
-        self._blocks: list[Block] = []  # the open one, then those that wait
+        self._blocks: collections.deque[Block] = collections.deque()  # open, then those that wait
+        self._known: dict[Any, Block] = {}  # the same by key
         self._ended: set[Any] = set()  # keys of closed tool calls
         self._index = -1
         self.tools = 0
@@ -1658,32 +1728,32 @@ class MessageWriter:
             self._close()
 
     def _fragment(self, key: Any, kind: str, text: str, call_id: str = "", name: str = "") -> None:
-        block = next((b for b in self._blocks if b.key == key), None)
+        block = self._known.get(key)
         if block is None:
-            block = Block(key, kind)
+            block = self._known[key] = Block(key, kind)
             self._blocks.append(block)
         block.id = block.id or call_id
         block.name = block.name or name
-        block.pending += text
+        block.pending.append(text)
         if kind == "tool_use":
-            block.input += text
+            block.input.append(text)
+            block.size += len(text)
         self._advance()
 
     def _advance(self, ending: bool = False) -> None:
         """Write what may be written by now: a block waits for the ones before it to close, which
         calls do when their input is whole, and a call for its name."""
         while self._blocks and self._blocks[0].may_open():
-            block, following = self._blocks[0], self._blocks[1:2]
+            block = self._blocks[0]
             if not block.begun:
                 self._begin(block)
-            if block.pending:
-                self._delta(*DELTAS[block.kind], block.pending)
-                block.pending = ""
-            if not ending:
-                if not following or not following[0].may_open():
-                    return
-                if block.kind == "tool_use" and not is_json(block.input):
-                    return
+            pending = "".join(block.pending)
+            if pending:
+                self._delta(*DELTAS[block.kind], pending)
+            block.pending.clear()
+            followed = len(self._blocks) > 1 and self._blocks[1].may_open()
+            if not ending and not (followed and block.is_whole()):
+                return
             self._close()
         if ending and self._blocks:
             raise OgxError(502, "the upstream sent a tool call without a name")
@@ -1705,12 +1775,14 @@ class MessageWriter:
         self.events.append({"type": "content_block_delta", "index": self._index, "delta": delta})
 
     def _close(self) -> None:
-        block = self._blocks.pop(0)
+        block = self._blocks.popleft()
+        self._known.pop(block.key, None)
         if block.kind == "tool_use":
             self._ended.add(block.key)
-            if not block.input.strip():
+            whole = "".join(block.input)
+            if not whole.strip():
                 self._delta(*DELTAS["tool_use"], "{}")
-            elif not is_json(block.input):
+            elif not is_json(whole):
                 self.broken_input = True
         self.events.append({"type": "content_block_stop", "index": self._index})
 
@@ -1730,31 +1802,49 @@ def fresh_id(prefix: str) -> str:
 
 def message_from_events(events: Iterable[Json]) -> Json:
     """The message that a complete stream of events amounts to."""
-    message: Json = {}
+    folder = MessageFolder()
     for event in events:
+        folder.add(event)
+    return folder.message()
+
+
+class MessageFolder:
+    """Folds events into the message they amount to. `size` is what it holds, in characters."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._message: Json = {}
+        self._pieces: dict[tuple[int, str], list[Any]] = {}  # by block and field
+
+    def add(self, event: Json) -> None:
         kind = event["type"]
         if kind == "message_start":
-            message = event["message"]
+            self._message = event["message"]
         elif kind == "content_block_start":
-            message["content"].append(dict(event["content_block"]))
+            self._message["content"].append(dict(event["content_block"]))
+            self.size += 500
         elif kind == "content_block_delta":
-            block, delta = message["content"][event["index"]], event["delta"]
-            if delta["type"] == "citations_delta":
-                block["citations"] = [*(block["citations"] or ()), delta["citation"]]
-            elif delta["type"] == "input_json_delta":
-                block["input"] = (block["input"] or "") + delta["partial_json"]
-            else:
-                name = delta["type"].partition("_")[0]
-                block[name] += delta[name]
+            delta = event["delta"]
+            name = DELTA_FIELDS.get(delta["type"], delta["type"].partition("_")[0])
+            piece = delta["citation" if name == "citations" else name]
+            self._pieces.setdefault((event["index"], name), []).append(piece)
+            self.size += len(piece) + 50
         elif kind == "message_delta":
-            message.update(event["delta"])
-            message["usage"].update(event["usage"])
-    for block in message["content"]:
-        if isinstance(block.get("input"), str):
-            block["input"] = json_or_none(block["input"])
-    # Half a call must not run: its stop_reason says that it broke off.
-    message["content"] = [b for b in message["content"] if b.get("input", {}) is not None]
-    return message
+            self._message.update(event["delta"])
+            self._message["usage"].update(event["usage"])
+
+    def message(self) -> Json:
+        content = self._message["content"]
+        for (index, name), pieces in self._pieces.items():
+            if name == "citations":
+                content[index]["citations"] = pieces
+            elif name == "partial_json":
+                content[index]["input"] = json_or_none("".join(pieces))
+            else:
+                content[index][name] = "".join(pieces)
+        # Half a call must not run: its stop_reason says that it broke off.
+        self._message["content"] = [b for b in content if b.get("input", {}) is not None]
+        return self._message
 
 
 def sse_bytes(event: Json | bytes) -> bytes:
@@ -2108,7 +2198,7 @@ def conversation_key(request: Json) -> str:
 @functools.lru_cache(maxsize=256)
 def takes_effort(upstream_id: str) -> bool:
     """Whether a model, by its name, takes reasoning_effort."""
-    return bool(REASONS.search(upstream_id))
+    return bool(REASONS.search(upstream_id[:MAX_ID]))
 
 
 def reasoning_effort(request: Json) -> str | None:
@@ -2170,13 +2260,12 @@ class Translator:
         try:
             chunk = PLAIN_JSON.decode(data.decode())
         except (ValueError, RecursionError):
-            raise OgxError(502, f"{self._origin} sent no JSON but {beginning(data)}") from None
+            raise unknown_data(f"{self._origin} sent no JSON but", data) from None
         self._chunks += 1
         try:
             self._read(chunk, data)
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-            words = data[:200].decode("utf-8", "replace")
-            raise OgxError(502, f"{self._origin} {self.NO_SHAPE} {words}") from None
+            raise unknown_data(f"{self._origin} {self.NO_SHAPE}", data) from None
 
     def end(self) -> None:
         """Write the last events; OgxError(502) where the upstream stopped without saying why."""
@@ -2201,6 +2290,8 @@ class ChatTranslator(Translator):
         super().__init__(writer, request, model)
         self._stops = request.get("stop_sequences") or ()
         self._calls: list[ToolCall] = []
+        self._by_id: dict[str, ToolCall] = {}
+        self._by_index: dict[Any, ToolCall] = {}  # the last of each
         self._thoughts = ThoughtSplitter()
         self._details: dict[Any, Json] = {}  # reasoning that goes back as it came
         self._notice = search_notice(request)
@@ -2246,13 +2337,13 @@ class ChatTranslator(Translator):
     def _write_answer(self) -> None:
         """The JSON in the model's answer, and nothing else. An answer that is complete and has none
         of the right shape is an error: the client could not tell it from one that has."""
-        calls = (call.arguments for call in self._calls if call.name == ANSWER_TOOL)
+        calls = ("".join(call.pieces) for call in self._calls if call.name == ANSWER_TOOL)
         text = next(calls, "".join(self._held))
         found = json_answer(text, self._schema)
         complete = self._stop_reason in ("end_turn", "tool_use") and not self._refused
         if complete and not found and not self.writer.tools:
-            words = f"answered with no JSON of the shape that was asked for but: {one_line(text)}"
-            raise OgxError(502, f"{self._origin} {words}")
+            words = "answered with no JSON of the shape that was asked for"
+            raise OgxError(502, f"{self._origin} {words}", quote=f" but: {one_line(text)}")
         self.writer.text(found or text)
 
     def _sign(self) -> None:
@@ -2331,12 +2422,14 @@ class ChatTranslator(Translator):
             arguments = json.dumps(arguments)
         call = self._call_of(fragment.get("index"), call_id, name)
         call.id, call.name = call.id or call_id, call.name or name
-        if call.arguments and arguments.startswith(call.arguments):  # all of them so far, once more
-            arguments = arguments[len(call.arguments) :]
-        if fragment.get("extra_content") and not call.arguments:  # Gemini's signature
+        self._by_id.setdefault(call.id, call)
+        if 0 < call.size <= len(arguments) and arguments.startswith("".join(call.pieces)):
+            arguments = arguments[call.size :]  # all of them so far, once more
+        if fragment.get("extra_content") and not call.size:  # Gemini's signature
             kept = {"extra_content": fragment["extra_content"]}
             self.writer.signature(signature_of("chat", self._model.served, kept))
-        call.arguments += arguments
+        call.pieces.append(arguments)
+        call.size += len(arguments)
         if not self._holds or call.name != ANSWER_TOOL:
             self.writer.tool(id(call), call.id, call.name, arguments)
 
@@ -2345,17 +2438,16 @@ class ChatTranslator(Translator):
         Servers leave out the index, the id or both, number every call 0, or repeat id and name
         with each fragment. A new id begins a call; without ids, so does a new name, or the same
         name when the call's arguments are whole."""
-        found = None
-        for call in self._calls:
-            if call_id and call.id == call_id:
-                return call
-            if index is None or call.index == index:
-                found = call
+        if call_id and call_id in self._by_id:
+            return self._by_id[call_id]
+        found = self._by_index.get(index)
+        if index is None and self._calls:
+            found = self._calls[-1]
         fresh = bool(found and found.id and call_id)
         if found and name and found.name and not call_id:
-            fresh = index is None or found.name != name or is_json(found.arguments)
+            fresh = index is None or found.name != name or is_json("".join(found.pieces))
         if found is None or fresh:
-            found = ToolCall(index)
+            found = self._by_index[index] = ToolCall()
             self._calls.append(found)
         return found
 
@@ -2377,7 +2469,7 @@ class UsualChunk:
 
     def text_in(self, chunk: bytes) -> str | None:
         """The text, in JSON's quotes; None where the chunk is another, and must be parsed."""
-        if not chunk.startswith(self._before):
+        if not chunk.startswith(self._before) or len(chunk) > MAX_HEAD:
             return None
         match = self.PLAIN.match(chunk, len(self._before))
         if match is None:
@@ -2412,12 +2504,17 @@ class ThoughtSplitter:
     def __init__(self) -> None:
         self.kind = ""  # "thinking" or "text", once it is known
         self._held = self._closing = ""
+        self._spaces: list[str] = []  # behind what is held, while the kind isn't known
         self._after_mark = False  # white space there is the mark's
 
     def feed(self, text: str) -> list[tuple[str, str]]:
         """("thinking" or "text", words) pairs."""
         pieces = []
-        self._held += text.lstrip() if self._after_mark else text
+        if not self.kind and not text.strip():  # joined once, with the words behind them
+            self._spaces.append(text)
+            return []
+        self._held = "".join((self._held, *self._spaces, text.lstrip() if self._after_mark else text))
+        self._spaces.clear()
         self._after_mark = self._after_mark and not self._held
         if not self.kind:
             begun = self._held.lstrip()
@@ -2443,26 +2540,31 @@ class ThoughtSplitter:
 
     def end(self) -> list[tuple[str, str]]:
         """What was held."""
-        held, self._held = self._held, ""
+        held, self._held = "".join((self._held, *self._spaces)), ""
+        self._spaces.clear()
         return [(self.kind or "text", held)]
 
 
 @dataclass
 class ToolCall:
-    index: Any
     id: str = ""
     name: str = ""
-    arguments: str = ""
+    pieces: list[str] = field(default_factory=list)  # of its arguments
+    size: int = 0  # of them, in characters
 
 
 def usage_from_chat(usage: Json, estimate: int = 0) -> Usage:
     """Anthropic's usage from that of OpenAI's APIs, whose input includes what the cache held."""
     details = dict_or_empty(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
-    read = details.get("cached_tokens") or usage.get("prompt_cache_hit_tokens") or 0
-    written = details.get("cache_write_tokens") or 0
-    prompt = usage.get("prompt_tokens") or usage.get("input_tokens") or estimate
-    output = usage.get("completion_tokens") or usage.get("output_tokens") or 0
-    output = max(output, (usage.get("total_tokens") or 0) - prompt)  # xAI counts reasoning apart
+    numbers = {**usage, **details}
+
+    def told(*names: str) -> int:
+        return first_number(numbers, names) or 0
+
+    read, written = told("cached_tokens", "prompt_cache_hit_tokens"), told("cache_write_tokens")
+    prompt = told("prompt_tokens", "input_tokens") or estimate
+    output = told("completion_tokens", "output_tokens")
+    output = max(output, told("total_tokens") - prompt)  # xAI counts reasoning apart
     return Usage(max(0, prompt - read - written), output, read, written)
 
 
@@ -2470,14 +2572,14 @@ def usage_from_chat(usage: Json, estimate: int = 0) -> Usage:
 # Upstreams that speak Anthropic's format: the client's bytes go there and theirs come back, but for
 # the model's id and what a row of PROVIDER_KINDS says the server can't take. Pure.
 
-MAX_HEAD = 64 * 1024  # bytes of a head: a stream's first event, or a status line and headers
 CORE_BLOCKS = ("text", "image", "document", "search_result", "thinking", "redacted_thinking",
                "tool_use", "tool_result", "tool_reference")  # fmt: skip
 MODEL_FIELD = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
 MAX_EVENT = 16 * 1024 * 1024  # bytes
+EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 # Quotes and line breaks in a model's text are escaped, so none of these can stand in one.
-LAST_EVENT = re.compile(rb'(?m)^(event: ?(message_stop|error)\b|data: ?\{"type": ?"error")'
-                        rb'|(?<!\\)"type": ?"message_stop"')  # fmt: skip
+LAST_LINE = re.compile(rb'event: ?(message_stop|error)\b|data: ?\{"type": ?"error"')
+LAST_TYPE = re.compile(rb'(?<!\\)"type": ?"message_stop"')
 USAGE_FIELDS = ("input_tokens", "output_tokens", "cache_read_input_tokens",
                 "cache_creation_input_tokens")  # fmt: skip
 
@@ -2574,6 +2676,22 @@ def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
     return raw[: match.end(1)] + json.dumps(body["model"]).encode() + raw[match.end() :]
 
 
+def last_event(data: bytes) -> bytes:
+    """What in these events ends a stream, b"" where nothing does. It must not take long for an
+    event of many megabytes: expressions look at beginnings of lines alone."""
+    if b"message_stop" not in data and b"error" not in data:
+        return b""
+    for line in data.splitlines():
+        last = LAST_LINE.match(line, 0, 100)
+        at = -1 if last else line.find(b'"message_stop"')
+        while not last and at >= 0:
+            last = LAST_TYPE.search(line, max(0, at - 9))
+            at = line.find(b'"message_stop"', at + 1)
+        if last:
+            return last.group()
+    return b""
+
+
 class NativeStream:
     """A native stream's bytes with the model's id that the client asked for; tells when it is
     complete and what it used. Only whole events are handed on, so that a ping or an error can
@@ -2581,38 +2699,43 @@ class NativeStream:
 
     def __init__(self, model_id: str) -> None:
         self._model = rb"\1" + json.dumps(model_id).encode().replace(b"\\", rb"\\")
-        self._rest = b""  # the beginning of an event
+        self._rest: list[bytes] = []  # the beginning of an event, in pieces
+        self._size = 0  # of it
+        self._edge = b""  # its last bytes
         self._named = False  # the first event, which names the model, went by
         self._tail = b""
         self.ended = False  # the last event came: message_stop, or an error
         self.failed = False  # it was an error
 
     def feed(self, data: bytes) -> bytes:
-        data = self._rest + data
-        end = len(data)
-        if not data.endswith(b"\n\n"):
-            ends = (data.rfind(mark) + len(mark) for mark in (b"\n\n", b"\r\n\r\n", b"\r\r"))
-            end = max(end if end > 3 else 0 for end in ends)
-        self._rest = data[end:]
-        if len(self._rest) > MAX_EVENT:
+        joint = self._edge + data
+        end = len(joint) if joint.endswith(b"\n\n") else max(
+            (joint.rfind(mark) + len(mark) for mark in EVENT_ENDS if mark in joint), default=0)
+        at = max(0, end - len(self._edge))
+        events = b"".join((*self._rest, data[:at])) if end else b""
+        if end:
+            self._rest, self._size, self._edge = [], 0, b""
+        self._rest.append(data[at:])
+        self._size += len(data) - at
+        self._edge = (self._edge + data[at:])[-3:]
+        if self._size > MAX_EVENT:
             raise OgxError(502, "the upstream sent an event that is too large")
-        return self._handed_on(data[:end])
+        return self._handed_on(events)
 
     def end(self) -> bytes:
         """The last event where only the blank line after it is missing; half a one is dropped."""
-        rest, self._rest = self._rest, b""
-        return self._handed_on(rest + b"\n\n") if LAST_EVENT.search(rest) else b""
+        rest, self._rest = b"".join(self._rest), []
+        return self._handed_on(rest + b"\n\n") if last_event(rest) else b""
 
     def _handed_on(self, data: bytes) -> bytes:
         if not self._named and b"message_start" in data:
             self._named = True
-            data = MODEL_FIELD.sub(self._model, data, count=1)
+            start = data[:MAX_HEAD]  # where it stands in any server's
+            data = MODEL_FIELD.sub(self._model, start, count=1) + data[MAX_HEAD:]
         self._tail = (self._tail + data)[-2000:] if len(data) < 2000 else data[-2000:]
-        # The expression is slow: it begins with the event that may be the last.
-        found = [at for at in map(data.find, (b"message_stop", b"error")) if at >= 0]
-        last = found and LAST_EVENT.search(data, data.rfind(b"\n", 0, min(found)) + 1)
+        last = last_event(data)
         if last:
-            self.ended, self.failed = True, b"error" in last.group()
+            self.ended, self.failed = True, b"error" in last
         return data
 
     @property
@@ -3207,6 +3330,94 @@ def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxErr
 
 # ======== Above this line nothing does I/O ===================================================
 
+# ======== Log ================================================================================
+# What people read: the log, and lines at a terminal. Nothing else in this file writes to either:
+# no control character gets there, and nobody who doesn't read holds up an answer.
+
+LOG_FORMAT = "%(asctime)s %(message)s"
+LOG_LINE = 4000  # bytes
+LOG_QUEUE = 1000  # lines that wait to be written; more are counted, and lost
+
+
+class LogFormatter(logging.Formatter):
+    """A record as one line; only its trace, indented, brings further ones."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        lines = without_controls(super().format(record)).encode("utf-8", "replace").split(b"\n")
+        return "\n  ".join(line[:LOG_LINE].decode("utf-8", "ignore") for line in lines)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        record.message = " ".join(record.message.splitlines())
+        return super().formatMessage(record)
+
+
+class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Has a thread write the lines to a file or stderr: a stopped terminal, a full pipe or a slow
+    disk holds up nothing else. That a file can't be written is told once."""
+
+    def __init__(self, path: str = "") -> None:
+        stream = sys.stderr
+        if path:
+            stream = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        super().__init__(stream)
+        self._path, self._lost = path, 0
+        self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._lines.qsize() >= LOG_QUEUE:
+            self._lost += 1
+            return
+        if self._lost:
+            record.msg = f"({self._lost} lines found no reader) {record.msg}"
+            self._lost = 0
+        self._lines.put(self.format(record) + self.terminator)
+
+    def flush(self) -> None:
+        """Wait for what was logged to be written, but not for long."""
+        written = threading.Event()
+        self._lines.put(written)
+        written.wait(1.0)
+
+    def _write(self) -> None:
+        while True:
+            line = self._lines.get()
+            try:
+                if isinstance(line, str):
+                    self.stream.write(line)
+                if self._lines.empty():
+                    self.stream.flush()
+            except Exception as error:  # a full disk, say; stderr may be closed, or none
+                if self._path:
+                    say(f"--log-file {self._path}: {error}", to="stderr")
+                    self._path = ""
+            if isinstance(line, threading.Event):
+                line.set()
+
+
+def start_log(path: str | None, level: str) -> None:
+    """Log to stderr or to a file of the user's alone; what can't be written later stops nothing."""
+    if path:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+        except OSError as error:
+            raise OgxError(400, f"--log-file {path}: {error.strerror}") from None
+    handler = LogHandler(path or "")
+    handler.setFormatter(LogFormatter(LOG_FORMAT))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def say(*lines: str, to: str = "stdout") -> None:
+    """Print lines; a closed stdout (`| head`) is no reason to stop serving."""
+    stream = getattr(sys, to)
+    coding = getattr(stream, "encoding", None) or "utf-8"  # some terminals have another one
+    text = without_controls("\n".join(lines)).encode(coding, "backslashreplace").decode(coding)
+    try:
+        print(text, file=stream, flush=True)
+    except (OSError, ValueError):
+        setattr(sys, to, open(os.devnull, "w"))  # noqa: SIM115
+
+
 # ======== Store ==============================================================================
 # What must outlive the process, models registered over the API and lessons, in a sqlite file of one
 # table. It never stops serving: where the file can't be used, things are kept in memory and the log
@@ -3507,15 +3718,14 @@ POOL_SECONDS = 50.0  # an idle connection is used no longer: many servers close 
 POOL_SIZE = 64  # idle connections kept for one provider
 PROXY_SECONDS = 60.0  # after which the system is asked again whether a proxy is before a provider
 RECEIVE_SIZE = 64 * 1024
+MAX_INTERIM = 500  # heads with a status of 1xx before an answer
 MAX_ASKED = 32 * 1024 * 1024  # bytes of a model list and the like
 HEAD_END = re.compile(rb"\n\r?\n")  # the \r before it is left to the last line
 HEADER_LINE = re.compile(
-    r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r?$", re.M)  # fmt: skip
+    r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r?$", re.M)
 REQUEST_LINE = re.compile(rb"([A-Z]+) ([\x21-\x7e]+) HTTP/(1\.[01])\r?")
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b")
 LENGTH = re.compile("([0-9]{1,18})(?: *,|$)")  # of a body; some servers send it twice
-LENGTH_LINE = re.compile(rb"(?i)\ncontent-length:[ \t]*([0-9]{1,18})\r?(?=\n|\Z)")
-NO_HEAD = (b"\n", b"")  # with which none begins
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 Headers = Mapping[str, str]  # by lower-case name
 BLOCKING: Literal[False] = False  # is yielded before a step that may block or takes long
@@ -3529,13 +3739,10 @@ def headers_from_bytes(lines: bytes) -> dict[str, str]:
     found = HEADER_LINE.findall(lines.decode("latin-1"))
     if len(found) != lines.count(b"\n") + bool(lines):
         raise OgxError(400, "malformed header line")
-    names, values = zip(*found) if found else ((), ())
-    headers = dict(zip(map(str.lower, names), map(str.rstrip, values)))
-    if len(headers) < len(found):
-        headers = {}
-        for name, value in zip(map(str.lower, names), map(str.rstrip, values)):
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return headers
+    headers: dict[str, list[str]] = {}
+    for name, value in found:
+        headers.setdefault(name.lower(), []).append(value.strip(" \t"))
+    return {name: ", ".join(values) for name, values in headers.items()}
 
 
 WHOLE_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")  # its size, that is
@@ -3650,19 +3857,6 @@ def wait_ready(sock: socket.socket, seconds: float, events: int) -> bool:
         return bool(selector.select(max(0.0, seconds)))
 
 
-def is_closed(sock: socket.socket) -> bool | None:
-    """Whether a connection has come to its end, and None where it has nothing to read; with TLS an
-    alert comes before the end, which TLS 1.3 writes as 19 bytes of data (RFC 8446, 5.2 and 6.1)."""
-    try:
-        head = socket.socket.recv(sock, 5, socket.MSG_PEEK)
-    except WOULD_BLOCK:
-        return None
-    except OSError:
-        return True
-    alert = head[:1] == b"\x15" or head == b"\x17\x03\x03\x00\x13"
-    return not head or (alert and isinstance(sock, ssl.SSLSocket))
-
-
 @functools.lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address is this machine by its spelling, without asking DNS."""
@@ -3763,11 +3957,11 @@ class Upstream:
             refusal = refusal_from_body(reply.status, body)
             origin = f"{provider.url(path)}, HTTP {reply.status}"
             raise upstream_error(refusal, origin, reply.headers)
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError):
-            words = f"expected JSON from {provider.url(path)}, got {beginning(body)[:120]}"
-            raise OgxError(502, words) from None
+        told = json_or_none(body)
+        if told is None:
+            words = f"expected JSON from {provider.url(path)}, got {cut(beginning(body), 120)}"
+            raise OgxError(502, words)
+        return told
 
     def idle_connection(self, provider: Provider) -> socket.socket | None:
         """A connection to the provider that was used before and is still good."""
@@ -3921,6 +4115,7 @@ class Reply:
         self._buffer = b""
         self._body: BodyReader | None = None
         self._unsent, self._takes = memoryview(request), True  # the upstream, as far as is known
+        self._interim = 0  # heads with a status of 1xx
         self._emptied = False  # its socket held no more, and need not be asked before it is ready
         self._heard_at = time.monotonic()  # or when it took some of the request
         self._deadline = math.inf
@@ -3985,7 +4180,9 @@ class Reply:
                 self._lose()
             self._buffer += data
             while self._body is None and self._parse_head():
-                pass
+                self._interim += 1
+                if self._interim > MAX_INTERIM:
+                    raise OgxError(502, f"{self._provider.id} sent {MAX_INTERIM} heads, no answer")
         return self._body is not None
 
     def _lose(self) -> None:
@@ -4142,7 +4339,7 @@ MAX_PAGES = 20  # of a model list
 LONG = 256 * 1024  # bytes of a request that takes so long to translate that it gets a thread
 MIN_CONTEXT = 32_000  # tokens; Claude Code's own prompt and tools take 15,000 of them
 REFRESH = 300.0  # seconds between model lists; a 20th for local servers and after a problem
-Batches = Generator[Optional[list[Any]], None, None]  # of events, or bytes of some; None likewise
+Batches = Generator[Union[list[Any], Piece], None, None]  # of events, or bytes of some, or likewise
 
 
 @dataclass
@@ -4211,7 +4408,7 @@ class Gateway:
         was asked for. None where nothing is there yet: exchange.reply and .pause tell until when.
         Raises OgxError: before the first bytes it can still become an HTTP status. Closing the
         iterator closes the upstream's connection."""
-        exchange.asked = one_line(without_controls(exchange.request["model"]))[:200]
+        exchange.asked = one_line(exchange.request["model"])
         if not self.discovered.is_set():
             yield BLOCKING
         chain = self._chain(exchange.request["model"])
@@ -4252,6 +4449,8 @@ class Gateway:
             taught = taught_model(model, lessons)
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
             body, data = self._request(taught, name, exchange, lessons)
+            if len(exchange.raw) > LONG:
+                yield BLOCKING  # before it is sent: the client may have left
             if self._refused:  # it seldom is, and hashing takes a while
                 key = key or refusal_key(data, exchange)
                 self._raise_known_refusal(key)
@@ -4395,6 +4594,8 @@ class Gateway:
         """The answer's events in batches, each what came together; None where none came yet."""
         try:
             for items in upstream_items(reply):
+                if items and max(map(len, items)) > LONG:
+                    yield BLOCKING
                 for item in items or ():
                     translator.feed(item)
                 reply.complete = translator.done and not translator.writer.stopped
@@ -4452,13 +4653,14 @@ class Gateway:
             whole = b"".join(items or ()) or whole
             if items is None:
                 yield None
+        if len(whole) > LONG:
+            yield BLOCKING
         raise_if_error(b"data: " + whole.strip() + b"\n\n", exchange.served)
         message = json_or_none(whole)
         if not isinstance(message, dict):
-            raise OgxError(502, f"{exchange.served} sent no message but {beginning(whole)}")
+            raise unknown_data(f"{exchange.served} sent no message but", whole)
         usage = dict_or_empty(message.get("usage"))
-        counts = (usage.get(name) for name in USAGE_FIELDS)
-        exchange.usage = Usage(*(count if isinstance(count, int) else 0 for count in counts))
+        exchange.usage = Usage(*(whole_number(usage.get(name)) for name in USAGE_FIELDS))
         yield json_bytes({**message, "model": exchange.request["model"]})
 
     def count_tokens(self, exchange: Exchange) -> Pieces:
@@ -4496,7 +4698,7 @@ class Gateway:
             answer = dict_or_empty(json_or_none(told))
             body = {"content": answer.get("prompt") or "", "add_special": True}
         count = answer.get("input_tokens") or answer.get("count") or answer.get("tokens")
-        return len(count) if isinstance(count, list) else count if isinstance(count, int) else 0
+        return len(count) if isinstance(count, list) else whole_number(count)
 
     # -- models
 
@@ -4562,8 +4764,7 @@ class Gateway:
         return {"id": model_id, "object": "model", "deleted": True}
 
     def _entry(self, model: Model) -> Json:
-        listed = self.registry.lists.get(model.provider.id, [])
-        known = next((m for m in listed if m.upstream_id == model.upstream_id), None)
+        known = self.registry.listed(model)
         if known is None:
             raise OgxError(404, f"model '{model.id[:200]}' is not listed by {model.provider.id}")
         alias_of = "" if model.id == known.id else known.id
@@ -4680,7 +4881,7 @@ def local_providers(upstream: Upstream, kinds: Iterable[ProviderKind],
             reply, body = upstream.ask(provider, path, timeout)
         except OgxError:
             return
-        if reply.status == 200 and mark.encode() in re.sub(rb'\s*([:,"])\s*', rb"\1", body):
+        if reply.status == 200 and "".join(mark.split()).encode() in b"".join(body.split()):
             found[kind.name] = provider
 
     kinds = [kind for kind in kinds if kind.local_port]
@@ -4713,18 +4914,23 @@ def new_translator(dialect: Dialect, exchange: Exchange, model: Model, estimate:
 
 def answer_bytes(batches: Batches, stream: bool) -> Pieces:
     """Batches of events as server-sent events or, at the end, as one message."""
-    events: list[Json] = []
+    folder = MessageFolder()
     for number, batch in enumerate(batches, 1):
-        if batch is None:
-            yield None
+        if not isinstance(batch, list):
+            yield batch
         elif stream:
             yield b"".join(map(sse_bytes, batch))
         else:
-            events += [event for event in batch if not isinstance(event, bytes)]
+            for event in batch:
+                folder.add(event)
+            if folder.size > MAX_ANSWER:
+                raise OgxError(502, "the upstream's answer is too large")
             if number % 4 == 0:  # others may have their turn
                 yield b""
     if not stream:
-        yield json_bytes(message_from_events(events))
+        if folder.size > LONG:
+            yield BLOCKING
+        yield json_bytes(folder.message())
 
 
 def refused_error(refusal: Refusal, model: Model, headers: Headers, native: bytes) -> OgxError:
@@ -4843,8 +5049,9 @@ KEEP_ALIVE = 300.0  # seconds an idle connection stays open
 ANTHROPIC_VERSION = "2023-06-01"
 PASSED_HEADERS = ("anthropic-beta", "anthropic-version")  # to upstreams that speak Messages
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 SIGN_OF_LIFE = b": waiting for the model\n\n"  # before message_start only comments may come
-LOGGED_BODY = 10_000  # characters
+LOGGED_BODY = LOG_LINE - 200  # characters; the line is cut at so many bytes
 FILE_OR_KEY = re.compile(r"[A-Za-z0-9+/=]{200,}|\b(?<=sk-)[\w-]{8,}")
 ABOUT = {"service": "ogx.py", "version": __version__, "status": "OK"}
 SHARE = 0.002  # seconds for which new requests may hold up running answers at a time
@@ -4853,7 +5060,6 @@ READS, WRITES, ANSWER = "the client writes", "the client reads", "the upstream a
 AGAIN = "the others"  # it could go on, but they come first
 Step = Union[str, Literal[False]]
 Steps = Generator[Step, None, Any]  # of a connection: what each waits for
-SIMPLE_TYPES = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -4942,17 +5148,15 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A new connection goes to the relay: with TLS from a thread of its own, since a slow
-        handshake must hold up no one else."""
-        shaken = super().process_request if self.tls else self.process_request_thread
-        shaken(request, client_address)
+        """A new connection goes to the relay, and gets no thread."""
+        self.process_request_thread(request, client_address)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        request.settimeout(self.limits.client_timeout)
         try:
-            request = self.tls.wrap_socket(request, server_side=True) if self.tls else request
+            if self.tls:
+                request = self.tls.wrap_socket(request, True, do_handshake_on_connect=False)
             super().finish_request(request, client_address)
-        except OSError:  # a handshake that fails
+        except OSError:  # it has gone already
             request.close()
 
     def shutdown_request(self, request: Any) -> None:
@@ -4972,6 +5176,10 @@ def listen_problem(error: Exception, host: str, port: int) -> str:
     if name in ("EACCES", "EPERM"):
         return f"no permission to listen on port {port}; ports below 1024 are privileged"
     return f"can't listen on {host}:{port}: {error}"
+
+
+def client_gone() -> OgxError:
+    return OgxError(CLIENT_GONE, "the client closed the connection")
 
 
 class Relay:
@@ -5078,12 +5286,13 @@ class Relay:
         if handler not in self._handlers:
             return  # it ended a moment ago
         if ready is handler.connection and handler.waits is ANSWER:
-            closed = is_closed(handler.connection)
-            if not closed:
-                if closed is False:  # it sent its next request already
+            gone = handler.is_gone()
+            if not gone:
+                if gone is False:
                     self._watch(handler, 0, *handler.watched[1:])
+                    self._alarm = min(self._alarm, handler.until)
                 return
-            error = OgxError(CLIENT_GONE, "the client closed the connection")
+            error = client_gone()
         self._wait(handler, handler.next_step(error))
 
     def _wait(self, handler: Handler, step: Step | None) -> None:
@@ -5133,7 +5342,7 @@ class Relay:
         """Do what may block, in a thread of its own."""
         step: Any = BLOCKING
         while step is BLOCKING:
-            step = handler.next_step()
+            step = handler.next_step(client_gone() if handler.is_gone() else None)
         if step is not None:
             self.add(handler, step)
 
@@ -5170,10 +5379,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setblocking(False)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._received = b""  # and not yet read
-        self._admitted = NO_HEAD  # what is before and after the length in the last one's head
         self._unsent: bytes | memoryview = b""  # what the client was too slow to take
         self._moves = 0
-        self.steps, self.exchange = self._requests(), Exchange("")
+        self.steps, self.exchange, self.status = self._requests(), Exchange(""), 0
         # The relay's: what is waited for and until when, what is watched for that.
         self.waits: Step | None = None
         self.until = math.inf
@@ -5205,10 +5413,42 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.exception("a connection failed unexpectedly")
             return None
 
+    def is_gone(self) -> bool | None:
+        """Whether the client left while it waits for an answer; None where it did nothing. It may
+        have sent its next request, or closed its own side alone: what is then written to it tells,
+        since who left refuses that in a moment."""
+        try:
+            data = received(self.connection)
+            if data:
+                self._received += data
+            elif data == b"":
+                if self.server.tls or not (self.status or self.request_version == "HTTP/1.1"):
+                    return True
+                self.connection.send(self.framed(SIGN_OF_LIFE) if self.status else CONTINUE)
+                self.until = min(self.until, time.monotonic() + 0.2)
+        except OSError:
+            return True
+        return None if data is None else False
+
+    def _shaken(self) -> Steps:
+        """TLS's handshake."""
+        self.server.idle(self.connection, True)
+        self.until = time.monotonic() + self.server.limits.client_timeout
+        while self.server.tls and time.monotonic() < self.until:
+            try:
+                return self.connection.do_handshake()
+            except ssl.SSLWantReadError:
+                yield READS
+            except ssl.SSLWantWriteError:
+                yield WRITES
+        if self.server.tls:
+            raise socket.timeout("the handshake took too long")
+
     def _requests(self) -> Steps:
         """Serve one request after the other."""
         self.close_connection = False
         try:
+            yield from self._shaken()
             while not self.close_connection:
                 yield from self._one_request()
                 if self._gives_way():
@@ -5223,6 +5463,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.exchange = Exchange(fresh_id("req"))
         self.status, self._unread = 0, False
+        self.command = self.path = ""
         head = yield from self._read_head()
         if head:
             self.exchange.started = time.monotonic()
@@ -5251,7 +5492,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self._moves == 0
 
     def _read_head(self) -> Generator[Step, None, bytes]:
-        """A request's head without its last line break; b"" when the client closed."""
+        """A request's head without its last line break, too long if it has no end; b"" when the
+        client closed."""
         self._received = self._received.lstrip(b"\r\n")
         if not self._received:
             self.server.idle(self.connection, True)
@@ -5259,15 +5501,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._received = (yield from self._receive()).lstrip(b"\r\n")
             self.server.idle(self.connection, False)
         self._deadline = time.monotonic() + self.server.limits.client_timeout
-        while not (end := HEAD_END.search(self._received)) and len(self._received) <= MAX_HEAD:
+        end, looked = HEAD_END.search(self._received), 0
+        while not end and len(self._received) <= MAX_HEAD:
             data = yield from self._receive()
             if not data:
                 return b""
+            looked = max(0, len(self._received) - 2)
             self._received = (self._received + data).lstrip(b"\r\n")
-        if not end or end.start() > MAX_HEAD:
-            self.command = ""
-            yield from self._send_error(OgxError(431, "the request's headers are too large"))
-            return b""
+            end = HEAD_END.search(self._received, looked)
+        if not end:
+            return self._received
         head, self._received = self._received[: end.start()], self._received[end.end() :]
         return head
 
@@ -5292,26 +5535,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._log()
 
     def _take_head(self, head: bytes) -> None:
-        """Take in a request's head; OgxError for what is malformed or kept out. Clients send the
-        same with each request, but for its length: on one connection it is judged once."""
-        before, after = self._admitted
-        length = head[len(before) : len(head) - len(after)]
-        known = length.isdigit() and head.startswith(before) and head.endswith(after)
-        if known:
-            self.request_headers["content-length"] = length.decode()
-        else:
-            self._admitted, self.command, self.path = NO_HEAD, "", ""
-            self._parse_head(head)
+        """Take in a request's head; OgxError for what is malformed or kept out."""
+        self._unread = len(head) > MAX_HEAD
+        if self._unread:
+            raise OgxError(431, "the request's headers are too large")
+        self._parse_head(head)
         headers = self.request_headers
         self.close_connection = self.server.stopping or self._closes
         self._unread = "content-length" in headers or "transfer-encoding" in headers
         self.exchange.session = headers.get("x-claude-code-session-id", "")[:64]
         self.exchange.headers = self._passed
-        if not known:
-            self._guard()
-            found = LENGTH_LINE.search(head)
-            if found and headers["content-length"] == found[1].decode():  # there is but one
-                self._admitted = head[: found.start(1)], head[found.end(1) :]
+        self._guard()
 
     def _parse_head(self, head: bytes) -> None:
         """Read the request line and headers; OgxError(400) for anything malformed."""
@@ -5326,7 +5560,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         connection = headers.get("connection", "").lower()  # may name headers for us alone
         self._passed = {name: headers[name] for name in PASSED_HEADERS
                         if name in headers and name not in connection}  # fmt: skip
-        old = self.request_version == "HTTP/1.0" and "keep-alive" not in connection
+        old = self.request_version == "HTTP/1.0" and (
+            "keep-alive" not in connection or "transfer-encoding" in headers)
         self._closes = "close" in connection or old
 
     def _read_body(self) -> Generator[Step, None, bytes]:
@@ -5347,7 +5582,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise OgxError(400, "content-length: expected one whole number")
         check_size(int(length or 0), limit)
         if headers.get("expect", "").lower() == "100-continue":
-            yield from self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            yield from self._write(CONTINUE)
         data = yield from self._sized(int(length)) if length else self._chunked(limit)
         self._unread, coding = False, headers.get("content-encoding", "identity").lower()
         if len(data) > LONG or coding != "identity":
@@ -5387,6 +5622,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         its own name for 127.0.0.1 (DNS rebinding), across origins, or by a form."""
         headers = self.request_headers
         host = headers.get("host", "")
+        if "," in host or ("host" not in headers and self.request_version == "HTTP/1.1"):
+            raise OgxError(400, "host: expected one")
         open_to_names = bool(self.server.token) and not is_loopback(self.server.host)
         names = self.server.gateway.config.host_names
         if not open_to_names and not host_allowed(host, self.server.host, names):
@@ -5399,16 +5636,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise OgxError(401, "this server asks for its token, as Authorization: Bearer or "
                                 "x-api-key", headers={"x-should-retry": "false"})  # fmt: skip
         origin = headers.get("origin")
-        if origin is not None and origin != f"{'https' if self.server.tls else 'http'}://{host}":
+        foreign = origin is not None and origin != (
+            f"{'https' if self.server.tls else 'http'}://{host}")
+        # Without an Origin: images and the like, and links, which may lead to the plain page.
+        linked = headers.get("sec-fetch-mode") == "navigate" and self.path == "/"
+        if foreign or (headers.get("sec-fetch-site") == "cross-site" and not linked):
             raise OgxError(403, "requests from web pages of another origin are refused")
-        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if self.command == "POST" and content_type in SIMPLE_TYPES:
-            raise OgxError(415, f"content-type: expected application/json, got {content_type}")
 
     def _route(self) -> Steps:
         path, _, query = self.path.partition("?")
-        if path not in Handler.ROUTES:
-            path = re.sub(r"/{2,}", "/", re.sub(r"^https?://[^/]*", "", path))
+        if path.startswith("/"):
+            path = re.sub("//+", "/", path)  # as after a base URL that ends in one
+        else:
+            path = re.sub("^https?://[^/]*", "", path)
         routes, argument = Handler.ROUTES.get(path), query
         if path.startswith("/v1/models/"):
             routes = Handler.ROUTES["/v1/models/{id}"]
@@ -5416,6 +5656,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if routes is None:
             raise OgxError(404, not_served_words(path))
         method = "GET" if self.command == "HEAD" else self.command
+        content_type = self.request_headers.get("content-type", "").partition(";")[0].strip(" \t")
+        if method == "POST" and content_type.lower() not in ("", "application/json"):
+            raise OgxError(415, f"content-type: expected application/json, got {content_type}")
         if method not in routes:
             allowed = ", ".join([*routes, *["HEAD"] * ("GET" in routes)])
             raise OgxError(405, f"{self.command} is not possible on {path}, only {allowed}",
@@ -5475,7 +5718,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Write an answer that isn't streamed."""
         whole = []
         for piece in pieces:
-            whole.append(piece or b"")
+            if piece:
+                whole.append(piece)
             if (step := self._step_after(piece)) is not None:
                 yield step
         yield from self._send(200, b"".join(whole))
@@ -5579,18 +5823,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.status = status
         fields = {"request-id": self.exchange.request_id, **headers}
         if self.exchange.served:
-            fields["x-ogx-served"] = without_controls(self.exchange.served[:256])
+            fields["x-ogx-served"] = one_line(self.exchange.served)
         if self.close_connection:
             fields["connection"] = "close"
         lines = [head_start(status, int(time.time())), *map(": ".join, fields.items()), "", ""]
         return "\r\n".join(lines).encode("ascii", "replace")
 
     def _log(self) -> None:
-        """One line per request; what clients ask all the time only at level DEBUG."""
+        """One line per request; what clients and monitors ask all the time only at DEBUG."""
         done, usage = self.exchange, self.exchange.usage
         served = f"{done.served} by {done.dialect}" if done.served else "nothing"
         parts: list[Any] = [
-            f"{done.request_id} {self.command} {self.path.partition('?')[0]} {self.status}",
+            f"{done.request_id} {self.command} {cut(self.path.partition('?')[0], 200)} {self.status}",
             done.asked and f"{done.asked} -> {served}",
             done.first_event and f"first {done.first_event - done.started:.3f}s",
             f"total {time.monotonic() - done.started:.3f}s",
@@ -5598,18 +5842,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             done.session and f"session {done.session}",
             done.error and f"error: {one_line(done.error)}",
         ]
-        quiet = not done.error and not self.path.startswith("/v1/messages")
+        quiet = not done.error and self.path in ("/v1/health", "/api/hello")
         level = logging.DEBUG if quiet else logging.INFO
         log.log(level, " ".join(filter(None, parts)))
 
     def _log_body(self, name: str, body: bytes | bytearray) -> None:
         """A body on one line, without keys and files, not too long."""
-        text = body.decode("utf-8", "replace")
         gateway = self.server.gateway
         keys = [gateway.upstream.secrets(p) for p in gateway.registry.providers.values()]
+        text = cut(body[: 8 * LOGGED_BODY].decode("utf-8", "replace"), 2 * LOGGED_BODY)
         for secret in sum(keys, [self.server.token.decode()] * bool(self.server.token)):
             text = text.replace(secret, "***")
-        shown = " ".join(FILE_OR_KEY.sub("***", text)[:LOGGED_BODY].split())
+        shown = cut(" ".join(FILE_OR_KEY.sub("***", text).split()), LOGGED_BODY)
         log.info("%s %s %s", self.exchange.request_id, name, shown)
 
 
@@ -5669,6 +5913,9 @@ def host_allowed(host: str, bound: str, names: tuple[str, ...] = ()) -> bool:
 
 def not_served_words(path: str) -> str:
     """Why a path is not served, and what to do."""
+    plain = os.path.normpath(urllib.parse.unquote(path))
+    if plain in Handler.ROUTES or plain.startswith("/v1/models/"):
+        return f"{cut(path, 200)} not found: write it as {cut(plain, 200)}"
     if path.startswith("/v1/v1/"):
         return f"{path[:200]} not found: the base URL should end without /v1"
     if path.startswith(("/v1/messages/batches", "/v1/files")):
@@ -5681,7 +5928,6 @@ def not_served_words(path: str) -> str:
 # launch Claude Code. What to set and unset was verified with the real client (2.1.330).
 
 INSTALL_WORDS = "Failed to find 'claude' in PATH. Install it from https://claude.com/download"
-LOG_FORMAT = "%(asctime)s %(message)s"
 TOKEN = "ogx"  # a Bearer token; unlike an API key it needs no approval in Claude Code
 SMALL_WINDOW = 48_000  # tokens; below, the usual output reserve would compact on every turn
 # Each of these would send requests elsewhere, change how they are sent, or choose another model.
@@ -5744,7 +5990,7 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
             for path in settings_files(os.environ):
                 if overrides(read_settings(path), plan):
                     tell(options, f"{path} goes before these lines, and leads elsewhere")
-            print("\n".join(shell_lines(plan, options.shell)))
+            say(*shell_lines(plan, options.shell))
             return 0
         if options.check:
             return print_check(server, plan)
@@ -5757,7 +6003,7 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
 
 def tell(options: argparse.Namespace, *lines: str) -> None:
     if not options.quiet:
-        print(*lines, sep="\n", file=sys.stderr)
+        say(*lines, to="stderr")
 
 
 def claude_program(environ: Mapping[str, str]) -> str:
@@ -5795,7 +6041,7 @@ def served_for_session() -> tuple[Server, str]:
 
     handle, path = tempfile.mkstemp(prefix="ogx-", suffix=".log")
     os.close(handle)
-    logging.basicConfig(filename=path, format=LOG_FORMAT, level=logging.INFO)
+    start_log(path, "info")
     config = config_from_json(starter_config(), "starter", with_aws_region(os.environ))
     server = Server(Gateway(config, store=Store(state_path(None, os.environ))))
     server.start()
@@ -6096,7 +6342,7 @@ def print_check(server: Provider, plan: LaunchPlan) -> int:
         failed = failed or bool(verdict)
         seconds = f"{first - began if first else 0:6.2f} {time.monotonic() - began:6.2f} s"
         verdict = verdict or "works, tools too"
-        print(f"{model_id:<{width}}  {seconds}  {verdict} ({', '.join(tiers)})")
+        say(f"{model_id:<{width}}  {seconds}  {verdict} ({', '.join(tiers)})")
     upstream.close()
     return int(failed)
 
@@ -6147,10 +6393,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse, after its own words
         return stop.code if isinstance(stop.code, int) else 1
     except OgxError as error:
-        print(error.message, file=sys.stderr)
+        say(error.message, to="stderr")
         return 1
     except RecursionError:
-        print("the configuration is nested too deeply", file=sys.stderr)
+        say("the configuration is nested too deeply", to="stderr")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -6221,9 +6467,6 @@ def port_argument(text: str) -> int:
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal; the exit code."""
     start_log(options.log_file, options.log_level)
-    # What no line of this log shows is not looked up (logging's HOWTO, "Optimization").
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     allow_many_files()
     config = config_from_name(options.config, with_aws_region(os.environ))
     token = server_token(options, os.environ)
@@ -6263,69 +6506,6 @@ def allow_many_files() -> None:
         most = 10_240 if hard == resource.RLIM_INFINITY else min(10_240, hard)
         if soft != resource.RLIM_INFINITY and soft < most:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-class LogFormatter(logging.Formatter):
-    """LOG_FORMAT's lines. A second is put into words once, and nearly all lines hold no trace: the
-    same at a third of the time."""
-
-    second, words = 0, ""
-
-    def format(self, record: logging.LogRecord) -> str:
-        if record.exc_info or record.exc_text or record.stack_info:
-            return super().format(record)
-        return f"{self.formatTime(record)} {record.getMessage()}"
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
-        if int(record.created) != self.second:
-            self.second = int(record.created)
-            self.words = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.second))
-        return f"{self.words},{int(record.msecs):03d}"
-
-
-class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to a file or stderr what can be written at once: a stopped terminal or a full pipe
-    holds up no answer. That a file can't be written is told once."""
-
-    def __init__(self, path: str = "") -> None:
-        stream = sys.stderr
-        if path:
-            stream = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-        super().__init__(stream)
-        self._path, self._poll, self._lost = path, None, 0
-        # Windows has none; stderr may be closed, or none.
-        with suppress(AttributeError, OSError, TypeError, ValueError):
-            self._poll = select.poll()
-            self._poll.register(self.stream, select.POLLOUT)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self._poll and not self._poll.poll(0):
-            self._lost += 1
-            return
-        if self._lost:
-            record.msg = f"({self._lost} lines found no reader) {record.msg}"
-            self._lost = 0
-        super().emit(record)
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        error = sys.exc_info()[1]
-        if not isinstance(error, (OSError, ValueError)):
-            super().handleError(record)
-        elif self._path:
-            print(f"--log-file {self._path}: {error}", file=sys.stderr)
-            self._path = ""
-
-
-def start_log(path: str | None, level: str) -> None:
-    """Log to stderr or to a file of the user's alone; what can't be written later stops nothing."""
-    if path:
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
-        except OSError as error:
-            raise OgxError(400, f"--log-file {path}: {error.strerror}") from None
-    handler = LogHandler(path or "")
-    handler.setFormatter(LogFormatter(LOG_FORMAT))
-    logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
 def server_tls(cert: str, key: str | None) -> ssl.SSLContext:
@@ -6378,15 +6558,6 @@ def summary_lines(gateway: Gateway, server: Server) -> list[str]:
     where = "" if server.server_port == DEFAULT_PORT else f" --port {server.server_port}"
     where = f" --url {server.url}" if server.tls else where
     return [*lines, f"Next, in another terminal:  {command_name()} connect claude{where}", ""]
-
-
-def say(*lines: str) -> None:
-    """Print lines; a closed stdout (`| head`) is no reason to stop serving."""
-    coding = getattr(sys.stdout, "encoding", None) or "utf-8"  # some terminals have another one
-    try:
-        print("\n".join(lines).encode(coding, "backslashreplace").decode(coding), flush=True)
-    except (OSError, ValueError):
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def main_after_parsing(*_: Any) -> None:
