@@ -1915,7 +1915,7 @@ class SseReader:
 # Models that take reasoning_effort; others may refuse it. By name, since lists don't tell.
 REASONS = re.compile(
     r"(^|[/:_-])(o[134](-|$)|gpt-(5|6|oss)|deepseek-(r|v4|reasoner)|qwq|magistral)|"
-    r"thinking|reasoner|qwen3(?!.*(instruct|coder))", re.I)  # fmt: skip
+    r"thinking|reasoner|qwen3(?!.{0,250}(instruct|coder))", re.I)  # fmt: skip
 ROOT_UNIONS = ("anyOf", "oneOf", "allOf", "enum", "not")
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # OpenAI's rule; Anthropic allows 128 characters
 STOP_REASONS = {  # finish_reason -> stop_reason
@@ -2258,6 +2258,8 @@ class Translator:
             self.end()
             return
         try:
+            if has_too_many_elements(data):
+                raise ValueError
             chunk = PLAIN_JSON.decode(data.decode())
         except (ValueError, RecursionError):
             raise unknown_data(f"{self._origin} sent no JSON but", data) from None
@@ -2685,7 +2687,7 @@ def last_event(data: bytes) -> bytes:
         last = LAST_LINE.match(line, 0, 100)
         at = -1 if last else line.find(b'"message_stop"')
         while not last and at >= 0:
-            last = LAST_TYPE.search(line, max(0, at - 9))
+            last = LAST_TYPE.search(line, max(0, at - 9), at + 14)
             at = line.find(b'"message_stop"', at + 1)
         if last:
             return last.group()
@@ -5342,7 +5344,11 @@ class Relay:
         """Do what may block, in a thread of its own."""
         step: Any = BLOCKING
         while step is BLOCKING:
-            step = handler.next_step(client_gone() if handler.is_gone() else None)
+            gone = handler.is_gone()
+            if gone is False:  # it may have left: that shows in a moment
+                time.sleep(0.05)
+                gone = handler.is_gone()
+            step = handler.next_step(client_gone() if gone else None)
         if step is not None:
             self.add(handler, step)
 
@@ -5913,7 +5919,7 @@ def host_allowed(host: str, bound: str, names: tuple[str, ...] = ()) -> bool:
 
 def not_served_words(path: str) -> str:
     """Why a path is not served, and what to do."""
-    plain = os.path.normpath(urllib.parse.unquote(path))
+    plain = re.sub("//+", "/", os.path.normpath(urllib.parse.unquote(path)))
     if plain in Handler.ROUTES or plain.startswith("/v1/models/"):
         return f"{cut(path, 200)} not found: write it as {cut(plain, 200)}"
     if path.startswith("/v1/v1/"):

@@ -482,6 +482,19 @@ def gateway_over(*answers, kind="openai", models=("gpt-x",), native=False, **opt
         yield client, upstream
 
 
+def cpu(work, *args):
+    began = time.process_time()
+    work(*args)
+    return time.process_time() - began
+
+
+def check_linear(work, make, size):
+    """Four times the input takes about four times the work, where squares would take sixteen."""
+    small = min(cpu(work, make(size)) for _ in range(5))
+    large = min(cpu(work, make(4 * size)) for _ in range(3))
+    assert large < 9 * small + 0.005, (small, large)
+
+
 def until(holds, seconds=10):
     """Wait for what another thread is about to do."""
     deadline = time.monotonic() + seconds
@@ -677,6 +690,26 @@ class TestErrors:
         assert (error.status, error.type) == (status, error_type)
         assert error.message == f"{words} (from bedrock, model x)"
         assert error.headers == {"x-should-retry": "false"}
+
+
+    @pytest.mark.parametrize("page", [
+        lambda n: b"<html>" + b"<script>" * n, lambda n: b"<html>" + b"<title>" * n,
+        lambda n: b"<html>" + b"<" * n, lambda n: b"<html><title>" + b"a " * n, lambda n: b" " * n,
+        lambda n: b"x" * n], ids=["script", "title", "open", "words", "space", "letters"])
+    def test_odd_pages_are_told_at_once(self, page):
+        assert len(ogx.beginning(page(100_000))) <= 520
+        assert min(cpu(ogx.beginning, page(500_000)) for _ in range(3)) < 0.5  # once half a minute
+
+    @pytest.mark.parametrize("size", range(5, 40))
+    def test_no_part_of_a_key_is_left_by_a_cut(self, size):
+        key = "sk-proj-abc_DEF.123/+=~"
+        shown = ogx.cut(f"key: {key} is wrong", size)
+        assert key in shown or "sk-" not in shown
+        assert ogx.cut("\u4f60\u597d" * 20, size).startswith("\u4f60\u597d" * (size // 2))
+
+    def test_an_errors_words_hold_no_control_character(self):
+        body = ogx.OgxError(400, "a\x1b]0;b\x07\n\u202ec", quote="\ud800").body("r")
+        assert body["error"]["message"] == "a?]0;b?\n?c?"
 
 
 class TestProviders:
@@ -1493,6 +1526,56 @@ class TestRequests:
         assert "text/rtf, 1 kB" in chat(request(user([rtf])), "vllm")["messages"][0]["content"]
 
 
+    @pytest.mark.parametrize("make", [
+        lambda n: [user(*[text("a")] * n)], lambda n: [user("a")] * n,
+        lambda n: [user("a"), {"role": "system", "content": "b"}] * (n // 2),
+        lambda n: [user(*(result(f"t{i}") for i in range(n)))],
+        lambda n: [assistant(*(call(f"t{i}") for i in range(n)))] * 2,
+    ], ids=["blocks", "messages", "systems", "results", "calls"])  # fmt: skip
+    @pytest.mark.parametrize("kind", ["openai", "groq", "mistral"])
+    def test_the_work_grows_with_the_request_alone(self, kind, make):
+        check_linear(lambda messages: ogx.chat_messages(
+            request(*messages), model(kind), ogx.ToolNames({})), make, 2000)  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("make", "fits"),
+        [
+            (lambda n: b'{"a":[' + b"[]," * n + b"1]}", False),
+            (lambda n: b'{"a":"' + b"[]," * n + b'"}', True),
+            (lambda n: b'{"a":"' + rb"\"," * n + b'"}', True),
+            (lambda n: b"[" + b"1," * 2 * n + b"1]", False),
+            (lambda n: b'{"a":"' + b"[]," * n, True),  # broken, as the parser says then
+            (lambda n: b"[" * 3 * n, False),
+        ],
+        ids=["lists", "text", "escapes", "numbers", "open", "depth"],
+    )
+    def test_json_of_too_many_elements_is_not_read(self, make, fits):
+        data = make(600_000)
+        assert ogx.has_too_many_elements(data) is not fits
+        assert ogx.has_too_many_elements(data.decode()) is not fits
+        error = None if make(1).endswith(b"}") and fits else refused(ogx.parsed_json, data)
+        assert error is None or error.status == (400 if fits else 413)
+
+    @pytest.mark.parametrize(("stops", "fits"), [
+        (["a" * 4000], True), (["a" * 4001], False), (["ab"] * 2001, False)], ids=str)
+    def test_stop_sequences_are_bounded(self, stops, fits):
+        body = request(stop_sequences=stops)
+        if fits:
+            ogx.check_request(body)
+        else:
+            assert "at most 4000 characters" in refused(ogx.check_request, body).message
+
+    @pytest.mark.parametrize(("model_id", "fits"), [
+        ("x" * 256, True), ("\u4f60" * 256, True), ("x" * 257, False), ("a\x1b[2J", False),
+        ("a\nb", False), ("a\u202eb", False), ("a\udc9bb", False)], ids=ascii)  # fmt: skip
+    def test_a_models_id_is_short_and_without_controls(self, model_id, fits):
+        if fits:
+            ogx.check_request(request(model=model_id))
+        else:
+            error = refused(ogx.check_request, request(model=model_id))
+            assert error.status == 400 and error.message.startswith("model: expected at most 256")
+
+
 # Texts with their tokens in OpenAI's o200k_base, as .ci/o200k.cjs counts them.
 O200K = {
     "prose": (125, """\
@@ -1596,9 +1679,6 @@ O200K_OTHERS = {
     "hi": (30, "आज हम पार्क में टहलने गए, मौसम बहुत अच्छा था। बच्चे घास "
            "पर खेल रहे थे और शाम को हमने साथ में खाना बनाया।"),
 }  # fmt: skip
-
-
-PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 
 class TestTokens:
@@ -2788,6 +2868,77 @@ class TestChat:
             assert quick[:2] == self.written(chunks, learns=False)[:2]
 
 
+    @pytest.mark.parametrize("make", [
+        lambda n: [[fragment(0, "a", "Bash", '{"x":"')], *[[fragment(0, arguments="abcd")]] * n],
+        lambda n: [[fragment(i, f"c{i}", "Bash", '{"x":"')] for i in (0, 1)] + [
+            [fragment(i % 2, arguments="abcd}")] for i in range(n)],
+        lambda n: [[fragment(i, f"c{i}", "Bash", "{}")] for i in range(n)],
+        lambda n: [[fragment(i, f"c{i}", "Bash", "{")] for i in range(n)],
+        lambda n: [[fragment(None, f"c{i}", "Bash", "{}")] for i in range(n)],
+    ], ids=["pieces", "in turns", "calls", "open calls", "no index"])  # fmt: skip
+    def test_the_work_grows_with_the_calls_alone(self, make):
+        def read(chunks):
+            writer = ogx.MessageWriter(ogx.new_message("m", "m", 1))
+            translator = ogx.ChatTranslator(writer, request(), model())
+            for chunk in chunks:
+                translator.feed(chunk)
+            assert ogx.sse_bytes(writer.take()[-1])
+
+        check_linear(read, lambda n: [
+            json.dumps(delta(tool_calls=calls)).encode() for calls in make(n)], 2500)  # fmt: skip
+
+    @pytest.mark.parametrize("begins", ["", "<think>", "<", "x"])
+    @pytest.mark.parametrize("piece", ["\n   ", " ", "<", "</thin", "word "])
+    def test_the_work_grows_with_the_text_alone(self, begins, piece):
+        def read(pieces):
+            splitter = ogx.ThoughtSplitter()
+            told = [piece for words in (begins, *pieces, "x") for piece in splitter.feed(words)]
+            return told + splitter.end()
+
+        check_linear(read, lambda n: [piece] * n, 4000)
+        words = "".join(words for _, words in read([piece] * 50))
+        assert "".join(words.split()) == "".join(
+            f"{begins}{piece * 50}x".removeprefix("<think>").split())
+
+    @pytest.mark.parametrize("stop", ["ab", "a" * 999 + "b"], ids=["short", "long"])
+    def test_stop_sequences_are_found_in_a_time_that_grows_with_the_text(self, stop):
+        def read(pieces):
+            writer = ogx.MessageWriter(ogx.new_message("m", "m", 1), stops=[stop])
+            for piece in pieces:
+                writer.text(piece)
+            assert writer.stopped is None
+
+        check_linear(read, lambda n: ["a"] * n, 1500)
+        check_linear(read, lambda n: ["a" * 10 * n], 1500)
+
+    def test_an_answer_is_folded_in_a_time_that_grows_with_it(self):
+        def events(n):
+            writer = ogx.MessageWriter(ogx.new_message("m", "m", 1))
+            for _ in range(n):
+                writer.text("abcd" * 20)
+            writer.tool("a", "a", "Bash", "{")
+            for _ in range(n):
+                writer.tool("a", "", "", " " * 80)
+            writer.tool("a", "", "", "}")
+            writer.finish("end_turn", None, ogx.Usage())
+            return writer.take()
+
+        check_linear(ogx.message_from_events, events, 4000)
+
+    @pytest.mark.parametrize("told", [float("inf"), 1e999, -1, 1.5, "7", None, True, [], 10**20,
+                                      1 << 53, {}], ids=str)  # fmt: skip
+    def test_numbers_that_are_no_counts_are_left_out(self, told):
+        usage = {"prompt_tokens": told, "completion_tokens": told,
+                 "prompt_tokens_details": {"cached_tokens": told}}  # fmt: skip
+        message = folded(delta(content="a"), delta("stop", usage))
+        assert message["usage"]["output_tokens"] in (0, 2) and json.dumps(message, allow_nan=False)
+        assert message["usage"]["cache_read_input_tokens"] == 0
+
+    def test_whole_numbers_are_counts_however_they_are_written(self):
+        usage = ogx.usage_from_chat({"prompt_tokens": 10.0, "completion_tokens": (1 << 53) - 1})
+        assert (usage.input, usage.output) == (10, (1 << 53) - 1)
+
+
 class TestMessages:
     def raw(self, body, **options):
         return json.dumps(body, **options).encode()
@@ -2909,6 +3060,41 @@ class TestMessages:
         stream = ogx.NativeStream("m")
         error = b'event: error\ndata: {"type":"error","error":{"type":"x","message":"y"}}\n\n'
         assert stream.feed(error) == error and stream.ended
+
+    @pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\r\r"], ids=ascii)
+    @pytest.mark.parametrize("size", [1, 2, 3, 7, 1400])
+    def test_a_long_event_in_packets_is_handed_on_whole(self, end, size):
+        event = f"event: x{end[: len(end) // 2]}data: {{\"a\": \"{'word ' * 300}\"}}{end}".encode()
+        stream, told = ogx.NativeStream("m"), []
+        data = event * 3
+        for at in range(0, len(data), size):
+            told.append(stream.feed(data[at : at + size]))
+        assert b"".join(told) == data
+        assert all(piece.endswith(end.encode()) for piece in told if piece)
+
+    def test_the_work_grows_with_a_native_stream_alone(self):
+        def read(packets):
+            stream = ogx.NativeStream("m")
+            for packet in packets:
+                stream.feed(packet)
+
+        check_linear(read, lambda n: [b"data: {"] + [b"x" * 1400] * n, 1000)
+        for words in (b'"type":', b"error ", b'"message_stop",', b"event: ", b"\n", b"\r",
+                      b'"model":"', b'"model":"\\a'):  # fmt: skip
+            check_linear(read, lambda n: [b"message_start" + words * n + b"\n\n"], 20_000)  # noqa: B023
+
+    @pytest.mark.parametrize(("data", "last"), [
+        (b'event: message_stop\ndata: {"type":"message_stop"}\n\n', True),
+        (b'data: {"type": "message_stop"}\n\n', True), (b'data: {"a":1,"type":"message_stop"}', True),
+        (b'data: {"text":"\\"type\\":\\"message_stop\\""}\n\n', False),
+        (b'data: {"text":"event: message_stop"}\n\n', False),
+        (b'data: {"a":"message_stop","type":"ping"}\n\n', False),
+        (b'event: error\r\ndata: {}\r\n\r\n', True), (b'data: {"type":"error","error":{}}', True),
+        (b'event: errors\n\n', False), (b'data: {"text":"error"}\n\n', False),
+        (b'data: {"a":"message_stop","b":"message_stop","type":"message_stop"}', True),
+    ], ids=str)  # fmt: skip
+    def test_what_ends_a_native_stream(self, data, last):
+        assert bool(ogx.last_event(data)) is last
 
 
 def responses(body, **row):
@@ -6264,6 +6450,67 @@ class TestServer:
             answer = client.raw(b"GET / HTTP/1.1\r\nx: " + b"y" * 70_000 + b"\r\n\r\n", shut=True)
         assert answer.startswith(b"HTTP/1.1 431 ")
 
+    def test_a_head_in_single_bytes_is_taken_too(self):
+        head = b"\r\nGET /v1/health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+        with gateway_over() as (client, _):
+            address = ("127.0.0.1", client.port)
+            with socket.create_connection(address, timeout=10) as sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for byte in head:
+                    sock.sendall(bytes([byte]))
+                answer = b"".join(iter(lambda: sock.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 200 ")
+
+    @pytest.mark.parametrize(
+        ("line", "status"),
+        [
+            ("", 400), ("host: localhost\r\nhost: localhost", 400), ("host: a, b", 400),
+            ("host: localhost\r\nHOST: evil.example", 400), ("host: localhost", 200), ("host:", 200),
+        ],
+    )  # fmt: skip
+    def test_a_request_has_one_host(self, line, status):
+        with gateway_over() as (client, _):
+            head = f"GET / HTTP/1.1\r\n{line}\r\nconnection: close\r\n\r\n"
+            answer = client.raw(head.replace("\r\n\r\nc", "\r\nc").encode())
+            old = client.raw(b"GET / HTTP/1.0\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 %d " % status) and old.startswith(b"HTTP/1.1 200 ")
+
+    def test_only_spaces_and_tabs_surround_a_value(self):
+        read = ogx.headers_from_bytes("a: \t b c\t \r\nb:\xa0x\x85\r\na:d".encode("latin-1"))
+        assert read == {"a": "b c, d", "b": "\xa0x\x85"}
+        with gateway_over() as (client, _):
+            client.server.token = b"s3cret"
+            for field in ("x-api-key: s3cret\xa0", "x-api-key:\x85s3cret"):
+                head = f"GET / HTTP/1.1\r\nhost: localhost\r\n{field}\r\n\r\n".encode("latin-1")
+                assert client.raw(head, shut=True).startswith(b"HTTP/1.1 401 ")
+
+    @pytest.mark.parametrize("line", ["content-length: 5\xa0", "transfer-encoding: chunked\xa0",
+                                      "transfer-encoding:\x85chunked"], ids=ascii)  # fmt: skip
+    def test_other_white_space_is_part_of_a_length(self, line):
+        head = f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n{line}\r\n\r\n"
+        with gateway_over() as (client, _):
+            answer = client.raw(head.encode("latin-1") + b"hello", shut=True)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+
+    @pytest.mark.parametrize(
+        ("path", "status", "words"),
+        [
+            ("//v1//messages", 200, ""), ("/v1/messages/", 404, "write it as /v1/messages"),
+            ("/v1/./messages", 404, "write it as /v1/messages"),
+            ("/x/../v1/messages", 404, "write it as /v1/messages"),
+            ("/v1/%6dessages", 404, "write it as /v1/messages"),
+            ("/v1%2fmessages", 404, "write it as /v1/messages"),
+            ("http://localhost/v1/messages", 200, ""),
+            ("http://localhost//v1/messages", 404, "write it as /v1/messages"),
+            ("http://localhost/v1/%6dessages", 404, "write it as /v1/messages"),
+            ("/V1/messages", 404, "ogx.py serves"),
+        ],
+    )  # fmt: skip
+    def test_paths_are_what_they_say(self, path, status, words):
+        with gateway_over() as (client, _):
+            got, _, body = client.post(request(), path)
+        assert got == status and words in json.dumps(body)
+
     @pytest.mark.parametrize(
         ("headers", "status"),
         [
@@ -6277,13 +6524,37 @@ class TestServer:
             ({"host": "localhost:1", "origin": "null"}, 403),
             ({"host": "localhost", "content-type": "text/plain"}, 415),
             ({"host": "localhost", "content-type": "application/x-www-form-urlencoded"}, 415),
+            ({"host": "localhost", "content-type": "application/json; charset=utf-8"}, 200),
+            ({"host": "localhost", "content-type": "Application/JSON"}, 200),
+            ({"host": "localhost", "content-type": "text/json"}, 415),
+            ({"host": "localhost", "content-type": "multipart/form-data; boundary=x"}, 415),
+            ({"host": "localhost", "content-type": "x"}, 415),
+            ({"host": "localhost", "sec-fetch-site": "cross-site"}, 403),
+            ({"host": "localhost", "sec-fetch-site": "cross-site",
+              "sec-fetch-mode": "navigate"}, 403),
+            ({"host": "localhost", "sec-fetch-site": "none"}, 200),
+            ({"host": "localhost", "sec-fetch-site": "same-origin"}, 200),
         ],
-    )
+    )  # fmt: skip
     def test_a_web_page_cannot_come_in(self, headers, status):
         with gateway_over() as (client, upstream):
             got, answer_headers, _ = client.ask("POST", "/v1/messages", request(), **headers)
         assert got == status and len(upstream.seen) == (status == 200)
         assert not [name for name in answer_headers if name.startswith("access-control")]
+
+    @pytest.mark.parametrize(
+        ("method", "path", "mode", "status"),
+        [
+            ("GET", "/v1/models", "no-cors", 403), ("GET", "/", "no-cors", 403),
+            ("GET", "/", "navigate", 200), ("GET", "/v1/health", "navigate", 403),
+            ("GET", "/v1/models/%1b%5d0;x%07", "no-cors", 403), ("HEAD", "/", "cors", 403),
+            ("DELETE", "/v1/models/x", "cors", 403),
+        ],
+    )
+    def test_another_sites_pages_show_and_load_nothing(self, method, path, mode, status):
+        with gateway_over() as (client, _):
+            fetched = {"sec_fetch_site": "cross-site", "sec_fetch_mode": mode}
+            assert client.ask(method, path, **fetched)[0] == status
 
     def test_bound_to_another_address_only_addresses_and_configured_names_may_come_in(self):
         assert ogx.host_allowed("192.168.1.5:8321", "0.0.0.0")
@@ -6456,6 +6727,37 @@ class TestServer:
         assert "400" in second and "error: max_tokens: expected at least 1, got 0" in second
         assert "sk-secret" not in caplog.text
 
+    def test_what_else_is_asked_has_its_line_too(self, caplog):
+        caplog.set_level("INFO", "ogx")
+        with gateway_over() as (client, _):
+            for path in ("/", "/v1/models", "/v1/models/openai/gpt-x"):
+                client.get(path)
+            client.raw(b"GET / HTTP/1.1\r\nx: " + b"y" * 70_000 + b"\r\n\r\n", shut=True)
+            client.raw(b"nonsense\r\n\r\n")
+            client.get("/" + "a" * 60_000)
+            until(lambda: len(caplog.records) == 6)
+            client.get("/v1/health")
+            client.get("/v1/health?x")
+        lines = [record.getMessage() for record in caplog.records]
+        assert [line.split(" nothing")[0].split()[1:4] for line in lines[:3]] == [
+            ["GET", "/", "200"], ["GET", "/v1/models", "200"],
+            ["GET", "/v1/models/openai/gpt-x", "200"]]  # fmt: skip
+        assert " 431 " in lines[3] and "headers are too large" in lines[3] and " 400 " in lines[4]
+        assert " 404 " in lines[5] and len(lines[5]) < 1000
+
+    def test_what_a_model_said_is_in_no_log(self, caplog):
+        caplog.set_level("DEBUG")
+        shape = {"format": {"type": "json_schema", "schema": {
+            "type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}}}
+        odd = b'data: {"choices":[{"delta":{"tool_calls":[7]}},"The secret of the model."]}\n\n'
+        with gateway_over(said("The secret of the model."), odd, b"data: The secret of the model.\n\n",
+                          kind="groq") as (client, _):  # fmt: skip
+            told = client.post(request(tools=[tool()], output_config=shape, model="groq/gpt-x"))[2]
+            again = [client.post(request(f"{n}", model="groq/gpt-x"))[2] for n in range(2)]
+        for answer in (told, *again):
+            assert "The secret of the model." in answer["error"]["message"]
+        assert "The secret" not in caplog.text and caplog.text.count("error: groq") == 3
+
     @pytest.mark.parametrize("stream", [True, False])
     def test_bodies_are_logged_only_with_the_switch_without_secrets_and_bounded(
         self, caplog, stream
@@ -6557,6 +6859,94 @@ class TestServer:
             else:
                 sock.close()
             assert upstream.client_left.wait(2)
+
+    def test_two_bytes_are_no_end_behind_tls(self, tmp_path):
+        """A record of two bytes is as long as the alert before an end."""
+        def answer(fake, connection):
+            sent.wait(10)
+            send(connection, 200, said("One."), "text/event-stream")
+
+        sent = threading.Event()
+        body = json.dumps(request(stream=True)).encode()
+        with self.over_tls(tmp_path, answer) as (_, upstream, connected), connected() as sock:
+            sock.sendall(self.HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+            until(lambda: upstream.seen)
+            sock.sendall(b"\r\n")
+            with pytest.raises(TimeoutError):
+                sock.settimeout(0.3)
+                sock.recv(1)
+            sent.set()
+            sock.settimeout(10)
+            self.read_until(sock, b"One.")
+
+    def test_handshakes_take_no_threads(self, tmp_path):
+        with self.over_tls(tmp_path, limits=ogx.Limits(max_idle=100)) as (server, _, connected):
+            before = threading.active_count()
+            silent = [socket.create_connection(("127.0.0.1", server.server_port), timeout=10)
+                      for _ in range(200)]  # fmt: skip
+            with connected() as sock:
+                sock.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+            assert threading.active_count() <= before + 1
+            for sock in silent[:100]:  # the oldest of too many idle ones
+                assert sock.recv(1) == b""
+            for sock in silent:
+                sock.close()
+
+    @pytest.mark.parametrize("stream", [True, False])
+    @pytest.mark.parametrize("begun", [True, False])
+    def test_a_client_that_closed_its_side_alone_gets_its_answer(self, stream, begun):
+        def answer(fake, connection):
+            begin_stream(connection)
+            if begun:
+                send_chunk(connection, sse(delta(content="One."), done=False))
+            shut.wait(10)
+            until(lambda: not shut.is_set())
+            send_chunk(connection, said("Two."))
+            connection.sendall(b"0\r\n\r\n")
+
+        shut = threading.Event()
+        with gateway_over(answer) as (client, upstream), self.stream_of(
+            client, request(stream=stream)
+        ) as sock:
+            until(lambda: upstream.seen)
+            if begun and stream:
+                self.read_until(sock, b"One.")
+            sock.shutdown(socket.SHUT_WR)
+            shut.set()
+            client.get("/v1/health")
+            time.sleep(0.5)  # so long it has looked again more than once
+            shut.clear()
+            answer = b"".join(iter(lambda: sock.recv(65536), b""))
+        assert b"Two." in answer and not upstream.client_left.is_set()
+        heads = re.findall(rb"HTTP/1\.1 (\d+)", answer)
+        assert heads in ([], [b"200"]) if begun and stream else set(heads[:-1]) == {b"100"}
+
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_a_client_that_leaves_before_its_answer_is_noticed(self, stream):
+        def answer(fake, connection):
+            await_end(fake, connection)
+
+        with gateway_over(answer) as (client, upstream):
+            with self.stream_of(client, request(stream=stream)):
+                until(lambda: upstream.seen)
+            assert upstream.client_left.wait(5)
+
+    def test_nothing_is_sent_for_a_client_that_left_while_its_request_was_translated(self):
+        with gateway_over() as (client, upstream):
+            made, gone = client.gateway._request, threading.Event()
+
+            def slowly(*arguments):
+                gone.wait(10)
+                return made(*arguments)
+
+            client.gateway._request = slowly
+            with client.sending(request("x" * ogx.LONG)):
+                until(lambda: client.server.running)
+            gone.set()
+            until(lambda: not client.server.running)
+            assert client.post(request())[0] == 200
+        assert len(upstream.seen) == 1
 
     def test_two_gateways_in_one_process(self):
         with gateway_over(models=["a"]) as (one, _), gateway_over(models=["b"]) as (two, _):
