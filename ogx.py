@@ -4917,7 +4917,7 @@ def new_translator(dialect: Dialect, exchange: Exchange, model: Model, estimate:
 def answer_bytes(batches: Batches, stream: bool) -> Pieces:
     """Batches of events as server-sent events or, at the end, as one message."""
     folder = MessageFolder()
-    for number, batch in enumerate(batches, 1):
+    for batch in batches:
         if not isinstance(batch, list):
             yield batch
         elif stream:
@@ -4927,8 +4927,7 @@ def answer_bytes(batches: Batches, stream: bool) -> Pieces:
                 folder.add(event)
             if folder.size > MAX_ANSWER:
                 raise OgxError(502, "the upstream's answer is too large")
-            if number % 4 == 0:  # others may have their turn
-                yield b""
+            yield b""  # others may have their turn
     if not stream:
         if folder.size > LONG:
             yield BLOCKING
@@ -5056,7 +5055,7 @@ SIGN_OF_LIFE = b": waiting for the model\n\n"  # before message_start only comme
 LOGGED_BODY = LOG_LINE - 200  # characters; the line is cut at so many bytes
 FILE_OR_KEY = re.compile(r"[A-Za-z0-9+/=]{200,}|\b(?<=sk-)[\w-]{8,}")
 ABOUT = {"service": "ogx.py", "version": __version__, "status": "OK"}
-SHARE = 0.002  # seconds for which new requests may hold up running answers at a time
+SHARE = 0.002  # seconds for which a connection, or new requests, may hold up the others at a time
 # What a connection waits for, besides BLOCKING.
 READS, WRITES, ANSWER = "the client writes", "the client reads", "the upstream answers"
 AGAIN = "the others"  # it could go on, but they come first
@@ -5386,7 +5385,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._received = b""  # and not yet read
         self._unsent: bytes | memoryview = b""  # what the client was too slow to take
-        self._moves = 0
+        self._resumed = 0.0  # when its step began
         self.steps, self.exchange, self.status = self._requests(), Exchange(""), 0
         # The relay's: what is waited for and until when, what is watched for that.
         self.waits: Step | None = None
@@ -5408,6 +5407,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def next_step(self, error: OgxError | None = None) -> Step | None:
         """Go on as far as goes without waiting; what is waited for then, None at the end."""
+        self._resumed = time.monotonic()
         try:
             return self.steps.throw(error) if error else next(self.steps)
         except StopIteration:
@@ -5493,9 +5493,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return data
 
     def _gives_way(self) -> bool:
-        """Whether it is the others' turn: after every fourth of what takes a moment."""
-        self._moves = (self._moves + 1) % 4
-        return self._moves == 0
+        """Whether it is the others' turn."""
+        return time.monotonic() - self._resumed > SHARE
 
     def _read_head(self) -> Generator[Step, None, bytes]:
         """A request's head without its last line break, too long if it has no end; b"" when the
