@@ -31,6 +31,7 @@ import sysconfig
 import threading
 import time
 import types
+import zlib
 from pathlib import Path
 
 import pytest
@@ -370,6 +371,7 @@ def send(connection, status, body, content_type, headers=""):
     connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
 
 
+LENGTHLESS_STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -590,6 +592,21 @@ class TestTheFile:
             for number in range(60):
                 target(fuzz.random.Random(f"{target.__name__} {number}"))
 
+    def test_every_expression_is_linear(self):
+        """Over text of any length no expression may take the square of it; those that would get
+        text that was cut, and have to be quick for that much of it."""
+        found = expressions()
+        assert len(found) > 100 and {name for name in CUT} <= {p for _, p in found}
+        slow = [(pattern, worst) for method, pattern in sorted(found, key=repr)
+                if (worst := worst_input(method, pattern, CUT.get(pattern, 0)))]  # fmt: skip
+        assert not slow
+
+    @pytest.mark.parametrize("pattern", [
+        r"(?m)^([a-z]+):[ \t]*([^\x01]*)\r?$", "(?s)^[^{]*|[^}]*$", "<title[^>]*>(.*?)</title>",
+        "qwen3(?!.*(instruct|coder))", rb'\s*([:,"])\s*', "(/messages)?/*$"], ids=repr)  # fmt: skip
+    def test_what_is_not_linear_is_found(self, pattern):
+        assert worst_input("sub", pattern, 0)
+
     def test_every_command_in_the_readme_parses(self):
         lines = re.findall(r"^\s*python3? ogx\.py (.+)$", README, re.M)
         assert len(lines) >= 5
@@ -599,6 +616,93 @@ class TestTheFile:
             own = [w for w in own if w != "&"]
             if own[-1] not in ("--help", "-h"):
                 ogx.argument_parser().parse_args(own)
+
+
+# Expressions that take the square of their input, by how much of it they get at most.
+CUT = {
+    "<title[^>]*>(.*?)</title>": 4000,  # of an odd answer's beginning
+    r"(?s)<(script|style).*?</\1>|<[^>]+>": 4000,
+}
+CUT.update(dict.fromkeys((
+    r"\w*_\w*", r"[`'\"](\w+)[`'\"]", *(row[0] for row in ogx.ROW_REMEDIES), ogx.RENAMED_LIMIT,
+    *ogx.OUTPUT_LIMITS, *ogx.ROOM_LEFT, *ogx.OVERFLOWS), 2500))  # a refusal's words
+# What is given to re's functions by other names than the module's own.
+LOCAL = {
+    "pattern": [row[0] for row in ogx.ROW_REMEDIES] + [
+        p for table in (ogx.OUTPUT_LIMITS, ogx.ROOM_LEFT, ogx.OVERFLOWS, ogx.STREAM_ERRORS)
+        for p in (row if isinstance(row, str) else row[0] for row in table)] + [
+        place for kind in ogx.PROVIDER_KINDS.values() for place, _, _ in kind.servers],
+    "about": [r"max_\w*tokens|(output|completion|maximum) tokens|\b7\b"],
+    "ids": [row[1] for kind in ogx.PROVIDER_KINDS.values() for row in kind.more_lists],
+    "signed": [kind.signed for kind in ogx.PROVIDER_KINDS.values()],
+    "here": [here for kind in ogx.PROVIDER_KINDS.values() for _, here, _ in kind.servers],
+    "kind.tool_ids": [ogx.NINE, ogx.FORTY],
+    "provider.kind.native_models": [k.native_models for k in ogx.PROVIDER_KINDS.values()],
+    "self.PLAIN": [ogx.UsualChunk.PLAIN.pattern], "self.NOISE": [ogx.UsualChunk.NOISE.pattern],
+}  # fmt: skip
+
+
+def expressions():
+    """(method, pattern) for each regular expression in the file, however it is used."""
+    found = set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        method, owner = node.func.attr, ast.unparse(node.func.value)
+        if method not in ("search", "match", "fullmatch", "sub", "subn", "findall", "finditer",
+                          "split", "compile") or method == "compile" and owner != "re":
+            continue
+        if owner == "re" and method == "compile":
+            given = {ast.unparse(node)}
+        elif owner == "re":
+            given = {ast.unparse(node.args[0])}
+        elif isinstance(getattr(ogx, owner, None), re.Pattern) or owner in LOCAL:
+            given = {owner}
+        else:
+            continue
+        for name in given:
+            values = LOCAL[name] if name in LOCAL else [eval(name, {**vars(ogx)})]
+            for value in values:
+                flags = getattr(value, "flags", 0) & (re.I | re.M | re.S)
+                pattern = getattr(value, "pattern", value)
+                letters = "".join(c for c, f in (("i", re.I), ("m", re.M), ("s", re.S)) if flags & f)
+                prefix = f"(?{letters})" if letters and not pattern[:2] in ("(?", b"(?") else ""
+                pattern = prefix.encode() + pattern if isinstance(pattern, bytes) else prefix + pattern
+                found.add(("search" if method == "compile" else method, pattern))
+    return found
+
+
+def worst_input(method, pattern, limit):
+    """A repeated piece over which an expression takes more than linear time, or long, where it
+    gets `limit` characters at most; "" where there is none."""
+    text = pattern.decode("latin-1") if isinstance(pattern, bytes) else pattern
+    words = re.findall(r"[^\\()\[\]{}*+?|^$.]{2,20}", re.sub(r"\\.|\(\?\w*", "|", text))[:6]
+    pieces = [" ", "\n", "a", "0", "_", "/", '"', "\\", "<", "{", "1 ", *words]
+    pieces += [a + b for a, b in zip(words, words[1:])]
+    compiled = re.compile(pattern)
+
+    def cost(piece, begin, size):
+        data = begin + piece * (size // len(piece)) + "\x01"
+        data += "}" * ("}" in text)
+        data = data.encode("latin-1") if isinstance(pattern, bytes) else data
+        if method in ("sub", "subn"):
+            return cpu(compiled.sub, data[:0], data)
+        if method in ("findall", "finditer", "split"):
+            return cpu(compiled.findall, data)
+        return cpu(getattr(compiled, method), data)
+
+    size = limit or 3000
+    for begin in ("", '"', "{", "a:", *words[:3]):
+        for piece in pieces:
+            if limit:
+                bad = min(cost(piece, begin, size) for _ in range(2)) > 0.2  # 0.02 on a quiet machine
+            else:
+                bad = cost(piece, begin, size) > 0.001 and min(
+                    cost(piece, begin, size) for _ in range(3)) > 9 * min(
+                    cost(piece, begin, size // 4) for _ in range(5)) + 0.0005  # fmt: skip
+            if bad:
+                return f"{begin}{piece}"
+    return ""
 
 
 def strip_docstrings(tree):
@@ -7284,6 +7388,121 @@ class TestServer:
             done.set()
             for thread in threads:
                 thread.join(10)
+
+    @contextlib.contextmanager
+    def nobody_waiting(self, client):
+        """Ask for /v1/health every 10 ms: for none may the loop's thread work for 100 ms."""
+        relay = next(thread for thread in threading.enumerate() if thread.name == "relay")
+        clock, done, waits = time.pthread_getcpuclockid(relay.ident), threading.Event(), []
+
+        def ask():
+            probe = Client(client.server)
+            while not done.wait(0.01):
+                began = time.clock_gettime(clock)
+                assert probe.get("/v1/health")[0] == 200
+                waits.append(time.clock_gettime(clock) - began)
+            probe.connection.close()
+
+        prober = threading.Thread(target=ask)
+        prober.start()
+        try:
+            until(lambda: waits)
+            yield
+            count = len(waits)
+            until(lambda: len(waits) > count)
+        finally:
+            done.set()
+            prober.join(30)
+        assert max(waits) < 0.1
+
+    @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clock of a thread")
+    @pytest.mark.parametrize("attack", [
+        b"GET / HTTP/1.1\r\nhost: localhost\r\na:" + b" " * 60_000 + b"\x01\r\n\r\n",
+        b"GET /" + b"/" * 60_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET /" + b"%2e%2e/" * 9000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: " + b":" * 60_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 10_000 + b"host: localhost\r\n\r\n",
+        b"GET /v1/models?limit=" + b"1" * 60_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        HEAD + b"transfer-encoding: chunked\r\n\r\n" + b"1;" + b"x" * 60_000 + b"\r\na\r\n0\r\n\r\n",
+    ], ids=["spaces", "slashes", "dots", "host", "headers", "query", "chunk"])  # fmt: skip
+    def test_no_head_holds_up_others(self, attack):
+        with gateway_over() as (client, _), self.nobody_waiting(client):
+            for _ in range(5):
+                assert re.search(rb"HTTP/1\.1 [24]\d\d ", client.raw(attack, shut=True))
+
+    @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clock of a thread")
+    @pytest.mark.parametrize("body", [
+        lambda: request(model="openai/" + "qwen3" * 49),
+        lambda: request(model="openai/" + "qwen3" * 6000 + "coder" + "x" * 30_000),
+        lambda: request(model="x-" * 100),
+        lambda: request(user(*[text("a")] * 20_000)),
+        lambda: request(*[user("a"), {"role": "system", "content": "b"}] * 10_000),
+        lambda: request("x" * 2_000_000), lambda: request(x=[[]] * 400_000),
+        lambda: request(x=[[]] * 1_200_000), lambda: request(stop_sequences=["a" * 3999]),
+        lambda: request(tools=[tool(f"t{i}", properties={"a": {"type": "string"}})
+                               for i in range(5000)]),
+        lambda: request(user({"type": "thinking", "thinking": "x" * 100_000, "signature": "y"})),
+    ], ids=["effort", "long id", "unknown", "blocks", "systems", "text", "json", "elements", "stop",
+            "tools", "thinking"])  # fmt: skip
+    def test_no_request_holds_up_others(self, body):
+        models = [f"vendor-{i % 40}/some-model-name-{i}" for i in range(1000)]
+        answers = [said("a" * 5000) for _ in range(3)]
+        with gateway_over(*answers, models=models) as (client, _), self.nobody_waiting(client):
+            for _ in range(3):
+                assert client.post(body())[0] in (200, 400, 404, 413)
+
+    @staticmethod
+    def flood(head, piece, times, end=b""):
+        def answer(fake, connection):
+            with contextlib.suppress(OSError):
+                connection.sendall(head)
+                for _ in range(times):
+                    connection.sendall(piece)
+                connection.sendall(end)
+
+        return answer
+
+    DELTA = sse(delta(content="a\xe9"), done=False)
+    PACKED = zlib.compressobj(9, zlib.DEFLATED, 31)
+    BOMB = PACKED.compress(b": x\n\n" * 3_000_000) + PACKED.flush()
+
+    @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clock of a thread")
+    @pytest.mark.parametrize("stream", [True, False])
+    @pytest.mark.parametrize("answer", [
+        flood(b"HTTP/1.1 200 OK\r\nx:" + b" " * 60_000 + b"\x01\r\n\r\n", b"", 0),
+        flood(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 4000, 20),
+        *((500, b"<html>" + page * 100_000) for page in (b"<script>", b"<title", b"<")),
+        flood(LENGTHLESS_STREAM + b'{"choices":[', b"[]," * 300_000, 20, b"{}]}"),
+        flood(LENGTHLESS_STREAM + b'{"choices":[{"message":{"content":"', b"x" * 100_000, 100, b'"}}]}'),
+        flood(LENGTHLESS_STREAM, b" \n" * 50_000, 50), flood(LENGTHLESS_STREAM, b"x" * 100_000, 50),
+        flood(LENGTHLESS_STREAM, DELTA * 1000, 30, sse(delta("stop"))),
+        flood(LENGTHLESS_STREAM, sse(delta(content="\n  "), done=False) * 1000, 20, said()),
+        flood(LENGTHLESS_STREAM + sse(delta(tool_calls=[fragment(0, "a", "Bash", '{"x":"')]), done=False),
+              sse(delta(tool_calls=[fragment(0, arguments="abcd")]), done=False) * 1000, 20),
+        flood(LENGTHLESS_STREAM + b"data: {", b"x" * 100_000, 100, b"\n\n"),
+        flood(LENGTHLESS_STREAM + b'data: {"choices":[{"delta":{"content":"', b"\\u00e9" * 20_000, 100,
+              b'"}}]}\n\n'),
+        flood(LENGTHLESS_STREAM, b"data: [\n\n" * 10_000, 10), flood(LENGTHLESS_STREAM, b": x\n\n" * 20_000, 50),
+        flood(CHUNKED, b"1\r\n:\r\n" * 10_000, 30),
+        flood(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n\r\n", BOMB, 2),
+        (400, {"error": {"message": "max_tokens context length is 1 tokens " * 2000}}),
+        (429, b"[" * 100_000), (400, b'{"error":' * 20_000),
+    ], ids=["head", "1xx", "script", "title", "tag", "elements", "text", "space", "letters", "deltas",
+            "white", "tool", "event", "escapes", "broken", "comments", "chunks", "gzip", "words",
+            "lists", "nested"])  # fmt: skip
+    def test_no_answer_holds_up_others(self, answer, stream):
+        with gateway_over(answer) as (client, _), self.nobody_waiting(client):
+            status, _, got = client.post(request(stream=stream))
+            assert status in (200, 400, 429, 500, 502) and got
+
+    @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clock of a thread")
+    @pytest.mark.parametrize("piece", [b"x" * 1400, b'"type":', b"error ", b'"message_stop",'])
+    def test_no_native_answer_holds_up_others(self, piece):
+        begin = native_stream().split(b"event: content_block_stop")[0] + b'event: x\ndata: {"a":"'
+        answer = self.flood(LENGTHLESS_STREAM + begin, piece * (100_000 // len(piece)), 80, b'"}\n\n')
+        with gateway_over(answer, kind="vllm", native=True) as (client, _), \
+                self.nobody_waiting(client):  # fmt: skip
+            assert client.post(request(model="vllm/gpt-x", stream=True))[0] == 200
 
     def test_a_connection_that_was_not_begun_is_closed_at_the_end(self):
         with gateway_over() as (client, _):
