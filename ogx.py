@@ -5702,8 +5702,9 @@ SHELLS = {  # shell -> how it sets and unsets a variable
     "sh": ("export {}={}", "unset {}", shlex.quote),
     "fish": ("set -gx {} {}", "set -e {}",
              lambda text: "'" + re.sub(r"([\\'])", r"\\\1", text) + "'"),
-    "powershell": ("$env:{} = {}", "Remove-Item Env:{} -ErrorAction SilentlyContinue",
-                   lambda text: "'" + text.replace("'", "''") + "'")}  # fmt: skip
+    "powershell": (  # takes curved quotes for straight ones (CharExtensions.IsSingleQuote)
+        "$env:{} = {}", "Remove-Item Env:{} -ErrorAction SilentlyContinue",
+        lambda text: "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'")}  # fmt: skip
 CHECK_TOOL = {"name": "add", "description": "Add two numbers.", "input_schema": {
     "type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
     "required": ["a", "b"]}}  # fmt: skip
@@ -5716,6 +5717,11 @@ class LaunchPlan:
     set: Mapping[str, str]
     unset: tuple[str, ...]
     model: str = ""  # for all tiers, if the user chose one
+
+    def __post_init__(self) -> None:
+        for name, value in self.set.items():
+            if BAD_ID.search(value):
+                raise OgxError(400, f"{name}: no variable can be {ascii(value)[:200]}")
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         kept = {k: v for k, v in environ.items() if k not in self.unset}
@@ -5858,8 +5864,7 @@ def command_name() -> str:
 def launch_plan(base_url: str, token: str, listing: Json, options: argparse.Namespace,
                 environ: Mapping[str, str]) -> LaunchPlan:  # fmt: skip
     """What to set and unset so that Claude Code talks to the server and knows its models."""
-    entries = [m for m in listing["data"] if isinstance(m, dict) and isinstance(m.get("id"), str)]
-    models = {entry["id"]: entry for entry in entries if is_listed_llm(entry)}
+    models = {entry["id"]: entry for entry in listing["data"] if is_listed_llm(entry)}
     if not models:
         raise OgxError(404, "Failed to find any LLM models on the OGX server.")
     tiers = {tier: tier_choice(tier, options, models, listing) for tier in TIERS}
@@ -5885,10 +5890,13 @@ def launch_plan(base_url: str, token: str, listing: Json, options: argparse.Name
     return LaunchPlan(variables, unset, options.model or "")
 
 
-def is_listed_llm(entry: Json) -> bool:
-    """Whether a listed model is an LLM: by OGX's metadata, else by its id."""
+def is_listed_llm(entry: Any) -> bool:
+    """Whether a list's entry is an LLM, by OGX's metadata, else by its id."""
+    model_id = dict_or_empty(entry).get("id")
+    if not isinstance(model_id, str) or not 0 < len(model_id) <= 256 or BAD_ID.search(model_id):
+        return False
     kind = dict_or_empty(entry.get("custom_metadata")).get("model_type", "llm")
-    return kind == "llm" and not NOT_LLM.search(entry["id"])
+    return kind == "llm" and not NOT_LLM.search(model_id)
 
 
 def tier_choice(tier: str, options: argparse.Namespace, models: Mapping[str, Json],
@@ -5903,7 +5911,7 @@ def tier_choice(tier: str, options: argparse.Namespace, models: Mapping[str, Jso
                                 f"Available models: {', '.join(models)}")  # fmt: skip
         return str(wanted)
     chosen = dict_or_empty(listing.get("tiers")).get(tier)
-    if isinstance(chosen, str):
+    if chosen and isinstance(chosen, str):
         return chosen
     return next((m for m, e in models.items() if not is_alias(e)), next(iter(models)))
 

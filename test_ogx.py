@@ -20,6 +20,7 @@ import random
 import re
 import select
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
@@ -7178,17 +7179,75 @@ class TestConnect:
         assert "CLAUDE_CODE_USE_BEDROCK" not in made and "ANTHROPIC_API_KEY" not in made
         assert made["NO_PROXY"] == "a.test,localhost,127.0.0.1"
 
-    def test_the_printed_lines_are_safe_to_eval(self, tmp_path):
-        odd = "a/$(touch x) 'b' \"c\" `d`;\n{e}"
-        lines = ogx.shell_lines(self.plan(self.listing(odd)))
-        script = "\n".join([*lines, "python3 -c 'import os; print(repr(os.environ"
-                            "[\"ANTHROPIC_DEFAULT_OPUS_MODEL\"]))'"])  # fmt: skip
-        environ = {**os.environ, "CLAUDE_CODE_USE_VERTEX": "1"}
-        for shell in ("sh", "bash"):
-            done = subprocess.run([shell, "-c", script], capture_output=True, text=True,
-                                  cwd=tmp_path, env=environ, check=True)  # fmt: skip
-            assert done.stdout.strip() == repr(odd)
-        assert list(tmp_path.iterdir()) == []
+    ODD_IDS = {
+        "what shells know": "a/$(touch x) 'b' \"c\" `d`; {e} \\ \\' ~ * ? ! # & | < > () [] % ^ $x",
+        "a straight quote": "m'; touch x; '",
+        "curved single quotes": "\u2018m\u2019; touch x; \u201a\u201b '\u2019\u2018' \u2019",
+        "curved double quotes": "m\u201c; touch x; \u201d \u201e \"",
+        "dashes": "\u2013m \u2014m \u2015m -m --% m",
+        "other spaces": "m\u00a0m\u2028m\u3000m  m",
+        "a backslash at the end": "m\\",
+        "nothing but quotes": "'\u2019\u2019'\u2018",
+        "what looks quoted": "'m' + 'n'",
+        "other scripts": "模型/naïve-🦙",
+    }
+
+    @pytest.mark.parametrize("shell", ["sh", "dash", "bash", "zsh", "fish"])
+    def test_the_printed_lines_are_safe_to_eval(self, tmp_path, shell):
+        if not shutil.which(shell):
+            pytest.skip(f"no {shell} here")
+        lines = []
+        for odd in self.ODD_IDS.values():
+            plan = self.plan(self.listing(odd))
+            lines += ogx.shell_lines(plan, "fish" if shell == "fish" else "sh")
+            lines += ["printenv ANTHROPIC_DEFAULT_OPUS_MODEL", "printenv CLAUDE_CODE_USE_VERTEX"]
+        (tmp_path / "here").mkdir()
+        environ = {**os.environ, "CLAUDE_CODE_USE_VERTEX": "1", "HOME": str(tmp_path),
+                   "LC_ALL": "C.UTF-8"}  # fmt: skip
+        done = subprocess.run([shell, "-c", "\n".join([*lines, "true"])], capture_output=True,
+                              cwd=tmp_path / "here", env=environ, check=True)  # fmt: skip
+        told = done.stdout.decode().split("\n")
+        assert told == [*self.ODD_IDS.values(), ""] and done.stderr == b""
+        assert list((tmp_path / "here").iterdir()) == []
+
+    def powershell_strings(self, line):
+        """The strings of a line as PowerShell's tokenizer reads them (ScanStringLiteral), and what
+        stands outside of them."""
+        strings, outside, at = [], "", 0
+        quotes = "'\u2018\u2019\u201a\u201b"
+        while at < len(line):
+            if line[at] not in quotes:
+                outside, at = outside + line[at], at + 1
+                continue
+            text, at = "", at + 1
+            while line[at] not in quotes or line[at + 1 : at + 2] in {*quotes}:
+                at += line[at] in quotes
+                text, at = text + line[at], at + 1
+            strings, at = [*strings, text], at + 1
+        return strings, outside
+
+    @pytest.mark.parametrize("odd", ODD_IDS.values(), ids=ODD_IDS)
+    def test_powershell_reads_each_value_as_one_string(self, odd):
+        plan = self.plan(self.listing(odd))
+        lines = ogx.shell_lines(plan, "powershell")
+        for (name, value), line in zip(plan.set.items(), lines):
+            assert self.powershell_strings(line) == ([value], f"$env:{name} = ")
+
+    @pytest.mark.parametrize("odd", ["\0", "a\0b", "a\nb", "a\rb", "\ud800", "a\udfffb", "\x1b[J"],
+                             ids=ascii)  # fmt: skip
+    def test_what_no_environment_can_hold_is_told_and_not_printed(self, odd, claude, capfd):
+        good = {"id": "good", "custom_metadata": {"model_type": "llm"}}
+        listing = {"data": [{"id": odd}, good], "tiers": {"opus": odd}}
+        powershell = ["--print-env", "--shell", "powershell"]
+        with FakeUpstream(models=(200, listing)) as fake:
+            for flags in (["--print-env"], powershell, ["--check"], []):
+                assert ogx.main(["connect", "claude", "--url", fake.url, *flags]) == 1
+                out, err = capfd.readouterr()
+                assert (out, err) == (
+                    "", f"ANTHROPIC_DEFAULT_OPUS_MODEL: no variable can be {ascii(odd)}\n")
+        assert refused(ogx.LaunchPlan, {"A": odd}, ()).message.startswith("A: ")
+        plan = self.plan({"data": [{"id": odd}, good]})
+        assert self.tiers(plan) == ["good"] * 4
 
     @pytest.mark.parametrize(
         ("given", "url"),
