@@ -5678,12 +5678,13 @@ def not_served_words(path: str) -> str:
 
 # ======== Connect ============================================================================
 # `connect claude`: ask the server for its models, plan the environment (pure), then print it or
-# launch Claude Code. What to set and unset was verified with the real client (2.1.330).
+# launch Claude Code. What to set and unset was verified with the real client (2.1.332).
 
 INSTALL_WORDS = "Failed to find 'claude' in PATH. Install it from https://claude.com/download"
 LOG_FORMAT = "%(asctime)s %(message)s"
 TOKEN = "ogx"  # a Bearer token; unlike an API key it needs no approval in Claude Code
 SMALL_WINDOW = 48_000  # tokens; below, the usual output reserve would compact on every turn
+MAX_SETTINGS = 2 * 1024 * 1024  # bytes, as in Claude Code
 # Each of these would send requests elsewhere, change how they are sent, or choose another model.
 # Variables that the user's own tools need inside Claude Code (AWS_*, GOOGLE_*) stay.
 UNSET = (
@@ -5694,7 +5695,7 @@ UNSET = (
     "ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_CUSTOM_HEADERS", "CLAUDE_CODE_OAUTH_TOKEN",
     "CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST", "CLAUDE_CODE_HOST_AUTH_ENV_VAR", "CLAUDECODE",
     "CLAUDE_CODE_SUBAGENT_MODEL", "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
-    "CLAUDE_CODE_MAX_OUTPUT_TOKENS")  # fmt: skip
+    "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "ANTHROPIC_DEFAULT_MODEL")  # fmt: skip
 CLAUDE_COMMANDS = {  # those that start no session
     "agents", "auth", "auto-mode", "config", "doctor", "install", "mcp", "migrate-installer",
     "plugin", "plugins", "setup-token", "update", "upgrade"}  # fmt: skip
@@ -5748,7 +5749,7 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
         plan = launch_plan(server.base_url, server.api_key, listing, options, os.environ)
         if options.print_env:
             for path in settings_files(os.environ):
-                if overrides(read_settings(path), plan):
+                if overrides(read_settings(path) or {}, plan):
                     tell(options, f"{path} goes before these lines, and leads elsewhere")
             print("\n".join(shell_lines(plan, options.shell)))
             return 0
@@ -5880,12 +5881,11 @@ def launch_plan(base_url: str, token: str, listing: Json, options: argparse.Name
     variables["CLAUDE_CODE_ATTRIBUTION_HEADER"] = "0"  # it would defeat prefix caches
     variables.update(limit_variables([models.get(model_id, {}) for model_id in tiers.values()]))
     host = urllib.parse.urlsplit(base_url).hostname or ""
-    for name in ("NO_PROXY", "no_proxy"):
+    for name in ("NO_PROXY", "no_proxy"):  # it looks at the second first
         known = environ.get(name) or environ.get("no_proxy") or environ.get("NO_PROXY") or ""
-        if known.strip() != "*" and (name == "NO_PROXY" or environ.get(name)):
-            hosts = [h for h in known.split(",") if h.strip()]
-            wanted = dict.fromkeys([host, "localhost", "127.0.0.1"])
-            variables[name] = ",".join(hosts + [h for h in wanted if h not in hosts])
+        hosts = known.replace(",", " ").split()
+        hosts += [host, "localhost", "127.0.0.1"] if hosts != ["*"] else []
+        variables[name] = ",".join(dict.fromkeys(hosts))
     unset = tuple(name for name in UNSET if name not in variables)
     return LaunchPlan(variables, unset, options.model or "")
 
@@ -5957,32 +5957,29 @@ def shell_lines(plan: LaunchPlan, shell: str = "sh") -> list[str]:
 
 
 def launched(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str]) -> int:
-    """Run Claude Code; where settings files would lead it elsewhere, with settings of our own in a
-    temporary file, since arguments show in the process list. Its exit code."""
+    """Run Claude Code; its exit code. Settings of our own go before whatever files it reads, in a
+    temporary file, since arguments show in the process list."""
     import tempfile
 
-    rest, given = without_settings_flag(argv)
-    given_settings = read_settings(given)
-    if given_settings or not given:  # else Claude Code says best what is wrong with them
-        argv = rest
-    files = {path: read_settings(path) for path in settings_files(os.environ)}
-    conflicts = [path for path, tree in files.items() if overrides(tree, plan)]
-    for path in conflicts:
-        if "managed" in os.path.basename(path):
+    rest, source = without_settings_flag(argv)
+    given = read_settings(source) if source else {}
+    if given is None:  # Claude Code says best what is wrong with them
+        return exit_code_of(argv, plan.environment(os.environ))
+    argv = rest
+    files = {path: read_settings(path) or {} for path in settings_files(os.environ)}
+    for path, tree in files.items():
+        if "managed" in os.path.basename(path) and overrides(tree, plan):
             tell(options, f"  warning: {path} can't be overridden, and names another server or key")
-    if is_interactive(argv) and not permission_mode({**files, "": given_settings}):
+    if is_interactive(argv) and not permission_mode({**files, "": given}):
         # Auto mode asks the model's provider for verdicts on tool calls, which only Anthropic has.
         argv = [argv[0], "--permission-mode", "default", *argv[1:]]
-    if not given_settings and not conflicts:
-        return exit_code_of(argv, plan.environment(os.environ))
     try:
         handle, path = tempfile.mkstemp(prefix="ogx-", suffix=".json")  # mode 0600
     except OSError as error:
-        words = f"settings files lead elsewhere, and a temporary one can't be written: {error}"
-        raise OgxError(500, words) from None
+        raise OgxError(500, f"can't write a temporary settings file: {error}") from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(merged_settings(given_settings, plan), file)
+            json.dump(merged_settings(given, plan), file)
         return exit_code_of([argv[0], "--settings", path, *argv[1:]], plan.environment(os.environ))
     finally:
         with suppress(OSError):
@@ -6013,22 +6010,26 @@ def settings_files(environ: Mapping[str, str]) -> list[str]:
             f"{managed}/managed-settings.json"]  # fmt: skip
 
 
-def read_settings(source: str) -> Json:
-    """Settings from a file or, as Claude Code's --settings takes them, from JSON text; what can't
-    be read is left for Claude Code to complain about."""
-    with suppress(OSError, ValueError):
-        if not source.lstrip().startswith("{"):
-            with open(source, encoding="utf-8-sig") as file:
-                source = file.read()
-        return dict_or_empty(json_or_none(source))
-    return {}
+def read_settings(source: str) -> Json | None:
+    """Settings from a file or, as Claude Code's --settings takes them, from JSON text, or None. A
+    project's may be a pipe, or a link to a device or to /proc, where sizes are 0."""
+    data: str | bytes = source
+    if not source.lstrip().startswith("{"):
+        data = b""
+        with suppress(OSError):
+            if os.path.isfile(source) and 0 < os.path.getsize(source) <= MAX_SETTINGS:
+                with open(source, "rb") as file:
+                    data = file.read(MAX_SETTINGS)
+    tree = json_or_none(data)
+    return tree if isinstance(tree, dict) else None
 
 
 def overrides(settings: Json, plan: LaunchPlan) -> bool:
     """Whether settings would beat the plan: they go before the environment."""
-    names = set(dict_or_empty(settings.get("env")))
+    names = set(map(str.upper, dict_or_empty(settings.get("env"))))  # Windows ignores case
+    known = names.intersection(map(str.upper, [*plan.set, *plan.unset]))
     other_model = plan.model and settings.get("model") not in (None, plan.model)
-    return bool(names & {*plan.set, *plan.unset} or settings.get("apiKeyHelper") or other_model)
+    return bool(known or settings.get("apiKeyHelper") or other_model)
 
 
 def merged_settings(given: Json, plan: LaunchPlan) -> Json:

@@ -7357,28 +7357,92 @@ class TestConnect:
             ("home/.claude/settings.json", {"env": {"CLAUDE_CODE_USE_BEDROCK": "1"}}),
             ("home/.claude/settings.json", {"apiKeyHelper": "echo key"}),
             ("project/.claude/settings.json", {"env": {"ANTHROPIC_API_KEY": "sk"}}),
+            ("project/.claude/settings.json", {"env": {"HTTP_PROXY": "http://x", "no_proxy": "x"}}),
             ("project/.claude/settings.local.json", {"env": {"ANTHROPIC_AUTH_TOKEN": "x"}}),
+            ("project/nowhere/known/settings.json", {}),
         ],
+        ids=["url", "bedrock", "helper", "key", "proxy", "token", "none"],
     )
-    def test_settings_that_beat_the_environment_are_beaten(self, claude, capfd, where, settings):
+    def test_settings_of_our_own_beat_all_others(self, claude, capfd, where, settings):
         path = claude / where
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(json.dumps(settings))
         with gateway_over() as (client, _):
             arguments, _, (file, mode, made) = self.launch(client, capfd, "--", "-p", "hi")
         assert arguments == ["--settings", file, "-p", "hi"] and mode == 0o600
         assert made["env"]["ANTHROPIC_BASE_URL"] == f"http://localhost:{client.port}"
         assert made["env"]["CLAUDE_CODE_USE_BEDROCK"] == "" and made["apiKeyHelper"] == ""
+        for name in ("NO_PROXY", "no_proxy"):
+            assert {"localhost", "127.0.0.1"} <= {*made["env"][name].split(",")}
+        assert set(made) == {"env", "apiKeyHelper"}
         assert not os.path.exists(file)
         assert json.loads(path.read_text()) == settings
 
-    def test_other_settings_are_left_alone(self, claude, capfd):
+    def test_what_the_users_settings_say_besides_stays(self, claude, capfd):
         (claude / "home/.claude/settings.json").write_text('{"env": {"MY": "1"}, "model": "opus"}')
         (claude / "project/.claude").mkdir()
         (claude / "project/.claude/settings.json").write_text("{broken")
         with gateway_over() as (client, _):
-            arguments, _, settings = self.launch(client, capfd, "--", "-p", "hi")
-        assert (arguments, settings) == (["-p", "hi"], None)
+            _, _, (_, _, made) = self.launch(client, capfd, "--", "-p", "hi")
+        assert "MY" not in made["env"] and "model" not in made
+
+    def endless(self, path, kind):
+        """Put in the place of a settings file what a reader must not wait for, or can't hold."""
+        path.parent.mkdir(exist_ok=True)
+        if kind == "a pipe":
+            os.mkfifo(path)
+        elif kind == "a folder":
+            path.mkdir()
+        elif kind == "a large file":
+            with path.open("wb") as file:
+                file.write(b'{"env": {"ANTHROPIC_BASE_URL": "http://elsewhere"}}')
+                file.truncate(1 << 30)
+        elif kind == "a circle":
+            path.symlink_to(path)
+        else:
+            path.symlink_to(kind)
+
+    @pytest.mark.skipif(os.name == "nt", reason="has no such files")
+    @pytest.mark.parametrize("kind", ["/dev/zero", "/dev/tty", "/proc/kmsg", "a pipe", "a folder",
+                                      "a large file", "a circle"])  # fmt: skip
+    def test_settings_that_never_end_are_left_out(self, claude, capfd, kind):
+        for where in ("home/.claude.json", "project/.claude/settings.json"):
+            self.endless(claude / where, kind)
+            assert ogx.read_settings(str(claude / where)) is None
+        with gateway_over() as (client, _):
+            made = self.launch(client, capfd, "--", "-p", "hi")[2][2]
+            assert made["env"]["ANTHROPIC_BASE_URL"] == f"http://localhost:{client.port}"
+            assert ogx.main(["connect", "claude", "--print-env", "--port", str(client.port)]) == 0
+            script = claude / "claude"  # it says what is wrong with them
+            script.write_text(f"#!{sys.executable}\nimport sys\nprint(sys.argv[1:])\n")
+            capfd.readouterr()
+            words = ["--settings", str(claude / "home/.claude.json")]
+            assert ogx.main(["connect", "claude", "--port", str(client.port), "--", *words]) == 0
+        assert ast.literal_eval(capfd.readouterr().out) == words
+
+    @pytest.mark.parametrize(
+        "data",
+        ['{"a": 1}'.encode("utf-16"), b'\xef\xbb\xbf{"a": 1}', b'{"a": 1}' + b" " * 2_000_000],
+        ids=["utf-16", "byte order mark", "padded"],
+    )
+    def test_settings_that_claude_code_would_read_are_read(self, tmp_path, data):
+        (tmp_path / "settings.json").write_bytes(data)
+        assert ogx.read_settings(str(tmp_path / "settings.json")) == {"a": 1}
+
+    @pytest.mark.parametrize("text", ["", "{", "[1]", "1", "null", "\0", "{" * 9999,
+                                      '{"a":' * 99999], ids=lambda text: text[:5] or "-")
+    def test_settings_that_are_none(self, tmp_path, text):
+        path = tmp_path / "settings.json"
+        path.write_text(text)
+        assert ogx.read_settings(str(path)) is None and ogx.read_settings(text) is None
+
+    @pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY", "No_Proxy", "anthropic_base_url",
+                                      "ANTHROPIC_API_KEY", "Anthropic_Default_Model"])  # fmt: skip
+    def test_print_env_warns_of_a_variable_in_any_case(self, name):
+        plan = self.plan(self.listing("a"))
+        assert ogx.overrides({"env": {name: "x"}}, plan)
+        for settings in ({"env": {"MY": "1"}}, {"env": [name]}, {"env": name}, {}):
+            assert not ogx.overrides(settings, plan)
 
     @pytest.mark.parametrize("as_file", [True, False])
     def test_the_users_own_settings_are_merged(self, claude, capfd, as_file):
@@ -7393,20 +7457,20 @@ class TestConnect:
 
     def test_permissions_are_asked_for_unless_the_user_chose(self, claude, capfd):
         with gateway_over() as (client, _):
-            assert self.launch(client, capfd)[0] == ["--permission-mode", "default"]
-            assert self.launch(client, capfd, "--", "--permission-mode", "plan")[0] == [
+            assert self.launch(client, capfd)[0][2:] == ["--permission-mode", "default"]
+            assert self.launch(client, capfd, "--", "--permission-mode", "plan")[0][2:] == [
                 "--permission-mode", "plan"
             ]
             path = claude / "home/.claude/settings.json"
             path.write_text('{"permissions": {"defaultMode": "acceptEdits"}}')
-            assert self.launch(client, capfd)[0] == []
+            assert self.launch(client, capfd)[0][2:] == []
 
     def test_the_model_flag_goes_before_the_settings_model(self, claude, capfd):
         (claude / "home/.claude/settings.json").write_text('{"model": "claude-opus-4-5"}')
         with gateway_over() as (client, _):
             flag = ["--model", "openai/gpt-x", "--", "-p", "hi"]
             assert self.launch(client, capfd, *flag)[2][2]["model"] == "openai/gpt-x"
-            assert self.launch(client, capfd, "--", "-p", "hi")[2] is None
+            assert "model" not in self.launch(client, capfd, "--", "-p", "hi")[2][2]
 
     def test_settings_with_a_byte_order_mark_and_those_in_claude_json_count(self, claude, capfd):
         evil = json.dumps({"env": {"ANTHROPIC_BASE_URL": "http://elsewhere"}})
@@ -7427,11 +7491,22 @@ class TestConnect:
             assert ogx.main(["connect", "claude", "--port", str(client.port), "--", *words]) == 0
         assert json.loads(capfd.readouterr().out) == words
 
-    def test_no_proxy_for_all_stays_so(self):
-        plan = self.plan(self.listing("a"), {"NO_PROXY": "*"})
-        assert "NO_PROXY" not in plan.set
-        plan = self.plan(self.listing("a"), {"no_proxy": "corp.test"})
-        assert plan.set["NO_PROXY"] == plan.set["no_proxy"] == "corp.test,localhost,127.0.0.1"
+    @pytest.mark.parametrize(
+        ("environ", "capitals", "small"),
+        [
+            ({}, "localhost,127.0.0.1", "localhost,127.0.0.1"),
+            ({"NO_PROXY": "*"}, "*", "*"),
+            ({"no_proxy": " * "}, "*", "*"),
+            ({"NO_PROXY": "a, b\n"}, "a,b,localhost,127.0.0.1", "a,b,localhost,127.0.0.1"),
+            ({"no_proxy": "corp.test", "NO_PROXY": ""}, *["corp.test,localhost,127.0.0.1"] * 2),
+            ({"no_proxy": "a", "NO_PROXY": "b,127.0.0.1"}, "b,127.0.0.1,localhost",
+             "a,localhost,127.0.0.1"),
+        ],
+        ids=["none", "all", "all, small", "capitals", "small", "both"],
+    )  # fmt: skip
+    def test_no_proxy_in_both_spellings(self, environ, capitals, small):
+        plan = self.plan(self.listing("a"), environ)
+        assert (plan.set["NO_PROXY"], plan.set["no_proxy"]) == (capitals, small)
 
     def test_quiet(self, claude, capfd):
         with gateway_over() as (client, _):
@@ -7491,8 +7566,7 @@ class TestConnect:
         out, err = capfd.readouterr()
         _, environ, _ = json.loads(out)
         assert environ["ANTHROPIC_DEFAULT_OPUS_MODEL"] == "vllm/m"
-        log_file = re.search(r"its log is (\S+)", err).group(1)
-        assert Path(log_file).exists()
+        assert Path(re.search(r"its log is (\S+)", err).group(1)).exists()
         with pytest.raises(OSError):
             port = int(environ["ANTHROPIC_BASE_URL"].rsplit(":", 1)[1])
             socket.create_connection(("127.0.0.1", port), timeout=1)
@@ -7503,7 +7577,7 @@ class TestConnect:
                              "-p", "hi", "--", "x"])  # fmt: skip
         out, err = capfd.readouterr()
         arguments, environ, _ = json.loads(out)
-        assert (code, arguments) == (7, ["-p", "hi", "--", "x"])
+        assert (code, arguments[2:]) == (7, ["-p", "hi", "--", "x"])
         assert environ["ANTHROPIC_DEFAULT_OPUS_MODEL"] == "openai/gpt-x"
         assert environ["ANTHROPIC_BASE_URL"] == f"http://localhost:{client.port}"
         assert "opus" in err
