@@ -6101,7 +6101,9 @@ def print_check(server: Provider, plan: LaunchPlan) -> int:
             elif not {"a", "b"} <= set(calls[0]["input"]):
                 verdict = f"called the tool wrongly, with {json.dumps(calls[0]['input'])[:80]}"
         except OgxError as error:
-            verdict = error.message
+            verdict = without_controls(one_line(error.message)) or "failed"
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+            verdict = "answers in another format than Anthropic's"
         failed = failed or bool(verdict)
         seconds = f"{first - began if first else 0:6.2f} {time.monotonic() - began:6.2f} s"
         verdict = verdict or "works, tools too"
@@ -6122,15 +6124,16 @@ def checked_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[fl
                 reply.wait()
             told += items or ()
             first = first or (time.monotonic() if told else 0.0)
+            if len(told) > 20_000:
+                raise OgxError(502, "an answer without end")
     finally:
         reply.release()
     if reply.status != 200:
         raise OgxError(reply.status, refusal_from_body(reply.status, b"".join(told)).message)
-    events = list(map(json.loads, told))
-    error = next((event["error"] for event in events if event["type"] == "error"), None)
-    if error or not events:
-        raise OgxError(502, error["message"] if error else "an empty answer")
-    return first, message_from_events(events)
+    error = next(filter(is_anthropic_error, told), None)
+    if error or not told:
+        raise OgxError(502, refusal_from_body(502, error).message if error else "an empty answer")
+    return first, message_from_events(map(json.loads, told))
 
 
 # ======== Command line =======================================================================

@@ -7552,6 +7552,115 @@ class TestConnect:
             upstream.answers += [good, good]
             assert ogx.main(["connect", "claude", "--check", *flags]) == 0
 
+    CALL = {"type": "tool_use", "id": "t", "name": "add", "input": {}}
+    USES = [{"type": "message_start", "message": {"content": [], "usage": {}}},
+            {"type": "content_block_start", "index": 0, "content_block": CALL},
+            {"type": "content_block_delta", "index": 0,
+             "delta": {"type": "input_json_delta", "partial_json": '{"a":2,"b":3}'}},
+            {"type": "message_delta", "delta": {}, "usage": {}}]  # fmt: skip
+    FORMAT = "answers in another format than Anthropic's"
+
+    def called_with(given, call=CALL):  # noqa: N805
+        content = [{**call, "input": given}]
+        return [{"type": "message_start", "message": {"content": content}}]
+
+    @pytest.mark.parametrize(
+        ("status", "body", "verdict"),
+        [
+            (200, USES, "works, tools too"),
+            (200, said("5"), FORMAT),
+            (200, b"5", "an empty answer"),
+            (200, b"[1, 2]", FORMAT),
+            (200, b'{"id": "x"}', FORMAT),
+            (200, b"nothing of JSON", "an empty answer"),
+            (200, b"<html><title>Log in</title>", FORMAT),
+            (200, b'{"a":' * 5000, FORMAT),
+            (200, b'data: {"a":' + b"[" * 100_000 + b"\n\n", FORMAT),
+            (200, b"data: " + b"9" * 5000 + b"\n\n", FORMAT),
+            (200, [{"type": "error"}], FORMAT),
+            (200, [{"type": "error", "error": {"type": "x"}}], FORMAT),
+            (200, [{"type": "error", "error": 5}], FORMAT),
+            (200, [{"type": "error", "error": {"type": "x", "message": "a\n\ud800\x1b b"}}],
+             "a ?? b"),
+            (200, [{"type": "error", "error": {"type": "x", "message": " "}}], "failed"),
+            (200, [{"type": "error", "error": {"type": "x", "message": 5}}], "5"),
+            (200, [{"no": "type"}, *USES], FORMAT),
+            (200, [{"type": 5}, *USES], "works, tools too"),
+            (200, USES[1:], FORMAT),
+            (200, [USES[0], USES[2]], FORMAT),
+            (200, [{"type": "message_start"}], FORMAT),
+            (200, [{"type": "message_start", "message": "x"}], FORMAT),
+            (200, [{"type": "message_start", "message": {"content": 5}}], FORMAT),
+            (200, [{"type": "message_start", "message": {"content": [5]}}], FORMAT),
+            (200, [{"type": "message_start", "message": {"content": [{}]}}], FORMAT),
+            (200, called_with(5), FORMAT),
+            (200, called_with([[]]), FORMAT),
+            (200, called_with(["\ud800"]), 'called the tool wrongly, with ["\\ud800"]'),
+            (200, USES[:1],
+             "answers, but called no tool: does the model, and its server, do tools?"),
+            (200, b"data\n\n: hello\n\nevent: message_start\n\n", "an empty answer"),
+            (200, b" " * 1_000_000, "an empty answer"),
+            (200, b"", "an empty answer"),
+            (200, [{"type": "ping"}] * 30_000, "an answer without end"),
+            (204, b"", "No Content"),
+            (302, b"", "Found"),
+            (503, b'{"error": {"message": "a\\nb"}}', "a b"),
+            (500, b"\xff\xfe\x00", "Internal Server Error"),
+        ],
+        ids=lambda value: re.sub(r"\s+", " ", repr(value))[:24],
+    )  # fmt: skip
+    def test_check_tells_any_answer_in_a_line_for_each_tier(self, capfd, status, body, verdict):
+        if isinstance(body, list):
+            body = b"".join(b"data: %s\n\n" % json.dumps(event).encode() for event in body)
+
+        def answer(fake, connection):
+            send(connection, status, body, "text/event-stream")
+
+        flags = ["--haiku-model", "a", "--model", "b"]
+        with FakeUpstream(answer, answer, models=["a", "b"]) as fake:
+            code = ogx.main(["connect", "claude", "--check", "--url", fake.url, *flags])
+        out, err = capfd.readouterr()
+        one, two = out.splitlines()
+        assert re.fullmatch(r"a +[\d.]+ +[\d.]+ s  " + re.escape(verdict) + r" \(haiku\)", one)
+        assert two.endswith(f"{verdict} (sonnet, opus, fable)")
+        assert (code, err) == (int(not verdict.startswith("works")), "")
+
+    @pytest.mark.parametrize(
+        "listing",
+        [b"5", b"[]", b"{", b'{"data": 5}', b'{"data": ' + b"[" * 100_000, b"\xff", b"",
+         b" " * 10**6,
+         b'{"data": [{"id": 9%s}]}' % (b"9" * 5000), b'{"data": []}',
+         b'{"data": [[], 5, null, {}]}',
+         b'{"data": [{"id": 5}, {"id": ""}, {"id": null}, {"id": {}}, {"id": ["a"]}]}',
+         b'{"data": [{"id": "%s"}]}' % (b"m" * 257), b'{"data": [{"id": "a\\u0000"}]}'],
+        ids=lambda data: data[:40].decode("latin-1"),
+    )  # fmt: skip
+    @pytest.mark.parametrize("flag", ["--print-env", "--check", "--quiet"])
+    def test_model_lists_of_any_shape_are_one_clear_error(self, claude, capfd, listing, flag):
+        with FakeUpstream(models=(200, listing)) as fake:
+            assert ogx.main(["connect", "claude", flag, "--url", fake.url]) == 1
+        out, err = capfd.readouterr()
+        words = "Failed to (query models from|find any LLM models) .*\n"
+        assert out == "" and re.fullmatch(words, err)
+
+    def test_odd_entries_of_a_model_list_are_passed_over(self, claude, capfd):
+        odd = [{"id": "x" * 257}, {"id": "a\0"}, {"id": "\ud800"}, {"id": 5}, 5, None, [],
+               {"id": {}}, {"id": "b", "custom_metadata": {"model_type": []}}]  # fmt: skip
+        good = {"id": "good", "custom_metadata": [], "max_input_tokens": "many", "max_tokens": -1}
+        many = [{"id": f"m{n}", "max_input_tokens": 10**300} for n in range(10_000)]
+        listing = {"data": [*odd, good, *many], "tiers": {"haiku": 5, "opus": "", "sonnet": "m7"}}
+        with FakeUpstream(models=(200, listing)) as fake:
+            assert ogx.main(["connect", "claude", "--url", fake.url]) == 7
+        made = json.loads(capfd.readouterr().out)[1]
+        tiers = [made[f"ANTHROPIC_DEFAULT_{t.upper()}_MODEL"] for t in ogx.TIERS]
+        assert tiers == ["good", "m7", "good", "good"]
+
+    def test_a_servers_choice_that_is_too_long_to_launch_is_told(self, claude, capfd):
+        listing = {"data": [{"id": "a"}], "tiers": {"opus": "m" * 5_000_000}}
+        with FakeUpstream(models=(200, listing)) as fake:
+            assert ogx.main(["connect", "claude", "--quiet", "--url", fake.url]) == 1
+        assert re.fullmatch("Failed to start '.*claude': .*\n", capfd.readouterr().err)
+
     def test_one_terminal_is_enough(self, claude, capfd, monkeypatch):
         with socket.create_server(("127.0.0.1", 0)) as free:
             monkeypatch.setenv("OGX_PORT", str(free.getsockname()[1]))
