@@ -5770,10 +5770,12 @@ def tell(options: argparse.Namespace, *lines: str) -> None:
 def claude_program(environ: Mapping[str, str]) -> str:
     """Claude Code's program, from PATH or where its installers put it."""
     home = os.path.expanduser("~")
-    places = [environ.get("PATH", ""), f"{home}/.local/bin", f"{home}/.claude/local",
-              f"{home}/.npm-global/bin", "/usr/local/bin", "/opt/homebrew/bin"]  # fmt: skip
-    found = shutil.which("claude", path=os.pathsep.join(places))
-    if not found:
+    places = [*environ.get("PATH", "").split(os.pathsep), f"{home}/.local/bin",
+              f"{home}/.claude/local", f"{home}/.npm-global/bin", "/usr/local/bin",
+              "/opt/homebrew/bin"]  # fmt: skip
+    # Windows looks into the working directory as well.
+    found = shutil.which("claude", path=os.pathsep.join(filter(os.path.isabs, places)))
+    if not found or not os.path.isabs(found):
         raise OgxError(400, INSTALL_WORDS)
     return found
 

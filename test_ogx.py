@@ -7661,6 +7661,26 @@ class TestConnect:
             assert ogx.main(["connect", "claude", "--quiet", "--url", fake.url]) == 1
         assert re.fullmatch("Failed to start '.*claude': .*\n", capfd.readouterr().err)
 
+    # -- the program that is launched
+
+    @pytest.mark.skipif(os.name == "nt", reason="absolute paths are written otherwise")
+    @pytest.mark.parametrize("path", ["", ":", "::/no/such", ".", "/no:", "bin", "./bin:.", None])
+    def test_no_program_of_the_working_directory_is_run(self, claude, monkeypatch, path):
+        (claude / "project/bin").mkdir()
+        for folder in ("project", "project/bin"):
+            shutil.copy(claude / "claude", claude / folder / "claude")
+        environ = {} if path is None else {"PATH": path}
+        with contextlib.suppress(ogx.OgxError):  # where this machine has one of its own
+            assert not ogx.claude_program(environ).startswith(str(claude))
+        (claude / "home/.local/bin").mkdir(parents=True)
+        known = str(shutil.copy(claude / "claude", claude / "home/.local/bin/claude"))
+        assert ogx.claude_program(environ) == known
+        assert ogx.claude_program({"PATH": f".:{claude}"}) == str(claude / "claude")
+
+    def test_a_program_that_the_system_finds_in_the_working_directory_is_none(self, monkeypatch):
+        monkeypatch.setattr(shutil, "which", lambda *_, **__: ".\\claude.EXE")  # as on Windows
+        assert refused(ogx.claude_program, {"PATH": "/bin"}).message == ogx.INSTALL_WORDS
+
     def test_one_terminal_is_enough(self, claude, capfd, monkeypatch):
         with socket.create_server(("127.0.0.1", 0)) as free:
             monkeypatch.setenv("OGX_PORT", str(free.getsockname()[1]))
