@@ -5732,8 +5732,8 @@ class LaunchPlan:
 def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> int:
     """Launch Claude Code on the server's models, or print the environment; its exit code."""
     claude = None if options.print_env or options.check else claude_program(os.environ)
-    token = server_token(options, os.environ) or TOKEN
-    server = Provider("OGX", ProviderKind("OGX"), server_url(options, os.environ), token)
+    token = server_token(options, os.environ)
+    server = Provider("OGX", ProviderKind("OGX"), server_url(options, os.environ), token or TOKEN)
     own_server = None
     try:
         listing = model_listing(server)
@@ -5741,8 +5741,9 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
         elsewhere = options.host != "localhost" or options.port is not None or options.url
         if not options.serve or elsewhere:
             raise
-        own_server, log_file = served_for_session()
-        server = replace(server, base_url=own_server.url, api_key=TOKEN)
+        token = token or uuid.uuid4().hex  # every user here reaches the port
+        own_server, log_file = served_for_session(token)
+        server = replace(server, base_url=own_server.url, api_key=token)
         tell(options, f"ogx.py serves {server.base_url} for this session; its log is {log_file}")
         listing = model_listing(server)
     try:
@@ -5798,19 +5799,23 @@ def server_token(options: argparse.Namespace, environ: Mapping[str, str]) -> str
     return key
 
 
-def served_for_session() -> tuple[Server, str]:
-    """A server of our own on a free port, with its log in a file."""
-    import tempfile
-
-    handle, path = tempfile.mkstemp(prefix="ogx-", suffix=".log")
-    os.close(handle)
-    logging.basicConfig(filename=path, format=LOG_FORMAT, level=logging.INFO)
+def served_for_session(token: str) -> tuple[Server, str]:
+    """A server of our own on a free port, and its log: a file begun anew, the user's alone."""
+    state = state_path(None, os.environ)
+    log_file = os.path.abspath(f"{state}.log")
+    try:
+        os.makedirs(os.path.dirname(log_file), mode=0o700, exist_ok=True)
+        os.close(os.open(log_file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600))
+        logging.basicConfig(filename=log_file, format=LOG_FORMAT, level=logging.INFO)
+    except OSError as error:
+        log.addHandler(logging.NullHandler())  # the terminal is Claude Code's
+        log_file = f"lost, since {log_file} can't be written: {error.strerror}"
     config = config_from_json(starter_config(), "starter", with_aws_region(os.environ))
-    server = Server(Gateway(config, store=Store(state_path(None, os.environ))))
+    server = Server(Gateway(config, store=Store(state)), token=token)
     server.start()
     server.gateway.start()
     server.gateway.discovered.wait(LIST_TIMEOUT)
-    return server, path
+    return server, log_file
 
 
 def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:

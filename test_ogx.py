@@ -29,6 +29,7 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import types
@@ -7680,6 +7681,78 @@ class TestConnect:
     def test_a_program_that_the_system_finds_in_the_working_directory_is_none(self, monkeypatch):
         monkeypatch.setattr(shutil, "which", lambda *_, **__: ".\\claude.EXE")  # as on Windows
         assert refused(ogx.claude_program, {"PATH": "/bin"}).message == ogx.INSTALL_WORDS
+
+    # -- a server for the session
+
+    @pytest.fixture
+    def alone(self, claude, monkeypatch):
+        """A provider that serves the model m, and no server at OGX_PORT."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            monkeypatch.setenv("OGX_PORT", str(free.getsockname()[1]))
+        (claude / "tmp").mkdir()
+        monkeypatch.setenv("TMPDIR", str(claude / "tmp"))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        for name in os.environ:
+            if re.search("_API_KEY$|_URL$|TOKEN|ENDPOINT", name):
+                monkeypatch.delenv(name)
+        with FakeUpstream(models=["m"]) as upstream:
+            monkeypatch.setenv("VLLM_URL", upstream.url)
+            yield claude
+
+    ASKS = f"""#!{sys.executable}
+import http.client, json, os
+port = int(os.environ["ANTHROPIC_BASE_URL"].rsplit(":", 1)[1])
+token = os.environ["ANTHROPIC_AUTH_TOKEN"]
+told = [token]
+for shown in ("", "ogx", token):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", "/v1/models", headers={{"authorization": f"Bearer {{shown}}"}})
+    told.append(connection.getresponse().status)
+print(json.dumps(told))
+"""
+
+    def test_a_sessions_server_asks_for_a_token_of_its_own(self, alone, capfd, monkeypatch):
+        (alone / "claude").write_text(self.ASKS)
+        tokens = []
+        for _ in range(2):
+            assert ogx.main(["connect", "claude", "--serve"]) == 0
+            token, *statuses = json.loads(capfd.readouterr().out)
+            assert statuses == [401, 401, 200] and len(token) >= 32
+            tokens.append(token)
+        assert tokens[0] != tokens[1]
+        monkeypatch.setenv("OGX_API_KEY", "s3cret-of-the-user")
+        assert ogx.main(["connect", "claude", "--serve"]) == 0
+        assert json.loads(capfd.readouterr().out) == ["s3cret-of-the-user", 401, 401, 200]
+        (alone / "token").write_text("another-s3cret\n")
+        flag = ["--api-key-file", str(alone / "token")]
+        assert ogx.main(["connect", "claude", "--serve", *flag]) == 0
+        assert json.loads(capfd.readouterr().out) == ["another-s3cret", 401, 401, 200]
+        assert list((alone / "tmp").iterdir()) == []
+
+    def serve_in_a_process(self):
+        command = [sys.executable, "-B", str(HERE / "ogx.py"), "connect", "claude", "--serve"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "Traceback" not in done.stderr
+        return re.search(r"its log is (.+)", done.stderr).group(1), done.stderr
+
+    def test_a_sessions_log_is_beside_the_state_file(self, alone, monkeypatch):
+        (alone / "claude").write_text(self.ASKS)
+        state = alone / "new" / "folder" / "state.sqlite"
+        monkeypatch.setenv("OGX_STATE", str(state))
+        for _ in range(2):
+            log_file, _ = self.serve_in_a_process()
+            assert Path(log_file).parent == state.parent
+            assert Path(log_file).read_text().count(" GET /v1/models 401") == 2
+            assert os.name == "nt" or Path(log_file).stat().st_mode & 0o777 == 0o600
+        assert list((alone / "tmp").iterdir()) == []
+
+    def test_a_sessions_log_that_cannot_be_written_is_told(self, alone, monkeypatch):
+        (alone / "claude").write_text(self.ASKS)
+        monkeypatch.setenv("OGX_STATE", str(alone / "claude" / "state.sqlite"))
+        told, err = self.serve_in_a_process()
+        assert re.fullmatch("lost, since .*state.sqlite.log can't be written: .+", told)
+        assert " GET /v1/models 401" not in err
+        assert list((alone / "tmp").iterdir()) == []
 
     def test_one_terminal_is_enough(self, claude, capfd, monkeypatch):
         with socket.create_server(("127.0.0.1", 0)) as free:
