@@ -6019,7 +6019,7 @@ def settings_files(environ: Mapping[str, str]) -> list[str]:
 
 def read_settings(source: str) -> Json | None:
     """Settings from a file or, as Claude Code's --settings takes them, from JSON text, or None. A
-    project's may be a pipe, or a link to a device or to /proc, where sizes are 0."""
+    project's may link to a device, or to /proc, where sizes are 0."""
     data: str | bytes = source
     if not source.lstrip().startswith("{"):
         data = b""
