@@ -194,7 +194,8 @@ def json_or_none(data: str | bytes) -> Any:
     if has_too_many_elements(data):
         return None
     try:
-        return PLAIN_JSON.decode(data if isinstance(data, str) else data.decode("utf-8-sig"))
+        text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
+        return PLAIN_JSON.decode(text)
     except (ValueError, RecursionError):
         return None
 
@@ -5922,11 +5923,12 @@ def not_served_words(path: str) -> str:
 
 # ======== Connect ============================================================================
 # `connect claude`: ask the server for its models, plan the environment (pure), then print it or
-# launch Claude Code. What to set and unset was verified with the real client (2.1.330).
+# launch Claude Code. What to set and unset was verified with the real client (2.1.332).
 
 INSTALL_WORDS = "Failed to find 'claude' in PATH. Install it from https://claude.com/download"
 TOKEN = "ogx"  # a Bearer token; unlike an API key it needs no approval in Claude Code
 SMALL_WINDOW = 48_000  # tokens; below, the usual output reserve would compact on every turn
+MAX_SETTINGS = 2 * 1024 * 1024  # bytes, as in Claude Code
 # Each of these would send requests elsewhere, change how they are sent, or choose another model.
 # Variables that the user's own tools need inside Claude Code (AWS_*, GOOGLE_*) stay.
 UNSET = (
@@ -5937,7 +5939,7 @@ UNSET = (
     "ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_CUSTOM_HEADERS", "CLAUDE_CODE_OAUTH_TOKEN",
     "CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST", "CLAUDE_CODE_HOST_AUTH_ENV_VAR", "CLAUDECODE",
     "CLAUDE_CODE_SUBAGENT_MODEL", "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
-    "CLAUDE_CODE_MAX_OUTPUT_TOKENS")  # fmt: skip
+    "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "ANTHROPIC_DEFAULT_MODEL")  # fmt: skip
 CLAUDE_COMMANDS = {  # those that start no session
     "agents", "auth", "auto-mode", "config", "doctor", "install", "mcp", "migrate-installer",
     "plugin", "plugins", "setup-token", "update", "upgrade"}  # fmt: skip
@@ -5945,8 +5947,9 @@ SHELLS = {  # shell -> how it sets and unsets a variable
     "sh": ("export {}={}", "unset {}", shlex.quote),
     "fish": ("set -gx {} {}", "set -e {}",
              lambda text: "'" + re.sub(r"([\\'])", r"\\\1", text) + "'"),
-    "powershell": ("$env:{} = {}", "Remove-Item Env:{} -ErrorAction SilentlyContinue",
-                   lambda text: "'" + text.replace("'", "''") + "'")}  # fmt: skip
+    "powershell": (  # takes curved quotes for straight ones (CharExtensions.IsSingleQuote)
+        "$env:{} = {}", "Remove-Item Env:{} -ErrorAction SilentlyContinue",
+        lambda text: "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'")}  # fmt: skip
 CHECK_TOOL = {"name": "add", "description": "Add two numbers.", "input_schema": {
     "type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
     "required": ["a", "b"]}}  # fmt: skip
@@ -5960,6 +5963,11 @@ class LaunchPlan:
     unset: tuple[str, ...]
     model: str = ""  # for all tiers, if the user chose one
 
+    def __post_init__(self) -> None:
+        for name, value in self.set.items():
+            if BAD_ID.search(value):
+                raise OgxError(400, f"{name}: no variable can be {ascii(value)[:200]}")
+
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         kept = {k: v for k, v in environ.items() if k not in self.unset}
         return {**kept, **self.set}
@@ -5968,8 +5976,8 @@ class LaunchPlan:
 def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> int:
     """Launch Claude Code on the server's models, or print the environment; its exit code."""
     claude = None if options.print_env or options.check else claude_program(os.environ)
-    token = server_token(options, os.environ) or TOKEN
-    server = Provider("OGX", ProviderKind("OGX"), server_url(options, os.environ), token)
+    token = server_token(options, os.environ)
+    server = Provider("OGX", ProviderKind("OGX"), server_url(options, os.environ), token or TOKEN)
     own_server = None
     try:
         listing = model_listing(server)
@@ -5977,15 +5985,16 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
         elsewhere = options.host != "localhost" or options.port is not None or options.url
         if not options.serve or elsewhere:
             raise
-        own_server, log_file = served_for_session()
-        server = replace(server, base_url=own_server.url, api_key=TOKEN)
+        token = token or uuid.uuid4().hex  # every user here reaches the port
+        own_server, log_file = served_for_session(token)
+        server = replace(server, base_url=own_server.url, api_key=token)
         tell(options, f"ogx.py serves {server.base_url} for this session; its log is {log_file}")
         listing = model_listing(server)
     try:
         plan = launch_plan(server.base_url, server.api_key, listing, options, os.environ)
         if options.print_env:
             for path in settings_files(os.environ):
-                if overrides(read_settings(path), plan):
+                if overrides(read_settings(path) or {}, plan):
                     tell(options, f"{path} goes before these lines, and leads elsewhere")
             say(*shell_lines(plan, options.shell))
             return 0
@@ -6006,10 +6015,12 @@ def tell(options: argparse.Namespace, *lines: str) -> None:
 def claude_program(environ: Mapping[str, str]) -> str:
     """Claude Code's program, from PATH or where its installers put it."""
     home = os.path.expanduser("~")
-    places = [environ.get("PATH", ""), f"{home}/.local/bin", f"{home}/.claude/local",
-              f"{home}/.npm-global/bin", "/usr/local/bin", "/opt/homebrew/bin"]  # fmt: skip
-    found = shutil.which("claude", path=os.pathsep.join(places))
-    if not found:
+    places = [*environ.get("PATH", "").split(os.pathsep), f"{home}/.local/bin",
+              f"{home}/.claude/local", f"{home}/.npm-global/bin", "/usr/local/bin",
+              "/opt/homebrew/bin"]  # fmt: skip
+    # Windows looks into the working directory as well.
+    found = shutil.which("claude", path=os.pathsep.join(filter(os.path.isabs, places)))
+    if not found or not os.path.isabs(found):
         raise OgxError(400, INSTALL_WORDS)
     return found
 
@@ -6032,19 +6043,23 @@ def server_token(options: argparse.Namespace, environ: Mapping[str, str]) -> str
     return key
 
 
-def served_for_session() -> tuple[Server, str]:
-    """A server of our own on a free port, with its log in a file."""
-    import tempfile
-
-    handle, path = tempfile.mkstemp(prefix="ogx-", suffix=".log")
-    os.close(handle)
-    start_log(path, "info")
+def served_for_session(token: str) -> tuple[Server, str]:
+    """A server of our own on a free port, and its log: a file begun anew, the user's alone."""
+    state = state_path(None, os.environ)
+    log_file = os.path.abspath(f"{state}.log")
+    try:
+        os.makedirs(os.path.dirname(log_file), mode=0o700, exist_ok=True)
+        os.close(os.open(log_file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600))
+        start_log(log_file, "info")
+    except OSError as error:
+        log.addHandler(logging.NullHandler())  # the terminal is Claude Code's
+        log_file = f"lost, since {log_file} can't be written: {error.strerror}"
     config = config_from_json(starter_config(), "starter", with_aws_region(os.environ))
-    server = Server(Gateway(config, store=Store(state_path(None, os.environ))))
+    server = Server(Gateway(config, store=Store(state)), token=token)
     server.start()
     server.gateway.start()
     server.gateway.discovered.wait(LIST_TIMEOUT)
-    return server, path
+    return server, log_file
 
 
 def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
@@ -6101,8 +6116,7 @@ def command_name() -> str:
 def launch_plan(base_url: str, token: str, listing: Json, options: argparse.Namespace,
                 environ: Mapping[str, str]) -> LaunchPlan:  # fmt: skip
     """What to set and unset so that Claude Code talks to the server and knows its models."""
-    entries = [m for m in listing["data"] if isinstance(m, dict) and isinstance(m.get("id"), str)]
-    models = {entry["id"]: entry for entry in entries if is_listed_llm(entry)}
+    models = {entry["id"]: entry for entry in listing["data"] if is_listed_llm(entry)}
     if not models:
         raise OgxError(404, "Failed to find any LLM models on the OGX server.")
     tiers = {tier: tier_choice(tier, options, models, listing) for tier in TIERS}
@@ -6118,20 +6132,22 @@ def launch_plan(base_url: str, token: str, listing: Json, options: argparse.Name
     variables["CLAUDE_CODE_ATTRIBUTION_HEADER"] = "0"  # it would defeat prefix caches
     variables.update(limit_variables([models.get(model_id, {}) for model_id in tiers.values()]))
     host = urllib.parse.urlsplit(base_url).hostname or ""
-    for name in ("NO_PROXY", "no_proxy"):
+    for name in ("NO_PROXY", "no_proxy"):  # it looks at the second first
         known = environ.get(name) or environ.get("no_proxy") or environ.get("NO_PROXY") or ""
-        if known.strip() != "*" and (name == "NO_PROXY" or environ.get(name)):
-            hosts = [h for h in known.split(",") if h.strip()]
-            wanted = dict.fromkeys([host, "localhost", "127.0.0.1"])
-            variables[name] = ",".join(hosts + [h for h in wanted if h not in hosts])
+        hosts = known.replace(",", " ").split()
+        hosts += [host, "localhost", "127.0.0.1"] if hosts != ["*"] else []
+        variables[name] = ",".join(dict.fromkeys(hosts))
     unset = tuple(name for name in UNSET if name not in variables)
     return LaunchPlan(variables, unset, options.model or "")
 
 
-def is_listed_llm(entry: Json) -> bool:
-    """Whether a listed model is an LLM: by OGX's metadata, else by its id."""
+def is_listed_llm(entry: Any) -> bool:
+    """Whether a list's entry is an LLM, by OGX's metadata, else by its id."""
+    model_id = dict_or_empty(entry).get("id")
+    if not isinstance(model_id, str) or not 0 < len(model_id) <= 256 or BAD_ID.search(model_id):
+        return False
     kind = dict_or_empty(entry.get("custom_metadata")).get("model_type", "llm")
-    return kind == "llm" and not NOT_LLM.search(entry["id"])
+    return kind == "llm" and not NOT_LLM.search(model_id)
 
 
 def tier_choice(tier: str, options: argparse.Namespace, models: Mapping[str, Json],
@@ -6146,7 +6162,7 @@ def tier_choice(tier: str, options: argparse.Namespace, models: Mapping[str, Jso
                                 f"Available models: {', '.join(models)}")  # fmt: skip
         return str(wanted)
     chosen = dict_or_empty(listing.get("tiers")).get(tier)
-    if isinstance(chosen, str):
+    if chosen and isinstance(chosen, str):
         return chosen
     return next((m for m, e in models.items() if not is_alias(e)), next(iter(models)))
 
@@ -6192,32 +6208,29 @@ def shell_lines(plan: LaunchPlan, shell: str = "sh") -> list[str]:
 
 
 def launched(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str]) -> int:
-    """Run Claude Code; where settings files would lead it elsewhere, with settings of our own in a
-    temporary file, since arguments show in the process list. Its exit code."""
+    """Run Claude Code; its exit code. Settings of our own go before whatever files it reads, in a
+    temporary file, since arguments show in the process list."""
     import tempfile
 
-    rest, given = without_settings_flag(argv)
-    given_settings = read_settings(given)
-    if given_settings or not given:  # else Claude Code says best what is wrong with them
-        argv = rest
-    files = {path: read_settings(path) for path in settings_files(os.environ)}
-    conflicts = [path for path, tree in files.items() if overrides(tree, plan)]
-    for path in conflicts:
-        if "managed" in os.path.basename(path):
+    rest, source = without_settings_flag(argv)
+    given = read_settings(source) if source else {}
+    if given is None:  # Claude Code says best what is wrong with them
+        return exit_code_of(argv, plan.environment(os.environ))
+    argv = rest
+    files = {path: read_settings(path) or {} for path in settings_files(os.environ)}
+    for path, tree in files.items():
+        if "managed" in os.path.basename(path) and overrides(tree, plan):
             tell(options, f"  warning: {path} can't be overridden, and names another server or key")
-    if is_interactive(argv) and not permission_mode({**files, "": given_settings}):
+    if is_interactive(argv) and not permission_mode({**files, "": given}):
         # Auto mode asks the model's provider for verdicts on tool calls, which only Anthropic has.
         argv = [argv[0], "--permission-mode", "default", *argv[1:]]
-    if not given_settings and not conflicts:
-        return exit_code_of(argv, plan.environment(os.environ))
     try:
         handle, path = tempfile.mkstemp(prefix="ogx-", suffix=".json")  # mode 0600
     except OSError as error:
-        words = f"settings files lead elsewhere, and a temporary one can't be written: {error}"
-        raise OgxError(500, words) from None
+        raise OgxError(500, f"can't write a temporary settings file: {error}") from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(merged_settings(given_settings, plan), file)
+            json.dump(merged_settings(given, plan), file)
         return exit_code_of([argv[0], "--settings", path, *argv[1:]], plan.environment(os.environ))
     finally:
         with suppress(OSError):
@@ -6248,22 +6261,26 @@ def settings_files(environ: Mapping[str, str]) -> list[str]:
             f"{managed}/managed-settings.json"]  # fmt: skip
 
 
-def read_settings(source: str) -> Json:
-    """Settings from a file or, as Claude Code's --settings takes them, from JSON text; what can't
-    be read is left for Claude Code to complain about."""
-    with suppress(OSError, ValueError):
-        if not source.lstrip().startswith("{"):
-            with open(source, encoding="utf-8-sig") as file:
-                source = file.read()
-        return dict_or_empty(json_or_none(source))
-    return {}
+def read_settings(source: str) -> Json | None:
+    """Settings from a file or, as Claude Code's --settings takes them, from JSON text, or None. A
+    project's may link to a device, or to /proc, where sizes are 0."""
+    data: str | bytes = source
+    if not source.lstrip().startswith("{"):
+        data = b""
+        with suppress(OSError):
+            if os.path.isfile(source) and 0 < os.path.getsize(source) <= MAX_SETTINGS:
+                with open(source, "rb") as file:
+                    data = file.read(MAX_SETTINGS)
+    tree = json_or_none(data)
+    return tree if isinstance(tree, dict) else None
 
 
 def overrides(settings: Json, plan: LaunchPlan) -> bool:
     """Whether settings would beat the plan: they go before the environment."""
-    names = set(dict_or_empty(settings.get("env")))
+    names = set(map(str.upper, dict_or_empty(settings.get("env"))))  # Windows ignores case
+    known = names.intersection(map(str.upper, [*plan.set, *plan.unset]))
     other_model = plan.model and settings.get("model") not in (None, plan.model)
-    return bool(names & {*plan.set, *plan.unset} or settings.get("apiKeyHelper") or other_model)
+    return bool(known or settings.get("apiKeyHelper") or other_model)
 
 
 def merged_settings(given: Json, plan: LaunchPlan) -> Json:
@@ -6335,7 +6352,9 @@ def print_check(server: Provider, plan: LaunchPlan) -> int:
             elif not {"a", "b"} <= set(calls[0]["input"]):
                 verdict = f"called the tool wrongly, with {json.dumps(calls[0]['input'])[:80]}"
         except OgxError as error:
-            verdict = error.message
+            verdict = without_controls(one_line(error.message)) or "failed"
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+            verdict = "answers in another format than Anthropic's"
         failed = failed or bool(verdict)
         seconds = f"{first - began if first else 0:6.2f} {time.monotonic() - began:6.2f} s"
         verdict = verdict or "works, tools too"
@@ -6356,15 +6375,16 @@ def checked_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[fl
                 reply.wait()
             told += items or ()
             first = first or (time.monotonic() if told else 0.0)
+            if len(told) > 20_000:
+                raise OgxError(502, "an answer without end")
     finally:
         reply.release()
     if reply.status != 200:
         raise OgxError(reply.status, refusal_from_body(reply.status, b"".join(told)).message)
-    events = list(map(json.loads, told))
-    error = next((event["error"] for event in events if event["type"] == "error"), None)
-    if error or not events:
-        raise OgxError(502, error["message"] if error else "an empty answer")
-    return first, message_from_events(events)
+    error = next(filter(is_anthropic_error, told), None)
+    if error or not told:
+        raise OgxError(502, refusal_from_body(502, error).message if error else "an empty answer")
+    return first, message_from_events(map(json.loads, told))
 
 
 # ======== Command line =======================================================================

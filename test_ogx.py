@@ -20,6 +20,7 @@ import random
 import re
 import select
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
@@ -28,6 +29,7 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import types
@@ -623,8 +625,9 @@ CUT = {
     "<title[^>]*>(.*?)</title>": 4000,  # of an odd answer's beginning
     r"(?s)<(script|style).*?</\1>|<[^>]+>": 4000,
 }
+LOCAL_ABOUT = r"max_\w*tokens|(output|completion|maximum) tokens|\b7\b"
 CUT.update(dict.fromkeys((
-    r"\w*_\w*", r"[`'\"](\w+)[`'\"]", *(row[0] for row in ogx.ROW_REMEDIES), ogx.RENAMED_LIMIT,
+    LOCAL_ABOUT, r"\w*_\w*", r"[`'\"](\w+)[`'\"]", *(row[0] for row in ogx.ROW_REMEDIES), ogx.RENAMED_LIMIT,
     *ogx.OUTPUT_LIMITS, *ogx.ROOM_LEFT, *ogx.OVERFLOWS), 2500))  # a refusal's words
 # What is given to re's functions by other names than the module's own.
 LOCAL = {
@@ -632,7 +635,7 @@ LOCAL = {
         p for table in (ogx.OUTPUT_LIMITS, ogx.ROOM_LEFT, ogx.OVERFLOWS, ogx.STREAM_ERRORS)
         for p in (row if isinstance(row, str) else row[0] for row in table)] + [
         place for kind in ogx.PROVIDER_KINDS.values() for place, _, _ in kind.servers],
-    "about": [r"max_\w*tokens|(output|completion|maximum) tokens|\b7\b"],
+    "about": [LOCAL_ABOUT],
     "ids": [row[1] for kind in ogx.PROVIDER_KINDS.values() for row in kind.more_lists],
     "signed": [kind.signed for kind in ogx.PROVIDER_KINDS.values()],
     "here": [here for kind in ogx.PROVIDER_KINDS.values() for _, here, _ in kind.servers],
@@ -691,7 +694,7 @@ def worst_input(method, pattern, limit):
             return cpu(compiled.findall, data)
         return cpu(getattr(compiled, method), data)
 
-    size = limit or 3000
+    size = limit or 6000
     for begin in ("", '"', "{", "a:", *words[:3]):
         for piece in pieces:
             if limit:
@@ -3951,7 +3954,9 @@ class TestLog:
             if words == "logging.basicConfig":
                 assert owners[id(node)] == "start_log", node.lineno
             if words.startswith("log."):
-                assert words.split(".")[1] in ("debug", "info", "warning", "exception", "log")
+                handler = ast.unparse(node.args[0]) if words == "log.addHandler" else ""
+                assert handler == "logging.NullHandler()" or words.split(".")[1] in (
+                    "debug", "info", "warning", "exception", "log")  # fmt: skip
 
 
 class TestStore:
@@ -7812,17 +7817,75 @@ class TestConnect:
         assert "CLAUDE_CODE_USE_BEDROCK" not in made and "ANTHROPIC_API_KEY" not in made
         assert made["NO_PROXY"] == "a.test,localhost,127.0.0.1"
 
-    def test_the_printed_lines_are_safe_to_eval(self, tmp_path):
-        odd = "a/$(touch x) 'b' \"c\" `d`;\n{e}"
-        lines = ogx.shell_lines(self.plan(self.listing(odd)))
-        script = "\n".join([*lines, "python3 -c 'import os; print(repr(os.environ"
-                            "[\"ANTHROPIC_DEFAULT_OPUS_MODEL\"]))'"])  # fmt: skip
-        environ = {**os.environ, "CLAUDE_CODE_USE_VERTEX": "1"}
-        for shell in ("sh", "bash"):
-            done = subprocess.run([shell, "-c", script], capture_output=True, text=True,
-                                  cwd=tmp_path, env=environ, check=True)  # fmt: skip
-            assert done.stdout.strip() == repr(odd)
-        assert list(tmp_path.iterdir()) == []
+    ODD_IDS = {
+        "what shells know": "a/$(touch x) 'b' \"c\" `d`; {e} \\ \\' ~ * ? ! # & | < > () [] % ^ $x",
+        "a straight quote": "m'; touch x; '",
+        "curved single quotes": "\u2018m\u2019; touch x; \u201a\u201b '\u2019\u2018' \u2019",
+        "curved double quotes": "m\u201c; touch x; \u201d \u201e \"",
+        "dashes": "\u2013m \u2014m \u2015m -m --% m",
+        "other spaces": "m\u00a0m\u2009m\u3000m  m",
+        "a backslash at the end": "m\\",
+        "nothing but quotes": "'\u2019\u2019'\u2018",
+        "what looks quoted": "'m' + 'n'",
+        "other scripts": "模型/naïve-🦙",
+    }
+
+    @pytest.mark.parametrize("shell", ["sh", "dash", "bash", "zsh", "fish"])
+    def test_the_printed_lines_are_safe_to_eval(self, tmp_path, shell):
+        if not shutil.which(shell):
+            pytest.skip(f"no {shell} here")
+        lines = []
+        for odd in self.ODD_IDS.values():
+            plan = self.plan(self.listing(odd))
+            lines += ogx.shell_lines(plan, "fish" if shell == "fish" else "sh")
+            lines += ["printenv ANTHROPIC_DEFAULT_OPUS_MODEL", "printenv CLAUDE_CODE_USE_VERTEX"]
+        (tmp_path / "here").mkdir()
+        environ = {**os.environ, "CLAUDE_CODE_USE_VERTEX": "1", "HOME": str(tmp_path),
+                   "LC_ALL": "C.UTF-8"}  # fmt: skip
+        done = subprocess.run([shell, "-c", "\n".join([*lines, "true"])], capture_output=True,
+                              cwd=tmp_path / "here", env=environ, check=True)  # fmt: skip
+        told = done.stdout.decode().split("\n")
+        assert told == [*self.ODD_IDS.values(), ""] and done.stderr == b""
+        assert list((tmp_path / "here").iterdir()) == []
+
+    def powershell_strings(self, line):
+        """The strings of a line as PowerShell's tokenizer reads them (ScanStringLiteral), and what
+        stands outside of them."""
+        strings, outside, at = [], "", 0
+        quotes = "'\u2018\u2019\u201a\u201b"
+        while at < len(line):
+            if line[at] not in quotes:
+                outside, at = outside + line[at], at + 1
+                continue
+            text, at = "", at + 1
+            while line[at] not in quotes or line[at + 1 : at + 2] in {*quotes}:
+                at += line[at] in quotes
+                text, at = text + line[at], at + 1
+            strings, at = [*strings, text], at + 1
+        return strings, outside
+
+    @pytest.mark.parametrize("odd", ODD_IDS.values(), ids=ODD_IDS)
+    def test_powershell_reads_each_value_as_one_string(self, odd):
+        plan = self.plan(self.listing(odd))
+        lines = ogx.shell_lines(plan, "powershell")
+        for (name, value), line in zip(plan.set.items(), lines):
+            assert self.powershell_strings(line) == ([value], f"$env:{name} = ")
+
+    @pytest.mark.parametrize("odd", ["\0", "a\0b", "a\nb", "a\rb", "\ud800", "a\udfffb", "\x1b[J"],
+                             ids=ascii)  # fmt: skip
+    def test_what_no_environment_can_hold_is_told_and_not_printed(self, odd, claude, capfd):
+        good = {"id": "good", "custom_metadata": {"model_type": "llm"}}
+        listing = {"data": [{"id": odd}, good], "tiers": {"opus": odd}}
+        powershell = ["--print-env", "--shell", "powershell"]
+        with FakeUpstream(models=(200, listing)) as fake:
+            for flags in (["--print-env"], powershell, ["--check"], []):
+                assert ogx.main(["connect", "claude", "--url", fake.url, *flags]) == 1
+                out, err = capfd.readouterr()
+                assert (out, err) == (
+                    "", f"ANTHROPIC_DEFAULT_OPUS_MODEL: no variable can be {ascii(odd)}\n")
+        assert refused(ogx.LaunchPlan, {"A": odd}, ()).message.startswith("A: ")
+        plan = self.plan({"data": [{"id": odd}, good]})
+        assert self.tiers(plan) == ["good"] * 4
 
     @pytest.mark.parametrize(
         ("given", "url"),
@@ -7932,28 +7995,92 @@ class TestConnect:
             ("home/.claude/settings.json", {"env": {"CLAUDE_CODE_USE_BEDROCK": "1"}}),
             ("home/.claude/settings.json", {"apiKeyHelper": "echo key"}),
             ("project/.claude/settings.json", {"env": {"ANTHROPIC_API_KEY": "sk"}}),
+            ("project/.claude/settings.json", {"env": {"HTTP_PROXY": "http://x", "no_proxy": "x"}}),
             ("project/.claude/settings.local.json", {"env": {"ANTHROPIC_AUTH_TOKEN": "x"}}),
+            ("project/nowhere/known/settings.json", {}),
         ],
+        ids=["url", "bedrock", "helper", "key", "proxy", "token", "none"],
     )
-    def test_settings_that_beat_the_environment_are_beaten(self, claude, capfd, where, settings):
+    def test_settings_of_our_own_beat_all_others(self, claude, capfd, where, settings):
         path = claude / where
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(json.dumps(settings))
         with gateway_over() as (client, _):
             arguments, _, (file, mode, made) = self.launch(client, capfd, "--", "-p", "hi")
         assert arguments == ["--settings", file, "-p", "hi"] and mode == 0o600
         assert made["env"]["ANTHROPIC_BASE_URL"] == f"http://localhost:{client.port}"
         assert made["env"]["CLAUDE_CODE_USE_BEDROCK"] == "" and made["apiKeyHelper"] == ""
+        for name in ("NO_PROXY", "no_proxy"):
+            assert {"localhost", "127.0.0.1"} <= {*made["env"][name].split(",")}
+        assert set(made) == {"env", "apiKeyHelper"}
         assert not os.path.exists(file)
         assert json.loads(path.read_text()) == settings
 
-    def test_other_settings_are_left_alone(self, claude, capfd):
+    def test_what_the_users_settings_say_besides_stays(self, claude, capfd):
         (claude / "home/.claude/settings.json").write_text('{"env": {"MY": "1"}, "model": "opus"}')
         (claude / "project/.claude").mkdir()
         (claude / "project/.claude/settings.json").write_text("{broken")
         with gateway_over() as (client, _):
-            arguments, _, settings = self.launch(client, capfd, "--", "-p", "hi")
-        assert (arguments, settings) == (["-p", "hi"], None)
+            _, _, (_, _, made) = self.launch(client, capfd, "--", "-p", "hi")
+        assert "MY" not in made["env"] and "model" not in made
+
+    def endless(self, path, kind):
+        """Put in the place of a settings file what a reader must not wait for, or can't hold."""
+        path.parent.mkdir(exist_ok=True)
+        if kind == "a pipe":
+            os.mkfifo(path)
+        elif kind == "a folder":
+            path.mkdir()
+        elif kind == "a large file":
+            with path.open("wb") as file:
+                file.write(b'{"env": {"ANTHROPIC_BASE_URL": "http://elsewhere"}}')
+                file.truncate(1 << 30)
+        elif kind == "a circle":
+            path.symlink_to(path)
+        else:
+            path.symlink_to(kind)
+
+    @pytest.mark.skipif(os.name == "nt", reason="has no such files")
+    @pytest.mark.parametrize("kind", ["/dev/zero", "/dev/tty", "/proc/kmsg", "a pipe", "a folder",
+                                      "a large file", "a circle"])  # fmt: skip
+    def test_settings_that_never_end_are_left_out(self, claude, capfd, kind):
+        for where in ("home/.claude.json", "project/.claude/settings.json"):
+            self.endless(claude / where, kind)
+            assert ogx.read_settings(str(claude / where)) is None
+        with gateway_over() as (client, _):
+            made = self.launch(client, capfd, "--", "-p", "hi")[2][2]
+            assert made["env"]["ANTHROPIC_BASE_URL"] == f"http://localhost:{client.port}"
+            assert ogx.main(["connect", "claude", "--print-env", "--port", str(client.port)]) == 0
+            script = claude / "claude"  # it says what is wrong with them
+            script.write_text(f"#!{sys.executable}\nimport sys\nprint(sys.argv[1:])\n")
+            capfd.readouterr()
+            words = ["--settings", str(claude / "home/.claude.json")]
+            assert ogx.main(["connect", "claude", "--port", str(client.port), "--", *words]) == 0
+        assert ast.literal_eval(capfd.readouterr().out) == words
+
+    @pytest.mark.parametrize(
+        "data",
+        ['{"a": 1}'.encode("utf-16"), b'\xef\xbb\xbf{"a": 1}', b'{"a": 1}' + b" " * 2_000_000],
+        ids=["utf-16", "byte order mark", "padded"],
+    )
+    def test_settings_that_claude_code_would_read_are_read(self, tmp_path, data):
+        (tmp_path / "settings.json").write_bytes(data)
+        assert ogx.read_settings(str(tmp_path / "settings.json")) == {"a": 1}
+
+    @pytest.mark.parametrize("text", ["", "{", "[1]", "1", "null", "\0", "{" * 9999,
+                                      '{"a":' * 99999], ids=lambda text: text[:5] or "-")
+    def test_settings_that_are_none(self, tmp_path, text):
+        path = tmp_path / "settings.json"
+        path.write_text(text)
+        assert ogx.read_settings(str(path)) is None and ogx.read_settings(text) is None
+
+    @pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY", "No_Proxy", "anthropic_base_url",
+                                      "ANTHROPIC_API_KEY", "Anthropic_Default_Model"])  # fmt: skip
+    def test_print_env_warns_of_a_variable_in_any_case(self, name):
+        plan = self.plan(self.listing("a"))
+        assert ogx.overrides({"env": {name: "x"}}, plan)
+        for settings in ({"env": {"MY": "1"}}, {"env": [name]}, {"env": name}, {}):
+            assert not ogx.overrides(settings, plan)
 
     @pytest.mark.parametrize("as_file", [True, False])
     def test_the_users_own_settings_are_merged(self, claude, capfd, as_file):
@@ -7968,20 +8095,20 @@ class TestConnect:
 
     def test_permissions_are_asked_for_unless_the_user_chose(self, claude, capfd):
         with gateway_over() as (client, _):
-            assert self.launch(client, capfd)[0] == ["--permission-mode", "default"]
-            assert self.launch(client, capfd, "--", "--permission-mode", "plan")[0] == [
+            assert self.launch(client, capfd)[0][2:] == ["--permission-mode", "default"]
+            assert self.launch(client, capfd, "--", "--permission-mode", "plan")[0][2:] == [
                 "--permission-mode", "plan"
             ]
             path = claude / "home/.claude/settings.json"
             path.write_text('{"permissions": {"defaultMode": "acceptEdits"}}')
-            assert self.launch(client, capfd)[0] == []
+            assert self.launch(client, capfd)[0][2:] == []
 
     def test_the_model_flag_goes_before_the_settings_model(self, claude, capfd):
         (claude / "home/.claude/settings.json").write_text('{"model": "claude-opus-4-5"}')
         with gateway_over() as (client, _):
             flag = ["--model", "openai/gpt-x", "--", "-p", "hi"]
             assert self.launch(client, capfd, *flag)[2][2]["model"] == "openai/gpt-x"
-            assert self.launch(client, capfd, "--", "-p", "hi")[2] is None
+            assert "model" not in self.launch(client, capfd, "--", "-p", "hi")[2][2]
 
     def test_settings_with_a_byte_order_mark_and_those_in_claude_json_count(self, claude, capfd):
         evil = json.dumps({"env": {"ANTHROPIC_BASE_URL": "http://elsewhere"}})
@@ -8002,11 +8129,22 @@ class TestConnect:
             assert ogx.main(["connect", "claude", "--port", str(client.port), "--", *words]) == 0
         assert json.loads(capfd.readouterr().out) == words
 
-    def test_no_proxy_for_all_stays_so(self):
-        plan = self.plan(self.listing("a"), {"NO_PROXY": "*"})
-        assert "NO_PROXY" not in plan.set
-        plan = self.plan(self.listing("a"), {"no_proxy": "corp.test"})
-        assert plan.set["NO_PROXY"] == plan.set["no_proxy"] == "corp.test,localhost,127.0.0.1"
+    @pytest.mark.parametrize(
+        ("environ", "capitals", "small"),
+        [
+            ({}, "localhost,127.0.0.1", "localhost,127.0.0.1"),
+            ({"NO_PROXY": "*"}, "*", "*"),
+            ({"no_proxy": " * "}, "*", "*"),
+            ({"NO_PROXY": "a, b\n"}, "a,b,localhost,127.0.0.1", "a,b,localhost,127.0.0.1"),
+            ({"no_proxy": "corp.test", "NO_PROXY": ""}, *["corp.test,localhost,127.0.0.1"] * 2),
+            ({"no_proxy": "a", "NO_PROXY": "b,127.0.0.1"}, "b,127.0.0.1,localhost",
+             "a,localhost,127.0.0.1"),
+        ],
+        ids=["none", "all", "all, small", "capitals", "small", "both"],
+    )  # fmt: skip
+    def test_no_proxy_in_both_spellings(self, environ, capitals, small):
+        plan = self.plan(self.listing("a"), environ)
+        assert (plan.set["NO_PROXY"], plan.set["no_proxy"]) == (capitals, small)
 
     def test_quiet(self, claude, capfd):
         with gateway_over() as (client, _):
@@ -8052,6 +8190,207 @@ class TestConnect:
             upstream.answers += [good, good]
             assert ogx.main(["connect", "claude", "--check", *flags]) == 0
 
+    CALL = {"type": "tool_use", "id": "t", "name": "add", "input": {}}
+    USES = [{"type": "message_start", "message": {"content": [], "usage": {}}},
+            {"type": "content_block_start", "index": 0, "content_block": CALL},
+            {"type": "content_block_delta", "index": 0,
+             "delta": {"type": "input_json_delta", "partial_json": '{"a":2,"b":3}'}},
+            {"type": "message_delta", "delta": {}, "usage": {}}]  # fmt: skip
+    FORMAT = "answers in another format than Anthropic's"
+
+    def called_with(given, call=CALL):  # noqa: N805
+        content = [{**call, "input": given}]
+        return [{"type": "message_start", "message": {"content": content}}]
+
+    @pytest.mark.parametrize(
+        ("status", "body", "verdict"),
+        [
+            (200, USES, "works, tools too"),
+            (200, said("5"), FORMAT),
+            (200, b"5", "an empty answer"),
+            (200, b"[1, 2]", FORMAT),
+            (200, b'{"id": "x"}', FORMAT),
+            (200, b"nothing of JSON", "an empty answer"),
+            (200, b"<html><title>Log in</title>", FORMAT),
+            (200, b'{"a":' * 5000, FORMAT),
+            (200, b'data: {"a":' + b"[" * 100_000 + b"\n\n", FORMAT),
+            (200, b"data: " + b"9" * 5000 + b"\n\n", FORMAT),
+            (200, [{"type": "error"}], FORMAT),
+            (200, [{"type": "error", "error": {"type": "x"}}], FORMAT),
+            (200, [{"type": "error", "error": 5}], FORMAT),
+            (200, [{"type": "error", "error": {"type": "x", "message": "a\n\ud800\x1b b"}}],
+             "a ?? b"),
+            (200, [{"type": "error", "error": {"type": "x", "message": " "}}], "failed"),
+            (200, [{"type": "error", "error": {"type": "x", "message": 5}}], "5"),
+            (200, [{"no": "type"}, *USES], FORMAT),
+            (200, [{"type": 5}, *USES], "works, tools too"),
+            (200, USES[1:], FORMAT),
+            (200, [USES[0], USES[2]], FORMAT),
+            (200, [{"type": "message_start"}], FORMAT),
+            (200, [{"type": "message_start", "message": "x"}], FORMAT),
+            (200, [{"type": "message_start", "message": {"content": 5}}], FORMAT),
+            (200, [{"type": "message_start", "message": {"content": [5]}}], FORMAT),
+            (200, [{"type": "message_start", "message": {"content": [{}]}}], FORMAT),
+            (200, called_with(5), FORMAT),
+            (200, called_with([[]]), FORMAT),
+            (200, called_with(["\ud800"]), 'called the tool wrongly, with ["\\ud800"]'),
+            (200, USES[:1],
+             "answers, but called no tool: does the model, and its server, do tools?"),
+            (200, b"data\n\n: hello\n\nevent: message_start\n\n", "an empty answer"),
+            (200, b" " * 1_000_000, "an empty answer"),
+            (200, b"", "an empty answer"),
+            (200, [{"type": "ping"}] * 30_000, "an answer without end"),
+            (204, b"", "No Content"),
+            (302, b"", "Found"),
+            (503, b'{"error": {"message": "a\\nb"}}', "a b"),
+            (500, b"\xff\xfe\x00", "Internal Server Error"),
+        ],
+        ids=lambda value: re.sub(r"\s+", " ", repr(value))[:24],
+    )  # fmt: skip
+    def test_check_tells_any_answer_in_a_line_for_each_tier(self, capfd, status, body, verdict):
+        if isinstance(body, list):
+            body = b"".join(b"data: %s\n\n" % json.dumps(event).encode() for event in body)
+
+        def answer(fake, connection):
+            send(connection, status, body, "text/event-stream")
+
+        flags = ["--haiku-model", "a", "--model", "b"]
+        with FakeUpstream(answer, answer, models=["a", "b"]) as fake:
+            code = ogx.main(["connect", "claude", "--check", "--url", fake.url, *flags])
+        out, err = capfd.readouterr()
+        one, two = out.splitlines()
+        assert re.fullmatch(r"a +[\d.]+ +[\d.]+ s  " + re.escape(verdict) + r" \(haiku\)", one)
+        assert two.endswith(f"{verdict} (sonnet, opus, fable)")
+        assert (code, err) == (int(not verdict.startswith("works")), "")
+
+    @pytest.mark.parametrize(
+        "listing",
+        [b"5", b"[]", b"{", b'{"data": 5}', b'{"data": ' + b"[" * 100_000, b"\xff", b"",
+         b" " * 10**6,
+         b'{"data": [{"id": 9%s}]}' % (b"9" * 5000), b'{"data": []}',
+         b'{"data": [[], 5, null, {}]}',
+         b'{"data": [{"id": 5}, {"id": ""}, {"id": null}, {"id": {}}, {"id": ["a"]}]}',
+         b'{"data": [{"id": "%s"}]}' % (b"m" * 257), b'{"data": [{"id": "a\\u0000"}]}'],
+        ids=lambda data: data[:40].decode("latin-1"),
+    )  # fmt: skip
+    @pytest.mark.parametrize("flag", ["--print-env", "--check", "--quiet"])
+    def test_model_lists_of_any_shape_are_one_clear_error(self, claude, capfd, listing, flag):
+        with FakeUpstream(models=(200, listing)) as fake:
+            assert ogx.main(["connect", "claude", flag, "--url", fake.url]) == 1
+        out, err = capfd.readouterr()
+        words = "Failed to (query models from|find any LLM models) .*\n"
+        assert out == "" and re.fullmatch(words, err)
+
+    def test_odd_entries_of_a_model_list_are_passed_over(self, claude, capfd):
+        odd = [{"id": "x" * 257}, {"id": "a\0"}, {"id": "\ud800"}, {"id": 5}, 5, None, [],
+               {"id": {}}, {"id": "b", "custom_metadata": {"model_type": []}}]  # fmt: skip
+        good = {"id": "good", "custom_metadata": [], "max_input_tokens": "many", "max_tokens": -1}
+        many = [{"id": f"m{n}", "max_input_tokens": 10**300} for n in range(10_000)]
+        listing = {"data": [*odd, good, *many], "tiers": {"haiku": 5, "opus": "", "sonnet": "m7"}}
+        with FakeUpstream(models=(200, listing)) as fake:
+            assert ogx.main(["connect", "claude", "--url", fake.url]) == 7
+        made = json.loads(capfd.readouterr().out)[1]
+        tiers = [made[f"ANTHROPIC_DEFAULT_{t.upper()}_MODEL"] for t in ogx.TIERS]
+        assert tiers == ["good", "m7", "good", "good"]
+
+    def test_a_servers_choice_that_is_too_long_to_launch_is_told(self, claude, capfd):
+        listing = {"data": [{"id": "a"}], "tiers": {"opus": "m" * 5_000_000}}
+        with FakeUpstream(models=(200, listing)) as fake:
+            assert ogx.main(["connect", "claude", "--quiet", "--url", fake.url]) == 1
+        assert re.fullmatch("Failed to start '.*claude': .*\n", capfd.readouterr().err)
+
+    # -- the program that is launched
+
+    @pytest.mark.skipif(os.name == "nt", reason="absolute paths are written otherwise")
+    @pytest.mark.parametrize("path", ["", ":", "::/no/such", ".", "/no:", "bin", "./bin:.", None])
+    def test_no_program_of_the_working_directory_is_run(self, claude, monkeypatch, path):
+        (claude / "project/bin").mkdir()
+        for folder in ("project", "project/bin"):
+            shutil.copy(claude / "claude", claude / folder / "claude")
+        environ = {} if path is None else {"PATH": path}
+        with contextlib.suppress(ogx.OgxError):  # where this machine has one of its own
+            assert not ogx.claude_program(environ).startswith(str(claude))
+        (claude / "home/.local/bin").mkdir(parents=True)
+        known = str(shutil.copy(claude / "claude", claude / "home/.local/bin/claude"))
+        assert ogx.claude_program(environ) == known
+        assert ogx.claude_program({"PATH": f".:{claude}"}) == str(claude / "claude")
+
+    def test_a_program_that_the_system_finds_in_the_working_directory_is_none(self, monkeypatch):
+        monkeypatch.setattr(shutil, "which", lambda *_, **__: ".\\claude.EXE")  # as on Windows
+        assert refused(ogx.claude_program, {"PATH": "/bin"}).message == ogx.INSTALL_WORDS
+
+    # -- a server for the session
+
+    @pytest.fixture
+    def alone(self, claude, monkeypatch):
+        """A provider that serves the model m, and no server at OGX_PORT."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            monkeypatch.setenv("OGX_PORT", str(free.getsockname()[1]))
+        (claude / "tmp").mkdir()
+        monkeypatch.setenv("TMPDIR", str(claude / "tmp"))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        for name in os.environ:
+            if re.search("_API_KEY$|_URL$|TOKEN|ENDPOINT", name):
+                monkeypatch.delenv(name)
+        with FakeUpstream(models=["m"]) as upstream:
+            monkeypatch.setenv("VLLM_URL", upstream.url)
+            yield claude
+
+    ASKS = f"""#!{sys.executable}
+import http.client, json, os
+port = int(os.environ["ANTHROPIC_BASE_URL"].rsplit(":", 1)[1])
+token = os.environ["ANTHROPIC_AUTH_TOKEN"]
+told = [token]
+for shown in ("", "ogx", token):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", "/v1/models", headers={{"authorization": f"Bearer {{shown}}"}})
+    told.append(connection.getresponse().status)
+print(json.dumps(told))
+"""
+
+    def test_a_sessions_server_asks_for_a_token_of_its_own(self, alone, capfd, monkeypatch):
+        (alone / "claude").write_text(self.ASKS)
+        tokens = []
+        for _ in range(2):
+            assert ogx.main(["connect", "claude", "--serve"]) == 0
+            token, *statuses = json.loads(capfd.readouterr().out)
+            assert statuses == [401, 401, 200] and len(token) >= 32
+            tokens.append(token)
+        assert tokens[0] != tokens[1]
+        monkeypatch.setenv("OGX_API_KEY", "s3cret-of-the-user")
+        assert ogx.main(["connect", "claude", "--serve"]) == 0
+        assert json.loads(capfd.readouterr().out) == ["s3cret-of-the-user", 401, 401, 200]
+        (alone / "token").write_text("another-s3cret\n")
+        flag = ["--api-key-file", str(alone / "token")]
+        assert ogx.main(["connect", "claude", "--serve", *flag]) == 0
+        assert json.loads(capfd.readouterr().out) == ["another-s3cret", 401, 401, 200]
+        assert list((alone / "tmp").iterdir()) == []
+
+    def serve_in_a_process(self):
+        command = [sys.executable, "-B", str(HERE / "ogx.py"), "connect", "claude", "--serve"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "Traceback" not in done.stderr
+        return re.search(r"its log is (.+)", done.stderr).group(1), done.stderr
+
+    def test_a_sessions_log_is_beside_the_state_file(self, alone, monkeypatch):
+        (alone / "claude").write_text(self.ASKS)
+        state = alone / "new" / "folder" / "state.sqlite"
+        monkeypatch.setenv("OGX_STATE", str(state))
+        for _ in range(2):
+            log_file, _ = self.serve_in_a_process()
+            assert Path(log_file).parent == state.parent
+            assert Path(log_file).read_text().count(" GET /v1/models 401") == 2
+            assert os.name == "nt" or Path(log_file).stat().st_mode & 0o777 == 0o600
+        assert list((alone / "tmp").iterdir()) == []
+
+    def test_a_sessions_log_that_cannot_be_written_is_told(self, alone, monkeypatch):
+        (alone / "claude").write_text(self.ASKS)
+        monkeypatch.setenv("OGX_STATE", str(alone / "claude" / "state.sqlite"))
+        told, err = self.serve_in_a_process()
+        assert re.fullmatch("lost, since .*state.sqlite.log can't be written: .+", told)
+        assert " GET /v1/models 401" not in err
+        assert list((alone / "tmp").iterdir()) == []
+
     def test_one_terminal_is_enough(self, claude, capfd, monkeypatch):
         with socket.create_server(("127.0.0.1", 0)) as free:
             monkeypatch.setenv("OGX_PORT", str(free.getsockname()[1]))
@@ -8066,8 +8405,7 @@ class TestConnect:
         out, err = capfd.readouterr()
         _, environ, _ = json.loads(out)
         assert environ["ANTHROPIC_DEFAULT_OPUS_MODEL"] == "vllm/m"
-        log_file = re.search(r"its log is (\S+)", err).group(1)
-        assert Path(log_file).exists()
+        assert Path(re.search(r"its log is (\S+)", err).group(1)).exists()
         with pytest.raises(OSError):
             port = int(environ["ANTHROPIC_BASE_URL"].rsplit(":", 1)[1])
             socket.create_connection(("127.0.0.1", port), timeout=1)
@@ -8078,7 +8416,7 @@ class TestConnect:
                              "-p", "hi", "--", "x"])  # fmt: skip
         out, err = capfd.readouterr()
         arguments, environ, _ = json.loads(out)
-        assert (code, arguments) == (7, ["-p", "hi", "--", "x"])
+        assert (code, arguments[2:]) == (7, ["-p", "hi", "--", "x"])
         assert environ["ANTHROPIC_DEFAULT_OPUS_MODEL"] == "openai/gpt-x"
         assert environ["ANTHROPIC_BASE_URL"] == f"http://localhost:{client.port}"
         assert "opus" in err

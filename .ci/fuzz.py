@@ -11,10 +11,13 @@ A failure prints its seed and the input, and the exit status is 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import random
 import sys
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -63,6 +66,29 @@ REQUEST = {
             {"type": "document", "title": "t", "source": {"type": "text", "data": "words"}},
             {"type": "search_result", "source": "s", "title": "t", "content": []}]}],
 }  # fmt: skip
+
+SETTINGS = {
+    "model": "opus", "apiKeyHelper": "echo key", "permissions": {"defaultMode": "plan"},
+    "env": {"ANTHROPIC_BASE_URL": "http://elsewhere", "no_proxy": "x", "MY": "1"},
+}  # fmt: skip
+LISTING = {
+    "data": [{"id": "openai/gpt-x", "max_input_tokens": 32_000, "max_tokens": 4096,
+              "custom_metadata": {"model_type": "llm"}},
+             {"id": "claude-opus-4", "custom_metadata": {"alias_of": "openai/gpt-x"}},
+             {"id": "openai/embed-x", "custom_metadata": {"model_type": "embedding"}}],
+    "tiers": {"haiku": "openai/gpt-x", "opus": "openai/gpt-x"},
+}  # fmt: skip
+ANSWER: list[ogx.Json] = [
+    {"type": "message_start", "message": {"id": "m", "content": [], "usage": {"input_tokens": 1}}},
+    {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "a"}},
+    {"type": "content_block_start", "index": 1,
+     "content_block": {"type": "tool_use", "id": "t", "name": "add", "input": {}}},
+    {"type": "content_block_delta", "index": 1,
+     "delta": {"type": "input_json_delta", "partial_json": '{"a":2,"b":3}'}},
+    {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 1}},
+    {"type": "error", "error": {"type": "api_error", "message": "no"}},
+]  # fmt: skip
 
 
 def outcome(call: Callable[[], Any]) -> Outcome:
@@ -239,7 +265,107 @@ def config_reader(chance: random.Random) -> bytes:
     return json.dumps([tree, environ]).encode()
 
 
-TARGETS = (sse_reader, chunked_reader, header_reader, reply_reader, request_check, config_reader)
+def json_or_bytes(tree: Any, chance: random.Random) -> bytes:
+    text = json.dumps(changed(tree, chance), ensure_ascii=chance.random() < 0.5)
+    data = text.encode(chance.choice(("utf-8", "utf-8-sig", "utf-16")), "surrogatepass")
+    return mutated(data, chance) if chance.random() < 0.3 else data
+
+
+def settings_reader(chance: random.Random) -> bytes:
+    """Settings of any shape: Claude Code still gets ours on top of them."""
+    plan = ogx.LaunchPlan({"ANTHROPIC_BASE_URL": "http://ours"}, ("ANTHROPIC_API_KEY",), "m")
+    data = json_or_bytes(SETTINGS, chance)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        tree = ogx.read_settings(file.name)
+    assert tree is None or isinstance(tree, dict)
+    assert isinstance(ogx.overrides(tree or {}, plan), bool)
+    assert isinstance(ogx.permission_mode({"a": tree or {}, "b": SETTINGS}), str)
+    kind, text = outcome(lambda: json.dumps(ogx.merged_settings(tree or {}, plan)))
+    if kind == "result":
+        made = json.loads(text)
+        assert made["env"].items() >= plan.set.items() and made["apiKeyHelper"] == ""
+        assert made["model"] == "m" and made["env"]["ANTHROPIC_API_KEY"] == ""
+    ogx.read_settings(data.decode("latin-1"))
+    return data
+
+
+def plan_reader(chance: random.Random) -> bytes:
+    """A server's model list of any shape: an error, or what an environment and a shell can hold."""
+    data = json_or_bytes(LISTING, chance)
+    class Answers:
+        def ask(self, *_: Any) -> Any:
+            return argparse.Namespace(status=chance.choice((200, 200, 200, 401))), data
+
+        def close(self) -> None:
+            pass
+
+    upstream, ogx.Upstream = ogx.Upstream, Answers  # type: ignore[assignment, misc]
+    server = ogx.Provider("OGX", ogx.ProviderKind("OGX"), "http://127.0.0.1:9")
+    try:
+        kind, listing = outcome(lambda: ogx.model_listing(server))
+    finally:
+        ogx.Upstream = upstream  # type: ignore[misc]
+    if kind == "result":
+        environ = {"NO_PROXY": str(chance.choice(ODD_VALUES))}
+        options = argparse.Namespace(**dict.fromkeys([f"{tier}_model" for tier in ogx.TIERS]),
+                                     model=chance.choice((None, "openai/gpt-x")))  # fmt: skip
+        kind, plan = outcome(
+            lambda: ogx.launch_plan("http://127.0.0.1:9", "t", listing, options, environ))
+    if kind == "result":
+        for value in plan.set.values():
+            assert b"\0" not in value.encode() and "\n" not in value
+        for shell in ogx.SHELLS:
+            lines = ogx.shell_lines(plan, shell)
+            assert len(lines) == len(plan.set) + len(plan.unset)
+        assert ogx.plan_lines(plan)
+    return data
+
+
+def check_reader(chance: random.Random) -> bytes:
+    """What answers to --check: a table of one line for each tier, whatever it is."""
+    data = b"".join(b"data: %s\n\n" % json.dumps(event).encode()
+                    for event in changed(ANSWER, chance))  # fmt: skip
+    data = mutated(data, chance) if chance.random() < 0.5 else data
+
+    class Answer:
+        status, parts = chance.choice((200, 200, 200, 204, 500)), cut(data, chance)
+
+        def head(self) -> bool:
+            return True
+
+        def read(self) -> bytes:
+            return next((part for part in iter(lambda: self.parts and self.parts.pop(0), [])
+                         if part), b"")  # fmt: skip
+
+        def release(self) -> None:
+            pass
+
+    class Answers:
+        def send(self, *_: Any) -> Answer:
+            return Answer()
+
+        def close(self) -> None:
+            pass
+
+    upstream, ogx.Upstream = ogx.Upstream, Answers  # type: ignore[assignment, misc]
+    names = [f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL" for tier in ogx.TIERS]
+    plan = ogx.LaunchPlan(dict.fromkeys(names, "m"), ())
+    server = ogx.Provider("OGX", ogx.ProviderKind("OGX"), "http://127.0.0.1:9")
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told):
+            code = ogx.print_check(server, plan)
+    finally:
+        ogx.Upstream = upstream  # type: ignore[misc]
+    assert told.getvalue().count("\n") == 1 and told.getvalue().encode()
+    assert code == ("works, tools too" not in told.getvalue())
+    return data
+
+
+TARGETS = (sse_reader, chunked_reader, header_reader, reply_reader, request_check, config_reader,
+           settings_reader, plan_reader, check_reader)  # fmt: skip
 
 
 def fuzz(seed: int, seconds: float, targets: tuple[Callable[..., bytes], ...] = TARGETS) -> int:
