@@ -1921,6 +1921,11 @@ class ToolNames:
         digest = f"{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
         return f"{re.sub('[^a-zA-Z0-9_-]', '_', name)[:55]}_{digest}"
 
+    def continues(self, call: ToolCall, rest: str) -> bool:
+        """Whether a call's name isn't whole yet and goes on so: some servers send it in pieces."""
+        begun = not call.arguments and call.name not in self._originals
+        return begun and any(known.startswith(call.name + rest) for known in self._originals)
+
     def back(self, name: str) -> str:
         """The client's name. What chat templates leave around it (`functions.Bash`,
         `Bash<|channel|>commentary`, `<tool_call>Bash`) is no part of it."""
@@ -2381,6 +2386,8 @@ class ChatTranslator(Translator):
         if isinstance(arguments, dict):  # some servers send the object itself
             arguments = json.dumps(arguments)
         call = self._call_of(fragment.get("index"), call_id, name)
+        if self._names.continues(call, name):
+            call.name = self._names.back(call.name + name)
         call.id, call.name = call.id or call_id, call.name or name
         if call.arguments == "{}" and arguments:  # which was no part of them
             call.arguments = ""
@@ -2391,8 +2398,9 @@ class ChatTranslator(Translator):
             self.writer.signature(signature_of("chat", self._model.served, kept))
         call.arguments += arguments
         held = arguments == call.arguments == "{}"
+        name = "" if self._names.continues(call, "") else call.name
         if not self._holds or call.name != ANSWER_TOOL:
-            self.writer.tool(id(call), call.id, call.name, "" if held else arguments)
+            self.writer.tool(id(call), call.id, name, "" if held else arguments)
 
     def _call_of(self, index: Any, call_id: str, name: str) -> ToolCall:
         """The call a fragment belongs to, or a new one.
@@ -2408,6 +2416,7 @@ class ChatTranslator(Translator):
         fresh = bool(found and found.id and call_id)
         if found and name and found.name and not call_id:
             fresh = index is None or found.name != name or is_json(found.arguments)
+            fresh = fresh and not self._names.continues(found, name)
         if found is None or fresh:
             found = ToolCall(index)
             self._calls.append(found)

@@ -2813,6 +2813,36 @@ class TestChat:
             assert call_id == expected or (expected is None and call_id.startswith("toolu_"))
         assert message["stop_reason"] == "tool_use"
 
+    NAMES = (
+        ("two pieces", [[fragment(0, "a", "get_", "")], [fragment(0, None, "weather", "")],
+                        [fragment(0, arguments='{"x":1}')]], ["get_weather"]),
+        ("three, with the arguments", [[fragment(0, "a", "g")], [fragment(0, None, "et_wea")],
+                                       [fragment(0, None, "ther", '{"x":1}')]], ["get_weather"]),
+        ("with the id again", [[fragment(0, "a", "get_")], [fragment(0, "a", "weather")],
+                               [fragment(0, "a", None, '{"x":1}')]], ["get_weather"]),
+        ("without ids and indices", [[fragment(None, None, "get_"), fragment(None, None, "weather"),
+                                      fragment(None, None, None, '{"x":1}')]], ["get_weather"]),
+        ("the whole with each piece", [[fragment(0, "a", "get_weather", "")],
+         [fragment(0, "a", "get_weather", '{"x"')], [fragment(0, "a", "get_weather", ":1}")]],
+         ["get_weather"]),
+        ("another's beginning is a name too", [[fragment(0, "a", "get", "")],
+         [fragment(0, "a", "get", '{"x":1}')]], ["get"]),
+        ("no tool's, with each piece", [[fragment(0, "a", "other", "")],
+                                        [fragment(0, "a", "other", '{"x":1}')]], ["other"]),
+        ("only half, with arguments", [[fragment(0, "a", "get_we", '{"x":1}')]], ["get_we"]),
+        ("two calls without ids", [[fragment(0, None, "get", "")],
+                                   [fragment(1, None, "get_weather", '{"x":1}')]],
+         ["get", "get_weather"]),
+    )  # fmt: skip
+
+    @pytest.mark.parametrize(("pieces", "names"), [n[1:] for n in NAMES], ids=[n[0] for n in NAMES])
+    def test_a_name_may_come_in_pieces(self, pieces, names):
+        body = request(tools=[tool("get_weather"), tool("get")])
+        chunks = [delta(tool_calls=p) for p in pieces]
+        made = folded(*chunks, delta("tool_calls"), body=body)["content"]
+        assert [block["name"] for block in made] == names
+        assert made[-1]["input"] == {"x": 1}
+
     @pytest.mark.parametrize(
         ("given", "name"),
         [
