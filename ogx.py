@@ -1247,10 +1247,15 @@ def registered_alias(body: Any, registry: Registry) -> Alias:
 
 
 def blocks_of(content: Any) -> list[Json]:
-    """Content as a list of blocks, without empty texts, which most providers refuse."""
+    """Content as a list of blocks, without empty texts, which most providers refuse; a document's
+    images follow it."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
-    return [b for b in content or () if b["type"] != "text" or b["text"]]
+    blocks = [b for b in content or () if b["type"] != "text" or b["text"]]
+    for source in [b["source"] for b in blocks if b["type"] == "document"]:
+        if source["type"] == "content" and isinstance(source["content"], list):
+            blocks += [block for block in source["content"] if block["type"] == "image"]
+    return blocks
 
 
 def system_text(request: Json) -> str:

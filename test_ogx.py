@@ -1610,6 +1610,24 @@ class TestRequests:
         rtf = {**pdf(), "source": {"type": "base64", "media_type": "text/rtf", "data": ""}}
         assert "text/rtf, 1 kB" in chat(request(user([rtf])), "vllm")["messages"][0]["content"]
 
+    def test_a_documents_images_follow_it(self):
+        inner = [text("see"), image("AAAA"), text(""), image("BBBB")]
+        paper = {"type": "document", "source": {"type": "content", "content": inner}}
+        body = request(user([paper, text("what?")]), assistant([call("a")]),
+                       user([result("a", [paper])]))  # fmt: skip
+        for sent in (json.dumps(chat(body)), json.dumps(responses(body))):
+            assert [sent.count(f"base64,{data}") for data in ("AAAA", "BBBB")] == [2, 2]
+            assert sent.count("see") == 2
+        assert ogx.blocks_of([pdf(), text("a")]) == [pdf(), text("a")]
+        deep = {"type": "document", "source": {"type": "content", "content": [paper]}}
+        odd = pdf()
+        odd["source"]["content"] = 5
+        assert ogx.blocks_of([deep, odd]) == [deep, odd]
+        words = {"type": "document", "source": {"type": "content", "content": "words"}}
+        assert ogx.blocks_of([words]) == [words]
+        kind = dataclasses.replace(ogx.PROVIDER_KINDS["vllm"], images=False, native_gaps=())
+        assert ogx.lost_natively(body, kind) == {"image"}
+
 
 # Texts with their tokens in OpenAI's o200k_base, as .ci/o200k.cjs counts them.
 O200K = {
