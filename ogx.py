@@ -1092,6 +1092,17 @@ def json_bytes(value: Json) -> bytes:
     return b'%b,"tools":%b}' % (COMPACT_JSON.encode(rest).encode("ascii")[:-1], tools.encoded)
 
 
+HALF_PAIR = re.compile(rb"\\ud(?:[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..\\ud)[c-f]..)")
+
+
+def without_halves(data: bytes) -> bytes:
+    """JSON with U+FFFD for half surrogate pairs: servers refuse a whole body for one."""
+    if not HALF_PAIR.search(data):
+        return data
+    marked = data.replace(b"\\\\", b"\0")  # what is a text's own backslash
+    return HALF_PAIR.sub(rb"\\ufffd", marked).replace(b"\0", b"\\\\")
+
+
 def check_request(body: Any, counting: bool = False) -> None:
     """Raise OgxError(400) with one sentence about the first wrong field of a Messages request.
     Unknown fields are accepted. `counting` is for count_tokens, which has no max_tokens."""
@@ -4356,7 +4367,7 @@ class Gateway:
         body = with_lessons(dialect.request(exchange.request, model), own)
         sent = dialect.finished(dict(body))
         data = with_model(exchange.raw, exchange.request, sent) if dialect.native else None
-        return body, data or json_bytes(sent)
+        return body, without_halves(data or json_bytes(sent))
 
     def _learned(self, error: OgxError, body: Json, model: Model, exchange: Exchange,
                  lessons: list[Lesson]) -> bool:  # fmt: skip

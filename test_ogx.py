@@ -1610,6 +1610,35 @@ class TestRequests:
         rtf = {**pdf(), "source": {"type": "base64", "media_type": "text/rtf", "data": ""}}
         assert "text/rtf, 1 kB" in chat(request(user([rtf])), "vllm")["messages"][0]["content"]
 
+    @pytest.mark.parametrize(
+        ("given", "sent"),
+        [
+            (r'{"a":"x\ud83d"}', r'{"a":"x\ufffd"}'), (r'["\ude00"]', r'["\ufffd"]'),
+            (r'["\ud83d\ud83d\ude00\ude00"]', r'["\ufffd\ud83d\ude00\ufffd"]'),
+            (r'["\ud83d \ude00"]', r'["\ufffd \ufffd"]'), (r'{"\udfff":1}', r'{"\ufffd":1}'),
+            (r'["\\\\\ud83d"]', r'["\\\\\ufffd"]'),
+            (r'["\\\ud83d\\ude00"]', r'["\\\ufffd\\ude00"]'),
+            # what are pairs, or words about them
+            (r'["\ud83d\ude00"]', None), (r'["\\ud83d"]', None),
+            (r'["\\ud83d\\ude00 \\\\udfff"]', None), (r'["\u0d83 ud83d \ud7ff\ue000"]', None),
+        ],
+    )  # fmt: skip
+    def test_half_of_a_pair_is_a_replacement_character(self, given, sent):
+        made = ogx.without_halves(given.encode())
+        assert made == (sent or given).encode()
+        json.dumps(json.loads(made), ensure_ascii=False).encode()  # whole characters alone
+
+    def test_half_pairs_are_replaced_in_linear_time(self):
+        def seconds(text):
+            begun = time.process_time()
+            ogx.without_halves(text)
+            return time.process_time() - begun
+
+        for piece in (rb"\ud83d", rb"\\", rb"\\ud83d", rb"\ud83d\ude00", rb"\ud83d\\\\"):
+            small, large = (min(seconds(b'"' + piece * n + b'"') for _ in range(3))
+                            for n in (20_000, 160_000))  # fmt: skip
+            assert large < 40 * max(small, 0.001)
+
     def test_a_documents_images_follow_it(self):
         inner = [text("see"), image("AAAA"), text(""), image("BBBB")]
         paper = {"type": "document", "source": {"type": "content", "content": inner}}
@@ -5282,6 +5311,17 @@ class TestGateway:
         sent = ogx.messages_request(body, model("anthropic"))["messages"][1]["content"]
         assert sent == [text("ok")]
         assert ogx.messages_request(body, model("vllm"))["messages"] is body["messages"]
+
+    def test_half_surrogate_pairs_go_nowhere(self):
+        raw = json.dumps(request(user([text("a\ud83d b\ude00 \U0001f600")]), model="vllm/gpt-x",
+                                 tools=[tool("A", properties={"k\udc00": {}})])).encode()
+        with self.native(native_message()) as (client, upstream):
+            assert client.post(raw)[0] == 200
+        with gateway_over() as (client, chat_upstream):
+            assert client.post(raw.replace(b"vllm/", b"openai/"))[0] == 200
+        for seen in (upstream.raw[0], chat_upstream.raw[0]):
+            assert b"a\\ufffd b\\ufffd \\ud83d\\ude00" in seen and b"k\\ufffd" in seen
+            json.loads(seen)
 
     def test_a_key_in_a_later_error_event_is_hidden(self):
         error = {"type": "error", "error": {"type": "api_error", "message": "sk-secret-1234"}}
