@@ -2649,8 +2649,9 @@ def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
     match = MODEL_FIELD.match(raw, raw.find(b'"'))
     if not same or not match or raw[: match.start()].strip() != b"{":
         return None
-    if json.loads(raw[match.end(1) : match.end()]) != request["model"]:
-        return None  # the field comes twice
+    twice = any(raw.count(b'"%b":' % name) > 1 for name in (b"messages", b"system", b"tools"))
+    if twice or json.loads(raw[match.end(1) : match.end()]) != request["model"]:
+        return None  # the upstream may read the other one
     return raw[: match.end(1)] + json.dumps(body["model"]).encode() + raw[match.end() :]
 
 

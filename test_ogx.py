@@ -3090,12 +3090,20 @@ class TestMessages:
         [
             b'{"max_tokens": 1, "model": "m", "messages": []}',
             b'{"model": "x", "messages": [], "model": "m"}',
+            b'{"model": "m", "messages": [{}], "max_tokens": 1, "messages": []}',
+            b'{"model": "m","system":"x","messages":[],"max_tokens":1,"system":"y"}',
             b'[{"model": "m"}]',
         ],
     )
     def test_where_the_id_is_not_plainly_first_the_body_is_written_anew(self, raw):
         body = {"model": "m", "messages": [], "max_tokens": 1}
         assert ogx.with_model(raw, body, {**body, "model": "n"}) is None
+
+    def test_words_about_fields_and_roles_are_no_field_that_comes_twice(self):
+        body = request(user([text('say "messages": [] and "system": "x"')]),
+                       {"role": "system", "content": "be brief"}, system="s", tools=[tool()])
+        raw = self.raw(body)
+        assert ogx.with_model(raw, body, {**body, "model": "n"})
 
     def test_a_changed_request_is_written_anew(self):
         body = request(system=[text("x-anthropic-billing-header: a"), text("b")])
