@@ -170,7 +170,7 @@ def refusal_from_body(status: int, body: bytes) -> Refusal:
 
 def told_in(node: Any, depth: int = 8) -> Json:
     """The message, codes and param in a part of an error body. The innermost count: what gateways
-    put around them says little more than that there was an error."""
+    put around them says little."""
     if isinstance(node, str):
         return {"message": node, **told_in(json_or_none(node), depth)}
     if isinstance(node, list) and node and depth > 0:
@@ -182,18 +182,18 @@ def told_in(node: Any, depth: int = 8) -> Json:
     if not isinstance(node, dict) or depth <= 0:
         return {}
     own = [(name.lower(), node[name]) for name in sorted(node, key=len) if node[name]]
-    path = node.get("loc")
-    param = path[-1] if path and isinstance(path, list) else node.get("param") or ""
-    codes = [str(code) for end in ("code", "type", "status") for name, code in own
-             if name.endswith(end)]  # fmt: skip
-    told = {"param": str(param), "codes": codes}
+    plain = {name: str(value) for name, value in own if isinstance(value, (str, int))}
+    path = node["loc"] if isinstance(node.get("loc"), list) else ()
+    names = [part for part in path if isinstance(part, str)] or [plain.get("param", "")]
+    codes = [plain[n] for end in ("code", "type", "status") for n in plain if n.endswith(end)]
+    told = {"param": names[-1], "codes": codes}
     reasons = [value for end in REASON_NAMES for name, value in own if name.endswith(end)]
     for reason in sorted(reasons, key=lambda reason: isinstance(reason, (dict, list))):
         inner = told_in(reason, depth - 1)
         if "message" in inner:
             told.update({name: value for name, value in inner.items() if value})
-    if "message" in told and node.get("provider_name"):  # OpenRouter's
-        told["message"] = f"{node['provider_name']}: {told['message']}"
+    if "message" in told and "provider_name" in plain:  # OpenRouter's
+        told["message"] = f"{plain['provider_name']}: {told['message']}"
     return told
 
 
@@ -2666,7 +2666,7 @@ class NativeStream:
         self._named = False  # the first event, which names the model, went by
         self._tail = b""
         self.ended = False  # the last event came: message_stop, or an error
-        self.error = b""  # its data where it was one, or what came in a stream's place
+        self.error = b""  # its data, or what came in a stream's place
 
     def feed(self, data: bytes) -> bytes:
         data = self._rest + data
@@ -4832,7 +4832,7 @@ def told_error(error: OgxError, exchange: Exchange, model: Model) -> OgxError:
 
 
 def raise_if_error(answer: bytes, origin: str) -> None:
-    """Raise the error that an answer of an upstream that speaks Messages, or its event, is."""
+    """Raise the error that a native answer, or an event of one, is."""
     node = json_or_none(answer)
     if isinstance(node, dict) and is_failure(node):
         raise upstream_error(refusal_from_body(200, answer), origin, {})

@@ -717,6 +717,11 @@ class TestErrors:
                   b'{"detail":[{"loc":[],"msg":""}]}', b'{"error":true,"metadata":[null]}',
                   b'{"error":{"metadata":{"provider_name":["x"],"raw":"m"}}}',
                   json.dumps({"error": {"message": "m" * 90_000, "code": "c" * 500}}).encode()]
+        for depth in (500, *range(900, 1000)):  # around Python's limit, too
+            for name in ("code", "param", "message", "provider_name", "loc", "errors"):
+                odd = b'[{"loc":["x"],"msg":"m","%b":%b}]' % (name.encode(), b"[" * depth
+                                                              + b"]" * depth)
+                bodies += [odd, b'{"error":{"message":"m","detail":%b}}' % odd]
         for body in bodies:
             refusal = ogx.refusal_from_body(200, body)
             assert 0 < len(refusal.message) <= 2000 and len(refusal.code) <= 200
