@@ -151,8 +151,8 @@ class Refusal:
 
 
 def refusal_from_body(status: int, body: bytes) -> Refusal:
-    """What any provider says when it fails, in JSON, HTML or plain text. What came with HTTP 200 in
-    the place of an answer gets the status it would have had."""
+    """What any provider says when it fails, in JSON, HTML or plain text. What came with HTTP 200
+    instead of an answer gets the status it would have had."""
     text = body[:100_000].decode("utf-8", "replace").strip()
     node = json_or_none(text)
     if node is None:
@@ -198,7 +198,7 @@ def told_in(node: Any, depth: int = 8) -> Json:
 
 
 def is_failure(answer: Json) -> bool:
-    """Whether what came with HTTP 200 is an error, and no piece of an answer."""
+    """Whether what came with HTTP 200 is an error and no part of an answer."""
     is_answer = answer.get("choices") is not None or "content" in answer
     return bool(answer.get("error")) or not is_answer and "message" in told_in(answer)
 
@@ -1884,7 +1884,7 @@ REASONS = re.compile(
     r"thinking|reasoner|qwen3(?!.*(instruct|coder))", re.I)  # fmt: skip
 ROOT_UNIONS = ("anyOf", "oneOf", "allOf", "enum", "not")
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # OpenAI's rule; Anthropic allows 128 characters
-STOP_REASONS = (  # words in a finish_reason -> stop_reason; "": the answer was broken off
+STOP_REASONS = (  # words in a finish_reason -> stop_reason; "": it broke off
     ("error|abort|cancel|fail|network|connect|time.?out|interrupt|resource|malformed|unexpected|"
      "incomplete|call_filter", ""),
     ("window|context|model_length", "model_context_window_exceeded"),
