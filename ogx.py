@@ -92,6 +92,13 @@ ERROR_TYPES = {  # Anthropic's error types by status (OpenAPI of the Messages AP
     403: "permission_error", 404: "not_found_error", 413: "request_too_large",
     429: "rate_limit_error", 501: "not_supported", 504: "timeout_error", 529: "overloaded_error",
 }  # fmt: skip
+# Words in the code of an error that came with HTTP 200 -> the status it would have had.
+CODE_STATUSES = (*((name, status) for status, name in ERROR_TYPES.items()),
+                 ("rate.?limit|quota|throttl", 429), ("overloaded|slow_down", 529),
+                 ("invalid|bad.?request|image|policy|context_length|residency", 400))
+# How names of reasons end in error bodies, the best last.
+REASON_NAMES = ("choices", "resp", "response", "error", "errors", "detail", "description", "msg",
+                "message", "raw", "metadata")  # fmt: skip
 MIN_SECRET = 8  # characters of a key worth hiding; shorter ones are dummies, and words of any text
 # What AWS says with status 403 when it's the credentials that are wrong, not what they may do.
 WRONG_KEY = "(?i)security token|bearer token|authentication|signature"
@@ -156,28 +163,56 @@ class Refusal:
 
 
 def refusal_from_body(status: int, body: bytes) -> Refusal:
-    """The refusal in an error body of any provider (shapes: OpenAI's object, vLLM's string,
-    Gemini's list, Mistral's and AWS's bare objects, FastAPI's `detail`, HTML or plain text)."""
+    """What any provider says when it fails, in JSON, HTML or plain text. What came with HTTP 200
+    instead of an answer gets the status it would have had."""
     text = body[:100_000].decode("utf-8", "replace").strip()
     node = json_or_none(text)
     if node is None:
         return Refusal(status, beginning(body) or http.client.responses.get(status, "no words"))
-    if isinstance(node, list) and node:
-        node = node[0]
-    fields = node if isinstance(node, dict) else {"message": node}
-    inner = fields.get("error")
-    if isinstance(inner, dict):
-        fields = inner
-    words = fields.get("message") or fields.get("Message") or fields.get("detail") or inner or text
-    words = words if isinstance(words, str) else json.dumps(words)
-    code = fields.get("code") or fields.get("type") or fields.get("__type") or ""
-    return Refusal(status, words[:2000], str(code)[:200], str(fields.get("param") or "")[:500])
+    told = told_in(node)
+    codes = told.get("codes") or [""]
+    if status == 200 or status >= 500:  # a router's 502 may be its provider's 400
+        status = next((int(code) for code in codes if re.fullmatch("[45][0-9]{2}", code)), status)
+    if status == 200:
+        kinds = " ".join(codes).lower()
+        status = next((known for stems, known in CODE_STATUSES if re.search(stems, kinds)), 500)
+    words, param = told.get("message", text), told.get("param", "")
+    return Refusal(status, words[:2000], codes[0][:200], param[:500])
 
 
-def is_anthropic_error(body: bytes) -> bool:
-    node = dict_or_empty(json_or_none(body))
-    error = dict_or_empty(node.get("error"))
-    return node.get("type") == "error" and {"type", "message"} <= set(error)
+def told_in(node: Any, depth: int = 8) -> Json:
+    """The message, codes and param in a part of an error body. The innermost count: what gateways
+    put around them says little."""
+    if isinstance(node, str):
+        return {"message": node, **told_in(json_or_none(node), depth)}
+    if isinstance(node, list) and node and depth > 0:
+        told = told_in(node[0], depth - 1)
+        if "loc" in dict_or_empty(node[0]):  # pydantic's
+            with suppress(RecursionError):
+                told["message"] = json.dumps(node)
+        return told
+    if not isinstance(node, dict) or depth <= 0:
+        return {}
+    own = [(name.lower(), node[name]) for name in sorted(node, key=len) if node[name]]
+    plain = {name: str(value) for name, value in own if isinstance(value, (str, int))}
+    path = node["loc"] if isinstance(node.get("loc"), list) else ()
+    names = [part for part in path if isinstance(part, str)] or [plain.get("param", "")]
+    codes = [plain[n] for end in ("code", "type", "status") for n in plain if n.endswith(end)]
+    told = {"param": names[-1], "codes": codes}
+    reasons = [value for end in REASON_NAMES for name, value in own if name.endswith(end)]
+    for reason in sorted(reasons, key=lambda reason: isinstance(reason, (dict, list))):
+        inner = told_in(reason, depth - 1)
+        if "message" in inner:
+            told.update({name: value for name, value in inner.items() if value})
+    if "message" in told and "provider_name" in plain:  # OpenRouter's
+        told["message"] = f"{plain['provider_name']}: {told['message']}"
+    return told
+
+
+def is_failure(answer: Json) -> bool:
+    """Whether what came with HTTP 200 is an error and no part of an answer."""
+    is_answer = answer.get("choices") is not None or "content" in answer
+    return bool(answer.get("error")) or not is_answer and "message" in told_in(answer)
 
 
 def number_or_none(text: str) -> float | None:
@@ -1123,6 +1158,17 @@ def json_bytes(value: Json) -> bytes:
     return b'%b,"tools":%b}' % (COMPACT_JSON.encode(rest).encode("ascii")[:-1], tools.encoded)
 
 
+HALF_PAIR = re.compile(rb"\\ud(?:[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..\\ud)[c-f]..)")
+
+
+def without_halves(data: bytes) -> bytes:
+    """JSON with U+FFFD for half surrogate pairs: servers refuse a whole body for one."""
+    if not HALF_PAIR.search(data):
+        return data
+    marked = data.replace(b"\\\\", b"\0")  # what is a text's own backslash
+    return HALF_PAIR.sub(rb"\\ufffd", marked).replace(b"\0", b"\\\\")
+
+
 def check_request(body: Any, counting: bool = False) -> None:
     """Raise OgxError(400) with one sentence about the first wrong field of a Messages request.
     Unknown fields are accepted. `counting` is for count_tokens, which has no max_tokens."""
@@ -1283,10 +1329,15 @@ def registered_alias(body: Any, registry: Registry) -> Alias:
 
 
 def blocks_of(content: Any) -> list[Json]:
-    """Content as a list of blocks, without empty texts, which most providers refuse."""
+    """Content as a list of blocks, without empty texts, which most providers refuse; a document's
+    images follow it."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
-    return [b for b in content or () if b["type"] != "text" or b["text"]]
+    blocks = [b for b in content or () if b["type"] != "text" or b["text"]]
+    for source in [b["source"] for b in blocks if b["type"] == "document"]:
+        if source["type"] == "content" and isinstance(source["content"], list):
+            blocks += [block for block in source["content"] if block["type"] == "image"]
+    return blocks
 
 
 def system_text(request: Json) -> str:
@@ -1542,8 +1593,9 @@ def attached_tokens(block: Json) -> int:
 MAX_EVENT = 8 * 1024 * 1024  # bytes of an upstream's
 DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
           "tool_use": ("input_json_delta", "partial_json")}  # fmt: skip
-STARTS = {"text": {"type": "text", "text": "", "citations": None},
+STARTS = {"text": {"type": "text", "text": ""},
           "thinking": {"type": "thinking", "thinking": "", "signature": ""}}  # fmt: skip
+UNSIGNED = signature_of("", "", {})  # some SDKs drop thinking that has none
 DELTA_FIELDS = dict(DELTAS.values())  # type of delta -> its field
 DELTA_EVENT = ('event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
                '"delta":{"type":"%s","%s":%s}}\n\n')  # fmt: skip
@@ -1632,6 +1684,7 @@ class MessageWriter:
         self._ended: set[Any] = set()  # keys of closed tool calls
         self._index = -1
         self.tools = 0
+        self.wrote = False  # text or a call
         self.broken_input = False  # a tool call ended before its input was whole
 
     def take(self) -> list[Json | bytes]:
@@ -1677,8 +1730,7 @@ class MessageWriter:
     def signature(self, signature: str) -> None:
         """Sign and end the thinking that is open, or stand for thinking that isn't shown."""
         if self._is_open("thinking"):
-            self._delta("signature_delta", "signature", signature)
-            self._close()
+            self._close(signature)
         else:
             self.whole({"type": "redacted_thinking", "data": signature})
 
@@ -1732,6 +1784,7 @@ class MessageWriter:
     def _fragment(self, key: Any, kind: str, text: str, call_id: str = "", name: str = "") -> None:
         block = self._known.get(key)
         if block is None:
+            self.wrote = self.wrote or kind != "thinking"
             block = self._known[key] = Block(key, kind)
             self._blocks.append(block)
         block.id = block.id or call_id
@@ -1776,9 +1829,11 @@ class MessageWriter:
         delta = {"type": kind, name: value}
         self.events.append({"type": "content_block_delta", "index": self._index, "delta": delta})
 
-    def _close(self) -> None:
+    def _close(self, signature: str = UNSIGNED) -> None:
         block = self._blocks.popleft()
         self._known.pop(block.key, None)
+        if block.kind == "thinking":
+            self._delta("signature_delta", "signature", signature)
         if block.kind == "tool_use":
             self._ended.add(block.key)
             whole = "".join(block.input)
@@ -1840,12 +1895,15 @@ class MessageFolder:
         for (index, name), pieces in self._pieces.items():
             if name == "citations":
                 content[index]["citations"] = pieces
-            elif name == "partial_json":
-                content[index]["input"] = json_or_none("".join(pieces))
-            else:
-                content[index][name] = "".join(pieces)
-        # Half a call must not run: its stop_reason says that it broke off.
-        self._message["content"] = [b for b in content if b.get("input", {}) is not None]
+                continue
+            told = "".join(pieces)
+            if name != "partial_json":
+                content[index][name] = told
+            elif is_json(told):
+                content[index]["input"] = json_or_none(told) or {}
+            else:  # half a call must not run
+                words = f"[A call of {content[index]['name']} that broke off: {told}]"
+                content[index] = {"type": "text", "text": words}
         return self._message
 
 
@@ -1920,9 +1978,14 @@ REASONS = re.compile(
     r"thinking|reasoner|qwen3(?!.{0,250}(instruct|coder))", re.I)  # fmt: skip
 ROOT_UNIONS = ("anyOf", "oneOf", "allOf", "enum", "not")
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # OpenAI's rule; Anthropic allows 128 characters
-STOP_REASONS = {  # finish_reason -> stop_reason
-    "stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use",
-    "function_call": "tool_use", "content_filter": "refusal"}  # fmt: skip
+STOP_REASONS = (  # words in a finish_reason -> stop_reason; "": it broke off
+    ("error|abort|cancel|fail|network|connect|time.?out|interrupt|resource|malformed|unexpected|"
+     "incomplete|call_filter", ""),
+    ("window|context|model_length", "model_context_window_exceeded"),
+    ("length|max.{0,40}tokens|token_limit", "max_tokens"),
+    ("filter|safety|sensitive|recitation|prohibited|block(list|ed)|spii|refus|guardrail|policy",
+     "refusal"),
+    ("stop|eos|end_turn|complete|done|tool|function_call", "end_turn"))  # fmt: skip
 
 
 def chat_request(request: Json, model: Model) -> Json:
@@ -1967,6 +2030,11 @@ class ToolNames:
             return name
         digest = f"{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
         return f"{re.sub('[^a-zA-Z0-9_-]', '_', name)[:55]}_{digest}"
+
+    def continues(self, call: ToolCall, rest: str) -> bool:
+        """Whether a call's name isn't whole yet and goes on so: some servers send it in pieces."""
+        begun = not call.size and call.name not in self._originals
+        return begun and any(known.startswith(call.name + rest) for known in self._originals)
 
     def back(self, name: str) -> str:
         """The client's name. What chat templates leave around it (`functions.Bash`,
@@ -2239,7 +2307,7 @@ def is_strict(schema: Any) -> bool:
 class Translator:
     """What an upstream sends, to the events of one message; each dialect `_read`s in its way."""
 
-    NO_SHAPE = "sent a chunk of unknown shape:"
+    _holds = False
 
     def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
         self.writer = writer
@@ -2269,7 +2337,7 @@ class Translator:
         try:
             self._read(chunk, data)
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-            raise unknown_data(f"{self._origin} {self.NO_SHAPE}", data) from None
+            raise unknown_data(f"{self._origin} sent what has no known shape:", data) from None
 
     def end(self) -> None:
         """Write the last events; OgxError(502) where the upstream stopped without saying why."""
@@ -2285,6 +2353,20 @@ class Translator:
 
     def _read(self, chunk: Json, data: bytes) -> None:
         raise NotImplementedError
+
+    def _reason(self, finish: Any) -> str:
+        """The stop_reason for an upstream's; an error where that tells of one, or where nobody
+        knows it and there is no answer."""
+        words = one_line(str(finish))
+        found = (reason for stems, reason in STOP_REASONS if re.search(stems, words.lower()))
+        reason = next(found, "end_turn" if self.writer.wrote or self._holds else "")
+        if not reason:
+            refusal = Refusal(502, f"the answer broke off: {words}")
+            raise upstream_error(refusal, self._origin, {})
+        return reason
+
+    def _error(self, data: bytes) -> OgxError:
+        return upstream_error(refusal_from_body(200, data), self._origin, {})
 
 
 class ChatTranslator(Translator):
@@ -2317,12 +2399,13 @@ class ChatTranslator(Translator):
             self._learns = self._usual.learn(data, self.writer.events[-1], self._thoughts.kind)
 
     def _read(self, chunk: Json, data: bytes) -> None:
-        if chunk.get("error") or ("choices" not in chunk and chunk.get("message")):
+        choices = chunk.get("choices") or ()
+        if is_failure(chunk) or any(choice.get("error") for choice in choices):
             raise self._error(data)
-        usage = chunk.get("usage") or dict_or_empty(chunk.get("x_groq")).get("usage")
-        if isinstance(usage, dict):
-            self.usage = usage_from_chat(usage)
-        for choice in chunk.get("choices") or ():
+        for teller in (*choices, dict_or_empty(chunk.get("x_groq")), chunk):
+            if isinstance(teller.get("usage"), dict):
+                self.usage = usage_from_chat(teller["usage"])
+        for choice in choices:
             self._read_choice(choice)
         if self.writer.stopped:
             self._stop_reason, self._stop_sequence = "stop_sequence", self.writer.stopped
@@ -2344,7 +2427,7 @@ class ChatTranslator(Translator):
         calls = ("".join(call.pieces) for call in self._calls if call.name == ANSWER_TOOL)
         text = next(calls, "".join(self._held))
         found = json_answer(text, self._schema)
-        complete = self._stop_reason in ("end_turn", "tool_use") and not self._refused
+        complete = self._stop_reason == "end_turn" and not self._refused
         if complete and not found and not self.writer.tools:
             words = "answered with no JSON of the shape that was asked for"
             raise OgxError(502, f"{self._origin} {words}", quote=f" but: {one_line(text)}")
@@ -2355,15 +2438,6 @@ class ChatTranslator(Translator):
             kept = {"reasoning_details": list(self._details.values())}
             self.writer.signature(signature_of("chat", self._model.served, kept))
             self._details = {}
-
-    def _error(self, data: bytes) -> OgxError:
-        """An error inside a stream; its `code` may be the status it would have had."""
-        refusal = refusal_from_body(500, data)
-        status = dict_or_empty(json.loads(data).get("error")).get("status_code")  # as Groq tells it
-        usual = "429" if re.search("rate_limit|throttl", refusal.code, re.I) else "500"
-        told = (str(status), refusal.code, usual)
-        status = next(int(code) for code in told if re.fullmatch("[45][0-9][0-9]", code))
-        return upstream_error(replace(refusal, status=status), self._origin, {})
 
     def _read_choice(self, choice: Json) -> None:
         self.writer.text(self._notice)
@@ -2383,7 +2457,7 @@ class ChatTranslator(Translator):
         for fragment in delta.get("tool_calls") or ():
             self._read_call(fragment)
         if choice.get("finish_reason"):
-            self._stop_reason = STOP_REASONS.get(str(choice["finish_reason"]), "end_turn")
+            self._stop_reason = self._reason(choice["finish_reason"])
         # vLLM and others name the sequence that stopped them beside the finish_reason.
         if choice.get("stop_reason") in self._stops:
             self._stop_sequence = choice["stop_reason"]
@@ -2425,8 +2499,12 @@ class ChatTranslator(Translator):
         if isinstance(arguments, dict):  # some servers send the object itself
             arguments = json.dumps(arguments)
         call = self._call_of(fragment.get("index"), call_id, name)
+        if self._names.continues(call, name):
+            call.name = self._names.back(call.name + name)
         call.id, call.name = call.id or call_id, call.name or name
         self._by_id.setdefault(call.id, call)
+        if arguments and "".join(call.pieces[:2]) == "{}":  # which was no part of them
+            call.pieces, call.size = [], 0
         if 0 < call.size <= len(arguments) and arguments.startswith("".join(call.pieces)):
             arguments = arguments[call.size :]  # all of them so far, once more
         if fragment.get("extra_content") and not call.size:  # Gemini's signature
@@ -2434,8 +2512,10 @@ class ChatTranslator(Translator):
             self.writer.signature(signature_of("chat", self._model.served, kept))
         call.pieces.append(arguments)
         call.size += len(arguments)
+        held = arguments == "{}" and call.size == 2
+        name = "" if self._names.continues(call, "") else call.name
         if not self._holds or call.name != ANSWER_TOOL:
-            self.writer.tool(id(call), call.id, call.name, arguments)
+            self.writer.tool(id(call), call.id, name, "" if held else arguments)
 
     def _call_of(self, index: Any, call_id: str, name: str) -> ToolCall:
         """The call a fragment belongs to, or a new one.
@@ -2450,6 +2530,7 @@ class ChatTranslator(Translator):
         fresh = bool(found and found.id and call_id)
         if found and name and found.name and not call_id:
             fresh = index is None or found.name != name or is_json("".join(found.pieces))
+            fresh = fresh and not self._names.continues(found, name)
         if found is None or fresh:
             found = self._by_index[index] = ToolCall()
             self._calls.append(found)
@@ -2581,7 +2662,8 @@ CORE_BLOCKS = ("text", "image", "document", "search_result", "thinking", "redact
 MODEL_FIELD = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 # Quotes and line breaks in a model's text are escaped, so none of these can stand in one.
-LAST_LINE = re.compile(rb'[\r\n](?:event: ?(?:message_stop|error)\b|data: ?\{"type": ?"error")')
+LAST_LINE = re.compile(rb'[\r\n](?:event: ?(?:message_stop|error)\b|'
+                       rb'data: ?\{"(?:type": ?"error"|error": ?["{]|object": ?"error"))')
 LAST_TYPES = (b'"type":"message_stop"', b'"type": "message_stop"')
 USAGE_FIELDS = ("input_tokens", "output_tokens", "cache_read_input_tokens",
                 "cache_creation_input_tokens")  # fmt: skip
@@ -2674,17 +2756,20 @@ def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
     match = MODEL_FIELD.match(raw, raw.find(b'"'))
     if not same or not match or raw[: match.start()].strip() != b"{":
         return None
-    if json.loads(raw[match.end(1) : match.end()]) != request["model"]:
-        return None  # the field comes twice
+    twice = any(raw.count(b'"%b":' % name) > 1 for name in (b"messages", b"system", b"tools"))
+    if twice or json.loads(raw[match.end(1) : match.end()]) != request["model"]:
+        return None  # the upstream may read the other one
     return raw[: match.end(1)] + json.dumps(body["model"]).encode() + raw[match.end() :]
 
 
-def last_event(data: bytes) -> bytes:
-    """What in these events ends a stream, b"" where nothing does."""
+def last_event(data: bytes) -> tuple[int, bytes]:
+    """Where in these events one ends a stream, and what tells so, b"" where nothing does."""
     if b"message_stop" not in data and b"error" not in data:  # nearly all; the rest takes longer
-        return b""
+        return 0, b""
     found = LAST_LINE.search(b"\n" + data)
-    return found.group() if found else next((mark for mark in LAST_TYPES if mark in data), b"")
+    if found:
+        return found.start(), found.group()
+    return 0, next((mark for mark in LAST_TYPES if mark in data), b"")
 
 
 class NativeStream:
@@ -2700,7 +2785,7 @@ class NativeStream:
         self._named = False  # the first event, which names the model, went by
         self._tail = b""
         self.ended = False  # the last event came: message_stop, or an error
-        self.failed = False  # it was an error
+        self.error = b""  # its data, or what came in a stream's place
 
     def feed(self, data: bytes) -> bytes:
         joint = self._edge + data
@@ -2718,9 +2803,12 @@ class NativeStream:
         return self._handed_on(events)
 
     def end(self) -> bytes:
-        """The last event where only the blank line after it is missing; half a one is dropped."""
+        """The last event where only the blank line after it is missing."""
         rest, self._rest = b"".join(self._rest), []
-        return self._handed_on(rest + b"\n\n") if last_event(rest) else b""
+        if last_event(rest)[1]:
+            return self._handed_on(rest + b"\n\n")
+        self.error = self.error or rest
+        return b""
 
     def _handed_on(self, data: bytes) -> bytes:
         if not self._named and b"message_start" in data:
@@ -2728,9 +2816,12 @@ class NativeStream:
             start = data[:MAX_HEAD]  # where it stands in any server's
             data = MODEL_FIELD.sub(self._model, start, count=1) + data[MAX_HEAD:]
         self._tail = (self._tail + data)[-2000:] if len(data) < 2000 else data[-2000:]
-        last = last_event(data)
+        at, last = last_event(data)
         if last:
-            self.ended, self.failed = True, b"error" in last
+            self.ended = True
+            if b"error" in last:
+                told = SseReader().feed(data[at:])[:1] or [last]
+                self.error, data = told[0], data[:at]
         return data
 
     @property
@@ -2747,9 +2838,7 @@ class NativeStream:
 
 ENCRYPTED, SOURCES = "reasoning.encrypted_content", "web_search_call.action.sources"
 SEARCH_ID = "srvtoolu_ws_"  # begins the ids of searches that we served: `ws_...` is OpenAI's own id
-# An error's code inside a stream -> the status it would have had; else 500.
-STREAM_ERRORS = (("rate_limit|quota", 429), ("overloaded|slow_down", 529),
-                 ("invalid|image|policy|context_length|residency", 400))  # fmt: skip
+
 
 def responses_request(request: Json, model: Model) -> Json:
     """The Responses request for a checked Messages request; reasoning_effort is put in its place
@@ -2880,8 +2969,6 @@ def search_tool(tool: Json) -> Json:
 class ResponsesTranslator(Translator):
     """Events of one response to the events of one message; a whole response is read as events."""
 
-    NO_SHAPE = "sent no event but"
-
     def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
         super().__init__(writer, request, model)
         self._streamed: set[Any] = set()  # indices of items whose deltas came
@@ -2921,8 +3008,8 @@ class ResponsesTranslator(Translator):
             self._read_item(index, event["item"])
         elif kind in ("response.completed", "response.incomplete"):
             self._finish(event["response"])
-        elif kind in ("error", "response.failed"):
-            raise self._error(event)
+        elif kind == "response.failed" or (kind[:9] != "response." and is_failure(event)):
+            raise self._error(json.dumps(event).encode())
         if self.writer.stopped and not self.done:
             self._finish({})
 
@@ -2969,23 +3056,16 @@ class ResponsesTranslator(Translator):
         if annotation.get("type") == "url_citation":
             self.writer.citation({
                 "type": "web_search_result_location", "url": annotation["url"], "cited_text": "",
-                "title": annotation.get("title"), "encrypted_index": ""})  # fmt: skip
+                "title": annotation.get("title") or annotation["url"],
+                "encrypted_index": ""})  # fmt: skip
 
     def _finish(self, response: Json) -> None:
         self.usage = usage_from_chat(response.get("usage") or {}, self.writer.input_tokens)
         self.usage.searches = self._searches
-        why = str((response.get("incomplete_details") or {}).get("reason"))
-        reasons = {"max_output_tokens": "max_tokens", "content_filter": "refusal"}
+        why = (response.get("incomplete_details") or {}).get("reason") or response.get("status")
         self._stop_sequence = self.writer.stopped
-        self._stop_reason = "stop_sequence" if self.writer.stopped else reasons.get(why, "end_turn")
+        self._stop_reason = "stop_sequence" if self.writer.stopped else self._reason(why or "stop")
         self.end()
-
-    def _error(self, event: Json) -> OgxError:
-        fields = (event.get("response") or {}).get("error") or event.get("error") or event
-        code = str(fields.get("code") or "")
-        status = next((s for pattern, s in STREAM_ERRORS if re.search(pattern, code)), 500)
-        words = fields.get("message") or code or "the response failed"
-        return upstream_error(Refusal(status, str(words), code), self._origin, {})
 
 
 @dataclass(frozen=True)
@@ -4486,7 +4566,7 @@ class Gateway:
         body = with_lessons(dialect.request(exchange.request, model), own)
         sent = dialect.finished(dict(body))
         data = with_model(exchange.raw, exchange.request, sent) if dialect.native else None
-        return body, data or json_bytes(sent)
+        return body, without_halves(data or json_bytes(sent))
 
     def _learned(self, error: OgxError, body: Json, model: Model, exchange: Exchange,
                  lessons: list[Lesson]) -> bool:  # fmt: skip
@@ -4566,7 +4646,7 @@ class Gateway:
                 raise refused_error(refusal, model, reply.headers, native)
             exchange.begun = True
             if dialect.native and exchange.stream:
-                yield from self._handed_on(reply, model.provider, exchange)
+                yield from self._handed_on(reply, exchange)
             elif dialect.native:
                 yield from self._handed_on_whole(reply, exchange)
             else:
@@ -4621,7 +4701,7 @@ class Gateway:
         native = self.registry.native.get(provider.id, False)
         return "messages" if native and not lost_natively(request, provider.kind) else kinds[-1]
 
-    def _handed_on(self, reply: Reply, provider: Provider, exchange: Exchange) -> Pieces:
+    def _handed_on(self, reply: Reply, exchange: Exchange) -> Pieces:
         """A native stream's bytes, but for the model's id."""
         stream, begun = NativeStream(exchange.request["model"]), False
         while not stream.ended and (data := reply.read()) != b"":
@@ -4629,16 +4709,15 @@ class Gateway:
                 yield None
                 continue
             events = stream.feed(data)
-            if stream.failed and not begun:
-                raise_if_error(events, exchange.served)
+            if not begun:
+                raise_if_error(b"".join(SseReader().feed(events)[:1]), exchange.served)
             begun, reply.complete = begun or bool(events), stream.ended
             exchange.drained = not stream.ended and reply.drained()
-            for secret in self.upstream.secrets(provider) if stream.failed else ():
-                events = events.replace(secret.encode(), b"***")
             yield events
         yield stream.end()
         exchange.usage = stream.usage
-        if not stream.ended:
+        raise_if_error(stream.error, exchange.served)
+        if stream.error or not stream.ended:
             raise OgxError(502, f"{exchange.served} ended the answer before it was complete")
 
     def _handed_on_whole(self, reply: Reply, exchange: Exchange) -> Pieces:
@@ -4650,9 +4729,9 @@ class Gateway:
                 yield None
         if len(whole) > LONG:
             yield BLOCKING
-        raise_if_error(b"data: " + whole.strip() + b"\n\n", exchange.served)
         message = json_or_none(whole)
-        if not isinstance(message, dict):
+        if not isinstance(message, dict) or "content" not in message:
+            raise_if_error(whole, exchange.served)
             raise unknown_data(f"{exchange.served} sent no message but", whole)
         usage = dict_or_empty(message.get("usage"))
         exchange.usage = Usage(*(whole_number(usage.get(name)) for name in USAGE_FIELDS))
@@ -4931,7 +5010,9 @@ def refused_error(refusal: Refusal, model: Model, headers: Headers, native: byte
     """The error for a refusal that nothing helps against. `native` is the body of an upstream that
     speaks Messages: in Anthropic's shape it is handed on, since clients read its wording."""
     error = upstream_error(refusal, model.origin, headers)
-    if native and is_anthropic_error(native):
+    theirs = dict_or_empty(json_or_none(native))
+    reason = dict_or_empty(theirs.get("error")).get("message")
+    if theirs.get("type") == "error" and reason == refusal.message:
         error.raw, error.status = native, refusal.status
     elif error.status == 401:
         hint = " or ".join(model.provider.kind.key_vars + model.provider.kind.signed_by)
@@ -4954,13 +5035,11 @@ def told_error(error: OgxError, exchange: Exchange, model: Model) -> OgxError:
     return overflow_error(error.refusal, count, model.context) or error
 
 
-def raise_if_error(events: bytes, origin: str) -> None:
-    """Raise the error that an answer begins with, with the status of its type."""
-    for item in SseReader().feed(events)[:1]:
-        if is_anthropic_error(item):
-            kind = json.loads(item)["error"]["type"]
-            status = next((code for code, name in ERROR_TYPES.items() if name == kind), 500)
-            raise upstream_error(refusal_from_body(status, item), origin, {})
+def raise_if_error(answer: bytes, origin: str) -> None:
+    """Raise the error that a native answer, or an event of one, is."""
+    node = json_or_none(answer)
+    if isinstance(node, dict) and is_failure(node):
+        raise upstream_error(refusal_from_body(200, answer), origin, {})
 
 
 def is_passing(error: OgxError) -> bool:
@@ -6381,7 +6460,8 @@ def checked_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[fl
         reply.release()
     if reply.status != 200:
         raise OgxError(reply.status, refusal_from_body(reply.status, b"".join(told)).message)
-    error = next(filter(is_anthropic_error, told), None)
+    events = map(dict_or_empty, map(json_or_none, told))
+    error = next((item for item, event in zip(told, events) if event.get("type") == "error"), b"")
     if error or not told:
         raise OgxError(502, refusal_from_body(502, error).message if error else "an empty answer")
     return first, message_from_events(map(json.loads, told))
