@@ -3216,13 +3216,13 @@ STATE_SECONDS = 1.0  # between two looks at the state file
 
 
 class Store:
-    """JSON values by kind and key, in memory and, but for an empty path, in a file. Safe for
-    threads. `problem` says why the file lacks something; then sync() alone tries it again."""
+    """JSON values by kind and key, in memory and, but for an empty path, in a file; safe for
+    threads. `problem` says why the file lacks something: then sync() alone tries it again."""
 
     def __init__(self, path: str = "") -> None:
         self.path = path
         self.problem = "" if path else "there is no state file: this is lost when ogx.py stops"
-        self.version = -1  # of the file: begins anywhere, and each writing adds one
+        self._version = -1  # of the file: begins anywhere, and each writing adds one
         self._lock = threading.Lock()
         self._saved: dict[tuple[str, str], Any] = {}  # what the file held when it was last read
         self._unsaved: dict[tuple[str, str], Any] = {}  # what it is to hold; None: no longer
@@ -3290,7 +3290,7 @@ class Store:
                 database.execute(f"PRAGMA user_version = {version}")
         known = {**self._saved, **self._unsaved}
         self._saved = {fact: value for fact, value in known.items() if value is not None}
-        self._unsaved, self.version = {}, version
+        self._unsaved, self._version = {}, version
 
     def _read(self, database: Any) -> int:
         """The file's version; what it holds is taken in where that isn't known."""
@@ -3300,7 +3300,7 @@ class Store:
             database.execute("CREATE TABLE facts (kind TEXT, key TEXT, value TEXT, at REAL, "
                              "PRIMARY KEY (kind, key))")  # fmt: skip
             database.execute(f"PRAGMA user_version = {version}")
-        if version == self.version and not self._unsaved:
+        if version == self._version and not self._unsaved:
             return version
         database.text_factory = lambda data: data.decode("utf-8", "replace")
         rows = list(database.execute("SELECT kind, key, value FROM facts WHERE "
@@ -3308,7 +3308,7 @@ class Store:
         told = database.execute("PRAGMA quick_check").fetchone()[0]
         if told != "ok":
             raise database.DatabaseError(told)
-        if not 0 <= version - self.version < 1 << 20:  # another file, or an older copy
+        if not 0 <= version - self._version < 1 << 20:  # another file, or an older copy
             self._unsaved = {**self._saved, **self._unsaved}
         values = {(kind, key): json_or_none(value) for kind, key, value in rows}
         self._saved = {f: value for f, value in values.items() if isinstance(value, (dict, list))}
@@ -3320,7 +3320,7 @@ class Store:
             raise error
         with open(self.path, "rb") as file:
             head = file.read(16).rstrip(b"\0")  # zeros are what a loss of power leaves
-        if self.version < 0 and head not in (b"", b"SQLite format 3"):
+        if self._version < 0 and head not in (b"", b"SQLite format 3"):
             raise error
         aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
         os.replace(self.path, aside)
@@ -3348,7 +3348,7 @@ class Lessons:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.load()
 
     def load(self) -> None:
@@ -3378,17 +3378,14 @@ class Lessons:
                 self._lessons[served] = {**self._lessons.get(served, {}), subject: lesson}
                 self._store.put("lessons", f"{served}\n{subject}", [asdict(lesson)])
                 if len(self._lessons) > MOST_LEARNED:
-                    self._forget(next(iter(self._lessons)))
+                    self.forget(next(iter(self._lessons)))
 
-    def forget(self, model: Model) -> bool:
+    def forget(self, served: str) -> bool:
         """Whether there was something to forget."""
         with self._lock:
-            return self._forget(model.served)
-
-    def _forget(self, served: str) -> bool:
-        known = self._lessons.pop(served, {})
-        for key in (served, *(f"{served}\n{subject}" for subject in known)):
-            self._store.put("lessons", key, None)
+            known = self._lessons.pop(served, {})
+            for key in (served, *(f"{served}\n{subject}" for subject in known)):
+                self._store.put("lessons", key, None)
         return bool(known)
 
 
@@ -3442,6 +3439,9 @@ AWS_FILES = {"AWS_SHARED_CREDENTIALS_FILE": "credentials", "AWS_CONFIG_FILE": "c
 AWS_KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 NO_CREDENTIALS = ("Unable to locate credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                   "or AWS_PROFILE; for single sign-on and roles to one with a credential_process")
+PROCESS_SECONDS, PROCESS_BYTES = 30.0, 65536  # of a credential_process and what it prints
+FAILURE_SECONDS = 5.0  # for which all are told that it failed
+SECRET = r"(?i)(secret|token|key|password)[\w\"']{0,30}\s?[=:]\s?\S+|[\w+/=-]{32,}"
 
 
 def aws_signature(method: str, url: str, headers: Mapping[str, str], body: bytes,
@@ -3493,20 +3493,45 @@ def with_aws_region(environ: Mapping[str, str]) -> Mapping[str, str]:
     return environ
 
 
-def keys_from_process(command: str) -> tuple[float, list[str]]:
+def keys_from_process(command: str, stopped: threading.Event) -> tuple[float, list[str]]:
     """What a credential_process prints, {"AccessKeyId": ..., ...}, and until when it holds."""
     import datetime
     import subprocess
 
+    words = ""
     try:
-        told = json.loads(subprocess.run(shlex.split(command), stdin=subprocess.DEVNULL, text=True,
-                          capture_output=True, timeout=60, check=True).stdout)  # fmt: skip
+        with subprocess.Popen(shlex.split(command), bufsize=0, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              start_new_session=True) as process:  # fmt: skip
+            printed, words = printed_by(process, stopped)
+        told = json.loads(printed if process.returncode == 0 else "")
         until = (told.get("Expiration") or "9000-01-01T00:00:00Z").replace("Z", "+00:00")
         end = datetime.datetime.fromisoformat(until).timestamp()
         return end, [told["AccessKeyId"], told["SecretAccessKey"], told.get("SessionToken") or ""]
-    except (OSError, ValueError, LookupError, AttributeError, subprocess.SubprocessError) as error:
-        why = one_line(getattr(error, "stderr", "") or type(error).__name__)
+    except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        why = one_line(re.sub(SECRET, "***", words))[:300] or type(error).__name__
         raise OgxError(401, f"the credential_process of the AWS profile failed: {why}") from None
+
+
+def printed_by(process: Any, stopped: threading.Event) -> tuple[bytes, str]:
+    """What a program prints until it ends, and what it says on stderr. It is killed, and so is
+    what it started, when it takes too long or prints too much, or `stopped` is set."""
+    told, runs = {process.stdout: b"", process.stderr: b""}, True
+    end = time.monotonic() + PROCESS_SECONDS
+    with suppress(AttributeError):  # older Pythons on Windows can't
+        for pipe in told:
+            os.set_blocking(pipe.fileno(), False)
+    while runs:
+        runs = process.poll() is None  # what it printed before is read now
+        for pipe in told:
+            told[pipe] = (told[pipe] + (pipe.read(PROCESS_BYTES) or b""))[:PROCESS_BYTES]
+        late = time.monotonic() > end or len(told[process.stdout]) == PROCESS_BYTES
+        if runs and (late or stopped.wait(0.02)):
+            with suppress(OSError, AttributeError):  # Windows has no groups
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            return b"", "it took too long, or printed too much"
+    return told[process.stdout], told[process.stderr].decode("utf-8", "replace")
 
 
 class Signer:
@@ -3516,6 +3541,8 @@ class Signer:
         self.secrets: set[str] = set()  # all that were used
         self._clock, self._lock = clock, threading.Lock()
         self._made: dict[str, tuple[float, list[str]]] = {}  # by processes
+        self._failed = (0.0, OgxError(401, ""))  # until when a failure is told
+        self._stopped = threading.Event()
 
     def keys(self, environ: Mapping[str, str]) -> Sequence[str]:
         """Values for AWS_KEYS; OgxError(401) where there are none."""
@@ -3529,8 +3556,20 @@ class Signer:
             raise OgxError(401, NO_CREDENTIALS)
         with self._lock:
             if self._made.get(command, (0.0,))[0] < self._clock() + 60:
-                self._made[command] = keys_from_process(command)
+                if time.monotonic() < self._failed[0]:
+                    raise replace(self._failed[1])
+                try:
+                    self._made[command] = keys_from_process(command, self._stopped)
+                except OgxError as error:
+                    self._failed = time.monotonic() + FAILURE_SECONDS, replace(error)
+                    raise
             return self._made[command][1]
+
+    def close(self) -> None:
+        """End the process that runs; returns when it has ended."""
+        self._stopped.set()
+        with self._lock:
+            pass
 
     def headers(self, signed: str, method: str, url: str, body: bytes | None) -> dict[str, str]:
         """The headers that sign a request now; none where the URL isn't AWS's."""
@@ -4597,7 +4636,7 @@ class Gateway:
         if model_id in self.registry.aliases:
             configured = any(alias.model_id == model_id for alias in self.config.aliases)
             warning = self._put(model_id, {"deleted": True} if configured else None)
-        elif not self.lessons.forget(self.registry.resolve(model_id)):
+        elif not self.lessons.forget(self.registry.resolve(model_id).served):
             raise OgxError(404, f"nothing was registered or learned for '{model_id[:200]}'")
         return {"id": model_id, "object": "model", "deleted": True, **warning}
 
@@ -4622,13 +4661,10 @@ class Gateway:
 
     def _keep_in_step(self) -> None:
         """Write what the state file lacks, and take in what other servers wrote there."""
-        version = -1
         while not self._stopped.wait(STATE_SECONDS):
             self.store.sync()
-            if version != self.store.version:
-                version = self.store.version
-                self._load()
-                self.lessons.load()
+            self._load()
+            self.lessons.load()
 
     def _entry(self, model: Model) -> Json:
         listed = self.registry.lists.get(model.provider.id, [])
@@ -4733,6 +4769,7 @@ class Gateway:
     def close(self) -> None:
         self._stopped.set()
         self.upstream.close()
+        self.upstream.signer.close()
         self.store.close()
 
 

@@ -29,6 +29,7 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import threading
 import time
 import types
@@ -3628,7 +3629,7 @@ class TestStore:
         lessons.add(model(), [ogx.Lesson("clamp", "max_tokens", 4, dialect="chat")])
         for known in (lessons, ogx.Lessons(ogx.Store(path))):
             assert sorted(map(str, known.of(model()))) == ["clamp max_tokens to 4", "drop stop"]
-        assert lessons.forget(model()) and ogx.Store(path).all("lessons") == {}
+        assert lessons.forget("openai/gpt-x") and ogx.Store(path).all("lessons") == {}
 
     @pytest.mark.parametrize("runs", [False, True], ids=["at the start", "while it runs"])
     @pytest.mark.parametrize(
@@ -3943,10 +3944,10 @@ class TestStore:
         one.load()
         for lessons in (one, ogx.Lessons(ogx.Store(path))):
             assert [str(lesson) for lesson in lessons.of(model())] == ["drop stop", "drop top_p"]
-        assert one.forget(model())
+        assert one.forget("openai/gpt-x")
         two._store.sync()
         two.load()
-        assert two.of(model()) == () and not two.forget(model())
+        assert two.of(model()) == () and not two.forget("openai/gpt-x")
 
     @pytest.mark.parametrize("path", ["", "state.sqlite", "file/state.sqlite"],
                              ids=["memory", "file", "no disk"])  # fmt: skip
@@ -4224,6 +4225,119 @@ class TestSigning:
         aws(config=f"[default]\ncredential_process = {command}\n")
         error = refused(self.keys, os.environ)
         assert error.status == 401 and error.message.endswith(f"failed: {words}")
+
+    def program(self, tmp_path, code):
+        """The command of a Python program that notes each of its runs by its pid."""
+        script = tmp_path / "program.py"
+        noted = f"import os, subprocess, sys, time; print(os.getpid(), file=open({str(tmp_path)!r}"
+        script.write_text(f"{noted} + '/pids', 'a'))\n{textwrap.dedent(code)}")
+        return f"{shlex.quote(sys.executable)} {shlex.quote(str(script))}"
+
+    def pids(self, tmp_path):
+        noted = tmp_path / "pids"
+        return list(map(int, noted.read_text().split())) if noted.exists() else []
+
+    def gone(self, pid):
+        try:
+            with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+                return file.read().split()[2] == "Z"
+        except FileNotFoundError:
+            return True
+
+    HANGS = """
+        import signal
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        print(child.pid, file=open(os.path.dirname(sys.argv[0]) + "/pids", "a"))
+        time.sleep(600)"""
+
+    def test_all_who_wait_have_one_time_limit_and_what_hangs_is_killed(
+        self, aws, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(ogx, "PROCESS_SECONDS", 0.5)
+        aws(config=f"[default]\ncredential_process = {self.program(tmp_path, self.HANGS)}\n")
+        signer, told = ogx.Signer(), []
+        threads = [threading.Thread(target=lambda: told.append(refused(signer.keys, os.environ)))
+                   for _ in range(5)]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len(told) == 5 and len({id(error) for error in told}) == 5
+        assert {error.message[-39:] for error in told} == {
+            ": it took too long, or printed too much"}
+        assert len(self.pids(tmp_path)) in (0, 1, 2)  # a program and its child
+        until(lambda: all(map(self.gone, self.pids(tmp_path))))
+
+    def test_a_failure_is_told_for_some_seconds_and_then_asked_for_anew(self, aws, tmp_path):
+        aws(config=f"[default]\ncredential_process = {self.program(tmp_path, 'sys.exit(3)')}\n")
+        signer = ogx.Signer()
+        assert "failed: " in refused(signer.keys, os.environ).message
+        assert "failed: " in refused(signer.keys, os.environ).message
+        assert len(self.pids(tmp_path)) == 1
+        signer._failed = (0.0, signer._failed[1])  # the seconds are over
+        refused(signer.keys, os.environ)
+        assert len(self.pids(tmp_path)) == 2
+
+    @pytest.mark.parametrize("stream", ["stdout", "stderr"])
+    def test_output_without_end_is_not_kept(self, aws, tmp_path, monkeypatch, stream):
+        monkeypatch.setattr(ogx, "PROCESS_SECONDS", 30.0 if stream == "stdout" else 0.5)
+        code = f"while True: sys.{stream}.write('x' * 1000)"
+        aws(config=f"[default]\ncredential_process = {self.program(tmp_path, code)}\n")
+        error = refused(self.keys, os.environ)
+        assert error.message.endswith("it took too long, or printed too much")
+        until(lambda: all(map(self.gone, self.pids(tmp_path))))
+
+    def test_many_words_on_stderr_are_no_failure(self, aws, tmp_path):
+        code = "sys.stderr.write('debug ' * 200_000); print('{\"AccessKeyId\": \"a\", " \
+               "\"SecretAccessKey\": \"s\"}')"
+        aws(config=f"[default]\ncredential_process = {self.program(tmp_path, code)}\n")
+        assert self.keys(os.environ) == ["a", "s", ""]
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            ("SecretAccessKey=abc/def", "***"),
+            ("got {'SecretAccessKey': 'abc/def', 'x': 1}", "got {'*** 'x': 1}"),
+            ('{"SessionToken":"abc"}', '{"Session***'),
+            ("AWS_SECRET_ACCESS_KEY = abc", "AWS_***"),
+            ("password: hunter2 was refused", "*** was refused"),
+            ("sent wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY today", "sent *** today"),
+            ("The SSO session has expired; the token is old", None),
+            ("botocore.exceptions.UnauthorizedSSOTokenError (run aws sso login)", None),
+            ("no profile in /home/someone/.aws/config", None),
+        ],
+        ids=lambda words: str(words)[:40],
+    )
+    def test_secrets_in_the_words_of_a_process_are_hidden(self, aws, tmp_path, words, told):
+        code = f"sys.exit({words!r})"
+        aws(config=f"[default]\ncredential_process = {self.program(tmp_path, code)}\n")
+        message = refused(self.keys, os.environ).message
+        assert message.partition(" failed: ")[2] == (words if told is None else told)
+
+    def test_hiding_secrets_takes_time_in_proportion(self):
+        for word in ("key", "secret ", "x", "token=", "a b", "password" + "'" * 29):
+            costs = []
+            for size in (16_384, 65_536):
+                text = (word * size)[:size]
+                runs = []
+                for _ in range(3):
+                    start = time.process_time()
+                    re.sub(ogx.SECRET, "***", text)
+                    runs.append(time.process_time() - start)
+                costs.append(min(runs))
+            assert costs[1] < 12 * costs[0] + 0.01, word
+
+    def test_closing_ends_a_process_that_runs(self, aws, tmp_path):
+        aws(config=f"[default]\ncredential_process = {self.program(tmp_path, self.HANGS)}\n")
+        signer, told = ogx.Signer(), []
+        waiting = threading.Thread(target=lambda: told.append(refused(signer.keys, os.environ)))
+        waiting.start()
+        until(lambda: len(self.pids(tmp_path)) == 2)
+        signer.close()
+        until(lambda: all(map(self.gone, self.pids(tmp_path))))
+        waiting.join(10)
+        assert told and not waiting.is_alive()
 
     @pytest.mark.parametrize(
         ("url", "scope"),
@@ -7907,6 +8021,34 @@ class TestCommandLine:
         path = tmp_path / "bare.json"
         path.write_text(json.dumps({"server": {"discover_local": False}}))
         return str(path)
+
+    def test_a_credential_process_ends_with_the_server(self, tmp_path):
+        signing = TestSigning()
+        (tmp_path / "config").write_text("[profile p]\nregion = eu-west-1\ncredential_process = "
+                                         + signing.program(tmp_path, signing.HANGS))  # fmt: skip
+        env = {"AWS_PROFILE": "p", "AWS_CONFIG_FILE": str(tmp_path / "config")}
+        with self.running(env=env) as process:
+            until(lambda: len(signing.pids(tmp_path)) == 2)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+            until(lambda: all(map(signing.gone, signing.pids(tmp_path))))
+
+    def test_without_a_home_nothing_is_made_and_that_is_said_once(self, tmp_path, bare):
+        code = """if True:
+            import os, sys
+            os.path.expanduser = lambda path: path  # as where no home is known
+            sys.path.insert(0, sys.argv[1])
+            import ogx
+            ogx.main(["run", sys.argv[2], "--port", "0"])"""
+        program = [sys.executable, "-B", "-c", code, str(HERE), bare]
+        (tmp_path / "here").mkdir()
+        with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              cwd=tmp_path / "here", env={}) as process:  # fmt: skip
+            assert self.ask(process, {"model_id": "a"}, "/v1/models") == 200
+            process.send_signal(signal.SIGTERM)
+            told = process.stderr.read()
+        assert told.count("no home directory is known") == 1
+        assert os.listdir(tmp_path / "here") == []
 
     def test_with_no_provider_the_demo_model_serves_and_says_so(self, bare):
         with self.running(bare) as process:
