@@ -686,7 +686,7 @@ CONTEXT_FIELDS = ("max_input_tokens", "max_model_len", "context_window", "contex
 ID_FIELDS = ("id", "name", "inferenceProfileId", "modelId")
 OUTPUT_FIELDS = ("max_completion_tokens", "max_output_length", "max_tokens")
 PRO = re.compile(r"(^|[-_./])pro\b", re.I)
-MOST_REGISTERED = 10_000  # ids over the API
+MOST_REGISTERED = 2000  # ids
 
 
 @dataclass(frozen=True)
@@ -1186,8 +1186,8 @@ def registered_alias(body: Any, registry: Registry) -> Alias:
     model_id, given = body["model_id"], body.get("provider_model_id")
     chain = given if isinstance(given, list) else ["auto" if given in (None, "") else given]
     if not 0 < len(chain) <= 32 or not all(isinstance(t, str) and 0 < len(t) <= 256 for t in chain):
-        raise OgxError(400, "provider_model_id: expected a model's id, or a list of at most 32 of "
-                            "them, each of 1 to 256 characters")  # fmt: skip
+        raise OgxError(400, "provider_model_id: expected an id of 1 to 256 characters, or a list "
+                            "of at most 32 of them")  # fmt: skip
     expect(body, "", {"provider_id": str, "model_type": str}, required=False)
     if not re.fullmatch(r"\S(.{0,254}\S)?", model_id) or BAD_ID.search(model_id):
         raise OgxError(400, "model_id: expected 1 to 256 characters without control characters or "
@@ -3220,80 +3220,75 @@ class Store:
     threads. `problem` says why the file lacks something: then sync() alone tries it again."""
 
     def __init__(self, path: str = "") -> None:
-        self.path = path
+        self.path = os.path.abspath(path) if path else ""
         self.problem = "" if path else "there is no state file: this is lost when ogx.py stops"
+        self._lock = threading.RLock()
+        self._saved: dict[tuple[str, str], str] = {}  # what the file held when it was last read
+        self._unsaved: dict[tuple[str, str], str] = {}  # what it is to hold; "null": no longer
         self._version = -1  # of the file: begins anywhere, and each writing adds one
-        self._lock = threading.Lock()
-        self._saved: dict[tuple[str, str], Any] = {}  # what the file held when it was last read
-        self._unsaved: dict[tuple[str, str], Any] = {}  # what it is to hold; None: no longer
         self.sync()
 
     def all(self, kind: str) -> dict[str, Any]:
         """All values of a kind by key, oldest first."""
         with self._lock:
             known = {**self._saved, **self._unsaved}
-        return {key: value for (of, key), value in known.items()
-                if of == kind and value is not None}  # fmt: skip
+        values = {key: json_or_none(known[of, key]) for of, key in known if of == kind}
+        return {key: value for key, value in values.items() if isinstance(value, (dict, list))}
 
     def put(self, kind: str, key: str, value: Any) -> str:
         """Keep a value, or none; why the file doesn't know it yet, else ""."""
         fact = kind, key.encode("utf-8", "replace").decode()  # sqlite takes no half characters
         with self._lock:
-            self._unsaved[fact] = value
+            self._unsaved[fact] = json.dumps(value)
             if value is None and fact not in self._saved:
                 del self._unsaved[fact]
             if not self.problem:
-                self._sync()
+                self.sync()
             return self.problem
 
     def sync(self) -> None:
         """Write what the file lacks, and read what others wrote there."""
-        with self._lock:
-            if self.path:
-                self._sync()
-
-    def _sync(self) -> None:
         problem = ""
-        try:
+        with self._lock:
             try:
                 self._exchange()
-            except Exception as error:
-                self._set_aside(error)
-                self._exchange()
-        except Exception as error:  # of the system, or of sqlite3, which not every Python has
-            problem = (f"can't use {self.path} as state file ({error}): what it lacks is lost if "
-                       "ogx.py stops before it can")  # fmt: skip
-        if problem != self.problem:
-            log.warning("%s", problem or f"the state file {self.path} is used again")
-        self.problem = problem
+            except Exception as error:  # of the system, or of sqlite3, which not every Python has
+                with suppress(OSError):
+                    if self._set_aside(error):
+                        return self.sync()
+                problem = (f"can't use {self.path} as state file ({error}): what it lacks is lost "
+                           "if ogx.py stops before it can")  # fmt: skip
+            if self.path and problem != self.problem:
+                log.warning("%s", problem or f"the state file {self.path} is used again")
+                self.problem = problem
 
     def _exchange(self) -> None:
-        if not (self._saved or self._unsaved or os.path.exists(self.path)):
+        known = self._saved or self._unsaved
+        if not self.path or not (known or os.path.exists(self.path)):
             return
         import sqlite3  # only now: it costs a megabyte and start-up time
 
-        path = os.path.abspath(self.path)
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
         with suppress(FileExistsError):  # to open and close one that exists would end its locks
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
-        if not os.path.isfile(path):
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL, 0o600))
+        if not os.path.isfile(self.path):
             raise ValueError("it is no file")
-        database = sqlite3.connect(path, timeout=2.0, isolation_level=None)
+        database = sqlite3.connect(self.path, timeout=2.0, isolation_level=None)
         with closing(database), database:
             database.execute("BEGIN IMMEDIATE" if self._unsaved else "BEGIN")
             version = self._read(database)
             if self._unsaved:
                 version += 1
-                rows = [(*f, json.dumps(v), time.time()) for f, v in self._unsaved.items()]
+                rows = [(*fact, value, time.time()) for fact, value in self._unsaved.items()]
                 database.executemany("REPLACE INTO facts VALUES (?, ?, ?, ?)", rows)
                 database.execute("DELETE FROM facts WHERE value = 'null'")
                 database.execute(f"PRAGMA user_version = {version}")
-        known = {**self._saved, **self._unsaved}
-        self._saved = {fact: value for fact, value in known.items() if value is not None}
+        held = {**self._saved, **self._unsaved}
+        self._saved = {fact: value for fact, value in held.items() if value != "null"}
         self._unsaved, self._version = {}, version
 
     def _read(self, database: Any) -> int:
-        """The file's version; what it holds is taken in where that isn't known."""
+        """The file's version; what it holds is taken in where it may be new."""
         version: int = database.execute("PRAGMA user_version").fetchone()[0]
         if not database.execute("SELECT * FROM sqlite_master").fetchone():  # it is new, or emptied
             version = random.getrandbits(30)
@@ -3303,28 +3298,25 @@ class Store:
         if version == self._version and not self._unsaved:
             return version
         database.text_factory = lambda data: data.decode("utf-8", "replace")
-        rows = list(database.execute("SELECT kind, key, value FROM facts WHERE "
-                                     "typeof(key || value) = 'text' ORDER BY at"))  # fmt: skip
-        told = database.execute("PRAGMA quick_check").fetchone()[0]
-        if told != "ok":
-            raise database.DatabaseError(told)
-        if not 0 <= version - self._version < 1 << 20:  # another file, or an older copy
+        rows = database.execute(
+            "SELECT kind, key, value FROM facts WHERE typeof(key) || typeof(value) = 'texttext' "
+            "ORDER BY at").fetchall()  # fmt: skip
+        if not 0 <= version - self._version < 4096:  # another file, or an older copy
             self._unsaved = {**self._saved, **self._unsaved}
-        values = {(kind, key): json_or_none(value) for kind, key, value in rows}
-        self._saved = {f: value for f, value in values.items() if isinstance(value, (dict, list))}
+        self._saved = {(kind, key): value for kind, key, value in rows}
         return version
 
-    def _set_aside(self, error: Exception) -> None:
-        """Rename a corrupt file; raises the error where that, or the file, is of another kind."""
-        if type(error).__name__ != "DatabaseError":  # but locked, read-only, another program's
-            raise error
+    def _set_aside(self, error: Exception) -> bool:
+        """Whether a corrupt file was renamed; one that never was a state file is left alone."""
+        if type(error).__name__ != "DatabaseError":  # locked, read-only, another program's
+            return False
         with open(self.path, "rb") as file:
-            head = file.read(16).rstrip(b"\0")  # zeros are what a loss of power leaves
-        if self._version < 0 and head not in (b"", b"SQLite format 3"):
-            raise error
-        aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
-        os.replace(self.path, aside)
-        log.warning("the state file %s was corrupt (%s); it is now %s", self.path, error, aside)
+            ours = file.read(16) == b"SQLite format 3\0" or self._version >= 0
+        if ours:
+            aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
+            os.replace(self.path, aside)
+            log.warning("%s was corrupt (%s); it is now %s", self.path, error, aside)
+        return ours
 
     def close(self) -> None:
         if self._unsaved:
@@ -3357,9 +3349,8 @@ class Lessons:
             lessons: dict[str, dict[str, Lesson]] = {}  # by model, then by what each is about
             for key, entries in self._store.all("lessons").items():
                 served = key.rpartition("\n")[0] or key  # earlier versions kept all at one key
-                for lesson in map(lesson_from_json, entries if isinstance(entries, list) else ()):
-                    if lesson:
-                        lessons.setdefault(served, {})[subject_of(lesson)] = lesson
+                for lesson in filter(None, map(lesson_from_json, entries)):
+                    lessons.setdefault(served, {})[subject_of(lesson)] = lesson
             self._lessons = lessons
 
     def of(self, model: Model) -> tuple[Lesson, ...]:
@@ -3498,7 +3489,7 @@ def keys_from_process(command: str, stopped: threading.Event) -> tuple[float, li
     import datetime
     import subprocess
 
-    words = ""
+    words = b""
     try:
         with subprocess.Popen(shlex.split(command), bufsize=0, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -3509,20 +3500,21 @@ def keys_from_process(command: str, stopped: threading.Event) -> tuple[float, li
         end = datetime.datetime.fromisoformat(until).timestamp()
         return end, [told["AccessKeyId"], told["SecretAccessKey"], told.get("SessionToken") or ""]
     except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        why = one_line(re.sub(SECRET, "***", words))[:300] or type(error).__name__
+        why = re.sub(SECRET, "***", words.decode("utf-8", "replace"))
+        why = one_line(why)[:300] or type(error).__name__
         raise OgxError(401, f"the credential_process of the AWS profile failed: {why}") from None
 
 
-def printed_by(process: Any, stopped: threading.Event) -> tuple[bytes, str]:
-    """What a program prints until it ends, and what it says on stderr. It is killed, and so is
-    what it started, when it takes too long or prints too much, or `stopped` is set."""
+def printed_by(process: Any, stopped: threading.Event) -> tuple[bytes, bytes]:
+    """What a program prints and what it says on stderr. With all that it started, it is killed
+    when it takes too long or prints too much, or when `stopped` is set."""
     told, runs = {process.stdout: b"", process.stderr: b""}, True
     end = time.monotonic() + PROCESS_SECONDS
-    with suppress(AttributeError):  # older Pythons on Windows can't
-        for pipe in told:
+    for pipe in told:
+        with suppress(AttributeError):  # Windows' older Pythons wait for what it prints
             os.set_blocking(pipe.fileno(), False)
     while runs:
-        runs = process.poll() is None  # what it printed before is read now
+        runs = process.poll() is None
         for pipe in told:
             told[pipe] = (told[pipe] + (pipe.read(PROCESS_BYTES) or b""))[:PROCESS_BYTES]
         late = time.monotonic() > end or len(told[process.stdout]) == PROCESS_BYTES
@@ -3530,8 +3522,8 @@ def printed_by(process: Any, stopped: threading.Event) -> tuple[bytes, str]:
             with suppress(OSError, AttributeError):  # Windows has no groups
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
-            return b"", "it took too long, or printed too much"
-    return told[process.stdout], told[process.stderr].decode("utf-8", "replace")
+            return b"", b"it took too long, or printed too much"
+    return told[process.stdout], told[process.stderr]
 
 
 class Signer:
@@ -3566,9 +3558,9 @@ class Signer:
             return self._made[command][1]
 
     def close(self) -> None:
-        """End the process that runs; returns when it has ended."""
+        """End the process that runs."""
         self._stopped.set()
-        with self._lock:
+        with self._lock:  # once it has ended
             pass
 
     def headers(self, signed: str, method: str, url: str, body: bytes | None) -> dict[str, str]:
@@ -4647,11 +4639,11 @@ class Gateway:
         return {"warning": problem} if problem else {}
 
     def _load(self) -> None:
-        """Take in what the store holds."""
+        """Take in the registrations that the store holds."""
         with self._loading:
             aliases = {alias.model_id: alias for alias in self.config.aliases}
             for model_id, kept in self.store.all("alias").items():
-                if dict_or_empty(kept).get("deleted"):
+                if "deleted" in kept:
                     aliases.pop(model_id, None)
                 with suppress(TypeError):  # what another version kept is passed over
                     alias = Alias(**kept)
@@ -4686,8 +4678,8 @@ class Gateway:
     def start_discovery(self) -> None:
         """Ask every provider for its models, now and again from time to time, in the background;
         `discovered` is set when each has answered or failed once."""
-        for work in (self._discover, self._keep_in_step):
-            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+        threading.Thread(target=self._discover, name="discovery", daemon=True).start()
+        threading.Thread(target=self._keep_in_step, name="state", daemon=True).start()
 
     def _discover(self) -> None:
         due = dict.fromkeys(self.registry.providers, 0.0)
