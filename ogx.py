@@ -3204,9 +3204,8 @@ def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxErr
 
 # ======== Store ==============================================================================
 # What must outlive the process, models registered over the API and lessons, in a sqlite file of one
-# table, which several servers may share. It never stops serving: what can't be written is kept in
-# memory until it can; the log and the answers say so.
-
+# table, which several servers may share. It never stops serving: what can't be written yet is kept
+# in memory; the log and the answers say so.
 
 LESSON_DAYS = 30
 LEARNED_FROM = 250  # tokens: smaller prompts are mostly what templates add
@@ -3264,7 +3263,7 @@ class Store:
 
     def _exchange(self) -> None:
         known = self._saved or self._unsaved
-        if not self.path or not (known or os.path.exists(self.path)):
+        if not (self.path and (known or os.path.exists(self.path))):
             return
         import sqlite3  # only now: it costs a megabyte and start-up time
 
@@ -3298,12 +3297,11 @@ class Store:
         if version == self._version and not self._unsaved:
             return version
         database.text_factory = lambda data: data.decode("utf-8", "replace")
-        rows = database.execute(
-            "SELECT kind, key, value FROM facts WHERE typeof(key) || typeof(value) = 'texttext' "
-            "ORDER BY at").fetchall()  # fmt: skip
+        rows = database.execute("SELECT kind, key, value FROM facts ORDER BY at").fetchall()
         if not 0 <= version - self._version < 4096:  # another file, or an older copy
             self._unsaved = {**self._saved, **self._unsaved}
-        self._saved = {(kind, key): value for kind, key, value in rows}
+        self._saved = {(kind, key): value for kind, key, value in rows
+                       if type(key) is type(value) is str}  # fmt: skip
         return version
 
     def _set_aside(self, error: Exception) -> bool:
@@ -3501,7 +3499,7 @@ def keys_from_process(command: str, stopped: threading.Event) -> tuple[float, li
         return end, [told["AccessKeyId"], told["SecretAccessKey"], told.get("SessionToken") or ""]
     except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
         why = re.sub(SECRET, "***", words.decode("utf-8", "replace"))
-        why = one_line(why)[:300] or type(error).__name__
+        why = one_line(why) or type(error).__name__
         raise OgxError(401, f"the credential_process of the AWS profile failed: {why}") from None
 
 
@@ -4639,7 +4637,6 @@ class Gateway:
         return {"warning": problem} if problem else {}
 
     def _load(self) -> None:
-        """Take in the registrations that the store holds."""
         with self._loading:
             aliases = {alias.model_id: alias for alias in self.config.aliases}
             for model_id, kept in self.store.all("alias").items():

@@ -3711,10 +3711,10 @@ class TestStore:
             print(store.all("alias"), store.put("alias", "b", {}), list(store.all("alias")))"""
         with tempfile.TemporaryDirectory() as folder:
             program = [sys.executable, "-c", code, self.store(Path(folder), a=1).path]
-            told = subprocess.run(program, capture_output=True, text=True, cwd=HERE).stdout
+            done = subprocess.run(program, capture_output=True, text=True, cwd=HERE)
             os.chmod(folder, 0o700)
-        assert told.startswith("{'a': {'x': 1}} can't use ") and "readonly" in told
-        assert told.endswith("['a', 'b']\n")
+        assert done.stdout.startswith("{'a': {'x': 1}} can't use "), done.stderr
+        assert "readonly" in done.stdout and done.stdout.endswith("['a', 'b']\n")
 
     @pytest.mark.parametrize("odd", ["folder", "pipe", "below a file", "null"])
     def test_where_the_file_cannot_be_used_things_are_kept_in_memory(self, tmp_path, caplog, odd):
