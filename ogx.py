@@ -3211,6 +3211,7 @@ LESSON_DAYS = 30
 LEARNED_FROM = 250  # tokens: smaller prompts are mostly what templates add
 SANE_RATIO = (0.5, 4.0)  # others are of providers that tell nothing, or leave out what was cached
 MOST_LEARNED = 1000  # models about which something is kept; the first make room for others
+LONGEST_ID = 512  # characters of such a model's id; longer ones are made up
 STATE_SECONDS = 1.0  # between two looks at the state file
 
 
@@ -3247,6 +3248,8 @@ class Store:
 
     def sync(self) -> None:
         """Write what the file lacks, and read what others wrote there."""
+        if not self.path:
+            return
         problem = ""
         with self._lock:
             try:
@@ -3257,13 +3260,12 @@ class Store:
                         return self.sync()
                 problem = (f"can't use {self.path} as state file ({error}): what it lacks is lost "
                            "if ogx.py stops before it can")  # fmt: skip
-            if self.path and problem != self.problem:
+            if problem != self.problem:
                 log.warning("%s", problem or f"the state file {self.path} is used again")
-                self.problem = problem
+            self.problem = problem
 
     def _exchange(self) -> None:
-        known = self._saved or self._unsaved
-        if not (self.path and (known or os.path.exists(self.path))):
+        if not (self._saved or self._unsaved or os.path.exists(self.path)):
             return
         import sqlite3  # only now: it costs a megabyte and start-up time
 
@@ -3288,12 +3290,11 @@ class Store:
 
     def _read(self, database: Any) -> int:
         """The file's version; what it holds is taken in where it may be new."""
-        version: int = database.execute("PRAGMA user_version").fetchone()[0]
         if not database.execute("SELECT * FROM sqlite_master").fetchone():  # it is new, or emptied
-            version = random.getrandbits(30)
             database.execute("CREATE TABLE facts (kind TEXT, key TEXT, value TEXT, at REAL, "
                              "PRIMARY KEY (kind, key))")  # fmt: skip
-            database.execute(f"PRAGMA user_version = {version}")
+            database.execute(f"PRAGMA user_version = {random.getrandbits(30)}")
+        version: int = database.execute("PRAGMA user_version").fetchone()[0]
         if version == self._version and not self._unsaved:
             return version
         database.text_factory = lambda data: data.decode("utf-8", "replace")
@@ -3361,6 +3362,7 @@ class Lessons:
     def add(self, model: Model, lessons: Iterable[Lesson]) -> None:
         """Keep lessons; one about the same takes the place of the older one."""
         served = model.served
+        lessons = lessons if len(served) <= LONGEST_ID else ()
         for lesson in (replace(k, at=k.at or time.time()) for k in lessons if k.keep):
             subject = subject_of(lesson)
             with self._lock:
@@ -3399,7 +3401,7 @@ class Ratios:
         """Compare an estimate with what the upstream told; images would spoil it."""
         if usage and prompt[0] >= LEARNED_FROM and not prompt[1]:
             ratio = (usage.input + usage.cache_read + usage.cache_written) / prompt[0]
-            if SANE_RATIO[0] < ratio < SANE_RATIO[1]:
+            if SANE_RATIO[0] < ratio < SANE_RATIO[1] and len(model.served) <= LONGEST_ID:
                 if len(self._seen) >= MOST_LEARNED:
                     self._seen = {}  # one answer relearns it
                 self._seen[model.served] = [*self._seen.get(model.served, [])[-8:], ratio]
@@ -4612,29 +4614,31 @@ class Gateway:
         """Register a model id of the user's own, or register it anew; its entry."""
         self.discovered.wait(LIST_TIMEOUT)
         alias = registered_alias(body, self.registry)
-        warning = self._put(alias.model_id, asdict(alias))
+        self._put(alias.model_id, asdict(alias))
         metadata = {"model_type": "llm", "provider_id": alias.provider_id,
                     "provider_resource_id": alias.provider_model_id}  # fmt: skip
         entry: Json = {"id": alias.model_id, "object": "model", "type": "model"}
         with suppress(OgxError):
             entry = self._entry(self.registry.resolve(alias.model_id))
-        return {**entry, "custom_metadata": {**entry.get("custom_metadata", metadata), **warning}}
+        metadata = entry.get("custom_metadata", metadata)
+        return {**entry, "custom_metadata": {**metadata, **self._warning()}}
 
     def unregister(self, model_id: str) -> Json:
         """Forget a registered id or, for a provider's own model, what was learned about it."""
-        warning = {}
         if model_id in self.registry.aliases:
             configured = any(alias.model_id == model_id for alias in self.config.aliases)
-            warning = self._put(model_id, {"deleted": True} if configured else None)
+            self._put(model_id, {"deleted": True} if configured else None)
         elif not self.lessons.forget(self.registry.resolve(model_id).served):
             raise OgxError(404, f"nothing was registered or learned for '{model_id[:200]}'")
-        return {"id": model_id, "object": "model", "deleted": True, **warning}
+        return {"id": model_id, "object": "model", "deleted": True, **self._warning()}
 
-    def _put(self, model_id: str, alias: Json | None) -> Json:
-        """Keep a registration, or none; a warning where it may be lost."""
-        problem = self.store.put("alias", model_id, alias)
+    def _warning(self) -> Json:
+        """For answers to changes that may be lost."""
+        return {"warning": self.store.problem} if self.store.problem else {}
+
+    def _put(self, model_id: str, alias: Json | None) -> None:
+        self.store.put("alias", model_id, alias)
         self._load()
-        return {"warning": problem} if problem else {}
 
     def _load(self) -> None:
         with self._loading:

@@ -3964,6 +3964,10 @@ class TestStore:
             lessons.add(made_up, [ogx.Lesson("drop", "stop"), ogx.Lesson("drop", "top_p")])
             store.put("alias", f"a{number}", {})
             store.put("alias", f"a{number}", None)
+        endless = model(upstream_id="x" * 600)
+        ratios.learn(endless, (1000.0, 0), ogx.Usage(1200))
+        lessons.add(endless, [ogx.Lesson("drop", "stop")])
+        assert lessons.of(endless) == () and ratios.estimate(endless, (1000.0, 0)) == 1000
         for holder in (store, lessons, ratios):
             sizes = {name: len(value) for name, value in vars(holder).items()
                      if hasattr(value, "__len__") and not isinstance(value, str)}  # fmt: skip
@@ -6140,6 +6144,14 @@ class TestGateway:
             assert client.get("/v1/models/a")[0] == 200
             _, _, gone = client.ask("DELETE", "/v1/models/a")
         assert gone == {"id": "a", "object": "model", "deleted": True, "warning": store.problem}
+
+    def test_that_what_was_forgotten_may_come_back_is_told(self, tmp_path):
+        path = str(tmp_path / "state.sqlite")
+        with gateway_over(store=ogx.Store(path)) as (client, _):
+            client.gateway.lessons.add(model(), [ogx.Lesson("drop", "stop")])
+            with TestStore().locked(path):
+                _, _, gone = client.ask("DELETE", "/v1/models/openai/gpt-x")
+        assert "database is locked" in gone["warning"]
 
     def test_what_a_lock_kept_out_is_written_while_the_server_runs(self, tmp_path):
         path = str(tmp_path / "state.sqlite")
