@@ -4271,7 +4271,7 @@ class TestSigning:
         assert len(told) == 5 and len({id(error) for error in told}) == 5
         assert {error.message[-39:] for error in told} == {
             ": it took too long, or printed too much"}
-        assert len(self.pids(tmp_path)) in (0, 1, 2)  # a program and its child
+        assert len(self.pids(tmp_path)) <= 2  # a program and its child, not five of them
         until(lambda: all(map(self.gone, self.pids(tmp_path))))
 
     def test_a_failure_is_told_for_some_seconds_and_then_asked_for_anew(self, aws, tmp_path):
