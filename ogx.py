@@ -777,6 +777,7 @@ CONTEXT_FIELDS = ("max_input_tokens", "max_model_len", "context_window", "contex
 ID_FIELDS = ("id", "name", "inferenceProfileId", "modelId")
 OUTPUT_FIELDS = ("max_completion_tokens", "max_output_length", "max_tokens")
 PRO = re.compile(r"(^|[-_./])pro\b", re.I)
+MOST_REGISTERED = 2000  # ids
 
 
 @dataclass(frozen=True)
@@ -859,15 +860,6 @@ class Registry:
         self.uncounted: dict[str, set[str]] = {}  # base URL -> paths where it counts no tokens
         self._by_id: dict[str, Model] = {}
         self._lock = threading.Lock()
-
-    def register(self, alias: Alias) -> None:
-        """Add an alias, or replace the one of the same id."""
-        with self._lock:
-            self.aliases = {**self.aliases, alias.model_id: alias}
-
-    def unregister(self, model_id: str) -> None:
-        with self._lock:
-            self.aliases = {k: v for k, v in self.aliases.items() if k != model_id}
 
     def adopt(self, providers: Sequence[Provider]) -> None:
         """Take in the providers found when none was configured; without any, the demo model."""
@@ -1310,8 +1302,9 @@ def registered_alias(body: Any, registry: Registry) -> Alias:
     expect(body, "", {"model_id": str})
     model_id, given = body["model_id"], body.get("provider_model_id")
     chain = given if isinstance(given, list) else ["auto" if given in (None, "") else given]
-    if not chain or not all(isinstance(target, str) and target for target in chain):
-        raise OgxError(400, "provider_model_id: expected a model's id or a list of them")
+    if not 0 < len(chain) <= 32 or not all(isinstance(t, str) and 0 < len(t) <= 256 for t in chain):
+        raise OgxError(400, "provider_model_id: expected an id of 1 to 256 characters, or a list "
+                            "of at most 32 of them")  # fmt: skip
     expect(body, "", {"provider_id": str, "model_type": str}, required=False)
     if not re.fullmatch(r"\S(.{0,254}\S)?", model_id) or BAD_ID.search(model_id):
         raise OgxError(400, "model_id: expected 1 to 256 characters without control characters or "
@@ -1324,6 +1317,8 @@ def registered_alias(body: Any, registry: Registry) -> Alias:
         raise OgxError(400, f"provider_id: no provider '{provider_id[:100]}'; there is: {known}")
     if any(model.id == model_id for model in registry.models()):
         raise OgxError(409, f"model_id: '{model_id}' is a provider's own id")
+    if len({*registry.aliases, model_id}) > MOST_REGISTERED:
+        raise OgxError(400, f"model_id: {MOST_REGISTERED} are registered; delete one before")
     several = tuple(chain) if isinstance(given, list) else ()
     return Alias(model_id, "all" if several else provider_id, chain[0], several)
 
@@ -3495,168 +3490,207 @@ def say(*lines: str, to: str = "stdout") -> None:
 
 # ======== Store ==============================================================================
 # What must outlive the process, models registered over the API and lessons, in a sqlite file of one
-# table. It never stops serving: where the file can't be used, things are kept in memory and the log
-# says so.
-
+# table, which several servers may share. It never stops serving: what can't be written yet is kept
+# in memory; the log and the answers say so.
 
 LESSON_DAYS = 30
 LEARNED_FROM = 250  # tokens: smaller prompts are mostly what templates add
 SANE_RATIO = (0.5, 4.0)  # others are of providers that tell nothing, or leave out what was cached
+MOST_LEARNED = 1000  # models about which something is kept; the first make room for others
+LONGEST_ID = 512  # characters of such a model's id; longer ones are made up
+STATE_SECONDS = 1.0  # between two looks at the state file
 
 
 class Store:
-    """JSON values by kind and key, in a file or, for an empty path, in memory. Safe for threads."""
+    """JSON values by kind and key, in memory and, but for an empty path, in a file; safe for
+    threads. `problem` says why the file lacks something: then sync() alone tries it again."""
 
     def __init__(self, path: str = "") -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        self._database: Any = None  # until there is something to read or to write
-        if path and os.path.exists(path):
-            self._open()
-
-    def _open(self) -> None:
-        import sqlite3  # only now: it costs a megabyte and start-up time
-
-        self._errors = (sqlite3.Error, OSError)
-        path = self.path or ":memory:"
-        try:
-            try:
-                self._database = self._opened(sqlite3, path)
-            except ValueError as error:
-                aside = f"{path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
-                os.replace(path, aside)
-                log.warning("the state file %s was corrupt (%s); it is now %s", path, error, aside)
-                self._database = self._opened(sqlite3, path)
-        except self._errors as error:  # locked, read-only, no space
-            log.warning("can't use the state file %s (%s); registered models are forgotten at the "
-                        "end", path, error)  # fmt: skip
-            self._database = self._opened(sqlite3, ":memory:")
-
-    def _opened(self, sqlite3: Any, path: str) -> Any:
-        """The database; ValueError where it isn't one of ours."""
-        if path != ":memory:":
-            os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        database = sqlite3.connect(path, timeout=2.0, check_same_thread=False, isolation_level=None)
-        try:
-            database.execute("CREATE TABLE IF NOT EXISTS facts (kind TEXT, key TEXT, value TEXT, "
-                             "at REAL, PRIMARY KEY (kind, key))")  # fmt: skip
-            told = database.execute("PRAGMA quick_check").fetchone()[0]
-            if told != "ok":
-                raise sqlite3.DatabaseError(told)
-            for (value,) in database.execute("SELECT value FROM facts"):
-                if not isinstance(json.loads(value), (dict, list)):
-                    raise ValueError("a value is of an unknown kind")
-        except (sqlite3.Error, ValueError, TypeError) as error:
-            database.close()
-            if "no such column" in str(error) or isinstance(error, TypeError):
-                raise ValueError("it is of another program") from None
-            if isinstance(error, sqlite3.OperationalError):
-                raise
-            raise ValueError(str(error)) from None
-        return database
+        self.path = os.path.abspath(path) if path else ""
+        self.problem = "" if path else "there is no state file: this is lost when ogx.py stops"
+        self._lock = threading.RLock()
+        self._saved: dict[tuple[str, str], str] = {}  # what the file held when it was last read
+        self._unsaved: dict[tuple[str, str], str] = {}  # what it is to hold; "null": no longer
+        self._version = -1  # of the file: begins anywhere, and each writing adds one
+        self.sync()
 
     def all(self, kind: str) -> dict[str, Any]:
         """All values of a kind by key, oldest first."""
         with self._lock:
-            if self._database is None:
-                return {}
-            query = "SELECT key, value FROM facts WHERE kind = ? ORDER BY at"
-            return {key: json.loads(value) for key, value in self._database.execute(query, (kind,))}
+            known = {**self._saved, **self._unsaved}
+        values = {key: json_or_none(known[of, key]) for of, key in known if of == kind}
+        return {key: value for key, value in values.items() if isinstance(value, (dict, list))}
 
-    def put(self, kind: str, key: str, value: Any) -> None:
-        self._write("REPLACE INTO facts VALUES (?, ?, ?, ?)",
-                    (kind, key, json.dumps(value), time.time()))  # fmt: skip
-
-    def delete(self, kind: str, key: str) -> None:
-        self._write("DELETE FROM facts WHERE kind = ? AND key = ?", (kind, key))
-
-    def _write(self, statement: str, values: tuple[Any, ...]) -> None:
-        """Write; a full disk or a locked file is told in the log alone."""
+    def put(self, kind: str, key: str, value: Any) -> str:
+        """Keep a value, or none; why the file doesn't know it yet, else ""."""
+        fact = kind, key.encode("utf-8", "replace").decode()  # sqlite takes no half characters
         with self._lock:
-            if self._database is None:
-                self._open()
+            self._unsaved[fact] = json.dumps(value)
+            if value is None and fact not in self._saved:
+                del self._unsaved[fact]
+            if not self.problem:
+                self.sync()
+            return self.problem
+
+    def sync(self) -> None:
+        """Write what the file lacks, and read what others wrote there."""
+        if not self.path:
+            return
+        problem = ""
+        with self._lock:
             try:
-                self._database.execute(statement, values)
-            except self._errors as error:
-                log.warning("can't write the state file %s: %s", self.path, error)
+                self._exchange()
+            except Exception as error:  # of the system, or of sqlite3, which not every Python has
+                with suppress(OSError):
+                    if self._set_aside(error):
+                        return self.sync()
+                problem = (f"can't use {self.path} as state file ({error}): what it lacks is lost "
+                           "if ogx.py stops before it can")  # fmt: skip
+            if problem != self.problem:
+                log.warning("%s", problem or f"the state file {self.path} is used again")
+            self.problem = problem
+
+    def _exchange(self) -> None:
+        if not (self._saved or self._unsaved or os.path.exists(self.path)):
+            return
+        import sqlite3  # only now: it costs a megabyte and start-up time
+
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        with suppress(FileExistsError):  # to open and close one that exists would end its locks
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL, 0o600))
+        if not os.path.isfile(self.path):
+            raise ValueError("it is no file")
+        database = sqlite3.connect(self.path, timeout=2.0, isolation_level=None)
+        with closing(database), database:
+            database.execute("BEGIN IMMEDIATE" if self._unsaved else "BEGIN")
+            version = self._read(database)
+            if self._unsaved:
+                version += 1
+                rows = [(*fact, value, time.time()) for fact, value in self._unsaved.items()]
+                database.executemany("REPLACE INTO facts VALUES (?, ?, ?, ?)", rows)
+                database.execute("DELETE FROM facts WHERE value = 'null'")
+                database.execute(f"PRAGMA user_version = {version}")
+        held = {**self._saved, **self._unsaved}
+        self._saved = {fact: value for fact, value in held.items() if value != "null"}
+        self._unsaved, self._version = {}, version
+
+    def _read(self, database: Any) -> int:
+        """The file's version; what it holds is taken in where it may be new."""
+        if not database.execute("SELECT * FROM sqlite_master").fetchone():  # it is new, or emptied
+            database.execute("CREATE TABLE facts (kind TEXT, key TEXT, value TEXT, at REAL, "
+                             "PRIMARY KEY (kind, key))")  # fmt: skip
+            database.execute(f"PRAGMA user_version = {random.getrandbits(30)}")
+        version: int = database.execute("PRAGMA user_version").fetchone()[0]
+        if version == self._version and not self._unsaved:
+            return version
+        database.text_factory = lambda data: data.decode("utf-8", "replace")
+        rows = database.execute("SELECT kind, key, value FROM facts ORDER BY at").fetchall()
+        if not 0 <= version - self._version < 4096:  # another file, or an older copy
+            self._unsaved = {**self._saved, **self._unsaved}
+        self._saved = {(kind, key): value for kind, key, value in rows
+                       if type(key) is type(value) is str}  # fmt: skip
+        return version
+
+    def _set_aside(self, error: Exception) -> bool:
+        """Whether a corrupt file was renamed; one that never was a state file is left alone."""
+        if type(error).__name__ != "DatabaseError":  # locked, read-only, another program's
+            return False
+        with open(self.path, "rb") as file:
+            ours = file.read(16) == b"SQLite format 3\0" or self._version >= 0
+        if ours:
+            aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
+            os.replace(self.path, aside)
+            log.warning("%s was corrupt (%s); it is now %s", self.path, error, aside)
+        return ours
 
     def close(self) -> None:
-        with self._lock:
-            if self._database is not None:
-                self._database.close()
+        if self._unsaved:
+            self.sync()
 
 
 def state_path(given: str | None, environ: Mapping[str, str]) -> str:
-    """The state file: as given, else OGX_STATE, else in the user's directory for such things."""
+    """The state file: as given, else OGX_STATE, else in the user's directory for such things;
+    empty where that isn't known."""
     base = environ.get("XDG_STATE_HOME") or environ.get("LOCALAPPDATA") or "~/.local/state"
-    usual = os.path.join(os.path.expanduser(base), "ogx", "state.sqlite")
-    return given or environ.get("OGX_STATE") or usual
+    usual = os.path.join(base, "ogx", "state.sqlite")
+    path = os.path.expanduser(given or environ.get("OGX_STATE") or usual)
+    if path.startswith("~"):
+        log.warning("no home directory is known, so there is no state file (see --state)")
+        return ""
+    return path
 
 
 class Lessons:
-    """Lessons by model, kept in the store until they are LESSON_DAYS old; safe for threads."""
+    """Lessons by model, each kept in the store until it is LESSON_DAYS old; safe for threads."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._lock = threading.Lock()
-        self._lessons: dict[str, tuple[Lesson, ...]] = {}
-        for key, entries in store.all("lessons").items():
-            made = map(lesson_from_json, entries if isinstance(entries, list) else ())
-            self._lessons[key] = tuple(lesson for lesson in made if lesson)
+        self._lock = threading.RLock()
+        self.load()
+
+    def load(self) -> None:
+        """Take in what the store holds."""
+        with self._lock:
+            lessons: dict[str, dict[str, Lesson]] = {}  # by model, then by what each is about
+            for key, entries in self._store.all("lessons").items():
+                served = key.rpartition("\n")[0] or key  # earlier versions kept all at one key
+                for lesson in filter(None, map(lesson_from_json, entries)):
+                    lessons.setdefault(served, {})[subject_of(lesson)] = lesson
+            self._lessons = lessons
 
     def of(self, model: Model) -> tuple[Lesson, ...]:
         lessons = self._lessons.get(model.served)
         if not lessons:
             return ()
         oldest = time.time() - LESSON_DAYS * 86400
-        return tuple(lesson for lesson in lessons if lesson.at > oldest)
+        return tuple(lesson for lesson in lessons.values() if lesson.at > oldest)
 
     def add(self, model: Model, lessons: Iterable[Lesson]) -> None:
-        """Keep lessons; one about the same field takes the place of the older one."""
+        """Keep lessons; one about the same takes the place of the older one."""
+        served = model.served
+        lessons = lessons if len(served) <= LONGEST_ID else ()
         for lesson in (replace(k, at=k.at or time.time()) for k in lessons if k.keep):
-            same = (lesson.action, lesson.field, lesson.dialect)
+            subject = subject_of(lesson)
             with self._lock:
-                known = [k for k in self.of(model) if (k.action, k.field, k.dialect) != same
-                         or (lesson.action == "unschema" and k.value != lesson.value)]  # fmt: skip
-                kept = self._lessons[model.served] = (*known, lesson)
-                self._store.put("lessons", model.served, [asdict(k) for k in kept])
+                self._lessons[served] = {**self._lessons.get(served, {}), subject: lesson}
+                self._store.put("lessons", f"{served}\n{subject}", [asdict(lesson)])
+                if len(self._lessons) > MOST_LEARNED:
+                    self.forget(next(iter(self._lessons)))
 
-    def forget(self, model: Model) -> bool:
+    def forget(self, served: str) -> bool:
         """Whether there was something to forget."""
         with self._lock:
-            known = self._lessons.pop(model.served, ())
-            self._store.delete("lessons", model.served)
+            known = self._lessons.pop(served, {})
+            for key in (served, *(f"{served}\n{subject}" for subject in known)):
+                self._store.put("lessons", key, None)
         return bool(known)
+
+
+def subject_of(lesson: Lesson) -> str:
+    """What a lesson is about."""
+    value = lesson.value if lesson.action == "unschema" else ""
+    return f"{lesson.action} {lesson.field} {lesson.dialect} {value}"
 
 
 class Ratios:
     """By model, its tokens for one of our estimate: the median of the last nine answers."""
 
-    def __init__(self, store: Store) -> None:
-        kept = {key: dict_or_empty(value).get("ratio") for key, value in store.all("ratio").items()}
-        self._kept = {key: ratio for key, ratio in kept.items() if isinstance(ratio, float)}
-        self._seen = {key: [ratio] for key, ratio in self._kept.items()}
-        self._store, self._of = store, dict(self._kept)
+    def __init__(self) -> None:
+        self._seen: dict[str, list[float]] = {}
 
     def estimate(self, model: Model, prompt: tuple[float, int]) -> int:
         """The tokens of a prompt as this model counts; `prompt` is what prompt_tokens() gave."""
-        return round(prompt[0] * self._of.get(model.served, 1.0)) + prompt[1]
+        seen = sorted(self._seen.get(model.served, (1.0,)))
+        return round(prompt[0] * seen[len(seen) // 2]) + prompt[1]
 
     def learn(self, model: Model, prompt: tuple[float, int], usage: Usage | None) -> None:
         """Compare an estimate with what the upstream told; images would spoil it."""
         if usage and prompt[0] >= LEARNED_FROM and not prompt[1]:
             ratio = (usage.input + usage.cache_read + usage.cache_written) / prompt[0]
-            if SANE_RATIO[0] < ratio < SANE_RATIO[1]:
-                seen = self._seen[model.served] = [*self._seen.get(model.served, [])[-8:], ratio]
-                self._of[model.served] = sorted(seen)[len(seen) // 2]
-
-    def save(self) -> None:
-        """Write what moved by 2 %: from time to time, since a disk would delay an answer."""
-        for served, ratio in list(self._of.items()):
-            if abs(ratio / self._kept.get(served, 1.0) - 1) >= 0.02:
-                self._kept[served] = ratio
-                self._store.put("ratio", served, {"ratio": ratio})
+            if SANE_RATIO[0] < ratio < SANE_RATIO[1] and len(model.served) <= LONGEST_ID:
+                if len(self._seen) >= MOST_LEARNED:
+                    self._seen = {}  # one answer relearns it
+                self._seen[model.served] = [*self._seen.get(model.served, [])[-8:], ratio]
 
 
 def lesson_from_json(fields: Any) -> Lesson | None:
@@ -3667,9 +3701,9 @@ def lesson_from_json(fields: Any) -> Lesson | None:
         if isinstance(value, list):
             fields = {**fields, "value": tuple(tuple(item) for item in value)}
         lesson = Lesson(**fields)
+        is_row = lesson.action == "row" and hasattr(ProviderKind, lesson.field)
     except (TypeError, KeyError):
         return None
-    is_row = lesson.action == "row" and hasattr(ProviderKind, lesson.field)
     known = is_row or lesson.action in (*ACTIONS, "set", "drop", "rename")
     return lesson if known and isinstance(lesson.at, (int, float)) else None
 
@@ -3682,6 +3716,9 @@ AWS_FILES = {"AWS_SHARED_CREDENTIALS_FILE": "credentials", "AWS_CONFIG_FILE": "c
 AWS_KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 NO_CREDENTIALS = ("Unable to locate credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                   "or AWS_PROFILE; for single sign-on and roles to one with a credential_process")
+PROCESS_SECONDS, PROCESS_BYTES = 30.0, 65536  # of a credential_process and what it prints
+FAILURE_SECONDS = 5.0  # for which all are told that it failed
+SECRET = r"(?i)(secret|token|key|password)[\w\"']{0,30}\s?[=:]\s?\S+|[\w+/=-]{32,}"
 
 
 def aws_signature(method: str, url: str, headers: Mapping[str, str], body: bytes,
@@ -3733,20 +3770,46 @@ def with_aws_region(environ: Mapping[str, str]) -> Mapping[str, str]:
     return environ
 
 
-def keys_from_process(command: str) -> tuple[float, list[str]]:
+def keys_from_process(command: str, stopped: threading.Event) -> tuple[float, list[str]]:
     """What a credential_process prints, {"AccessKeyId": ..., ...}, and until when it holds."""
     import datetime
     import subprocess
 
+    words = b""
     try:
-        told = json.loads(subprocess.run(shlex.split(command), stdin=subprocess.DEVNULL, text=True,
-                          capture_output=True, timeout=60, check=True).stdout)  # fmt: skip
+        with subprocess.Popen(shlex.split(command), bufsize=0, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              start_new_session=True) as process:  # fmt: skip
+            printed, words = printed_by(process, stopped)
+        told = json.loads(printed if process.returncode == 0 else "")
         until = (told.get("Expiration") or "9000-01-01T00:00:00Z").replace("Z", "+00:00")
         end = datetime.datetime.fromisoformat(until).timestamp()
         return end, [told["AccessKeyId"], told["SecretAccessKey"], told.get("SessionToken") or ""]
-    except (OSError, ValueError, LookupError, AttributeError, subprocess.SubprocessError) as error:
-        why = one_line(getattr(error, "stderr", "") or type(error).__name__)
+    except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        why = re.sub(SECRET, "***", words.decode("utf-8", "replace"))
+        why = one_line(why) or type(error).__name__
         raise OgxError(401, f"the credential_process of the AWS profile failed: {why}") from None
+
+
+def printed_by(process: Any, stopped: threading.Event) -> tuple[bytes, bytes]:
+    """What a program prints and what it says on stderr. With all that it started, it is killed
+    when it takes too long or prints too much, or when `stopped` is set."""
+    told, runs = {process.stdout: b"", process.stderr: b""}, True
+    end = time.monotonic() + PROCESS_SECONDS
+    for pipe in told:
+        with suppress(AttributeError):  # Windows' older Pythons wait for what it prints
+            os.set_blocking(pipe.fileno(), False)
+    while runs:
+        runs = process.poll() is None
+        for pipe in told:
+            told[pipe] = (told[pipe] + (pipe.read(PROCESS_BYTES) or b""))[:PROCESS_BYTES]
+        late = time.monotonic() > end or len(told[process.stdout]) == PROCESS_BYTES
+        if runs and (late or stopped.wait(0.02)):
+            with suppress(OSError, AttributeError):  # Windows has no groups
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            return b"", b"it took too long, or printed too much"
+    return told[process.stdout], told[process.stderr]
 
 
 class Signer:
@@ -3756,6 +3819,8 @@ class Signer:
         self.secrets: set[str] = set()  # all that were used
         self._clock, self._lock = clock, threading.Lock()
         self._made: dict[str, tuple[float, list[str]]] = {}  # by processes
+        self._failed = (0.0, OgxError(401, ""))  # until when a failure is told
+        self._stopped = threading.Event()
 
     def keys(self, environ: Mapping[str, str]) -> Sequence[str]:
         """Values for AWS_KEYS; OgxError(401) where there are none."""
@@ -3769,8 +3834,20 @@ class Signer:
             raise OgxError(401, NO_CREDENTIALS)
         with self._lock:
             if self._made.get(command, (0.0,))[0] < self._clock() + 60:
-                self._made[command] = keys_from_process(command)
+                if time.monotonic() < self._failed[0]:
+                    raise replace(self._failed[1])
+                try:
+                    self._made[command] = keys_from_process(command, self._stopped)
+                except OgxError as error:
+                    self._failed = time.monotonic() + FAILURE_SECONDS, replace(error)
+                    raise
             return self._made[command][1]
+
+    def close(self) -> None:
+        """End the process that runs."""
+        self._stopped.set()
+        with self._lock:  # once it has ended
+            pass
 
     def headers(self, signed: str, method: str, url: str, body: bytes | None) -> dict[str, str]:
         """The headers that sign a request now; none where the URL isn't AWS's."""
@@ -4460,21 +4537,17 @@ class Gateway:
         self.config = config
         self.store = store or Store()
         self.registry = Registry(config)
-        for model_id, kept in self.store.all("alias").items():
-            if dict_or_empty(kept).get("deleted"):
-                self.registry.unregister(model_id)
-                continue
-            with suppress(TypeError):  # what another version kept is passed over
-                self.registry.register(Alias(**kept))
         self.upstream = upstream or Upstream(config.limits)
         self.lessons = Lessons(self.store)
-        self.ratios = Ratios(self.store)
+        self.ratios = Ratios()
         self.backoff = BACKOFF
         self._resting: dict[str, float] = {}  # model that failed -> until when it is tried last
         self._refused: dict[int, tuple[float, OgxError]] = {}  # hash of a request -> until when
         self.tick = tick
         self.discovered = threading.Event()
         self._stopped = threading.Event()
+        self._loading = threading.Lock()
+        self._load()
 
     # -- messages
 
@@ -4817,25 +4890,50 @@ class Gateway:
         """Register a model id of the user's own, or register it anew; its entry."""
         self.discovered.wait(LIST_TIMEOUT)
         alias = registered_alias(body, self.registry)
-        self.registry.register(alias)
-        self.store.put("alias", alias.model_id, asdict(alias))
-        with suppress(OgxError):
-            return self._entry(self.registry.resolve(alias.model_id))
+        self._put(alias.model_id, asdict(alias))
         metadata = {"model_type": "llm", "provider_id": alias.provider_id,
                     "provider_resource_id": alias.provider_model_id}  # fmt: skip
-        return {"id": alias.model_id, "object": "model", "type": "model",
-                "custom_metadata": metadata}  # fmt: skip
+        entry: Json = {"id": alias.model_id, "object": "model", "type": "model"}
+        with suppress(OgxError):
+            entry = self._entry(self.registry.resolve(alias.model_id))
+        metadata = entry.get("custom_metadata", metadata)
+        return {**entry, "custom_metadata": {**metadata, **self._warning()}}
 
     def unregister(self, model_id: str) -> Json:
         """Forget a registered id or, for a provider's own model, what was learned about it."""
         if model_id in self.registry.aliases:
-            self.registry.unregister(model_id)
-            self.store.delete("alias", model_id)
-            if any(alias.model_id == model_id for alias in self.config.aliases):
-                self.store.put("alias", model_id, {"deleted": True})  # else it would come back
-        elif not self.lessons.forget(self.registry.resolve(model_id)):
+            configured = any(alias.model_id == model_id for alias in self.config.aliases)
+            self._put(model_id, {"deleted": True} if configured else None)
+        elif not self.lessons.forget(self.registry.resolve(model_id).served):
             raise OgxError(404, f"nothing was registered or learned for '{model_id[:200]}'")
-        return {"id": model_id, "object": "model", "deleted": True}
+        return {"id": model_id, "object": "model", "deleted": True, **self._warning()}
+
+    def _warning(self) -> Json:
+        """For answers to changes that may be lost."""
+        return {"warning": self.store.problem} if self.store.problem else {}
+
+    def _put(self, model_id: str, alias: Json | None) -> None:
+        self.store.put("alias", model_id, alias)
+        self._load()
+
+    def _load(self) -> None:
+        with self._loading:
+            aliases = {alias.model_id: alias for alias in self.config.aliases}
+            for model_id, kept in self.store.all("alias").items():
+                if "deleted" in kept:
+                    aliases.pop(model_id, None)
+                with suppress(TypeError):  # what another version kept is passed over
+                    alias = Alias(**kept)
+                    "".join((alias.provider_id, alias.provider_model_id, *alias.targets))  # texts
+                    aliases[model_id] = alias
+            self.registry.aliases = aliases
+
+    def _keep_in_step(self) -> None:
+        """Write what the state file lacks, and take in what other servers wrote there."""
+        while not self._stopped.wait(STATE_SECONDS):
+            self.store.sync()
+            self._load()
+            self.lessons.load()
 
     def _entry(self, model: Model) -> Json:
         known = self.registry.listed(model)
@@ -4857,6 +4955,7 @@ class Gateway:
         """Ask every provider for its models, now and again from time to time, in the background;
         `discovered` is set when each has answered or failed once."""
         threading.Thread(target=self._discover, name="discovery", daemon=True).start()
+        threading.Thread(target=self._keep_in_step, name="state", daemon=True).start()
 
     def _discover(self) -> None:
         due = dict.fromkeys(self.registry.providers, 0.0)
@@ -4874,7 +4973,6 @@ class Gateway:
                 host = urllib.parse.urlsplit(self.registry.providers[pid].base_url).hostname
                 soon = is_loopback(host or "") or pid in self.registry.problems
                 due[pid] = time.monotonic() + (REFRESH / 20 if soon else REFRESH)
-            self.ratios.save()
             self._stopped.wait(max(1.0, min(due.values(), default=REFRESH) - time.monotonic()))
 
     def _list_models(self, provider_id: str) -> None:
@@ -4938,8 +5036,8 @@ class Gateway:
 
     def close(self) -> None:
         self._stopped.set()
-        self.ratios.save()
         self.upstream.close()
+        self.upstream.signer.close()
         self.store.close()
 
 

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -4296,6 +4297,18 @@ class TestLog:
 
 
 class TestStore:
+    def store(self, tmp_path, **facts):
+        """A store in a file, with registrations."""
+        store = ogx.Store(str(tmp_path / "state.sqlite"))
+        for key, number in facts.items():
+            assert store.put("alias", key, {"x": number}) == ""
+        return store
+
+    def edited(self, path, script):
+        """Do with a state file what other programs do."""
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.executescript(script)
+
     def test_values_survive_in_a_file_of_the_users_alone(self, tmp_path):
         path = str(tmp_path / "deep" / "state.sqlite")
         store = ogx.Store(path)
@@ -4303,90 +4316,320 @@ class TestStore:
         store.put("alias", "a", {"x": 2})
         store.put("alias", "a", {"x": 3})
         store.put("other", "c", [])
-        store.delete("alias", "b")  # not closed: a killed process doesn't close either
+        store.put("alias", "b", None)  # not closed: a killed process doesn't close either
         assert ogx.Store(path).all("alias") == {"a": {"x": 3}}
         assert os.stat(path).st_mode & 0o777 == 0o600
         assert os.stat(os.path.dirname(path)).st_mode & 0o777 == 0o700
 
-    @pytest.mark.parametrize("content", [b"this is no database" * 100,
-                                         b"SQLite format 3\0" + b"\xff" * 5000])  # fmt: skip
-    def test_a_corrupt_file_is_set_aside_with_a_message(self, tmp_path, caplog, content):
-        path = tmp_path / "state.sqlite"
+    def test_the_table_is_what_it_always_was(self, tmp_path):
+        store = self.store(tmp_path, a=1)
+        with contextlib.closing(sqlite3.connect(store.path)) as database:
+            columns = database.execute("PRAGMA table_info(facts)").fetchall()
+            assert [column[1:3] for column in columns] == [
+                ("kind", "TEXT"), ("key", "TEXT"), ("value", "TEXT"), ("at", "REAL")]
+            ((*fact, at),) = database.execute("SELECT * FROM facts").fetchall()
+        assert fact == ["alias", "a", '{"x": 1}'] and abs(at - time.time()) < 1000
+
+    OLD = """
+        CREATE TABLE facts (kind TEXT, key TEXT, value TEXT, at REAL, PRIMARY KEY (kind, key));
+        INSERT INTO facts VALUES ('alias', 'fast', '{"model_id": "fast", "provider_id": "openai",
+            "provider_model_id": "b", "targets": []}', 1.5);
+        INSERT INTO facts VALUES ('ratio', 'openai/gpt-x', '{"ratio": 1.25}', 2);
+        INSERT INTO facts VALUES ('lessons', 'openai/gpt-x', '[
+            {"action": "clamp", "field": "max_tokens", "value": 5, "keep": true, "dialect": "chat",
+             "at": 9e9},
+            {"action": "drop", "field": "stop", "value": null, "keep": true, "dialect": "chat",
+             "at": 9e9}]', 3)"""  # as versions before this one wrote
+
+    def test_a_file_of_an_earlier_version_is_read_added_to_and_forgotten(self, tmp_path):
+        path = str(tmp_path / "state.sqlite")
+        self.edited(path, self.OLD)
+        store = ogx.Store(path)
+        assert store.all("alias")["fast"]["provider_model_id"] == "b"
+        lessons = ogx.Lessons(store)
+        assert [str(k) for k in lessons.of(model())] == ["clamp max_tokens to 5", "drop stop"]
+        lessons.add(model(), [ogx.Lesson("clamp", "max_tokens", 4, dialect="chat")])
+        for known in (lessons, ogx.Lessons(ogx.Store(path))):
+            assert sorted(map(str, known.of(model()))) == ["clamp max_tokens to 4", "drop stop"]
+        assert lessons.forget("openai/gpt-x") and ogx.Store(path).all("lessons") == {}
+
+    @pytest.mark.parametrize("runs", [False, True], ids=["at the start", "while it runs"])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            pytest.param(b"SQLite format 3\0" + b"\xff" * 5000, id="odd header"),
+            pytest.param(None, id="a page"),
+        ],
+    )
+    def test_a_corrupt_file_is_set_aside_with_a_message(self, tmp_path, caplog, content, runs):
+        facts, path = {f"k{n}": {"x": n} for n in range(200)}, tmp_path / "state.sqlite"
+        store = self.store(tmp_path, first=0)
+        self.edited(path, """WITH RECURSIVE n(x) AS (SELECT 0 UNION SELECT x + 1 FROM n LIMIT 200)
+            REPLACE INTO facts SELECT 'alias', 'k' || x, '{"x": ' || x || '}', x FROM n""")
+        store.put("alias", "first", None)
+        data = bytearray(path.read_bytes())
+        data[8192:12288] = b"\xff" * 4096
+        content = content or bytes(data)
         path.write_bytes(content)
-        store = ogx.Store(str(path))
+        store = store if runs else ogx.Store(str(path))
         store.put("alias", "a", {})
-        assert store.all("alias") == {"a": {}}
+        rows_are_whole = runs or content == bytes(data)  # it is a page of the index
+        expected = {**(facts if rows_are_whole else {}), "a": {}}
+        assert ogx.Store(str(path)).all("alias") == store.all("alias") == expected
         (aside,) = tmp_path.glob("state.sqlite.corrupt-*")
         assert aside.read_bytes() == content and str(aside) in caplog.text
 
+    @pytest.mark.parametrize("content", [b"garbage" * 1000, bytes(8192), b"xy"], ids=len)
+    def test_a_file_in_use_that_is_no_database_any_more_is_set_aside(self, tmp_path, content):
+        store = self.store(tmp_path, a=1)
+        (tmp_path / "state.sqlite").write_bytes(content)
+        store.sync()
+        assert ogx.Store(store.path).all("alias") == {"a": {"x": 1}}
+        assert len(list(tmp_path.glob("state.sqlite.corrupt-*"))) == 1
+
     @pytest.mark.parametrize(
-        "statement",
+        "content",
         [
-            "INSERT INTO facts VALUES ('alias', 'a', 'no json', 1)",
-            "INSERT INTO facts VALUES ('alias', 'a', '5', 1)",
-            "INSERT INTO facts VALUES ('alias', 'a', NULL, 1)",
-            "DROP TABLE facts; CREATE TABLE facts (other TEXT)",
+            pytest.param(b"Buy milk.\n", id="short"),
+            pytest.param(b"this is no database" * 100, id="long"),
+            pytest.param("CREATE TABLE a (url TEXT); INSERT INTO a VALUES ('u')", id="table"),
+            pytest.param("CREATE TABLE facts (a TEXT); INSERT INTO facts VALUES ('u')", id="facts"),
+            pytest.param("CREATE TABLE facts (kind, key, value, at, more)", id="wider"),
+            pytest.param("CREATE VIEW facts AS SELECT 1 kind, 2 key, 3 value, 4 at", id="view"),
         ],
     )
-    def test_a_file_with_other_contents_is_set_aside(self, tmp_path, caplog, statement):
-        path = str(tmp_path / "state.sqlite")
-        store = ogx.Store(path)
-        store.put("alias", "z", {})
-        store.close()
-        with contextlib.closing(sqlite3.connect(path)) as database:
-            database.executescript(statement)
-            database.commit()
-        assert ogx.Store(path).all("alias") == {}
-        assert len(list(tmp_path.glob("state.sqlite.corrupt-*"))) == 1
-
-    def test_a_page_that_is_corrupt_is_noticed(self, tmp_path):
+    def test_another_programs_file_is_left_alone(self, tmp_path, caplog, content):
         path = tmp_path / "state.sqlite"
+        path.write_bytes(content) if isinstance(content, bytes) else self.edited(path, content)
+        before = path.read_bytes()
         store = ogx.Store(str(path))
-        for number in range(200):
-            store.put("alias", str(number), {"x": "y" * 100})
+        assert str(path) in store.put("alias", "a", {}) == store.problem
+        store.sync()
         store.close()
-        data = bytearray(path.read_bytes())
-        data[8192:12288] = b"\xff" * 4096
-        path.write_bytes(data)
-        ogx.Store(str(path)).put("alias", "a", {})
-        assert len(list(tmp_path.glob("state.sqlite.corrupt-*"))) == 1
+        assert store.all("alias") == {"a": {}} and caplog.text.count("can't use") == 1
+        assert path.read_bytes() == before and os.listdir(tmp_path) == ["state.sqlite"]
 
-    def test_where_the_file_cannot_be_used_things_are_kept_in_memory(self, tmp_path, caplog):
-        (tmp_path / "file").write_text("")
-        store = ogx.Store(str(tmp_path / "file" / "state.sqlite"))
-        store.put("alias", "a", {})
-        assert store.all("alias") == {"a": {}} and "can't use the state file" in caplog.text
+    @pytest.mark.parametrize("value", ["no json", "5", "[" * 5000, "9" * 5000, '"x"', "null"],
+                             ids=["words", "number", "deep", "long", "text", "null"])  # fmt: skip
+    def test_rows_of_other_shapes_are_passed_over(self, tmp_path, value):
+        store = self.store(tmp_path, z=1)
+        odd = f"""INSERT INTO facts VALUES ('alias', 'a', '{value}', 1), ('alias', 'b', NULL, 1),
+            ('alias', NULL, '{{}}', 1), ('alias', x'61', '{{}}', 1), (NULL, NULL, NULL, NULL),
+            ('alias', 'c', x'ff00', 'x'),
+            (5, 6, 7, 8), ('alias', CAST(x'ff' AS TEXT), '{{}}', 1)"""
+        self.edited(store.path, odd)
+        store = ogx.Store(store.path)
+        assert store.all("alias") == {"\ufffd": {}, "z": {"x": 1}}
+        assert store.put("alias", "y", {}) == ""
 
-    def test_a_write_that_fails_is_told_and_nothing_else(self, tmp_path, caplog):
+    def test_a_read_only_file_is_read_and_what_is_new_is_told_to_be_lost(self):
+        code = """if True:
+            import os, sqlite3, sys, ogx
+            os.chmod(sys.argv[1], 0o444)
+            os.chmod(os.path.dirname(sys.argv[1]), 0o555)
+            os.geteuid() or os.setuid(65534)  # root may write everywhere
+            store = ogx.Store(sys.argv[1])
+            print(store.all("alias"), store.put("alias", "b", {}), list(store.all("alias")))"""
+        with tempfile.TemporaryDirectory() as folder:
+            program = [sys.executable, "-c", code, self.store(Path(folder), a=1).path]
+            done = subprocess.run(program, capture_output=True, text=True, cwd=HERE)
+            os.chmod(folder, 0o700)
+        assert done.stdout.startswith("{'a': {'x': 1}} can't use "), done.stderr
+        assert "readonly" in done.stdout and done.stdout.endswith("['a', 'b']\n")
+
+    @pytest.mark.parametrize("odd", ["folder", "pipe", "below a file", "null"])
+    def test_where_the_file_cannot_be_used_things_are_kept_in_memory(self, tmp_path, caplog, odd):
         path = str(tmp_path / "state.sqlite")
+        if odd == "folder":
+            os.mkdir(path)
+        elif odd == "pipe":
+            os.mkfifo(path)
+        elif odd == "null":
+            path = "/dev/null"
+        else:
+            (tmp_path / "file").write_text("")
+            path = str(tmp_path / "file" / "state.sqlite")
         store = ogx.Store(path)
-        store.put("alias", "a", {})
-        other = sqlite3.connect(path)
-        store._database.execute("PRAGMA busy_timeout = 10")
-        other.execute("BEGIN EXCLUSIVE")
-        store.put("alias", "a", 1)
-        assert "can't write the state file" in caplog.text
-        other.close()
+        assert f"can't use {path} as state file" in store.put("alias", "a", {})
+        assert store.all("alias") == {"a": {}} and caplog.text.count("can't use") == 1
+        store.sync()
+        store.close()
+        assert caplog.text.count("can't use") == 1
 
-    def test_a_full_disk_is_told_and_nothing_else(self, tmp_path, caplog):
+    def test_without_a_file_that_is_told_and_what_was_forgotten_takes_no_room(self):
+        store = ogx.Store()
+        assert "there is no state file" in store.put("alias", "a", {"x": 1})
+        assert store.all("alias") == {"a": {"x": 1}}
+        store.put("alias", "a", None)
+        assert store._unsaved == store._saved == {}
+
+    @contextlib.contextmanager
+    def locked(self, path, how="EXCLUSIVE"):
+        """Another process holds the file."""
+        code = f"""if True:
+            import sqlite3, sys
+            database = sqlite3.connect(sys.argv[1], isolation_level=None)
+            database.execute("BEGIN {how}")
+            print("locked", flush=True)
+            sys.stdin.read()"""
+        with subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as process:  # fmt: skip
+            process.stdout.readline()
+            yield
+            process.stdin.close()
+
+    @pytest.fixture
+    def impatient(self, monkeypatch):
+        """sqlite waits for no lock."""
+        connect = sqlite3.connect
+        monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, **{**k, "timeout": 0}))
+
+    @pytest.mark.parametrize("how", ["EXCLUSIVE", "IMMEDIATE"])
+    def test_what_a_lock_keeps_out_is_written_later(self, impatient, tmp_path, caplog, how):
+        store = self.store(tmp_path, a=1, gone=2)
+        with self.locked(store.path, how):
+            told = store.put("alias", "b", {"x": 2})
+            assert "(database is locked): what it lacks is lost" in told
+            with pytest.MonkeyPatch.context() as patch:  # one waits for all
+                patch.setattr(store, "_exchange", lambda: pytest.fail("tried at once"))
+                assert store.put("alias", "gone", None) == told
+            store.sync()
+            assert store.all("alias") == {"a": {"x": 1}, "b": {"x": 2}}
+        assert caplog.text.count(told) == 1
+        store.sync()
+        assert store.problem == "" and "is used again" in caplog.text
+        assert ogx.Store(store.path).all("alias") == {"a": {"x": 1}, "b": {"x": 2}}
+
+    def test_what_was_locked_out_is_written_at_the_end(self, impatient, tmp_path):
+        store = self.store(tmp_path, a=1)
+        with self.locked(store.path):
+            store.put("alias", "b", {"x": 2})
+        store.close()
+        assert ogx.Store(store.path).all("alias") == {"a": {"x": 1}, "b": {"x": 2}}
+
+    def test_a_file_that_is_locked_at_the_start_is_read_later(self, impatient, tmp_path):
+        path = self.store(tmp_path, a=1).path
+        with self.locked(path):
+            store = ogx.Store(path)
+            assert store.all("alias") == {} and store.put("alias", "b", {"x": 2})
+        store.sync()
+        assert ogx.Store(path).all("alias") == store.all("alias") == {"a": {"x": 1}, "b": {"x": 2}}
+
+    def test_a_full_disk_is_told_and_nothing_is_lost(self, tmp_path, monkeypatch):
+        store, connect = self.store(tmp_path, a=1), sqlite3.connect
+        full = ["PRAGMA max_page_count=3"]
+
+        def connected(*values, **named):
+            database = connect(*values, **named)
+            full and database.execute(*full)
+            return database
+
+        monkeypatch.setattr(sqlite3, "connect", connected)
+        assert "database or disk is full" in store.put("alias", "b", {"long": "x" * 100_000})
+        assert list(store.all("alias")) == ["a", "b"]
+        full.clear()
+        store.sync()
+        assert store.problem == "" and list(ogx.Store(store.path).all("alias")) == ["a", "b"]
+
+    def test_a_python_without_sqlite_keeps_things_in_memory(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "sqlite3", None)
         store = ogx.Store(str(tmp_path / "state.sqlite"))
-        store.put("alias", "a", {})
-        store._database.execute("PRAGMA max_page_count = 3")
-        store.put("alias", "b", {"long": "x" * 100_000})
-        assert "database or disk is full" in caplog.text and store.all("alias") == {"a": {}}
+        assert "sqlite3" in store.put("alias", "a", {}) and store.all("alias") == {"a": {}}
+
+    def changed_file(self, path, how, backup):
+        """What may happen to a file while a server runs."""
+        if how == "removed":
+            os.remove(path)
+        elif how == "its folder removed":
+            shutil.rmtree(os.path.dirname(path))
+        elif how == "emptied":
+            open(path, "w").close()
+        elif how == "dropped":
+            self.edited(path, "DROP TABLE facts; VACUUM")
+        elif how == "an older copy":
+            os.replace(backup, path)
+        elif how == "an older copy in its place":
+            shutil.copyfile(backup, path)
+        else:  # another server was quicker
+            os.remove(path)
+            ogx.Store(path).put("alias", "theirs", {"x": 9})
+
+    @pytest.mark.parametrize("how", ["removed", "its folder removed", "emptied", "dropped",
+                                     "an older copy", "an older copy in its place", "another"])
+    @pytest.mark.parametrize("put", [True, False], ids=["put", "sync"])  # fmt: skip
+    def test_what_happens_to_the_file_loses_nothing(self, tmp_path, how, put):
+        (tmp_path / "folder").mkdir()
+        store, backup = self.store(tmp_path / "folder", a=1), str(tmp_path / "copy")
+        shutil.copy(store.path, backup)
+        store.put("alias", "b", {"x": 2})
+        self.changed_file(store.path, how, backup)
+        expected = {"a": {"x": 1}, "b": {"x": 2}, **({"c": {}} if put else {})}
+        expected.update({"theirs": {"x": 9}} if how == "another" else {})
+        assert store.put("alias", "c", {}) == "" if put else store.sync() is None
+        for known in (store, ogx.Store(store.path)):
+            assert known.all("alias") == expected
+        assert os.stat(store.path).st_mode & 0o777 == 0o600
+
+    def test_a_file_that_is_removed_stays_away_where_nothing_is_known(self, tmp_path):
+        store = self.store(tmp_path, a=1)
+        store.put("alias", "a", None)
+        os.remove(store.path)
+        store.sync()
+        assert os.listdir(tmp_path) == []
+
+    def test_two_stores_see_each_others_changes(self, tmp_path):
+        one, two = self.store(tmp_path, a=1), self.store(tmp_path, b=2)
+        one.sync()
+        assert one.all("alias") == two.all("alias") == {"a": {"x": 1}, "b": {"x": 2}}
+        one.put("alias", "a", None)
+        two.put("alias", "b", {"x": 3})
+        one.sync()
+        assert one.all("alias") == two.all("alias") == {"b": {"x": 3}}
+
+    def test_all_of_many_at_once_are_kept(self, tmp_path):
+        stores = [ogx.Store(str(tmp_path / "state.sqlite")) for _ in range(2)]
+
+        def fill(thread):
+            for number in range(30):
+                stores[thread % 2].put("alias", f"{thread} {number}", {})
+
+        threads = [threading.Thread(target=fill, args=(number,)) for number in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for store in stores:
+            store.close()  # writes what was told not to be written yet
+        assert len(ogx.Store(stores[0].path).all("alias")) == 300
+
+    def test_half_characters_in_a_key_stop_no_writing(self, tmp_path):
+        store = self.store(tmp_path, a=1)
+        assert store.put("lessons", "openai/\ud800", []) == ""
+        store.put("lessons", "openai/\ud800", None)
+        assert ogx.Store(store.path).all("lessons") == store.all("lessons") == {}
 
     def test_there_is_no_file_before_there_is_something_to_keep(self, tmp_path):
         path = tmp_path / "state.sqlite"
         store = ogx.Store(str(path))
+        store.sync()
         assert store.all("alias") == {} and not path.exists()
         store.put("alias", "a", {})
         assert path.exists()
 
-    def test_where_the_file_is_by_default(self):
+    def test_where_the_file_is_by_default(self, monkeypatch):
         assert ogx.state_path(None, {"XDG_STATE_HOME": "/x"}) == "/x/ogx/state.sqlite"
         assert ogx.state_path(None, {}).endswith("/.local/state/ogx/state.sqlite")
         assert ogx.state_path(None, {"OGX_STATE": "/y"}) == "/y"
         assert ogx.state_path("/z", {"OGX_STATE": "/y"}) == "/z"
+        monkeypatch.setenv("HOME", "/home/me")
+        assert ogx.state_path("~/z", {}) == ogx.state_path(None, {"OGX_STATE": "~/z"})
+        assert ogx.state_path("~/z", {}) == "/home/me/z"
+
+    def test_without_a_home_there_is_no_state_file(self, monkeypatch, caplog):
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where none is known
+        assert ogx.state_path(None, {}) == ogx.state_path("~/x", {}) == ""
+        assert ogx.state_path(None, {"XDG_STATE_HOME": "/x"}) == "/x/ogx/state.sqlite"
+        assert caplog.text.count("there is no state file") == 2
 
     def test_lessons_are_kept_by_model(self):
         lessons = ogx.Lessons(ogx.Store())
@@ -4414,12 +4657,53 @@ class TestStore:
         monkeypatch.setattr(ogx.time, "time", lambda: later)
         assert lessons.of(model()) == ()
 
+    def test_lessons_of_two_servers_add_up(self, tmp_path):
+        path = str(tmp_path / "state.sqlite")
+        one, two = (ogx.Lessons(ogx.Store(path)) for _ in range(2))
+        one.add(model(), [ogx.Lesson("drop", "stop")])
+        two.add(model(), [ogx.Lesson("drop", "top_p")])
+        one._store.sync()
+        one.load()
+        for lessons in (one, ogx.Lessons(ogx.Store(path))):
+            assert [str(lesson) for lesson in lessons.of(model())] == ["drop stop", "drop top_p"]
+        assert one.forget("openai/gpt-x")
+        two._store.sync()
+        two.load()
+        assert two.of(model()) == () and not two.forget("openai/gpt-x")
+
+    @pytest.mark.parametrize("path", ["", "state.sqlite", "file/state.sqlite"],
+                             ids=["memory", "file", "no disk"])  # fmt: skip
+    def test_made_up_ids_grow_nothing_without_bound(self, tmp_path, monkeypatch, path):
+        count, most = (60, 20) if path == "state.sqlite" else (10_000, 100)
+        monkeypatch.setattr(ogx, "MOST_LEARNED", most)
+        (tmp_path / "file").write_text("")
+        store = ogx.Store(path and str(tmp_path / path))
+        lessons, ratios = ogx.Lessons(store), ogx.Ratios()
+        for number in range(count):
+            made_up = model(upstream_id=f"made-up-{number}")
+            ratios.learn(made_up, (1000.0, 0), ogx.Usage(1200))
+            lessons.add(made_up, [ogx.Lesson("drop", "stop"), ogx.Lesson("drop", "top_p")])
+            store.put("alias", f"a{number}", {})
+            store.put("alias", f"a{number}", None)
+        endless = model(upstream_id="x" * 600)
+        ratios.learn(endless, (1000.0, 0), ogx.Usage(1200))
+        lessons.add(endless, [ogx.Lesson("drop", "stop")])
+        assert lessons.of(endless) == () and ratios.estimate(endless, (1000.0, 0)) == 1000
+        for holder in (store, lessons, ratios):
+            sizes = {name: len(value) for name, value in vars(holder).items()
+                     if hasattr(value, "__len__") and not isinstance(value, str)}  # fmt: skip
+            assert sizes and max(sizes.values()) <= 2 * most, sizes
+        assert lessons.of(made_up) and ratios.estimate(made_up, (1000.0, 0)) == 1200
+        assert len(ogx.Store(store.path).all("lessons")) == (40 if count == 60 else 0)
+
     @pytest.mark.parametrize(
         "kept",
         [{}, [5], [{"action": "drop"}], [{"action": "fly", "field": "a", "value": 1}],
          [{"action": "drop", "field": "a", "value": None, "brand_new": 1}],
          [{"action": "drop", "field": "a", "value": None, "at": "x"}],
+         [{"action": "row", "field": 5, "value": None, "at": 2e12}],
          [{"action": "row", "field": "of_another_version", "value": True, "at": 2e12}]],
+        ids=str,
     )  # fmt: skip
     def test_lessons_of_another_version_are_passed_over(self, kept):
         store = ogx.Store()
@@ -4427,7 +4711,7 @@ class TestStore:
         assert ogx.Lessons(store).of(model()) == ()
 
     def test_the_ratio_is_the_median_of_the_last_answers(self):
-        ratios, prompt = ogx.Ratios(ogx.Store()), (1000.0, 0)
+        ratios, prompt = ogx.Ratios(), (1000.0, 0)
         assert ratios.estimate(model(), (1000.0, 50)) == 1050
         for told in (1200, 3000, 1210):
             ratios.learn(model(), prompt, ogx.Usage(told))
@@ -4449,21 +4733,9 @@ class TestStore:
         ],
     )
     def test_what_would_spoil_the_ratio_is_passed_over(self, prompt, usage):
-        ratios = ogx.Ratios(ogx.Store())
+        ratios = ogx.Ratios()
         ratios.learn(model(), prompt, usage)
         assert ratios.estimate(model(), (1000.0, 0)) == 1000
-
-    def test_the_ratio_is_written_when_it_moved(self):
-        store = ogx.Store()
-        ratios, written = ogx.Ratios(store), []
-        put, store.put = store.put, lambda *fact: (written.append(fact), put(*fact))
-        for told in (1010, 1250, 1240, 1240, 1241):
-            ratios.learn(model(), (1000.0, 0), ogx.Usage(told))
-            ratios.save()
-        assert written == [("ratio", "openai/gpt-x", {"ratio": 1.25})]
-        assert ogx.Ratios(store).estimate(model(), (1000.0, 0)) == 1250
-        store.put("ratio", "openai/gpt-x", {"ratio": "of another version"})
-        assert ogx.Ratios(store).estimate(model(), (1000.0, 0)) == 1000
 
 
 # For localhost and 127.0.0.1, signed by itself, good until 2126.
@@ -4679,6 +4951,119 @@ class TestSigning:
         aws(config=f"[default]\ncredential_process = {command}\n")
         error = refused(self.keys, os.environ)
         assert error.status == 401 and error.message.endswith(f"failed: {words}")
+
+    def program(self, tmp_path, code):
+        """The command of a Python program that notes each of its runs by its pid."""
+        script = tmp_path / "program.py"
+        noted = f"import os, subprocess, sys, time; print(os.getpid(), file=open({str(tmp_path)!r}"
+        script.write_text(f"{noted} + '/pids', 'a'))\n{textwrap.dedent(code)}")
+        return f"{shlex.quote(sys.executable)} {shlex.quote(str(script))}"
+
+    def pids(self, tmp_path):
+        noted = tmp_path / "pids"
+        return list(map(int, noted.read_text().split())) if noted.exists() else []
+
+    def gone(self, pid):
+        try:
+            with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+                return file.read().split()[2] == "Z"
+        except FileNotFoundError:
+            return True
+
+    HANGS = """
+        import signal
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        print(child.pid, file=open(os.path.dirname(sys.argv[0]) + "/pids", "a"))
+        time.sleep(600)"""
+
+    def test_all_who_wait_have_one_time_limit_and_what_hangs_is_killed(
+        self, aws, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(ogx, "PROCESS_SECONDS", 0.5)
+        aws(config=f"[default]\ncredential_process = {self.program(tmp_path, self.HANGS)}\n")
+        signer, told = ogx.Signer(), []
+        threads = [threading.Thread(target=lambda: told.append(refused(signer.keys, os.environ)))
+                   for _ in range(5)]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len(told) == 5 and len({id(error) for error in told}) == 5
+        assert {error.message[-39:] for error in told} == {
+            ": it took too long, or printed too much"}
+        assert len(self.pids(tmp_path)) <= 2  # a program and its child, not five of them
+        until(lambda: all(map(self.gone, self.pids(tmp_path))))
+
+    def test_a_failure_is_told_for_some_seconds_and_then_asked_for_anew(self, aws, tmp_path):
+        aws(config=f"[default]\ncredential_process = {self.program(tmp_path, 'sys.exit(3)')}\n")
+        signer = ogx.Signer()
+        assert "failed: " in refused(signer.keys, os.environ).message
+        assert "failed: " in refused(signer.keys, os.environ).message
+        assert len(self.pids(tmp_path)) == 1
+        signer._failed = (0.0, signer._failed[1])  # the seconds are over
+        refused(signer.keys, os.environ)
+        assert len(self.pids(tmp_path)) == 2
+
+    @pytest.mark.parametrize("stream", ["stdout", "stderr"])
+    def test_output_without_end_is_not_kept(self, aws, tmp_path, monkeypatch, stream):
+        monkeypatch.setattr(ogx, "PROCESS_SECONDS", 30.0 if stream == "stdout" else 0.5)
+        code = f"while True: sys.{stream}.write('x' * 1000)"
+        aws(config=f"[default]\ncredential_process = {self.program(tmp_path, code)}\n")
+        error = refused(self.keys, os.environ)
+        assert error.message.endswith("it took too long, or printed too much")
+        until(lambda: all(map(self.gone, self.pids(tmp_path))))
+
+    def test_many_words_on_stderr_are_no_failure(self, aws, tmp_path):
+        code = "sys.stderr.write('debug ' * 200_000); print('{\"AccessKeyId\": \"a\", " \
+               "\"SecretAccessKey\": \"s\"}')"
+        aws(config=f"[default]\ncredential_process = {self.program(tmp_path, code)}\n")
+        assert self.keys(os.environ) == ["a", "s", ""]
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            ("SecretAccessKey=abc/def", "***"),
+            ("got {'SecretAccessKey': 'abc/def', 'x': 1}", "got {'*** 'x': 1}"),
+            ('{"SessionToken":"abc"}', '{"Session***'),
+            ("AWS_SECRET_ACCESS_KEY = abc", "AWS_***"),
+            ("password: hunter2 was refused", "*** was refused"),
+            ("sent wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY today", "sent *** today"),
+            ("The SSO session has expired; the token is old", None),
+            ("botocore.exceptions.UnauthorizedSSOTokenError (run aws sso login)", None),
+            ("no profile in /home/someone/.aws/config", None),
+        ],
+        ids=lambda words: str(words)[:40],
+    )
+    def test_secrets_in_the_words_of_a_process_are_hidden(self, aws, tmp_path, words, told):
+        code = f"sys.exit({words!r})"
+        aws(config=f"[default]\ncredential_process = {self.program(tmp_path, code)}\n")
+        message = refused(self.keys, os.environ).message
+        assert message.partition(" failed: ")[2] == (words if told is None else told)
+
+    def test_hiding_secrets_takes_time_in_proportion(self):
+        for word in ("key", "secret ", "x", "token=", "a b", "password" + "'" * 29):
+            costs = []
+            for size in (16_384, 65_536):
+                text = (word * size)[:size]
+                runs = []
+                for _ in range(3):
+                    start = time.process_time()
+                    re.sub(ogx.SECRET, "***", text)
+                    runs.append(time.process_time() - start)
+                costs.append(min(runs))
+            assert costs[1] < 12 * costs[0] + 0.01, word
+
+    def test_closing_ends_a_process_that_runs(self, aws, tmp_path):
+        aws(config=f"[default]\ncredential_process = {self.program(tmp_path, self.HANGS)}\n")
+        signer, told = ogx.Signer(), []
+        waiting = threading.Thread(target=lambda: told.append(refused(signer.keys, os.environ)))
+        waiting.start()
+        until(lambda: len(self.pids(tmp_path)) == 2)
+        signer.close()
+        until(lambda: all(map(self.gone, self.pids(tmp_path))))
+        waiting.join(10)
+        assert told and not waiting.is_alive()
 
     @pytest.mark.parametrize(
         ("url", "scope"),
@@ -6427,18 +6812,6 @@ class TestGateway:
         for _, usage in told:
             assert (usage["input_tokens"], usage["cache_read_input_tokens"]) == (100, 800)
 
-    def test_what_was_learned_is_kept_for_the_next_process(self, tmp_path):
-        path = str(tmp_path / "state.sqlite")
-        words = O200K["prose"][1] * 4
-        usage = {"prompt_tokens": 1000, "completion_tokens": 2}
-        prompt = ogx.prompt_tokens(request(words))
-        with gateway_over(sse(delta(content="Hi"), delta("stop", usage=usage)),
-                          store=ogx.Store(path)) as (client, _):  # fmt: skip
-            client.post(request(words, stream=True))
-        with gateway_over(said(), store=ogx.Store(path)) as (client, _):
-            counted = client.post(request(words), self.COUNTED)[2]["input_tokens"]
-            assert counted == 1000 != round(sum(prompt))
-
     def test_comments_of_an_upstream_are_no_reason_to_leave_the_client_waiting(self):
         def answer(fake, connection):
             begin_stream(connection)
@@ -6504,14 +6877,124 @@ class TestGateway:
             ({"model_id": "a", "provider_id": "x"}, 400, "no provider 'x'; there is: openai"),
             ({"model_id": "a", "model_type": "embedding"}, 400, 'model_type: expected "llm"'),
             ({"model_id": "openai/gpt-x"}, 409, "is a provider's own id"),
+            ({"model_id": "a", "provider_model_id": "a" * 257}, 400, "provider_model_id: expected"),
+            ({"model_id": "a", "provider_model_id": "a" * 2**23}, 400, "provider_model_id: expec"),
+            ({"model_id": "a", "provider_model_id": ["b", "a" * 257]}, 400, "1 to 256 characters"),
+            ({"model_id": "a", "provider_model_id": ["b"] * 33}, 400, "at most 32 of them"),
+            ({"model_id": "a", "provider_model_id": ["openai/gpt-x"] * 32}, 200, ""),
+            ({"model_id": "a", "provider_model_id": "a" * 256}, 200, ""),
             ({"model_id": "a" * 256}, 200, ""),
             ({"model_id": "ein Name/mit: Zeichen é"}, 200, ""),
         ],
+        ids=lambda value: str(value)[:60],
     )  # fmt: skip
     def test_what_may_be_registered(self, body, status, words):
         with gateway_over() as (client, _):
             got, _, answer = client.post(json.dumps(body).encode(), "/v1/models")
             assert got == status and words in json.dumps(answer).replace('\\"', '"')
+
+    def test_more_than_the_most_are_not_registered(self, monkeypatch):
+        monkeypatch.setattr(ogx, "MOST_REGISTERED", 2)
+        with gateway_over() as (client, _):
+            told = [client.post({"model_id": name}, "/v1/models") for name in ("a", "b", "c", "a")]
+            assert [status for status, _, _ in told] == [200, 200, 400, 200]
+            assert told[2][2]["error"]["message"] == (
+                "model_id: 2 are registered; delete one before")
+            assert client.ask("DELETE", "/v1/models/b")[0] == 200
+            assert client.post({"model_id": "c"}, "/v1/models")[0] == 200
+
+    @contextlib.contextmanager
+    def two_on_one_file(self, path):
+        """Clients of two servers that share a state file."""
+        with FakeUpstream(models="ab") as upstream, serving(
+            provider(url=upstream.url), store=ogx.Store(path)
+        ) as one, serving(provider(url=upstream.url), store=ogx.Store(path)) as two:
+            yield one, two
+
+    def test_servers_that_share_a_file_see_each_others_registrations(self, tmp_path):
+        path, mine = str(tmp_path / "state.sqlite"), "/v1/models/mine"
+        body = {"model_id": "mine", "provider_model_id": "openai/a"}
+        with self.two_on_one_file(path) as (one, two):
+            for target in ("a", "b"):
+                body = {"model_id": "mine", "provider_id": "openai", "provider_model_id": target}
+                assert one.post(body, "/v1/models")[0] == 200
+                until(lambda: two.get(mine)[0] == 200 and two.get(mine)[2]["custom_metadata"][
+                    "alias_of"] == f"openai/{target}", 5)  # noqa: B023
+            two.gateway.lessons.add(model(upstream_id="a"), [ogx.Lesson("drop", "stop")])
+            until(lambda: "learned" in one.get("/v1/models/openai/a")[2]["custom_metadata"], 5)
+            assert two.ask("DELETE", mine)[0] == 200
+            until(lambda: one.get(mine)[0] == 404, 5)
+            assert one.ask("DELETE", "/v1/models/openai/a")[0] == 200
+            until(lambda: two.ask("DELETE", "/v1/models/openai/a")[0] == 404, 5)
+
+    def test_what_many_register_at_two_servers_at_once_is_kept(self, tmp_path):
+        path, statuses = str(tmp_path / "state.sqlite"), []
+
+        def register(server, first):
+            client = Client(server)
+            for number in range(first, first + 15):
+                statuses.append(client.post({"model_id": f"m{number}"}, "/v1/models")[0])
+            client.connection.close()
+
+        with self.two_on_one_file(path) as clients:
+            threads = [threading.Thread(target=register, args=(clients[n % 2].server, 15 * n))
+                       for n in range(20)]  # fmt: skip
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            for client in clients:
+                until(lambda: len(client.gateway.registry.aliases) == 300)  # noqa: B023
+        assert statuses == [200] * 300 and len(ogx.Store(path).all("alias")) == 300
+
+    @pytest.mark.parametrize("path", ["", "file/state.sqlite"], ids=["none", "no disk"])
+    def test_what_may_be_lost_is_told(self, tmp_path, path):
+        (tmp_path / "file").write_text("")
+        store = ogx.Store(path and str(tmp_path / path))
+        with gateway_over(store=store) as (client, _):
+            for body in ({"model_id": "a"}, {"model_id": "b", "provider_model_id": "x"}):
+                status, _, made = client.post(body, "/v1/models")
+                assert (status, made["custom_metadata"]["warning"]) == (200, store.problem)
+            assert client.get("/v1/models/a")[0] == 200
+            _, _, gone = client.ask("DELETE", "/v1/models/a")
+        assert gone == {"id": "a", "object": "model", "deleted": True, "warning": store.problem}
+
+    def test_that_what_was_forgotten_may_come_back_is_told(self, tmp_path):
+        path = str(tmp_path / "state.sqlite")
+        with gateway_over(store=ogx.Store(path)) as (client, _):
+            client.gateway.lessons.add(model(), [ogx.Lesson("drop", "stop")])
+            with TestStore().locked(path):
+                _, _, gone = client.ask("DELETE", "/v1/models/openai/gpt-x")
+        assert "database is locked" in gone["warning"]
+
+    def test_what_a_lock_kept_out_is_written_while_the_server_runs(self, tmp_path):
+        path = str(tmp_path / "state.sqlite")
+        with gateway_over(store=ogx.Store(path)) as (client, _):
+            _, _, made = client.post({"model_id": "a"}, "/v1/models")
+            assert "warning" not in made["custom_metadata"]
+            with TestStore().locked(path):
+                _, _, made = client.post({"model_id": "b"}, "/v1/models")
+                assert "database is locked" in made["custom_metadata"]["warning"]
+            until(lambda: not client.gateway.store.problem)
+            assert set(ogx.Store(path).all("alias")) == {"a", "b"}
+
+    def test_a_file_that_is_removed_is_made_anew_while_the_server_runs(self, tmp_path):
+        path = str(tmp_path / "state.sqlite")
+        with gateway_over(store=ogx.Store(path)) as (client, _):
+            client.post({"model_id": "a"}, "/v1/models")
+            os.remove(path)
+            until(lambda: "a" in ogx.Store(path).all("alias"))
+
+    @pytest.mark.parametrize(
+        "kept", [[], {}, {"model_id": 5}, {"provider_id": None}, {"targets": 5}, {"targets": [5]},
+                 {"provider_model_id": {}}, {"new": 1}], ids=str)  # fmt: skip
+    def test_registrations_of_another_version_are_passed_over(self, kept):
+        store, whole = ogx.Store(), dataclasses.asdict(ogx.Alias("mine", "openai", "gpt-x"))
+        store.put("alias", "mine", {**whole, **kept} if kept else kept)
+        with gateway_over(store=store) as (client, _):
+            status = client.post(request(model="mine"))[0]
+            assert status == (200 if "model_id" in kept else 404)  # the row's key tells the id
+            assert client.get("/v1/models")[0] == 200
 
     def test_a_configured_alias_that_was_deleted_stays_away(self, tmp_path):
         path, mine = str(tmp_path / "state.sqlite"), ogx.Alias("mine", "all", "auto")
@@ -8949,6 +9432,34 @@ class TestCommandLine:
         path = tmp_path / "bare.json"
         path.write_text(json.dumps({"server": {"discover_local": False}}))
         return str(path)
+
+    def test_a_credential_process_ends_with_the_server(self, tmp_path):
+        signing = TestSigning()
+        (tmp_path / "config").write_text("[profile p]\nregion = eu-west-1\ncredential_process = "
+                                         + signing.program(tmp_path, signing.HANGS))  # fmt: skip
+        env = {"AWS_PROFILE": "p", "AWS_CONFIG_FILE": str(tmp_path / "config")}
+        with self.running(env=env) as process:
+            until(lambda: len(signing.pids(tmp_path)) == 2)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+            until(lambda: all(map(signing.gone, signing.pids(tmp_path))))
+
+    def test_without_a_home_nothing_is_made_and_that_is_said_once(self, tmp_path, bare):
+        code = """if True:
+            import os, sys
+            os.path.expanduser = lambda path: path  # as where no home is known
+            sys.path.insert(0, sys.argv[1])
+            import ogx
+            ogx.main(["run", sys.argv[2], "--port", "0"])"""
+        program = [sys.executable, "-B", "-c", code, str(HERE), bare]
+        (tmp_path / "here").mkdir()
+        with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              cwd=tmp_path / "here", env={}) as process:  # fmt: skip
+            assert self.ask(process, {"model_id": "a"}, "/v1/models") == 200
+            process.send_signal(signal.SIGTERM)
+            told = process.stderr.read()
+        assert told.count("no home directory is known") == 1
+        assert os.listdir(tmp_path / "here") == []
 
     def test_with_no_provider_the_demo_model_serves_and_says_so(self, bare):
         with self.running(bare) as process:

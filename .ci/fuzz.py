@@ -364,8 +364,82 @@ def check_reader(chance: random.Random) -> bytes:
     return data
 
 
+def state_reader(chance: random.Random) -> bytes:
+    """A state file: whatever it holds, everyone gets an answer, and what isn't ours stays."""
+    if chance.random() < 0.9:  # it takes a hundred times as long as the others
+        return b""
+    ogx.log.disabled = True
+    try:
+        return state_file(chance)
+    finally:
+        ogx.log.disabled = False
+
+
+def state_file(chance: random.Random) -> bytes:
+    import sqlite3
+    import tempfile
+    from contextlib import closing
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, data = Path(folder) / "state", b""
+        if chance.random() < 0.9:
+            with closing(sqlite3.connect(path)) as database:
+                odd_database(database, chance)
+            data = path.read_bytes()
+        if chance.random() < 0.5:
+            data = mutated(data, chance)
+        elif chance.random() < 0.1:
+            data = chance.choice((b"notes", b"\x00" * 9000, chance.randbytes(9000), b""))
+        path.write_bytes(data)
+        ours = data[:16] in (b"SQLite format 3\x00", b"")
+        store = ogx.Store(str(path))
+        provider = ogx.Provider("p", ogx.ProviderKind("p"), "http://127.0.0.1:9")
+        config = ogx.Config("127.0.0.1", 0, (provider,), (ogx.Alias("c", "all", "auto"),), {})
+        gateway = ogx.Gateway(config, store=store)
+        for name in (*gateway.registry.aliases, "p/m"):
+            kind, model = outcome(lambda n=name: gateway.registry.resolve(n))
+            assert kind == "result" or model == 404
+        model = ogx.Model("p/m", provider, "m")
+        gateway.lessons.add(model, [ogx.Lesson("drop", "stop")])
+        assert "drop stop" in [str(lesson) for lesson in gateway.lessons.of(model)]
+        gateway.discovered.set()
+        gateway.register({"model_id": "mine"})
+        outcome(lambda: gateway.unregister("c"))
+        gateway.close()
+        kept = ogx.Store(str(path))
+        if store.problem:  # and not for nothing
+            assert kept.put("alias", "x", {}), store.problem
+        else:
+            assert "mine" in kept.all("alias") and "p/m" in str(kept.all("lessons"))
+        assert ours or path.read_bytes() == data or len(data) == 1  # which is empty to sqlite
+        assert store.problem or ours or len(data) == 1
+        return data
+
+
+def odd_database(database: Any, chance: random.Random) -> None:
+    """A table of facts with rows that other versions and other programs may have left."""
+    if chance.random() < 0.2:
+        columns = chance.choice(("a", "kind, key, value, at, more", "kind, key, value", "value"))
+        database.execute(f"CREATE TABLE {chance.choice(('facts', 'other'))} ({columns})")
+        return
+    database.execute("CREATE TABLE facts (kind TEXT, key TEXT, value TEXT, at REAL, "
+                     "PRIMARY KEY (kind, key))")  # fmt: skip
+    alias = {"model_id": "a", "provider_id": "p", "provider_model_id": "m", "targets": ["p/m"]}
+    lesson = {"action": "clamp", "field": "max_tokens", "value": 5, "keep": True, "at": 9e9}
+    for number in range(chance.randrange(8)):
+        kind = chance.choice(("alias", "lessons", "ratio", None, 5))
+        value: Any = json.dumps(changed(alias if kind == "alias" else [lesson], chance))
+        value = chance.choice((value, value, value, None, 5, b"\xff", "null", "[" * 2000))
+        key = chance.choice((f"k{number}", "p/m", "p/m\nx", "mine", "c", b"\xff", None))
+        database.execute("REPLACE INTO facts VALUES (?, ?, ?, ?)",
+                         (kind, key, value, chance.choice((1.5, None, "x"))))  # fmt: skip
+    if chance.random() < 0.1:
+        database.execute(f"PRAGMA user_version = {chance.choice((-5, 7, 2**31 - 1))}")
+    database.commit()
+
+
 TARGETS = (sse_reader, chunked_reader, header_reader, reply_reader, request_check, config_reader,
-           settings_reader, plan_reader, check_reader)  # fmt: skip
+           settings_reader, plan_reader, check_reader, state_reader)  # fmt: skip
 
 
 def fuzz(seed: int, seconds: float, targets: tuple[Callable[..., bytes], ...] = TARGETS) -> int:
