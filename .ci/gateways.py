@@ -150,7 +150,7 @@ def told_by(gateway: Gateway, model: str, code: str) -> list[Any]:
             out, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 0 and not errors, f"{out}\n{errors}"
+    assert (process.returncode, errors) == (0, ""), out
     return [json.loads(line) for line in out.splitlines()]
 
 
