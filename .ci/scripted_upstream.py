@@ -38,7 +38,7 @@ class Reply:
     dies: int = 0  # so many times the connection breaks halfway
     waits_for: Optional[threading.Event] = None  # set by the test once the first piece arrived
     finish: str = ""  # a reason to end that isn't OpenAI's
-    fails: Json = field(default_factory=dict)  # this data ends its stream halfway
+    fails: Json = field(default_factory=dict)  # this data ends its stream halfway, once
 
     def message(self, turn: int) -> Json:
         calls = [
@@ -322,7 +322,8 @@ class UpstreamHandler(BaseHTTPRequestHandler):
                 reply.dies -= 1
                 return self.hang_up()
             if at == len(events) // 2 and reply.fails:
-                self.send_piece(data_line(reply.fails))
+                event, reply.fails = data_line(reply.fails), {}
+                self.send_piece(event)
                 break
             self.send_piece(event)
             if reply.waits_for and said in event:
