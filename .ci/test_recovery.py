@@ -16,8 +16,8 @@ from scripted_upstream import Json, Reply
 
 pytestmark = pytest.mark.clients
 
-# What ogx.py doesn't do yet, by the names of the tests. One that passes all the same fails: take its
-# name out then.
+# What ogx.py does not do yet, by the names of the tests. One that passes all the same fails: take
+# its name out then.
 UNMENDED = {
     "an overflow is known by exact wordings alone": [
         "test_are_compacted[chat, numbers with commas]",
