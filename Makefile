@@ -1,5 +1,5 @@
 # make test           the tests; needs only Python and pytest, which it fetches when missing
-# make test-clients   the real Claude Code and SDKs against a scripted upstream
+# make test-clients   the real Claude Code, SDKs and agents' libraries against scripted upstreams
 # make test-servers   real upstream servers, compiled and given tiny models on the spot
 # make soak           load for two minutes: what is kept that should have been let go
 # make fuzz           mutated input for a minute, for every reader
@@ -17,7 +17,7 @@ test:
 
 test-clients:
 	@.ci/clients-install $(PYTHON)
-	@.clients/venv/bin/python -m pytest -m clients .ci/test_clients.py $(ARGS)
+	@.clients/venv/bin/python -m pytest -m clients .ci $(ARGS)
 
 test-servers:
 	@.ci/clients-install $(PYTHON)

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
-from scripted_upstream import Json, Reply, ScriptedUpstream, UpstreamHandler, pieces
+from scripted_messages import SIGNATURE, message_events, whole_message
+from scripted_upstream import Json, ScriptedUpstream, UpstreamHandler, named_event
 
 REGION = "us-west-2"
 MANTLE = f"bedrock-mantle.{REGION}.api.aws"
@@ -156,13 +157,7 @@ class BedrockHandler(UpstreamHandler):
         events = list(message_events(reply, body, len(body["messages"])))
         if not body.get("stream"):
             return self.answer(200, whole_message(events))
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for event in events:
-            self.send_piece(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode())
-        return self.send_piece(b"")
+        return self.send_stream(reply, list(map(named_event, events)))
 
 
 def messages_problem(body: Json, headers: Any, host: str) -> str:
@@ -175,46 +170,6 @@ def messages_problem(body: Json, headers: Any, host: str) -> str:
         return "the billing header is none of our business"
     for message in body["messages"]:
         for block in message["content"] if isinstance(message["content"], list) else ():
-            if block["type"] == "thinking" and block["signature"] != "c2lnbmVk":
+            if block["type"] == "thinking" and block["signature"] != SIGNATURE:
                 return "messages: Invalid `signature` in `thinking` block"
     return ""
-
-
-def message_events(reply: Reply, body: Json, turn: int) -> Any:
-    """The events of an answer; what has a cache breakpoint counts as read from the cache."""
-    cached = 1000 if "cache_control" in json.dumps(body) else 0
-    usage = {"input_tokens": 234, "output_tokens": 1, "cache_read_input_tokens": cached,
-             "cache_creation_input_tokens": 0}
-    yield {"type": "message_start", "message": {
-        "id": f"msg_bdrk_{turn}", "type": "message", "role": "assistant", "content": [],
-        "model": body["model"], "stop_reason": None, "stop_sequence": None, "usage": usage}}
-    blocks: list[tuple[Json, list[Json]]] = []
-    if reply.reasoning:
-        thought = [{"type": "thinking_delta", "thinking": piece}
-                   for piece in pieces(reply.reasoning)]
-        blocks.append(({"type": "thinking", "thinking": "", "signature": ""},
-                       [*thought, {"type": "signature_delta", "signature": "c2lnbmVk"}]))
-    if reply.text:
-        blocks.append(({"type": "text", "text": ""},
-                       [{"type": "text_delta", "text": piece} for piece in pieces(reply.text)]))
-    for place, (name, value) in enumerate(reply.calls):
-        start = {"type": "tool_use", "id": f"toolu_{turn}_{place}", "name": name, "input": {}}
-        blocks.append((start, [{"type": "input_json_delta", "partial_json": piece}
-                               for piece in pieces(json.dumps(value))]))
-    for index, (start, deltas) in enumerate(blocks):
-        yield {"type": "content_block_start", "index": index, "content_block": start}
-        for delta in deltas:
-            yield {"type": "content_block_delta", "index": index, "delta": delta}
-        yield {"type": "content_block_stop", "index": index}
-    stop = "tool_use" if reply.calls else "end_turn"
-    yield {"type": "message_delta", "usage": {"output_tokens": 56},
-           "delta": {"stop_reason": stop, "stop_sequence": None}}
-    yield {"type": "message_stop"}
-
-
-def whole_message(events: list[Json]) -> Json:
-    """The message that an answer of text amounts to."""
-    message = dict(events[0]["message"], stop_reason="end_turn")
-    text = "".join(event["delta"].get("text", "") for event in events
-                   if event["type"] == "content_block_delta")
-    return {**message, "content": [{"type": "text", "text": text}]}

@@ -24,6 +24,7 @@ from scripted_upstream import (
     ScriptedUpstream,
     UpstreamHandler,
     fit,
+    named_event,
     need,
     pieces,
     text_of,
@@ -345,7 +346,7 @@ class ResponsesUpstream(ScriptedUpstream):
 
     def reply(self, messages: list[Json]) -> Response:
         found = super().reply(messages)
-        return found if isinstance(found, Response) else Response(found.text)
+        return found if isinstance(found, Response) else Response(**vars(found))
 
     def seen(self, marker: str) -> list[Json]:
         return [body for body in self.requests if any(
@@ -372,9 +373,8 @@ class ResponsesHandler(UpstreamHandler):
         words = "" if self.server.verified else UNVERIFIED
         if words and body.get("reasoning", {}).get("summary"):
             return self.refuse(400, words)
-        words = self.server.demand(body)
-        if words:
-            return self.refuse(400, words)
+        if self.is_unwanted(body, spoken(body)):
+            return None
         try:
             check_response(body, self.server.given)
         except ValueError as error:
@@ -390,18 +390,10 @@ class ResponsesHandler(UpstreamHandler):
             *events, last = stream_events(body, output, reply.ends)
             said = dict.fromkeys(("delta", "text", "refusal", "arguments", "code"), "NOISE")
             noise = [{"type": name, "output_index": 0, **said} for name in self.server.noise]
-            return self.stream_response([*events, *noise, last])
+            return self.send_stream(reply, [named_event(one) for one in (*events, *noise, last)])
+        if reply.dies:
+            return self.hang_up()
         return self.answer(200, whole(body, output, reply.ends))
-
-    def stream_response(self, events: list[Json]) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for event in events:
-            head = f"event: {event['type']}\ndata: "
-            self.send_piece(head.encode() + json.dumps(event).encode() + b"\n\n")
-        self.send_piece(b"")
 
 
 def spoken(body: Json) -> list[Json]:

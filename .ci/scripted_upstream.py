@@ -37,6 +37,8 @@ class Reply:
     silence: float = 0  # seconds before it says anything
     dies: int = 0  # so many times the connection breaks halfway
     waits_for: Optional[threading.Event] = None  # set by the test once the first piece arrived
+    finish: str = ""  # a reason to end that isn't OpenAI's
+    fails: Json = field(default_factory=dict)  # this data ends its stream halfway, once
 
     def message(self, turn: int) -> Json:
         calls = [
@@ -65,7 +67,7 @@ class Reply:
 
     @property
     def finish_reason(self) -> str:
-        return "tool_calls" if self.calls else "stop"
+        return self.finish or ("tool_calls" if self.calls else "stop")
 
 
 def pieces(text: str) -> list[str]:
@@ -204,11 +206,12 @@ class ScriptedUpstream(socketserver.ThreadingTCPServer):
         self.models = MODELS
         self.strict = True  # as strict as OpenAI
         self.most_tokens = 128_000
-        self.demand: Callable[[Json], str] = lambda body: ""  # what another provider would refuse
+        # What another provider would refuse: its words, or status and body; "" for what it takes.
+        self.demand: Callable[[Json], Any] = lambda body: ""
         self.context = 0  # tokens that its list tells, if any
         self.usage: Json = {}  # what it says beside USAGE
         self.counter: Callable[[Json], int] = lambda body: 0  # of a request's tokens, if any
-        self.too_long = ""  # refuses the first conversation of more than six messages so
+        self.too_long: Any = ""  # refuses the first conversation of more than six messages so
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def reply(self, messages: list[Json]) -> Reply:
@@ -266,12 +269,8 @@ class UpstreamHandler(BaseHTTPRequestHandler):
         if asked > most:
             return self.refuse(400, f"max_tokens is too large: {asked}. This model supports at "
                                f"most {most} completion tokens, whereas you provided {asked}.")
-        if self.server.too_long and len(body["messages"]) > 6:
-            words, self.server.too_long = self.server.too_long, ""
-            return self.refuse(400, words)
-        words = self.server.demand(body)
-        if words:
-            return self.refuse(400, words)
+        if self.is_unwanted(body, body["messages"]):
+            return None
         try:
             if self.server.strict:
                 check(body)
@@ -292,6 +291,15 @@ class UpstreamHandler(BaseHTTPRequestHandler):
         choices = [{"index": 0, **choice}]
         return self.answer(200, {**head, "choices": choices, "usage": self.usage(body)})
 
+    def is_unwanted(self, body: Json, messages: list[Json]) -> bool:
+        """Whether the request is more than the test lets pass, and told."""
+        told = self.server.demand(body)
+        if self.server.too_long and len(messages) > 6:
+            told, self.server.too_long = self.server.too_long, ""
+        if told:
+            self.refuse(400, told) if isinstance(told, str) else self.answer(*told)
+        return bool(told)
+
     def stream(self, body: Json, reply: Reply, turn: int) -> None:
         head = self.head(body, "chat.completion.chunk")
         deltas = [*((delta, None) for delta in reply.deltas(turn)), ({}, reply.finish_reason)]
@@ -300,18 +308,26 @@ class UpstreamHandler(BaseHTTPRequestHandler):
         if body.get("stream_options", {}).get("include_usage"):
             chunks = [{**chunk, "usage": None} for chunk in chunks]
             chunks.append({**head, "choices": [], "usage": self.usage(body)})
+        self.send_stream(reply, [*map(data_line, chunks), b"data: [DONE]\n\n"])
+
+    def send_stream(self, reply: Reply, events: list[bytes]) -> None:
+        """The events, with the accidents of the reply."""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for at, chunk in enumerate(chunks):
-            if at == 2 and reply.waits_for:
-                reply.waits_for.wait(10)
-            if at == len(deltas) // 2 and reply.dies:
+        said = json.dumps(reply.text[:7])[1:-1].encode()
+        for at, event in enumerate(events):
+            if at == len(events) // 2 and reply.dies:
                 reply.dies -= 1
                 return self.hang_up()
-            self.send_piece(b"data: " + json.dumps(chunk).encode() + b"\n\n")
-        self.send_piece(b"data: [DONE]\n\n")
+            if at == len(events) // 2 and reply.fails:
+                event, reply.fails = data_line(reply.fails), {}
+                self.send_piece(event)
+                break
+            self.send_piece(event)
+            if reply.waits_for and said in event:
+                reply.waits_for.wait(10)
         return self.send_piece(b"")
 
     def send_piece(self, data: bytes) -> None:
@@ -342,6 +358,16 @@ class UpstreamHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: Any) -> None:
         """Say nothing."""
+
+
+def data_line(value: Json) -> bytes:
+    """The server-sent event that holds nothing but this."""
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def named_event(value: Json) -> bytes:
+    """The server-sent event that is named after the type of what it holds."""
+    return f"event: {value['type']}\n".encode() + data_line(value)
 
 
 def text_of(message: Json) -> str:

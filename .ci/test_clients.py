@@ -1,15 +1,13 @@
 """The real clients against ogx.py: Claude Code, the anthropic, openai and Claude Agent SDKs.
 
-    make test-clients       installs them (.ci/clients-install) and runs this file with their Python
+    make test-clients       installs them (.ci/clients-install) and runs this file and its sisters
 
-Each test has its own scripted upstream, which is as strict as OpenAI and keeps every request, and
-its own gateway before it, both on free loopback ports, with a fresh HOME. OGX_PYTHON names another
-Python to run the gateway with, OGX_FILE another copy of it.
+Each test has its own scripted upstream, which is as strict as OpenAI, and its own gateway before it
+(gateways.py, conftest.py).
 """
 
 import asyncio
 import base64
-import contextlib
 import importlib.util
 import json
 import os
@@ -21,11 +19,10 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -38,127 +35,32 @@ import pytest
 import scripted_bedrock
 import scripted_responses
 import signatures
+from gateways import (
+    CLAUDE_BIN,
+    MODEL,
+    OFFLINE,
+    OGX,
+    PYTHON,
+    ROOT,
+    Gateway,
+    started,
+    written_config,
+)
 from scripted_responses import PLAIN, REASONS, Response, ResponsesUpstream
 from scripted_upstream import (
     KEY,
     Json,
     Reply,
-    ScriptedUpstream,
     check,
     parts,
     text_of,
     tool_results,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import test_ogx as spec  # noqa: E402
 
 pytestmark = pytest.mark.clients
-
-OGX = os.environ.get("OGX_FILE", str(ROOT / "ogx.py"))
-PYTHON = os.environ.get("OGX_PYTHON", sys.executable)
-CLAUDE_BIN = ROOT / ".clients/npm/node_modules/.bin"
-MODEL = "openai/scripted"
-# Keeps Claude Code from talking to anyone but the gateway: updates, telemetry, feature flags.
-OFFLINE = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1"}
-
-
-# ======== The gateway =========================================================================
-
-
-@dataclass
-class Gateway:
-    url: str
-    project: Path
-    environment: dict[str, str]
-
-    def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            command, cwd=self.project, env=self.environment, timeout=90,
-            stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        )
-
-    def connect(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        port = self.url.rsplit(":", 1)[1]
-        return self.run(PYTHON, OGX, "connect", "claude", "--port", port, *arguments)
-
-    def claude(self, prompt: str, *flags: str) -> "subprocess.CompletedProcess[str]":
-        return self.connect("--model", MODEL, "--", "-p", prompt, *flags)
-
-    def ask(self, prompt: str, *flags: str) -> Json:
-        return self.ask_of("scripted", prompt, *flags)
-
-    def ask_of(self, model: str, prompt: str, *flags: str) -> Json:
-        """Claude Code's JSON result of a run that must succeed."""
-        words = ["-p", prompt, *flags, "--output-format", "json"]
-        done = self.connect("--model", f"openai/{model}", "--", *words)
-        assert done.returncode == 0, done.stdout + done.stderr
-        result: Json = json.loads(done.stdout)
-        assert result["subtype"] == "success" and not result["is_error"], result
-        return result
-
-
-@pytest.fixture
-def upstream() -> Iterator[ScriptedUpstream]:
-    with ScriptedUpstream() as server:
-        yield server
-        server.shutdown()
-    assert server.refusals == [], "the gateway sent what OpenAI refuses"
-
-
-@pytest.fixture
-def configuration() -> list[str]:
-    """The file that `run` is given, if any."""
-    return []
-
-
-@pytest.fixture
-def gateway(upstream, configuration, tmp_path, monkeypatch) -> Iterator[Gateway]:
-    variables = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url}
-    with started(tmp_path, monkeypatch, variables, *configuration) as running:
-        yield running
-
-
-@contextlib.contextmanager
-def started(tmp_path, monkeypatch, variables: dict[str, str], *config: str) -> Iterator[Gateway]:
-    """A gateway with these variables, and a HOME that Claude Code shares with it."""
-    for name in list(os.environ):
-        if re.match(r"(?i)anthropic|openai|claude|aws_|.*_proxy$", name):
-            monkeypatch.delenv(name)
-    for folder in ("home", "project"):
-        (tmp_path / folder).mkdir(exist_ok=True)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    path = f"{CLAUDE_BIN}:{os.environ['PATH']}"
-    environment = {"PATH": path, "HOME": os.environ["HOME"], "LANG": "C.UTF-8", **OFFLINE}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    log = tmp_path / "gateway.log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [PYTHON, OGX, "run", *config, "--port", url.rsplit(":", 1)[1]], cwd=tmp_path,
-            stdout=out, stderr=subprocess.STDOUT, env={**environment, **variables},
-        )
-    try:
-        wait_until_healthy(url, process, log)
-        yield Gateway(url, tmp_path / "project", environment)
-    finally:
-        process.terminate()
-        process.wait(10)
-    assert "Traceback" not in log.read_text(), log.read_text()
-
-
-def wait_until_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    give_up = time.monotonic() + 10
-    while True:
-        try:
-            return opener.open(f"{url}/v1/health", timeout=2).close()
-        except OSError:
-            alive = process.poll() is None and time.monotonic() < give_up
-            assert alive, f"no gateway:\n{log.read_text()}"
-            time.sleep(0.02)
 
 
 def ids_and_calls(body: Json) -> tuple[list[str], list[Json]]:
@@ -986,11 +888,7 @@ class TestTwentyTurns:
         upstream.strict = provider != "deepseek"  # which has a check of its own
         upstream.demand = {"openai": upstream.demand, "mistral": unlike_mistral,
                            "deepseek": unlike_deepseek}[provider]
-        config = {"base_url": upstream.url, "api_key": KEY}
-        entry = {"provider_id": provider, "provider_type": f"remote::{provider}", "config": config}
-        file = tmp_path / "config.json"
-        file.write_text(json.dumps({"providers": {"inference": [entry]}}))
-        return [str(file)]
+        return [written_config(tmp_path, provider, upstream)]
 
     def test_nothing_is_lost_and_nothing_refused_twice(self, gateway, upstream, provider):
         image, page = gateway.project / "red.png", gateway.project / "page.py"
@@ -1118,11 +1016,7 @@ class TestResponses(OverResponses):
 
     @pytest.fixture
     def configuration(self, upstream, tmp_path) -> Iterator[list[str]]:
-        config = {"base_url": upstream.url, "api_key": KEY, "dialect": "responses"}
-        provider = {"provider_id": "openai", "provider_type": "remote::openai", "config": config}
-        file = tmp_path / "forced.json"
-        file.write_text(json.dumps({"providers": {"inference": [provider]}}))
-        yield [str(file)]
+        yield [written_config(tmp_path, "openai", upstream, dialect="responses")]
         assert upstream.knocks == []
 
     def test_claude_code_keeps_its_chain_of_thought_through_ten_turns(self, gateway, upstream):
