@@ -1334,21 +1334,24 @@ def block_text(block: Json) -> str:
         text = "\n".join(map(block_text, blocks_of(block.get("content"))))
         return f"[Search result: {block.get('title')} <{block.get('source')}>]\n{text}"
     content = {k: v for k, v in block.items() if k not in ("type", "cache_control", "id")}
-    content = without_keywords(content, ["encrypted_content"])  # which only Anthropic can read
+    content = without_keywords(content, "encrypted_content".__eq__, [])  # Anthropic's alone
     return f"[{kind}] {json.dumps(content, ensure_ascii=False)}"
 
 
-def without_keywords(tree: Any, gone: Collection[str]) -> Any:
-    """JSON without some fields or, in a schema, keywords, wherever they stand as such."""
+def without_keywords(tree: Any, drop: Callable[[str], bool], lost: list[tuple[str, str, Any]],
+                     path: str = "input") -> Any:  # fmt: skip
+    """JSON without some fields or, in a schema, keywords, wherever they stand as such; the place,
+    name and value of each go to `lost`."""
     if isinstance(tree, list):
-        return [without_keywords(item, gone) for item in tree]
+        return [without_keywords(item, drop, lost, path) for item in tree]
     if not isinstance(tree, dict):
         return tree
+    lost += [(path, name, value) for name, value in tree.items() if drop(name)]
     return {
-        name: {k: without_keywords(v, gone) for k, v in value.items()}
+        name: {k: without_keywords(v, drop, lost, f"{path}.{k}") for k, v in value.items()}
         if name in NAMED_SCHEMAS and isinstance(value, dict)
-        else value if name in VALUES else without_keywords(value, gone)
-        for name, value in tree.items() if name not in gone}  # fmt: skip
+        else value if name in VALUES else without_keywords(value, drop, lost, path)
+        for name, value in tree.items() if not drop(name)}  # fmt: skip
 
 
 def signature_of(dialect: str, owner: str, kept: Json) -> str:
@@ -2085,32 +2088,20 @@ def plainer_tool(tool: Json, kind: ProviderKind) -> Json:
     """A tool whose description and schema the upstream takes. What constraints the schema loses on
     the way stands in the description, rules where they are short."""
     schema, refused = tool.get("input_schema") or {}, kind.refused_keywords
-    note, most = "", kind.max_description or 1 << 30
-    for path, name, value in schema_rules(schema) if refused else ():
-        rule = f"\n{path} has {name} {json.dumps(value)}"
-        if name in refused and name not in UNTOLD and len(note + rule) <= MAX_RULES:
-            note += rule
-    lost = {} if kind.root_unions else {k: schema[k] for k in ROOT_UNIONS if k in schema}
-    if lost:
-        note += f"\n\nThe input must be valid against this JSON schema, too: {json.dumps(lost)}"
-    if lost or "$ref" in refused:
+    words, note, most = tool.get("description") or "", "", kind.max_description or 1 << 30
+    plain = "$ref" in refused or not kind.root_unions
+    unions = {k: schema[k] for k in ROOT_UNIONS if plain and k in schema}
+    if unions or "$ref" in refused:
         schema = plain_schema(schema)
-    made = {**tool, "input_schema": without_keywords(schema, refused)}
-    words = (tool.get("description") or "")[: max(0, most - len(note))] + note
-    return {**made, "description": words[:most]} if words else made
-
-
-def schema_rules(schema: Any, path: str = "input") -> Iterator[tuple[str, str, Any]]:
-    """The place, name and value of each keyword that constrains: ("input.to", "pattern", "^a")."""
-    for node in schema if isinstance(schema, list) else [schema]:
-        for name, value in dict_or_empty(node).items():
-            if name not in STRUCTURE:
-                yield path, name, value
-            elif name in NAMED_SCHEMAS:
-                for inner in dict_or_empty(value):
-                    yield from schema_rules(value[inner], f"{path}.{inner}")
-            elif name not in VALUES:
-                yield from schema_rules(value, path)
+    lost: list[tuple[str, str, Any]] = []
+    schema = without_keywords(schema, refused.__contains__, lost) if refused else schema
+    for path, name, value in lost:
+        rule = f"\n{path} has {name} {json.dumps(value)}"
+        note += rule if name not in UNTOLD and len(note + rule) <= MAX_RULES else ""
+    if unions:
+        note += f"\n\nThe input must be valid against this JSON schema, too: {json.dumps(unions)}"
+    words = (words[: max(0, most - len(note))] + note)[:most]
+    return {**tool, "input_schema": schema, **({"description": words} if words else {})}
 
 
 def plain_schema(root: Json) -> Json:
@@ -2129,9 +2120,8 @@ def plain_schema(root: Json) -> Json:
             room -= len(str(target))
             node = {**(dict_or_empty(target) or {"type": "object"}), **node}
             return plain(node, (*within, ref), top)
-        mixed = top or "allOf" in node
         kinds = [kind for kind in as_list(node.pop("type", None)) if kind != "null"]
-        typed = {"type": kind for kind in kinds[:1]}
+        typed = {"type": kinds[0]} if kinds else {}
         unions = [dict_or_empty(b) for k in ROOT_UNIONS[:3] for b in as_list(node.pop(k, None))]
         branches = [plain({**typed, **b}, within) for b in unions if b.get("type") != "null"]
         own = {k: plain(v, within) for k, v in dict_or_empty(node.pop("properties", None)).items()}
@@ -2139,18 +2129,18 @@ def plain_schema(root: Json) -> Json:
             node["items"] = [*as_list(node.get("items")), {}][0] or {"type": "string"}
         node = {k: plain(v, within) if isinstance(v, dict) and k not in VALUES else v
                 for k, v in node.items()}  # fmt: skip
-        if own or (mixed and any("properties" in branch for branch in branches)):
+        if own or top:
             for name, inner in (p for b in branches for p in b.get("properties", {}).items()):
                 if own.setdefault(name, inner) != inner:
                     own[name] = {"anyOf": [own[name], inner]}
-            if branches:
-                node.pop("additionalProperties", None)
-            return {**node, "type": "object", "properties": own}
+            gone = (*ROOT_UNIONS, *(["additionalProperties"] if branches else []))
+            kept = {k: v for k, v in node.items() if k not in gone}
+            return {**kept, "type": "object", "properties": own}
         if len(branches) > 1:
             return {**node, "anyOf": branches}
         return {**branches[0], **node} if branches else {**node, **typed}
 
-    return {k: v for k, v in plain(root, top=True).items() if k not in ROOT_UNIONS}
+    return plain(root, top=True)
 
 
 def as_list(value: Any) -> list[Any]:
@@ -3006,7 +2996,7 @@ ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "raise": max,
     "limit": lambda effort, most: min(effort, most, key=EFFORT_LADDER.index),
     "lift": lambda effort, least: max(effort, least, key=EFFORT_LADDER.index),
-    "unschema": lambda tools, keyword: without_keywords(tools, [keyword]),
+    "unschema": lambda tools, keyword: without_keywords(tools, keyword.__eq__, []),
     "again": lambda value, _: value,
 }
 LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
@@ -3252,8 +3242,8 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
     words, refused = f"{refusal.code} {refusal.words}", kind.refused_keywords
     about = "schema|grammar|regex|parameters" + ("" if refusal.status == 500 else "|tool|function")
     found = re.search(f"(?i)(?P<other>{OTHER_SUBJECTS})|{about}", words)
-    tools = [dict_or_empty(tool) for tool in body.get("tools") or ()]
-    tools = [dict_or_empty(tool.get("function")) or tool for tool in tools]
+    given = map(dict_or_empty, body.get("tools") or ())
+    tools = [dict_or_empty(tool.get("function")) or tool for tool in given]
     schemas = [s for t in tools if (s := t.get("parameters") or t.get("input_schema"))]
     if not found or found["other"] or not schemas:
         return None
@@ -3265,10 +3255,11 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
     plain_words = words.replace("_", "").replace("regex", "pattern").lower()
     said = {*re.findall(r"[\w$]+", plain_words)}
     quoted = {part for quote in "'`\"" for part in words.split(quote)}
-    rules = [(name, value) for _, name, value in schema_rules(schemas)]
-    named = {name for name, value in rules if name.lower() in said
+    rules: list[tuple[str, str, Any]] = []
+    without_keywords(schemas, lambda name: name not in STRUCTURE, rules)
+    named = {name for _, name, value in rules if name.lower() in said
              or isinstance(value, str) and value in quoted}  # fmt: skip
-    more = {name for name, _ in rules if not first or not named or name in named} or {"$ref"}
+    more = (first and named) or {name for _, name, _ in rules} or {"$ref"}
     value = (*refused, *sorted(more))
     return None if "$ref" in refused else Lesson("row", "refused_keywords", value)
 
@@ -3419,8 +3410,7 @@ class Lessons:
         for lesson in (replace(k, at=k.at or time.time()) for k in lessons if k.keep):
             same = (lesson.action, lesson.field, lesson.dialect)
             with self._lock:
-                known = [k for k in self.of(model) if (k.action, k.field, k.dialect) != same
-                         or (lesson.action == "unschema" and k.value != lesson.value)]  # fmt: skip
+                known = [k for k in self.of(model) if (k.action, k.field, k.dialect) != same]
                 kept = self._lessons[model.served] = (*known, lesson)
                 self._store.put("lessons", model.served, [asdict(k) for k in kept])
 

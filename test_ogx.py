@@ -2226,17 +2226,16 @@ class TestChat:
     def test_what_properties_are_called_is_no_keyword(self, holder):
         inner = {name: {"type": "string", "pattern": "^a"} for name in self.NAMED}
         schema = {holder: inner, "required": [*self.NAMED]}
-        made = ogx.without_keywords(schema, [*self.NAMED])
+        made = ogx.without_keywords(schema, self.NAMED.__contains__, lost := [])
         assert made == {holder: {name: {"type": "string"} for name in self.NAMED},
                         "required": [*self.NAMED]}  # fmt: skip
-        rules = {(path, name) for path, name, _ in ogx.schema_rules({"properties": inner})}
-        assert rules == {(f"input.{name}", "pattern") for name in self.NAMED}
+        assert lost == [(f"input.{name}", "pattern", "^a") for name in self.NAMED]
 
     @pytest.mark.parametrize("keyword", ["enum", "const", "default", "examples"])
     def test_what_stands_in_values_is_no_keyword(self, keyword):
         schema = {"properties": {"a": {keyword: [{"pattern": "x", "format": {"title": 1}}]}}}
-        assert ogx.without_keywords(schema, ["pattern", "format", "title"]) == schema
-        assert {name for _, name, _ in ogx.schema_rules(schema)} == {keyword} - {"enum"}
+        made = ogx.without_keywords(schema, {"pattern", "format", "title"}.__contains__, lost := [])
+        assert made == schema and lost == []
 
     def taught(self, kind="openai-compatible", **row):
         return dataclasses.replace(ogx.PROVIDER_KINDS[kind], **row)
@@ -2293,11 +2292,11 @@ class TestChat:
                          {"type": "string", "description": "d"}, id="optional"),
             pytest.param({"allOf": [{"$ref": "#/$defs/S"}], "description": "d"},
                          {"type": "string", "enum": ["x"], "description": "d"}, id="allOf"),
-            pytest.param({"allOf": [{"properties": {"p": {"type": "string"}}},
-                                    {"properties": {"q": {"$ref": "#/$defs/S"}}}]},
+            pytest.param({"properties": {"o": {"type": "string"}}, "oneOf": [
+                             {"properties": {"q": {"$ref": "#/$defs/S"}}}, {"required": ["o"]}]},
                          {"type": "object", "properties": {
-                             "p": {"type": "string"}, "q": {"type": "string", "enum": ["x"]}}},
-                         id="allOf-objects"),
+                             "o": {"type": "string"}, "q": {"type": "string", "enum": ["x"]}}},
+                         id="objects"),
             pytest.param({"$ref": "#/$defs/S", "description": "d"},
                          {"type": "string", "enum": ["x"], "description": "d"}, id="ref"),
             pytest.param({"type": "array", "items": {"$ref": "#/properties/other"}},
@@ -2338,8 +2337,12 @@ class TestChat:
         branch = {"type": "object", "properties": {"b": {"type": "string"}}, "required": ["b"]}
         root = {"$ref": "#/definitions/Both", "definitions": {
             "One": branch, "Both": {"oneOf": [{"$ref": "#/definitions/One"}, {"type": "null"}]}}}
-        made = ogx.plain_schema(root)
-        assert made == {"type": "object", "properties": {"b": {"type": "string"}}}
+        merged = {"type": "object", "properties": {"b": {"type": "string"}}}
+        assert ogx.plain_schema(root) == merged
+        row = self.taught(refused_keywords=("$ref",))
+        made = ogx.plainer_tool({"name": "T", "input_schema": {"anyOf": [branch]}}, row)
+        assert made["input_schema"] == merged
+        assert made["description"].endswith(json.dumps({"anyOf": [branch]}))
 
     def test_references_that_multiply_are_inlined_while_there_is_room(self):
         """Each definition names the next one ten times: ten to the power of thirty."""
@@ -3021,7 +3024,7 @@ class TestMessages:
         assert sent["tools"] == [
             {"name": "Bash", "description": 'd\ninput.a has format "uri"', "strict": True,
              "input_schema": {"type": "object", "properties": {"a": {"type": "string"}}}},
-            search, {"name": "N", "input_schema": {}},
+            search, {"name": "N", "input_schema": {"type": "object", "properties": {}}},
         ]  # fmt: skip
         assert ogx.messages_request(body, model("anthropic"))["tools"] is body["tools"]
 
@@ -4034,9 +4037,9 @@ class TestStore:
         lessons = ogx.Lessons(ogx.Store())
         for value in (5, 4):
             lessons.add(model(), [ogx.Lesson("clamp", "max_tokens", value)])
-        for keyword in ("format", "pattern"):
-            lessons.add(model(), [ogx.Lesson("unschema", "tools", keyword)])
-        assert [lesson.value for lesson in lessons.of(model())] == [4, "format", "pattern"]
+        for keywords in (("format",), ("format", "pattern")):
+            lessons.add(model(), [ogx.Lesson("row", "refused_keywords", keywords)])
+        assert [lesson.value for lesson in lessons.of(model())] == [4, ("format", "pattern")]
 
     def test_lessons_survive_and_expire(self, tmp_path, monkeypatch):
         path = str(tmp_path / "state.sqlite")
