@@ -72,7 +72,7 @@ import urllib.parse
 import uuid
 import weakref
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Callable, ClassVar, Literal, Optional, Union
@@ -274,7 +274,8 @@ class ProviderKind:
     format_with_tools: bool = True  # takes response_format beside tools; else it is asked in words
     answer_by: str = "format"  # how a JSON answer is asked for: as "format", "tool" or "words"
     root_unions: bool = True  # takes anyOf and its like at the root of a tool's schema
-    refused_keywords: tuple[str, ...] = ()  # of JSON schema, in tools
+    # Of JSON schema, in tools. "*": all but STRUCTURE, "$ref": all that plain_schema() mends.
+    refused_keywords: tuple[str, ...] = ()
     max_description: int = 0  # characters of a tool's; 0: any number
     max_tools: int = 0  # more are left out; 0: any number
 
@@ -910,9 +911,12 @@ SIGNATURE_MARK = '{"ogx":'  # begins the signatures that we made: JSON with what
 MEDIA_TYPES = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"),
                "document": ("application/pdf",)}  # fmt: skip
 MAX_IMAGE = 5 * 1024 * 1024  # characters of base64, as at Anthropic
-# In a JSON schema: what holds schemas by names that are no keywords, and what holds any values.
+# What JSON schemas are made of (other keywords constrain, and the client checks them itself), what
+# holds schemas by names that are no keywords, and what holds any values.
+STRUCTURE = ("type", "description", "properties", "required", "items", "enum", "anyOf", "oneOf",
+             "allOf", "$ref", "$defs", "definitions")  # fmt: skip
 NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-VALUES = ("enum", "const", "default", "examples")
+VALUES = ("enum", "const", "default", "examples", "input")
 ANSWER_NOTE = "Your last answer must be JSON alone, valid against this JSON schema: "
 ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_format is taken
 CONTENT, NUMBER = (str, list), (int, float)
@@ -1334,24 +1338,28 @@ def block_text(block: Json) -> str:
         text = "\n".join(map(block_text, blocks_of(block.get("content"))))
         return f"[Search result: {block.get('title')} <{block.get('source')}>]\n{text}"
     content = {k: v for k, v in block.items() if k not in ("type", "cache_control", "id")}
-    content = without_keywords(content, "encrypted_content".__eq__, [])  # Anthropic's alone
+    content = without_keywords(content, ["encrypted_content"], [])  # Anthropic's alone
     return f"[{kind}] {json.dumps(content, ensure_ascii=False)}"
 
 
-def without_keywords(tree: Any, drop: Callable[[str], bool], lost: list[tuple[str, str, Any]],
-                     path: str = "input") -> Any:  # fmt: skip
+def without_keywords(tree: Any, gone: Collection[str], lost: list[Any], path: str = "input") -> Any:
     """JSON without some fields or, in a schema, keywords, wherever they stand as such; the place,
-    name and value of each go to `lost`."""
+    name and value of each go to `lost`. "*": without all but STRUCTURE."""
     if isinstance(tree, list):
-        return [without_keywords(item, drop, lost, path) for item in tree]
+        return [without_keywords(item, gone, lost, path) for item in tree]
     if not isinstance(tree, dict):
         return tree
-    lost += [(path, name, value) for name, value in tree.items() if drop(name)]
-    return {
-        name: {k: without_keywords(v, drop, lost, f"{path}.{k}") for k, v in value.items()}
-        if name in NAMED_SCHEMAS and isinstance(value, dict)
-        else value if name in VALUES else without_keywords(value, drop, lost, path)
-        for name, value in tree.items() if not drop(name)}  # fmt: skip
+    kept: Json = {}
+    for name, value in tree.items():
+        if name in gone or ("*" in gone and name not in STRUCTURE):
+            lost.append((path, name, value))
+        elif name in NAMED_SCHEMAS and isinstance(value, dict):
+            inner = {k: without_keywords(v, gone, lost, f"{path}.{k}") for k, v in value.items()}
+            kept[name] = inner
+        else:
+            plain = name in VALUES
+            kept[name] = value if plain else without_keywords(value, gone, lost, path)
+    return kept
 
 
 def signature_of(dialect: str, owner: str, kept: Json) -> str:
@@ -1835,9 +1843,6 @@ REASONS = re.compile(
     r"(^|[/:_-])(o[134](-|$)|gpt-(5|6|oss)|deepseek-(r|v4|reasoner)|qwq|magistral)|"
     r"thinking|reasoner|qwen3(?!.*(instruct|coder))", re.I)  # fmt: skip
 ROOT_UNIONS = ("anyOf", "oneOf", "allOf", "enum", "not")
-# What a schema is made of. Other keywords constrain, and the client checks them itself.
-STRUCTURE = ("type", "description", "properties", "required", "items", "enum", "anyOf", "oneOf",
-             "allOf", "$ref", "$defs", "definitions")  # fmt: skip
 UNTOLD = ("$schema", "title", "additionalProperties")  # where they are lost
 MAX_RULES = 200  # characters of others in a tool's description
 MAX_INLINED = 30_000  # characters of definitions in a tool's schema
@@ -2093,8 +2098,8 @@ def plainer_tool(tool: Json, kind: ProviderKind) -> Json:
     unions = {k: schema[k] for k in ROOT_UNIONS if plain and k in schema}
     if unions or "$ref" in refused:
         schema = plain_schema(schema)
-    lost: list[tuple[str, str, Any]] = []
-    schema = without_keywords(schema, refused.__contains__, lost) if refused else schema
+    lost: list[Any] = []
+    schema = without_keywords(schema, refused, lost) if refused else schema
     for path, name, value in lost:
         rule = f"\n{path} has {name} {json.dumps(value)}"
         note += rule if name not in UNTOLD and len(note + rule) <= MAX_RULES else ""
@@ -2996,7 +3001,7 @@ ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "raise": max,
     "limit": lambda effort, most: min(effort, most, key=EFFORT_LADDER.index),
     "lift": lambda effort, least: max(effort, least, key=EFFORT_LADDER.index),
-    "unschema": lambda tools, keyword: without_keywords(tools, keyword.__eq__, []),
+    "unschema": lambda tools, keyword: without_keywords(tools, [keyword], []),
     "again": lambda value, _: value,
 }
 LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
@@ -3252,16 +3257,14 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
         most = int(told[1]) if told else 1024
         if any(len(tool.get("description") or "") > most for tool in tools):
             return Lesson("row", "max_description", most)
-    plain_words = words.replace("_", "").replace("regex", "pattern").lower()
-    said = {*re.findall(r"[\w$]+", plain_words)}
+    said = {*re.findall(r"[a-z$]+", words.lower().replace("_", "").replace("regex", "pattern"))}
     quoted = {part for quote in "'`\"" for part in words.split(quote)}
-    rules: list[tuple[str, str, Any]] = []
-    without_keywords(schemas, lambda name: name not in STRUCTURE, rules)
+    rules: list[Any] = []
+    without_keywords(schemas, ["*"], rules)
     named = {name for _, name, value in rules if name.lower() in said
              or isinstance(value, str) and value in quoted}  # fmt: skip
-    more = (first and named) or {name for _, name, _ in rules} or {"$ref"}
-    value = (*refused, *sorted(more))
-    return None if "$ref" in refused else Lesson("row", "refused_keywords", value)
+    more = sorted(named)[:20] if first and named else ["*"] if rules else ["$ref"]
+    return None if "$ref" in refused else Lesson("row", "refused_keywords", (*refused, *more))
 
 
 REMEDIES = (fitting_limit, lower_effort, other_tools, plainer_answer, dropped_field)
@@ -3410,7 +3413,8 @@ class Lessons:
         for lesson in (replace(k, at=k.at or time.time()) for k in lessons if k.keep):
             same = (lesson.action, lesson.field, lesson.dialect)
             with self._lock:
-                known = [k for k in self.of(model) if (k.action, k.field, k.dialect) != same]
+                known = [k for k in self.of(model) if (k.action, k.field, k.dialect) != same
+                         or (lesson.action == "unschema" and k.value != lesson.value)]  # fmt: skip
                 kept = self._lessons[model.served] = (*known, lesson)
                 self._store.put("lessons", model.served, [asdict(k) for k in kept])
 
