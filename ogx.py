@@ -1354,11 +1354,12 @@ def without_keywords(tree: Any, gone: Collection[str], lost: list[Any], path: st
         if name in gone or ("*" in gone and name not in STRUCTURE):
             lost.append((path, name, value))
         elif name in NAMED_SCHEMAS and isinstance(value, dict):
-            inner = {k: without_keywords(v, gone, lost, f"{path}.{k}") for k, v in value.items()}
-            kept[name] = inner
+            kept[name] = {k: without_keywords(v, gone, lost, f"{path}.{k}")
+                          for k, v in value.items()}  # fmt: skip
+        elif name in VALUES:
+            kept[name] = value
         else:
-            plain = name in VALUES
-            kept[name] = value if plain else without_keywords(value, gone, lost, path)
+            kept[name] = without_keywords(value, gone, lost, path)
     return kept
 
 
@@ -2138,9 +2139,9 @@ def plain_schema(root: Json) -> Json:
             for name, inner in (p for b in branches for p in b.get("properties", {}).items()):
                 if own.setdefault(name, inner) != inner:
                     own[name] = {"anyOf": [own[name], inner]}
-            gone = (*ROOT_UNIONS, *(["additionalProperties"] if branches else []))
-            kept = {k: v for k, v in node.items() if k not in gone}
-            return {**kept, "type": "object", "properties": own}
+            gone = ROOT_UNIONS + ("additionalProperties",) * bool(branches)
+            node = {k: v for k, v in node.items() if k not in gone}
+            return {**node, "type": "object", "properties": own}
         if len(branches) > 1:
             return {**node, "anyOf": branches}
         return {**branches[0], **node} if branches else {**node, **typed}
@@ -3245,8 +3246,9 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
     are named (`'propertyNames' is not permitted`) or whose values are (`'^\\p{L}$' is not a
     'regex'`), none that constrain, no forms that plain_schema() mends."""
     words, refused = f"{refusal.code} {refusal.words}", kind.refused_keywords
-    about = "schema|grammar|regex|parameters" + ("" if refusal.status == 500 else "|tool|function")
-    found = re.search(f"(?i)(?P<other>{OTHER_SUBJECTS})|{about}", words)
+    weak = "" if refusal.status == 500 else "tool|function|"
+    about = rf"(?i)(?P<other>{OTHER_SUBJECTS})|{weak}schema|grammar|regex|parameters|\$defs"
+    found = re.search(about, words)
     given = map(dict_or_empty, body.get("tools") or ())
     tools = [dict_or_empty(tool.get("function")) or tool for tool in given]
     schemas = [s for t in tools if (s := t.get("parameters") or t.get("input_schema"))]

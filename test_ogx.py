@@ -3669,8 +3669,9 @@ class TestRemedies:
         ("The provided JSON schema contains features not supported by xgrammar: pattern",
          ["pattern"]),
         ("Grammar error: Unimplemented keys: [\"pattern\"]", ["pattern"]),
-        ("regex parse error in tool 'Mail': look-around, including look-ahead and look-behind, is "
-         "not supported", ["pattern"]),
+        ("regex parse error:\n    ^(?!x)a\\p{L}+$\n     ^^^\nerror: look-around, including "
+         "look-ahead and look-behind, is not supported", ["pattern"]),  # seen live: llguidance
+        ("Format date-time is not supported by Outlines' grammar", ["format"]),
         ("invalid JSON schema for tool Mail, tools[0].function.parameters: `minLength` unsupported",
          ["minLength"]),  # Groq
     )  # fmt: skip
@@ -3688,6 +3689,12 @@ class TestRemedies:
         ('Engine protocol predict request returned 400: {"error":{"code":400,"message":"Failed to '
          'initialize samplers: failed to parse grammar","type":"invalid_request_error"}}', 500),
         ("Failed to convert JSON schema to GBNF: unrecognized schema", 500),
+        # Seen live, behind vLLM's "Grammar error: ": llguidance's, then those of outlines_core.
+        ("Grammar error: Pointer '/$defs/gone' does not exist", 400),
+        ("Grammar error: Unimplemented keys: [\"contains\"]", 400),
+        ("Invalid reference path: $defs", 500),
+        ('Unsupported JSON Schema structure {"not":{}} \nMake sure it is valid to the JSON Schema '
+         "specification and check if it's supported by Outlines.", 400),
         ("EngineCore: Failed to compile grammar: state limit exceeded", 500),
         ("Tool Mail function has invalid 'parameters' schema", 400),  # SGLang
         ("tools.0.custom.input_schema: JSON schema is invalid. It must match JSON Schema draft "
