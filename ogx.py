@@ -3049,12 +3049,6 @@ OVERFLOWS = (
     r"Prompt contains (?P<prompt>\d+) tokens.*?(?P<limit>\d+) maximum context length",
     r"context_length_exceeded|exceeds the context window|[Ii]nput is too long|"
     r"exceed_context_size|maximum context length|prompt is too long")  # fmt: skip
-# A refusal that tells of tools is about their schemas, but where it tells of these before.
-OTHER_SUBJECTS = (
-    r"(?s:^.*(\d tokens|messages\W{1,3}\d))|tokens|messages|prompt|\bcontent\b|image|endpoint|"
-    r"quota|argument|rate.limit|api.?key|generated|(support\w{0,3}|call a) (tool|function)|"
-    r"(tool|function)s?[ _.-]?(choice|call|output|result|response|use|id)(s|ing)?(?![a-z])|"
-    r"(tool|function)s?\W+(is|are) not")
 # Words that tell how a server differs from the row it was configured under: the row is put right.
 # Seen live: llama.cpp's and chat templates'. The others are from vendors' pages and issue threads.
 ROW_REMEDIES: tuple[tuple[str, str, Any], ...] = (
@@ -3239,6 +3233,14 @@ def dropped_field(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     elif re.search(r"\bstrict\b", told):
         for holder in ("tools", "response_format", "text"):
             yield Lesson("unschema", holder, "strict")
+
+
+# A refusal that tells of tools is about their schemas, but where it tells of these before.
+OTHER_SUBJECTS = (
+    r"(?s:^.*(\d tokens|messages\W{1,3}\d))|tokens|messages|prompt|\bcontent\b|image|endpoint|"
+    r"quota|argument|rate.limit|api.?key|generated|(support\w{0,3}|call a) (tool|function)|"
+    r"(tool|function)s?[ _.-]?(choice|call|output|result|response|use|id)(s|ing)?(?![a-z])|"
+    r"(tool|function)s?\W+(is|are) not")
 
 
 def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool) -> Lesson | None:
