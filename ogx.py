@@ -73,7 +73,7 @@ import urllib.parse
 import uuid
 import weakref
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Callable, ClassVar, Literal, Optional, Union
@@ -363,7 +363,9 @@ class ProviderKind:
     format_with_tools: bool = True  # takes response_format beside tools; else it is asked in words
     answer_by: str = "format"  # how a JSON answer is asked for: as "format", "tool" or "words"
     root_unions: bool = True  # takes anyOf and its like at the root of a tool's schema
-    refused_keywords: tuple[str, ...] = ()  # of JSON schema, in tools
+    # Of JSON schema, in tools. "*": all but STRUCTURE, "$ref": all that plain_schema() mends.
+    refused_keywords: tuple[str, ...] = ()
+    max_description: int = 0  # characters of a tool's; 0: any number
     max_tools: int = 0  # more are left out; 0: any number
 
     @property
@@ -1001,6 +1003,12 @@ MEDIA_TYPES = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"),
                "document": ("application/pdf",)}  # fmt: skip
 MAX_STOPS = 4000  # characters of all stop sequences
 MAX_IMAGE = 5 * 1024 * 1024  # characters of base64, as at Anthropic
+# What JSON schemas are made of (other keywords constrain, and the client checks them itself), what
+# holds schemas by names that are no keywords, and what holds any values.
+STRUCTURE = ("type", "description", "properties", "required", "items", "enum", "anyOf", "oneOf",
+             "allOf", "$ref", "$defs", "definitions")  # fmt: skip
+NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+VALUES = ("enum", "const", "default", "examples", "input")
 ANSWER_NOTE = "Your last answer must be JSON alone, valid against this JSON schema: "
 ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_format is taken
 CONTENT, NUMBER = (str, list), (int, float)
@@ -1447,20 +1455,29 @@ def block_text(block: Json) -> str:
         text = "\n".join(map(block_text, blocks_of(block.get("content"))))
         return f"[Search result: {block.get('title')} <{block.get('source')}>]\n{text}"
     content = {k: v for k, v in block.items() if k not in ("type", "cache_control", "id")}
-    content = without_keyword(content, "encrypted_content")  # which only Anthropic can read
+    content = without_keywords(content, ["encrypted_content"], [])  # Anthropic's alone
     return f"[{kind}] {json.dumps(content, ensure_ascii=False)}"
 
 
-def without_keyword(tree: Any, keyword: str) -> Any:
-    """JSON without a field or, in a schema, a keyword, wherever it stands as one."""
+def without_keywords(tree: Any, gone: Collection[str], lost: list[Any], path: str = "input") -> Any:
+    """JSON without some fields or, in a schema, keywords, wherever they stand as such; the place,
+    name and value of each go to `lost`. "*": without all but STRUCTURE."""
     if isinstance(tree, list):
-        return [without_keyword(item, keyword) for item in tree]
+        return [without_keywords(item, gone, lost, path) for item in tree]
     if not isinstance(tree, dict):
         return tree
-    return {
-        name: {k: without_keyword(v, keyword) for k, v in value.items()}
-        if name == "properties" and isinstance(value, dict) else without_keyword(value, keyword)
-        for name, value in tree.items() if name != keyword}  # fmt: skip
+    kept: Json = {}
+    for name, value in tree.items():
+        if name in gone or ("*" in gone and name not in STRUCTURE):
+            lost.append((path, name, value))
+        elif name in NAMED_SCHEMAS and isinstance(value, dict):
+            kept[name] = {k: without_keywords(v, gone, lost, f"{path}.{k}")
+                          for k, v in value.items()}  # fmt: skip
+        elif name in VALUES:
+            kept[name] = value
+        else:
+            kept[name] = without_keywords(value, gone, lost, path)
+    return kept
 
 
 def signature_of(dialect: str, owner: str, kept: Json) -> str:
@@ -1972,6 +1989,9 @@ REASONS = re.compile(
     r"(^|[/:_-])(o[134](-|$)|gpt-(5|6|oss)|deepseek-(r|v4|reasoner)|qwq|magistral)|"
     r"thinking|reasoner|qwen3(?!.{0,250}(instruct|coder))", re.I)  # fmt: skip
 ROOT_UNIONS = ("anyOf", "oneOf", "allOf", "enum", "not")
+UNTOLD = ("$schema", "title", "additionalProperties")  # where they are lost
+MAX_RULES = 200  # characters of others in a tool's description
+MAX_INLINED = 30_000  # characters of definitions in a tool's schema
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # OpenAI's rule; Anthropic allows 128 characters
 STOP_REASONS = (  # words in a finish_reason -> stop_reason; "": it broke off
     ("error|abort|cancel|fail|network|connect|time.?out|interrupt|resource|malformed|unexpected|"
@@ -2216,36 +2236,76 @@ def tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
 
 
 def chat_tool(tool: Json, names: ToolNames, kind: ProviderKind) -> Json:
-    """A tool as a function; its schema's root is always an object with properties. What its
-    constraints lose on the way stands in the description."""
-    schema = {k: v for k, v in (tool.get("input_schema") or {}).items() if k != "$schema"}
-    words = tool.get("description") or ""
-    lost = {} if kind.root_unions else {k: schema[k] for k in ROOT_UNIONS if k in schema}
-    if lost:
-        schema = without_unions(schema)
-        words += f"\n\nThe input must be valid against this JSON schema, too: {json.dumps(lost)}"
-    for keyword in kind.refused_keywords:
-        schema = without_keyword(schema, keyword)
+    """A tool as a function; its schema's root is always an object with properties."""
+    made = plainer_tool(tool, kind)
+    schema = {k: v for k, v in made["input_schema"].items() if k != "$schema"}
     parameters = {**schema, "type": "object", "properties": schema.get("properties") or {}}
-    told = {"description": words} if words else {}
+    told = {k: made[k] for k in ("description",) if made.get(k)}
     function = {"name": names.there(tool["name"]), **told, "parameters": parameters}
     return {"type": "function", "function": function}
 
 
-def without_unions(schema: Json) -> Json:
-    """An object's schema without anyOf and its like at the root: it has the properties of all
-    branches, and allows all that they do."""
-    defs = {**dict_or_empty(schema.get("definitions")), **dict_or_empty(schema.get("$defs"))}
-    properties = dict(dict_or_empty(schema.get("properties")))
-    unions = (schema.get(name) for name in ROOT_UNIONS)
-    for branch in (b for union in unions if isinstance(union, list) for b in union):
-        named = defs.get(str(dict_or_empty(branch).get("$ref")).rpartition("/")[2], branch)
-        inner = dict_or_empty(dict_or_empty(named).get("properties"))
-        for name in inner:
-            known = properties.get(name, inner[name])
-            properties[name] = known if known == inner[name] else {"anyOf": [known, inner[name]]}
-    gone = (*ROOT_UNIONS, "additionalProperties")
-    return {**{k: v for k, v in schema.items() if k not in gone}, "properties": properties}
+def plainer_tool(tool: Json, kind: ProviderKind) -> Json:
+    """A tool whose description and schema the upstream takes. What constraints the schema loses on
+    the way stands in the description, rules where they are short."""
+    schema, refused = tool.get("input_schema") or {}, kind.refused_keywords
+    words, note, most = tool.get("description") or "", "", kind.max_description or 1 << 30
+    plain = "$ref" in refused or not kind.root_unions
+    unions = {k: schema[k] for k in ROOT_UNIONS if plain and k in schema}
+    if unions or "$ref" in refused:
+        schema = plain_schema(schema)
+    lost: list[Any] = []
+    schema = without_keywords(schema, refused, lost) if refused else schema
+    for path, name, value in lost:
+        rule = f"\n{path} has {name} {json.dumps(value)}"
+        note += rule if name not in UNTOLD and len(note + rule) <= MAX_RULES else ""
+    if unions:
+        note += f"\n\nThe input must be valid against this JSON schema, too: {json.dumps(unions)}"
+    words = (words[: max(0, most - len(note))] + note)[:most]
+    return {**tool, "input_schema": schema, **({"description": words} if words else {})}
+
+
+def plain_schema(root: Json) -> Json:
+    """A schema with one type in each node, items in each array, no union at the root (it allows
+    what all branches do) and no `$ref`: that is inlined, but in itself and while there is room."""
+    room = MAX_INLINED
+
+    def plain(node: Any, within: tuple[Any, ...] = (), top: bool = False) -> Json:
+        nonlocal room
+        node = {k: v for k, v in dict_or_empty(node).items() if k not in ("$defs", "definitions")}
+        ref = node.pop("$ref", None)
+        if ref is not None:
+            target: Any = root if ref not in within and room > 0 else {}
+            for name in str(ref).split("/")[1:]:
+                target = dict_or_empty(target).get(name)
+            room -= len(str(target))
+            node = {**(dict_or_empty(target) or {"type": "object"}), **node}
+            return plain(node, (*within, ref), top)
+        kinds = [kind for kind in as_list(node.pop("type", None)) if kind != "null"]
+        typed = {"type": kinds[0]} if kinds else {}
+        unions = [dict_or_empty(b) for k in ROOT_UNIONS[:3] for b in as_list(node.pop(k, None))]
+        branches = [plain({**typed, **b}, within) for b in unions if b.get("type") != "null"]
+        own = {k: plain(v, within) for k, v in dict_or_empty(node.pop("properties", None)).items()}
+        if kinds[:1] == ["array"]:
+            node["items"] = [*as_list(node.get("items")), {}][0] or {"type": "string"}
+        node = {k: plain(v, within) if isinstance(v, dict) and k not in VALUES else v
+                for k, v in node.items()}  # fmt: skip
+        if own or top:
+            for name, inner in (p for b in branches for p in b.get("properties", {}).items()):
+                if own.setdefault(name, inner) != inner:
+                    own[name] = {"anyOf": [own[name], inner]}
+            gone = ROOT_UNIONS + ("additionalProperties",) * bool(branches)
+            node = {k: v for k, v in node.items() if k not in gone}
+            return {**node, "type": "object", "properties": own}
+        if len(branches) > 1:
+            return {**node, "anyOf": branches}
+        return {**branches[0], **node} if branches else {**node, **typed}
+
+    return plain(root, top=True)
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def conversation_key(request: Json) -> str:
@@ -2700,6 +2760,10 @@ def messages_request(request: Json, model: Model) -> Json:
             body["system"] = [b for b in system if not block_text(b).startswith(BILLING_HEADER)]
         if tools:
             body["tools"] = [tool for tool in tools if tool.get("name") != PLACEHOLDER]
+    if tools and (kind.refused_keywords or kind.max_description):
+        body["tools"] = made_of_tools(tools, "messages", kind, lambda: EncodedList(
+            plainer_tool(tool, kind) if "input_schema" in tool else tool
+            for tool in body["tools"]))  # fmt: skip
     if kind.keeps_billing_header or kind.native_models:  # Claude itself
         body["messages"] = [without_foreign_thoughts(m) for m in request["messages"]]
     if not kind.images:
@@ -3131,7 +3195,7 @@ ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "raise": max,
     "limit": lambda effort, most: min(effort, most, key=EFFORT_LADDER.index),
     "lift": lambda effort, least: max(effort, least, key=EFFORT_LADDER.index),
-    "unschema": lambda tools, keyword: without_keyword(tools, keyword),
+    "unschema": lambda tools, keyword: without_keywords(tools, [keyword], []),
     "again": lambda value, _: value,
 }
 LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
@@ -3140,11 +3204,6 @@ OPTIONAL_FIELDS = ("temperature", "top_p", "top_k", "stop", "stream_options", "r
                    "parallel_tool_calls", "response_format", "tool_choice", "prompt_cache_key",
                    "store", "include", "stop_sequences", "thinking", "output_config", "metadata",
                    "context_management", "max_tool_calls")  # fmt: skip
-# Keywords that constrain without being needed to fill in a call.
-SCHEMA_KEYWORDS = ("propertyNames", "exclusiveMinimum", "exclusiveMaximum", "additionalProperties",
-                   "patternProperties", "pattern", "format", "default", "const", "minLength",
-                   "maxLength", "minItems", "maxItems", "uniqueItems", "minimum", "maximum",
-                   "$schema", "title", "examples")  # fmt: skip
 RENAMED_LIMIT = r"['`\"]?(max_\w*tokens)['`\"]?.{0,60}[Uu]se ['`\"]?(max_\w*tokens)"
 LEAST_LIMIT = r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)"
 UNSUPPORTED = (r"(?i)unsupported|not supported|unrecognized|unknown|unexpected|does not support|"
@@ -3279,7 +3338,7 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
             useful = lesson.action in ("again", "row") or with_lessons(body, [lesson]) != body
             if useful and not ("set" in actions and len(actions) > 1):  # that would go to and fro
                 return lesson
-    return None
+    return plainer_tools(refusal, body, kind, "refused_keywords" not in tried)
 
 
 def first_match(patterns: Iterable[str], words: str) -> re.Match[str] | None:
@@ -3369,16 +3428,43 @@ def dropped_field(refusal: Refusal, body: Json) -> Iterator[Lesson]:
             yield Lesson("unschema", holder, "strict")
 
 
-def plainer_schema(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """A keyword of JSON schema that a tool's schema may not have: `Invalid schema for function
-    'X': ... 'propertyNames' is not permitted`, or a path such as parameters.properties.a.format."""
-    named = re.findall(r"[\w$]+", refusal.words)
-    keyword = next((word for word in SCHEMA_KEYWORDS if word in named), None)
-    if keyword and re.search("schema|parameters|function_declarations", refusal.words):
-        yield Lesson("unschema", "tools", keyword)
+# A refusal that tells of tools is about their schemas, but where it tells of these before.
+OTHER_SUBJECTS = (
+    r"(?s:^.*(\d tokens|messages\W{1,3}\d))|tokens|messages|prompt|\bcontent\b|image|endpoint|"
+    r"quota|argument|rate.limit|api.?key|generated|(support\w{0,3}|call a) (tool|function)|"
+    r"(tool|function)s?[ _.-]?(choice|call|output|result|response|use|id)(s|ing)?(?![a-z])|"
+    r"(tool|function)s?\W+(is|are) not")
 
 
-REMEDIES = (fitting_limit, lower_effort, other_tools, plainer_answer, dropped_field, plainer_schema)
+def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool) -> Lesson | None:
+    """The next step for refused tools: descriptions of the length told, at `first` no keywords that
+    are named (`'propertyNames' is not permitted`) or whose values are (`'^\\p{L}$' is not a
+    'regex'`), none that constrain, no forms that plain_schema() mends."""
+    words, refused = f"{refusal.code} {refusal.words}", kind.refused_keywords
+    weak = "" if refusal.status == 500 else "tool|function|"
+    about = rf"(?i)(?P<other>{OTHER_SUBJECTS})|{weak}schema|grammar|regex|parameters|\$defs"
+    found = re.search(about, words)
+    given = map(dict_or_empty, body.get("tools") or ())
+    tools = [dict_or_empty(tool.get("function")) or tool for tool in given]
+    schemas = [s for t in tools if (s := t.get("parameters") or t.get("input_schema"))]
+    if not found or found["other"] or not schemas:
+        return None
+    if "escription" in words and re.search("(?i)long|length|charact|exceed", words):
+        told = re.search(r"(?i)(?:most|max|limit|than|exceeds?|>)\D{0,20}(\d{2,6})", words)
+        most = int(told[1]) if told else 1024
+        if any(len(tool.get("description") or "") > most for tool in tools):
+            return Lesson("row", "max_description", most)
+    said = {*re.findall(r"[a-z$]+", words.lower().replace("_", "").replace("regex", "pattern"))}
+    quoted = {part for quote in "'`\"" for part in words.split(quote)}
+    rules: list[Any] = []
+    without_keywords(schemas, ["*"], rules)
+    named = {name for _, name, value in rules if name.lower() in said
+             or isinstance(value, str) and value in quoted}  # fmt: skip
+    more = sorted(named)[:20] if first and named else ["*"] if rules else ["$ref"]
+    return None if "$ref" in refused else Lesson("row", "refused_keywords", (*refused, *more))
+
+
+REMEDIES = (fitting_limit, lower_effort, other_tools, plainer_answer, dropped_field)
 
 
 def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxError | None:
@@ -3699,7 +3785,8 @@ def lesson_from_json(fields: Any) -> Lesson | None:
     try:
         value = fields["value"]
         if isinstance(value, list):
-            fields = {**fields, "value": tuple(tuple(item) for item in value)}
+            items = (tuple(item) if isinstance(item, list) else item for item in value)
+            fields = {**fields, "value": tuple(items)}
         lesson = Lesson(**fields)
         is_row = lesson.action == "row" and hasattr(ProviderKind, lesson.field)
     except (TypeError, KeyError):

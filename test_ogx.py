@@ -9,7 +9,9 @@ from __future__ import annotations
 import ast
 import base64
 import contextlib
+import copy
 import dataclasses
+import functools
 import gzip
 import http.client
 import importlib.util
@@ -1463,6 +1465,28 @@ class TestRequests:
                  for m in (plain, strict, taught, plain)]  # fmt: skip
         assert [("anyOf" in root) for root in roots] == [True, False, False, True]
 
+    @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
+    def test_known_tools_are_made_once_for_what_was_learned_of_schemas(
+        self, fresh_memory, monkeypatch, dialect
+    ):
+        tools = [tool(f"t{n}", properties={"a": {"type": "string", "pattern": "^a"}})
+                 for n in range(100)]  # fmt: skip
+        body = json.dumps(request(tools=tools)).encode()
+        asks = [ogx.checked_json(body) for _ in range(4)]
+        lessons = [ogx.Lesson("row", "refused_keywords", ("pattern",)),
+                   ogx.Lesson("row", "max_description", 5)]  # fmt: skip
+        made = []
+        for ask in asks:
+            taught = ogx.taught_model(model("vllm"), lessons)
+            if len(made) == 3:
+                monkeypatch.setattr(ogx, "plainer_tool", None)  # it would be noticed
+            made.append(json.loads(ogx.json_bytes(ogx.DIALECTS[dialect].request(ask, taught))))
+        assert made[0] == made[1] == made[2] == made[3] and len(made[0]["tools"]) == 100
+        assert "pattern" not in str(made[0]["tools"])
+        monkeypatch.undo()
+        whole = ogx.DIALECTS[dialect].request(asks[3], model("vllm"))
+        assert "pattern" in str(whole["tools"])
+
     def test_what_only_looks_like_known_tools_is_read_as_it_is(self, fresh_memory):
         tools = json.dumps(self.TOOLS).encode()
         body = json.dumps(request()).encode()[:-1] + b', "tools": ' + tools + b"}"
@@ -2514,7 +2538,7 @@ class TestChat:
         (made,) = chat(request(tools=[tool(**self.UNION)]), kind)["tools"]
         parameters = made["function"]["parameters"]
         assert parameters == {
-            "type": "object", "$defs": self.UNION["$defs"],
+            "type": "object",
             "properties": {"a": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
                            "b": {"type": "string"}, "c": {}},
             "required": ["a"],
@@ -2535,6 +2559,158 @@ class TestChat:
                            ("vllm", schema["properties"])):  # fmt: skip
             (made,) = chat(request(tools=[tool(**schema)]), kind)["tools"]
             assert made["function"]["parameters"]["properties"] == kept
+
+    NAMED = ("pattern", "format", "title", "default", "$schema", "minLength", "enum", "const")
+
+    @pytest.mark.parametrize("holder", ["properties", "patternProperties", "$defs", "definitions",
+                                        "dependentSchemas"])  # fmt: skip
+    def test_what_properties_are_called_is_no_keyword(self, holder):
+        inner = {name: {"type": "string", "pattern": "^a"} for name in self.NAMED}
+        schema = {holder: inner, "required": [*self.NAMED]}
+        made = ogx.without_keywords(schema, self.NAMED, lost := [])
+        assert made == {holder: {name: {"type": "string"} for name in self.NAMED},
+                        "required": [*self.NAMED]}  # fmt: skip
+        assert lost == [(f"input.{name}", "pattern", "^a") for name in self.NAMED]
+
+    @pytest.mark.parametrize("keyword", ["enum", "const", "default", "examples", "input"])
+    def test_what_stands_in_values_is_no_keyword(self, keyword):
+        schema = {"properties": {"a": {keyword: [{"pattern": "x", "format": {"title": 1}}]}}}
+        made = ogx.without_keywords(schema, ["pattern", "format", "title"], lost := [])
+        assert made == schema and lost == []
+
+    def taught(self, kind="openai-compatible", **row):
+        return dataclasses.replace(ogx.PROVIDER_KINDS[kind], **row)
+
+    def test_what_a_schema_loses_stands_in_the_description_where_it_is_short(self):
+        schema = {"title": "T", "$schema": "x", "minProperties": 1, "properties": {
+            "to": {"type": "string", "pattern": "^\\d", "maxLength": 9},
+            "in": {"type": "array", "items": {"format": "uri"}},
+            "long": {"pattern": "x" * 300}, "n": {"default": 5, "additionalProperties": False}}}
+        gone = ("$schema", "additionalProperties", "default", "format", "minProperties", "pattern",
+                "title")  # fmt: skip
+        given = tool(**schema)
+        made = ogx.plainer_tool(given, self.taught(refused_keywords=gone))
+        assert made["description"].split("\n") == [
+            "d", "input has minProperties 1", 'input.to has pattern "^\\\\d"',
+            'input.in has format "uri"', "input.n has default 5",
+        ]  # fmt: skip
+        assert made["input_schema"]["properties"] == {
+            "to": {"type": "string", "maxLength": 9}, "in": {"type": "array", "items": {}},
+            "long": {}, "n": {},
+        }  # fmt: skip
+        assert given == tool(**schema)  # the client's own is as it was
+        many = {f"p{n}": {"pattern": "^a"} for n in range(1000)}
+        made = ogx.plainer_tool(tool(properties=many), self.taught(refused_keywords=gone))
+        assert 100 < len(made["description"]) <= 1 + ogx.MAX_RULES
+
+    def test_a_description_is_cut_and_what_the_schema_loses_still_stands_there(self):
+        row = self.taught(max_description=100, refused_keywords=("pattern",))
+        given = {**tool(properties={"a": {"pattern": "^a"}}), "description": "x" * 500}
+        words = ogx.plainer_tool(given, row)["description"]
+        assert len(words) == 100 and words.endswith('xx\ninput.a has pattern "^a"')
+        assert ogx.plainer_tool({**tool(), "description": "short"}, row)["description"] == "short"
+        bare = {"name": "B", "input_schema": {}}
+        assert ogx.plainer_tool(bare, row) == bare
+
+    @pytest.mark.parametrize(
+        ("given", "made"),
+        [
+            pytest.param({"type": ["string", "null"]}, {"type": "string"}, id="list"),
+            pytest.param({"type": ["null", "integer", "string"]}, {"type": "integer"}, id="null"),
+            pytest.param({"type": "array"}, {"type": "array", "items": {"type": "string"}},
+                         id="items"),
+            pytest.param({"type": "array", "items": {}},
+                         {"type": "array", "items": {"type": "string"}}, id="empty-items"),
+            pytest.param({"type": ["array", "null"], "items": [{"type": ["number", "null"]}, {}]},
+                         {"type": "array", "items": {"type": "number"}}, id="tuple"),
+            pytest.param({"type": "string", "anyOf": [{"enum": ["a"]}, {"type": "integer"}]},
+                         {"anyOf": [{"type": "string", "enum": ["a"]}, {"type": "integer"}]},
+                         id="beside"),
+            pytest.param({"oneOf": [{"type": "string"}, {"type": "number"}], "description": "d"},
+                         {"anyOf": [{"type": "string"}, {"type": "number"}], "description": "d"},
+                         id="oneOf"),
+            pytest.param({"anyOf": [{"type": "null"}, {"type": "string"}], "description": "d"},
+                         {"type": "string", "description": "d"}, id="optional"),
+            pytest.param({"allOf": [{"$ref": "#/$defs/S"}], "description": "d"},
+                         {"type": "string", "enum": ["x"], "description": "d"}, id="allOf"),
+            pytest.param({"properties": {"o": {"type": "string"}}, "oneOf": [
+                             {"properties": {"q": {"$ref": "#/$defs/S"}}}, {"required": ["o"]}]},
+                         {"type": "object", "properties": {
+                             "o": {"type": "string"}, "q": {"type": "string", "enum": ["x"]}}},
+                         id="objects"),
+            pytest.param({"$ref": "#/$defs/S", "description": "d"},
+                         {"type": "string", "enum": ["x"], "description": "d"}, id="ref"),
+            pytest.param({"type": "array", "items": {"$ref": "#/properties/other"}},
+                         {"type": "array", "items": {"type": "boolean"}}, id="path"),
+            pytest.param({"$ref": "#/$defs/Tree"},
+                         {"type": "object", "properties": {
+                             "$defs": {"type": "string"},
+                             "left": {"type": "object", "description": "l"},
+                             "kids": {"type": "array", "items": {"type": "object"}}}},
+                         id="recursive"),
+            pytest.param({"$ref": "#/$defs/Gone"}, {"type": "object"}, id="dangling"),
+            pytest.param({"$ref": "https://example.com/x"}, {"type": "object"}, id="foreign"),
+            pytest.param({}, {}, id="anything"),
+            pytest.param({"type": "object", "additionalProperties": {"$ref": "#/$defs/S"}},
+                         {"type": "object", "additionalProperties": {
+                             "type": "string", "enum": ["x"]}}, id="map"),
+            pytest.param({"enum": [{"$ref": "#/$defs/S"}]}, {"enum": [{"$ref": "#/$defs/S"}]},
+                         id="values"),
+            *(pytest.param({"type": 5, "anyOf": odd, "items": odd, "properties": odd, "$ref": odd},
+                           None, id=f"odd-{odd}") for odd in ("x", 5, None, True, [None], [[]])),
+        ],
+    )  # fmt: skip
+    def test_the_normal_form_of_a_schema(self, given, made):
+        defs = {"S": {"type": ["string", "null"], "enum": ["x"]},
+                "Tree": {"type": "object", "properties": {
+                    "$defs": {"type": "string"},  # so called
+                    "left": {"$ref": "#/$defs/Tree", "description": "l"},
+                    "kids": {"type": "array", "items": {"$ref": "#/$defs/Tree"}}}}}  # fmt: skip
+        root = {"$defs": defs, "type": "object", "required": ["given"],
+                "properties": {"given": given, "other": {"type": "boolean"}}}  # fmt: skip
+        before = copy.deepcopy(root)
+        plain = ogx.plain_schema(root)
+        assert root == before and {*plain} == {"type", "required", "properties"}
+        assert made is None or plain["properties"]["given"] == made
+        assert ogx.plain_schema(plain) == plain
+
+    def test_a_root_that_is_a_reference_or_a_union_becomes_one_object(self):
+        branch = {"type": "object", "properties": {"b": {"type": "string"}}, "required": ["b"]}
+        root = {"$ref": "#/definitions/Both", "definitions": {
+            "One": branch, "Both": {"oneOf": [{"$ref": "#/definitions/One"}, {"type": "null"}]}}}
+        merged = {"type": "object", "properties": {"b": {"type": "string"}}}
+        assert ogx.plain_schema(root) == merged
+        row = self.taught(refused_keywords=("$ref",))
+        made = ogx.plainer_tool({"name": "T", "input_schema": {"anyOf": [branch]}}, row)
+        assert made["input_schema"] == merged
+        assert made["description"].endswith(json.dumps({"anyOf": [branch]}))
+
+    def test_references_that_multiply_are_inlined_while_there_is_room(self):
+        """Each definition names the next one ten times: ten to the power of thirty."""
+        defs = {f"D{n}": {"type": "object", "description": "x" * 50, "properties": {
+            f"p{k}": {"$ref": f"#/$defs/D{n + 1}"} for k in range(10)}} for n in range(30)}
+        for root in ({"$ref": "#/$defs/D0", "$defs": defs},
+                     {"properties": {str(k): {"$ref": "#"} for k in range(300)}},
+                     {"anyOf": [{"$ref": "#/$defs/D0"}] * 100, "$defs": defs}):  # fmt: skip
+            size = len(json.dumps(ogx.plain_schema(root)))
+            assert size < 5 * (ogx.MAX_INLINED + len(json.dumps(root)))
+
+    @pytest.mark.parametrize("make", [
+        lambda n: {"properties": {f"p{k}": {"type": ["string", "null"], "pattern": "a" * 50}
+                                  for k in range(n)}},
+        lambda n: {"anyOf": [{"properties": {f"p{k}": {"$ref": "#/$defs/A"}}} for k in range(n)],
+                   "$defs": {"A": {"type": "array"}}},
+        lambda n: {"properties": {"a": {"description": "d" * 100, "anyOf": [
+            {"enum": [str(k)]} for k in range(n)], "type": "string"}}},
+    ], ids=["wide", "union", "beside"])  # fmt: skip
+    def test_what_a_schema_takes_is_linear_in_its_size(self, make):
+        row = self.taught(refused_keywords=("pattern", "$ref"))
+        bodies, spent = [tool(**make(n)) for n in (1000, 8000)], [[], []]
+        for place, body in enumerate(bodies * 3):
+            begun = time.process_time()
+            ogx.plainer_tool(body, row)
+            spent[place % 2].append(time.process_time() - begun)
+        assert min(spent[1]) < 24 * min(spent[0])
 
     @pytest.mark.parametrize("kind", ["openai", "groq"])
     def test_more_tools_than_the_upstream_takes_are_left_out_and_told(self, kind):
@@ -3355,6 +3531,20 @@ class TestMessages:
         assert sent["system"] == [text("b")]
         assert ogx.with_model(self.raw(body), body, sent) is None
 
+    def test_tools_are_plainer_where_a_refusal_taught_so(self):
+        search = {"type": "web_search_20250305", "name": "web_search", "description": "x" * 99}
+        given = {**tool(properties={"a": {"type": "string", "format": "uri"}}), "strict": True}
+        body = request(tools=[given, search, {"name": "N", "input_schema": {}}])
+        lessons = [ogx.Lesson("row", "refused_keywords", ("format", "$ref")),
+                   ogx.Lesson("row", "max_description", 27)]  # fmt: skip
+        sent = ogx.messages_request(body, ogx.taught_model(model("anthropic"), lessons))
+        assert sent["tools"] == [
+            {"name": "Bash", "description": 'd\ninput.a has format "uri"', "strict": True,
+             "input_schema": {"type": "object", "properties": {"a": {"type": "string"}}}},
+            search, {"name": "N", "input_schema": {"type": "object", "properties": {}}},
+        ]  # fmt: skip
+        assert ogx.messages_request(body, model("anthropic"))["tools"] is body["tools"]
+
     def test_anthropic_keeps_the_billing_header(self):
         body = request(system=[text("x-anthropic-billing-header: a"), text("b")])
         assert ogx.messages_request(body, model("anthropic"))["system"] == body["system"]
@@ -3974,7 +4164,7 @@ class TestRemedies:
          "array with length 150 instead.", {"tools": [1] * 150}, "row max_tools to 128"),
         ("Invalid schema for function 'X': 'propertyNames' is not permitted.",
          {"tools": [{"function": {"parameters": {"propertyNames": {}}}}]},
-         "unschema tools to propertyNames"),
+         "row refused_keywords to ('propertyNames',)"),
         ('{"detail":[{"type":"extra_forbidden","loc":["body","stream_options"],"msg":"Extra inputs '
          'are not permitted"}]}', {"stream_options": {}}, "drop stream_options"),  # Mistral
         ("temperature: expected a value <= 2, but got 3", LIMIT, "None"),
@@ -4036,6 +4226,192 @@ class TestRemedies:
                 "but got a string with length 51 instead."  # fmt: skip
         lesson = ogx.lesson_from_refusal(ogx.Refusal(400, words), {}, model("openrouter"))
         assert str(lesson) == "row tool_ids to .{1,40}"
+
+    # -- refused tools
+
+    MAIL = {"type": "object", "$schema": "s", "properties": {
+        "to": {"type": "string", "pattern": "^(?!\\.)[\\w.]+@\\p{L}+$", "minLength": 1},
+        "when": {"type": "string", "format": "date-time", "exclusiveMinimum": 0},
+        "ids": {"type": "array", "additionalProperties": False}}}  # fmt: skip
+
+    def tools_body(self, dialect="chat", taught=None):
+        given = request(tools=[tool("Mail", **self.MAIL), tool("Other")])
+        return ogx.DIALECTS[dialect].request(given, taught or model("vllm"))
+
+    def steps(self, words, body_of, status=400):
+        """What is learned while the same words come again and again."""
+        found, known, refusal = model("vllm"), [], ogx.Refusal(status, words)
+        while len(known) < 9:
+            taught = ogx.taught_model(found, known)
+            lesson = ogx.lesson_from_refusal(refusal, body_of(taught), taught, known)
+            if lesson is None:
+                break
+            known.append(lesson)
+        return [(lesson.field, lesson.value) for lesson in known]
+
+    def test_few_keywords_are_kept_whatever_a_client_calls_them(self):
+        schema = {f"x{n}": "same" for n in range(5000)}
+        body = ogx.messages_request(request(tools=[tool("Odd", **schema)]), model("vllm"))
+        refusal = ogx.Refusal(400, "Invalid schema for function 'Odd': 'same'")
+        lesson = ogx.lesson_from_refusal(refusal, body, model("vllm"))
+        assert 0 < len(lesson.value) <= 20
+
+    def test_what_a_new_tool_brings_is_left_out_where_all_rules_are(self):
+        taught = ogx.taught_model(model("vllm"), [ogx.Lesson("row", "refused_keywords", ("*",))])
+        new = tool("New", properties={"a": {"type": "number", "multipleOf": 2, "x-new": [1]}})
+        (sent,) = ogx.chat_request(request(tools=[new]), taught)["tools"]
+        assert sent["function"]["parameters"]["properties"] == {"a": {"type": "number"}}
+
+    NAMING = (
+        ("Invalid schema for function 'Mail': '^(?!\\.)[\\w.]+@\\p{L}+$' is not a 'regex'.",
+         ["pattern"]),
+        ("Invalid schema for function `Mail`: `date-time` can't be used here", ["format"]),
+        ("* GenerateContentRequest.tools[0].function_declarations[0].parameters.properties[when]"
+         ".format: only 'enum' and 'date-time' are supported for STRING type", ["format"]),
+        ("Invalid JSON payload received. Unknown name \"exclusiveMinimum\" at 'tools[0].function_"
+         "declarations[0].parameters.properties[1].value': Cannot find field.\nInvalid JSON "
+         "payload received. Unknown name \"pattern\" at 'tools[0]'",
+         ["exclusiveMinimum", "pattern"]),
+        ("Proto field additional_properties is unknown in function_declarations",
+         ["additionalProperties"]),  # Gemini's other spelling
+        ("tools.0.custom.input_schema.properties.to.minLength: not permitted", ["minLength"]),
+        ("The provided JSON schema contains features not supported by xgrammar: pattern",
+         ["pattern"]),
+        ("Grammar error: Unimplemented keys: [\"pattern\"]", ["pattern"]),
+        ("regex parse error:\n    ^(?!x)a\\p{L}+$\n     ^^^\nerror: look-around, including "
+         "look-ahead and look-behind, is not supported", ["pattern"]),  # seen live: llguidance
+        ("Format date-time is not supported by Outlines' grammar", ["format"]),
+        ("invalid JSON schema for tool Mail, tools[0].function.parameters: `minLength` unsupported",
+         ["minLength"]),  # Groq
+    )  # fmt: skip
+
+    @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
+    @pytest.mark.parametrize(("words", "named"), NAMING, ids=range(len(NAMING)))
+    def test_a_refused_schema_first_loses_what_the_words_name(self, words, named, dialect):
+        refusal = ogx.Refusal(400, words)
+        lesson = ogx.lesson_from_refusal(refusal, self.tools_body(dialect), model("vllm"))
+        assert (lesson.field, lesson.value, lesson.keep) == (
+            "refused_keywords", tuple(named), True)  # fmt: skip
+
+    VAGUE = (
+        ("Failed to initialize samplers: failed to parse grammar", 400),  # llama-server
+        ('Engine protocol predict request returned 400: {"error":{"code":400,"message":"Failed to '
+         'initialize samplers: failed to parse grammar","type":"invalid_request_error"}}', 500),
+        ("Failed to convert JSON schema to GBNF: unrecognized schema", 500),
+        # Seen live, behind vLLM's "Grammar error: ": llguidance's, then those of outlines_core.
+        ("Grammar error: Pointer '/$defs/gone' does not exist", 400),
+        ("Grammar error: Unimplemented keys: [\"contains\"]", 400),
+        ("Invalid reference path: $defs", 500),
+        ('Unsupported JSON Schema structure {"not":{}} \nMake sure it is valid to the JSON Schema '
+         "specification and check if it's supported by Outlines.", 400),
+        ("EngineCore: Failed to compile grammar: state limit exceeded", 500),
+        ("Tool Mail function has invalid 'parameters' schema", 400),  # SGLang
+        ("tools.0.custom.input_schema: JSON schema is invalid. It must match JSON Schema draft "
+         "2020-12 (https://json-schema.org/draft/2020-12). Learn more about tool use at "
+         "https://docs.claude.com/en/docs/tool-use.", 400),  # Anthropic, Bedrock
+        ("The value at toolConfig.tools.0.toolSpec.inputSchema.json.type must be one of the "
+         "following: object.", 400),  # Bedrock
+        ("Invalid request: tools.function.parameters is not a valid moonshot flavored json schema, "
+         "details: <At path 'properties.ids': when using anyOf, type should be defined in anyOf "
+         "items instead of the parent schema>", 400),  # Moonshot
+        ("Unable to submit request because `Mail` functionDeclaration `parameters.ids` schema "
+         "didn't specify the schema type field. Ensure all schema type fields are set.", 400),
+        ("Invalid schema for function 'Mail': In context=('properties', 'ids'), array schema "
+         "missing items.", 400),  # OpenAI, Azure
+        ("Invalid tool definition", 422), ("Invalid function declarations: recursion", 422),
+        ('[{"type":"dict_type","loc":["body","tools",0,"function","parameters"],"msg":"x"}]', 422),
+        ("incorrect tools for this model; check parameters", 404),
+    )  # fmt: skip
+
+    @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
+    @pytest.mark.parametrize(("words", "status"), VAGUE, ids=range(len(VAGUE)))
+    def test_then_all_that_constrains_then_its_odd_forms_and_no_more(self, words, status, dialect):
+        body_of = functools.partial(self.tools_body, dialect)
+        assert self.steps(words, body_of, status) == [
+            ("refused_keywords", ("*",)), ("refused_keywords", ("*", "$ref"))]  # fmt: skip
+
+    def test_the_three_steps_are_taken_once_each(self):
+        body_of = functools.partial(self.tools_body, "chat")
+        words = "Invalid schema for function 'Mail': 'format' is not permitted, nor minLength."
+        first, second = ("format", "minLength"), ("format", "minLength", "*")
+        assert [value for _, value in self.steps(words, body_of)] == [
+            first, second, (*second, "$ref")]  # fmt: skip
+        last = ogx.Lesson("row", "refused_keywords", (*second, "$ref"))
+        sent, _ = body_of(ogx.taught_model(model("vllm"), [last]))["tools"]
+        assert sent["function"]["parameters"]["properties"] == {
+            "to": {"type": "string"}, "when": {"type": "string"},
+            "ids": {"type": "array", "items": {"type": "string"}},
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("words", "most"),
+        [
+            ("Invalid 'tools[0].function.description': string too long. Expected a string with "
+             "maximum length 1024, but got a string with length 3000 instead.", 1024),  # OpenAI
+            ("tools.0.function.description: String should have at most 2048 characters", 2048),
+            ("Function description length 3000 exceeds the limit of 1000", 1000),
+            ("description of tool Mail is longer than 512 characters", 512),
+            ("The tool's description is too long", 1024),
+        ],
+        ids=["openai", "pydantic", "limit", "than", "no-number"],
+    )  # fmt: skip
+    def test_a_description_that_is_too_long_is_cut_to_what_is_told(self, words, most):
+        def body_of(taught):
+            given = {**tool("Mail", properties={"a": {}}), "description": "x" * 3000}
+            return ogx.chat_request(request(tools=[given]), taught)
+
+        first = ogx.Lesson("row", "max_description", most)
+        steps = self.steps(words, body_of)
+        assert steps == [(first.field, most), ("refused_keywords", ("$ref",))]
+        taught = ogx.taught_model(model("vllm"), [first])
+        assert len(body_of(taught)["tools"][0]["function"]["description"]) == most
+
+    NO_SCHEMA = (
+        "the model's tool call failed validation: parameters do not match the schema",
+        "Failed to call a function. Please adjust your prompt. See 'failed_generation'.",
+        "The model generated a function that is not in the schema",
+        "No tool output found for function call call_123.",
+        "An assistant message with 'tool_calls' must be followed by tool messages",
+        "tool_use ids were found without tool_result blocks; see the schema",
+        "tool_choice is not supported by this model's grammar",
+        '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
+        "No endpoints found that support tool use. Check your parameters.",
+        '"m" does not support tools', "This model does not support function calling",
+        "Tools are not supported by this model", "Missing required arguments: tools",
+        "API key not valid; see the parameters", "Your quota for function schemas is used up",
+        "Rate limit reached: too many tools",
+        "The functions take 60000 tokens, which is more than the model has",
+        "This model's maximum context length is 128000 tokens. However, your messages resulted in "
+        "130000 tokens (125000 in the messages, 5000 in the functions).",
+        "Invalid image in a tool's result: the schema of its file is unknown",
+        "Invalid prompt: 'change the JSON schema of the tool' was flagged as a violation",
+        "messages.3.content: 'the schema of my tool' is no text",
+        "'please rewrite the grammar of this tool' in messages[3] breaks our policy",
+        "content: the tool's schema may not be talked about", "something else entirely",
+    )  # fmt: skip
+
+    @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
+    @pytest.mark.parametrize("words", NO_SCHEMA, ids=range(len(NO_SCHEMA)))
+    def test_other_words_with_tools_in_them_leave_schemas_alone(self, words, dialect):
+        for status in (400, 422, 500):
+            lesson = ogx.lesson_from_refusal(
+                ogx.Refusal(status, words), self.tools_body(dialect), model("vllm"))  # fmt: skip
+            assert lesson is None
+
+    @pytest.mark.parametrize(
+        ("status", "words"),
+        [(401, "the schema of function X"), (429, "Invalid schema for function 'X'"),
+         (500, "FUNCTION_INVOCATION_FAILED"), (500, "the tool server is down")],
+        ids=["key", "rate", "function", "server"],
+    )  # fmt: skip
+    def test_failures_that_only_mention_a_tool_leave_schemas_alone(self, status, words):
+        refusal = ogx.Refusal(status, words)
+        assert ogx.lesson_from_refusal(refusal, self.tools_body(), model("vllm")) is None
+
+    @pytest.mark.parametrize("tools", [None, [], [{}], [{"type": "web_search"}]])
+    def test_without_schemas_there_is_nothing_to_make_plainer(self, tools):
+        refusal = ogx.Refusal(400, "Invalid schema for function 'X'")
+        assert ogx.lesson_from_refusal(refusal, {"tools": tools}, model("vllm")) is None
 
     def test_what_changes_the_answer_is_left_out_only_once(self):
         refusal = ogx.Refusal(400, "Unsupported parameter: 'tool_choice'")
@@ -4643,16 +5019,21 @@ class TestStore:
         lessons = ogx.Lessons(ogx.Store())
         for value in (5, 4):
             lessons.add(model(), [ogx.Lesson("clamp", "max_tokens", value)])
-        for keyword in ("format", "pattern"):
-            lessons.add(model(), [ogx.Lesson("unschema", "tools", keyword)])
-        assert [lesson.value for lesson in lessons.of(model())] == [4, "format", "pattern"]
+        for keywords in (("format",), ("format", "pattern")):
+            lessons.add(model(), [ogx.Lesson("row", "refused_keywords", keywords)])
+        for name in ("strict", "x"):
+            lessons.add(model(), [ogx.Lesson("unschema", "tools", name)])
+        kept = [lesson.value for lesson in lessons.of(model())]
+        assert kept == [4, ("format", "pattern"), "strict", "x"]
 
     def test_lessons_survive_and_expire(self, tmp_path, monkeypatch):
         path = str(tmp_path / "state.sqlite")
         gemini = ogx.lesson_from_refusal(ogx.Refusal(400, "no thought_signature"), {}, model())
-        ogx.Lessons(ogx.Store(path)).add(model(), [gemini])
+        words = ogx.Lesson("row", "refused_keywords", ("format", "$ref"))
+        ogx.Lessons(ogx.Store(path)).add(model(), [gemini, words])
         lessons = ogx.Lessons(ogx.Store(path))
-        assert lessons.of(model())[0].value == gemini.value
+        kept = [lesson.value for lesson in lessons.of(model())]
+        assert kept == [gemini.value, ("format", "$ref")]
         later = time.time() + 31 * 86400
         monkeypatch.setattr(ogx.time, "time", lambda: later)
         assert lessons.of(model()) == ()
@@ -5987,6 +6368,49 @@ class TestGateway:
             status, _, body = client.post(request(stream=True))
         assert status == 400
         assert body["error"]["message"] == "prompt is too long: 4294 tokens > 4097 maximum"
+
+    NODE = {"type": "object", "properties": {"id": {"format": "uuid"}}}
+    TREE = tool("Tree", properties={
+        "kids": {"type": "array", "items": {"$ref": "#/$defs/Node"}}, "id": {"pattern": "^\\d+$"},
+    }, **{"$defs": {"Node": NODE}})  # fmt: skip
+
+    @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
+    def test_a_refused_schema_ends_no_session(self, dialect):
+        """Three refusals in other words each, then the tools are as plain as can be; the next
+        request is right the first time."""
+        refusals = [(400, {"error": {"message": "Invalid schema for function 'Tree': '^\\d+$' is "
+                                                "not a 'regex'.", "param": "tools[0]"}}),
+                    (500, {"error": {"message": "failed to parse grammar", "type": "x"}}),
+                    (400, [{"error": {"code": 400, "status": "INVALID_ARGUMENT", "message":
+                        'Unknown name "$ref" at \'tools[0].function_declarations[0]\''}}])]
+        body = request(tools=[self.TREE], model="vllm/gpt-x")
+        finished = {"chat": said(), "messages": native_message(),
+                    "responses": {"object": "response", "status": "completed", "output": []}}
+        with FakeUpstream(*refusals, *[finished[dialect]] * 2,
+                          native=dialect == "messages") as upstream:  # fmt: skip
+            owner = dataclasses.replace(provider("vllm", upstream.url), dialect=dialect)
+            with serving(owner) as client:
+                for _ in range(2):
+                    assert client.post(body)[0] == 200
+                (found,) = client.gateway.registry.chain("vllm/gpt-x")
+                learned = [str(lesson) for lesson in client.gateway.lessons.of(found)]
+        schemas = [(t := seen["tools"][0]).get("parameters") or t.get("input_schema")
+                   or t["function"]["parameters"] for seen in upstream.seen]  # fmt: skip
+        texts = list(map(json.dumps, schemas))
+        assert [[word in sent for word in ("pattern", "format", "$ref")] for sent in texts] == [
+            [True, True, True], [False, True, True], [False, False, True], [False] * 3, [False] * 3]
+        node = {"type": "object", "properties": {"id": {}}}
+        assert schemas[-1]["properties"]["kids"] == {"type": "array", "items": node}
+        assert learned == ["row refused_keywords to ('pattern', '*', '$ref')"]
+
+    def test_tools_that_are_always_refused_cost_four_requests_and_teach_nothing(self):
+        refusal = (400, {"error": {"message": "Invalid schema for function 'Tree': bad format"}})
+        with gateway_over(*[refusal] * 5, kind="vllm") as (client, upstream):
+            status, _, told = client.post(request(tools=[self.TREE], model="vllm/gpt-x"))
+            assert (status, len(upstream.seen)) == (400, 4)
+            assert told["error"]["message"].startswith("Invalid schema for function 'Tree'")
+            client.post(request("next", tools=[self.TREE], model="vllm/gpt-x"))
+        assert "pattern" in json.dumps(upstream.seen[4]["tools"])
 
     def test_a_lesson_that_did_not_help_is_not_kept(self):
         refusal = (400, {"error": {"message": "Unsupported parameter: 'top_p'"}})
