@@ -38,7 +38,7 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
     Command line   flags and main
 """
 
-from __future__ import annotations
+from __future__ import annotations  # Python 3.9 or newer is needed
 
 import argparse
 import binascii
@@ -72,6 +72,10 @@ import urllib.parse
 import uuid
 import weakref
 import zlib
+
+if sys.version_info < (3, 9):  # noqa: UP036
+    sys.exit(f"ogx.py needs Python 3.9 or newer; this is {sys.version.split()[0]}")
+
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -1849,8 +1853,8 @@ def chat_request(request: Json, model: Model) -> Json:
     body.update({name: request[name] for name in sampling if request.get(name) is not None})
     if request.get("stop_sequences"):
         body["stop"] = request["stop_sequences"][:4]  # the most it takes
-    if kind.cache_key and (key := conversation_key(request)):
-        body["prompt_cache_key"] = key
+    if kind.cache_key and conversation_key(request):
+        body["prompt_cache_key"] = conversation_key(request)
     effort = reasoning_effort(request) if takes_effort(model.upstream_id) else None
     if effort:
         body["reasoning_effort"] = effort
@@ -4428,10 +4432,13 @@ class Gateway:
     def _handed_on(self, reply: Reply, provider: Provider, exchange: Exchange) -> Pieces:
         """A native stream's bytes, but for the model's id."""
         stream, begun = NativeStream(exchange.request["model"]), False
-        while not stream.ended and (data := reply.read()) != b"":
+        while not stream.ended:
+            data = reply.read()
             if data is None:
                 yield None
                 continue
+            if not data:
+                break
             events = stream.feed(data)
             if stream.failed and not begun:
                 raise_if_error(events, exchange.served)
@@ -5235,11 +5242,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _receive(self, size: int = RECEIVE_SIZE) -> Generator[Step, None, bytes]:
         """Bytes from the client, b"" at its end; socket.timeout after the time for a request, to
         which 50 KB add a second."""
-        while (data := received(self.connection, size)) is None:
+        data = received(self.connection, size)
+        while data is None:
             if time.monotonic() >= self._deadline:
                 raise socket.timeout("the client was too slow")
             self.until = self._deadline
             yield READS
+            data = received(self.connection, size)
         self._deadline += len(data) / 50_000
         if self._gives_way():
             yield AGAIN
@@ -5259,11 +5268,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._received = (yield from self._receive()).lstrip(b"\r\n")
             self.server.idle(self.connection, False)
         self._deadline = time.monotonic() + self.server.limits.client_timeout
-        while not (end := HEAD_END.search(self._received)) and len(self._received) <= MAX_HEAD:
+        end = HEAD_END.search(self._received)
+        while not end and len(self._received) <= MAX_HEAD:
             data = yield from self._receive()
             if not data:
                 return b""
             self._received = (self._received + data).lstrip(b"\r\n")
+            end = HEAD_END.search(self._received)
         if not end or end.start() > MAX_HEAD:
             self.command = ""
             yield from self._send_error(OgxError(431, "the request's headers are too large"))
@@ -5476,7 +5487,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         whole = []
         for piece in pieces:
             whole.append(piece or b"")
-            if (step := self._step_after(piece)) is not None:
+            step = self._step_after(piece)
+            if step is not None:
                 yield step
         yield from self._send(200, b"".join(whole))
 
@@ -5493,7 +5505,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if data:
                     yield from self._send_piece(data)
                     written_at = now
-                if (step := self._step_after(piece, written_at + tick)) is not None:
+                step = self._step_after(piece, written_at + tick)
+                if step is not None:
                     yield step
         except OgxError as error:
             if not self.status or error.status == CLIENT_GONE:
@@ -5916,7 +5929,7 @@ def limit_variables(entries: Sequence[Json]) -> dict[str, str]:
     """Claude Code's window and output limit, in tokens: it knows one for all tiers, so the
     smallest; nothing where the server doesn't know."""
     contexts, outputs = (
-        [number for entry in entries if (number := first_number(entry, [name]))]
+        list(filter(None, (first_number(entry, [name]) for entry in entries)))
         for name in ("max_input_tokens", "max_tokens")
     )
     limits = {}

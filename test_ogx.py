@@ -20,6 +20,7 @@ import random
 import re
 import select
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
@@ -532,7 +533,7 @@ class TestTheFile:
         assert downward == set()
 
     def test_nothing_above_the_line_does_io(self):
-        above = SOURCE.split(IO_LINE)[0]
+        above = SOURCE[SOURCE.index("# ======== Errors") : SOURCE.index(IO_LINE)]
         tree = ast.parse(above)
         used = {n.value.id for n in ast.walk(tree)
                 if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}  # fmt: skip
@@ -553,6 +554,34 @@ class TestTheFile:
                  "assert threading.active_count() == 1"  # fmt: skip
         done = subprocess.run([sys.executable, "-B", "-c", script], cwd=HERE, capture_output=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+    def test_python_3_7_can_read_the_whole_file(self):
+        ast.parse(SOURCE, feature_version=(3, 7))
+        with pytest.raises(SyntaxError):  # a near miss, for 3.8 alone
+            ast.parse("if (a := 1): pass", feature_version=(3, 7))
+
+    def test_an_older_python_is_told_before_it_meets_what_it_lacks(self):
+        tree = ast.parse(SOURCE)
+        check = next(n for n in tree.body if isinstance(n, ast.If))
+        before = [n for n in tree.body[: tree.body.index(check)] if not isinstance(n, ast.Expr)]
+        assert {type(node) for node in before} == {ast.ImportFrom, ast.Import}
+        froms = [node for node in before if isinstance(node, ast.ImportFrom)]
+        assert [node.module for node in froms] == ["__future__"]
+        line = SOURCE.split("\n")[froms[0].lineno - 1]
+        assert "Python 3.9" in line  # which Python 3.6 prints with its error
+
+    @pytest.mark.parametrize("version", ["3.6", "3.7", "3.8"])
+    def test_an_older_python_says_which_one_is_needed(self, version):
+        kept = map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python3"))
+        found = next(kept, None) or shutil.which(f"python{version}")
+        if not found or subprocess.run([found, "--version"], capture_output=True).returncode:
+            pytest.skip(f"there is no Python {version} here")
+        done = subprocess.run([found, "-B", str(HERE / "ogx.py"), "run"], capture_output=True)
+        told = done.stderr.decode()
+        assert done.returncode == 1 and done.stdout == b"" and "Python 3.9 or newer" in told
+        if version != "3.6":  # which stops at the first line
+            assert re.fullmatch(rf"ogx.py needs Python 3.9 or newer; this is {version}[.\d]+\s*",
+                                told)  # fmt: skip
 
     def test_main_returns_an_int(self, capsys):
         assert ogx.main(["run", "/no/such/file.json"]) == 1
