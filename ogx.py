@@ -236,7 +236,7 @@ class ProviderKind:
     verify_var: str = ""
     enabled_by: str = "key"  # "key" or "url": the variable that switches the starter's line on
     default_path: str = "/v1"  # for a user's URL without a path, where base_url has none either
-    key_header: str = "authorization"  # which takes "Bearer KEY"; others take the bare key
+    key_headers: tuple[str, ...] = ("authorization",)  # takes "Bearer KEY"; others the bare key
     signed: str = ""  # AWS's service and region in a URL; signs, where there is no key
     signed_by: tuple[str, ...] = ()  # switch its line on, the last: they have other uses too
     headers: tuple[tuple[str, str], ...] = ()  # sent with every request
@@ -319,7 +319,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
     ProviderKind("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",),
                  responses_hosts=("api.openai.com",), **OPENAI),
     ProviderKind("anthropic", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",),
-                 key_header="x-api-key", headers=(("anthropic-version", "2023-06-01"),),
+                 key_headers=("x-api-key",), headers=(("anthropic-version", "2023-06-01"),),
                  list_path="/models?limit=1000", dialects=("messages",), keeps_billing_header=True),
     ProviderKind("fireworks", "https://api.fireworks.ai/inference/v1", ("FIREWORKS_API_KEY",),
                  ("FIREWORKS_BASE_URL",), dialects=BOTH, native_gaps=("server_tool",), top_k=True,
@@ -344,7 +344,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  messages_path="~/anthropic/v1/messages", native_models=r"anthropic\."),
     ProviderKind("azure", "", ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
                  ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
-                 default_path="/openai/v1", key_header="api-key",
+                 default_path="/openai/v1", key_headers=("api-key",),
                  responses_hosts=(".openai.azure.com", ".cognitiveservices.azure.com",
                                   ".services.ai.azure.com"), **OPENAI),
     ProviderKind("gemini", "https://generativelanguage.googleapis.com/v1beta/openai",
@@ -375,7 +375,8 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
     ProviderKind("sambanova", "https://api.sambanova.ai/v1", ("SAMBANOVA_API_KEY",)),
     # Any other server, by its URL.
     ProviderKind("openai-compatible"),
-    ProviderKind("messages", dialects=("messages",)))}  # fmt: skip
+    ProviderKind("messages", dialects=("messages",),
+                 key_headers=("authorization", "x-api-key")))}  # fmt: skip
 DEMO_KIND = ProviderKind("demo", "demo:", dialects=("demo",))
 
 
@@ -390,6 +391,8 @@ class Provider:
     dialect: str = "auto"  # or the one dialect to speak
     verify: bool = True  # its TLS certificate
     ca_file: str = ""  # of a private certificate authority
+    own_headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # lower-case names
+    secrets: tuple[str, ...] = field(default=(), repr=False)  # besides the key
 
     @functools.cached_property
     def connection(self) -> str:
@@ -399,11 +402,11 @@ class Provider:
     @functools.cached_property
     def headers(self) -> dict[str, str]:
         """What goes with each request, but for what a client, a proxy or a signature adds."""
-        bearer = "Bearer " if self.kind.key_header == "authorization" else ""
-        key = {self.kind.key_header: bearer + self.api_key} if self.api_key else {}
-        return {"User-Agent": f"ogx.py/{__version__}",
-                "Accept": "application/json, text/event-stream",
-                "Accept-Encoding": "identity", **dict(self.kind.headers), **key}  # fmt: skip
+        key = {name: "Bearer " * (name == "authorization") + self.api_key
+               for name in self.kind.key_headers if self.api_key}  # fmt: skip
+        return {"user-agent": f"ogx.py/{__version__}",
+                "accept": "application/json, text/event-stream", "accept-encoding": "identity",
+                **dict(self.kind.headers), **key, **dict(self.own_headers)}  # fmt: skip
 
     def at(self, place: str) -> Provider:
         """This provider at the server that has a model's id or a list's path."""
@@ -427,6 +430,9 @@ DEMO_PROVIDER = Provider("demo", DEMO_KIND, DEMO_KIND.base_url)
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8321
 TIERS = ("haiku", "sonnet", "opus", "fable")
 ENV_REFERENCE = re.compile(r"\$\{env\.([A-Za-z0-9_|]+)(?:(:=|:\+)([^{}]*))?\}")
+AROUND = " \t\r\n\"'"  # a value, left there by files and shells
+# A user's own header, name and value; those that frame a request are ours.
+HEADER = re.compile(r"(?!host\n|connection\n|content-|transfer-)[a-z0-9!#$%&'*+.^_`|~-]+\n[ -~]*")
 STARTER_ALIASES = ("claude-haiku-4-5-20251001", "claude-sonnet-4-5-20250514",
                    "claude-opus-4-6-20260314")  # fmt: skip
 
@@ -529,23 +535,34 @@ def expanded(node: Any, environ: Mapping[str, str], where: str) -> Any:
     """The tree with each `${env.VAR}`, `${env.VAR:=default}` and `${env.VAR:+value}` replaced.
     As in OGX, an empty variable counts as unset. `A|B` stands for the first of them that is set."""
     if isinstance(node, dict):
-        return {k: expanded(v, environ, f"{where}.{k}") for k, v in node.items()}
+        dot = "." if ": " in where else ": "
+        return {k: expanded(v, environ, f"{where}{dot}{k}") for k, v in node.items()}
     if isinstance(node, list):
         return [expanded(v, environ, f"{where}[{i}]") for i, v in enumerate(node)]
     if not isinstance(node, str):
         return node
+    used: list[str] = []
 
     def replaced(match: re.Match[str]) -> str:
         names, operator, operand = match.groups()
-        value = next((environ[n] for n in names.split("|") if environ.get(n)), "")
+        name = next((n for n in names.split("|") if environ.get(n)), "")
         if operator == ":+":
-            return operand if value else ""
-        if not value and operator is None:
+            return operand if name else ""
+        if not name and operator is None:
             raise OgxError(400, f"{where}: the environment variable {names} is not set")
-        return value or operand
+        used.extend([name] if name else [])
+        return environ[name] if name else operand
 
     inside = ENV_REFERENCE.sub(replaced, node)  # a default may itself hold one reference
-    return ENV_REFERENCE.sub(replaced, inside) if inside != node else node
+    told = FromVariable(ENV_REFERENCE.sub(replaced, inside) if inside != node else node)
+    told.variable = "".join(used[:1])
+    return told
+
+
+class FromVariable(str):
+    """A text, and the variable that gave it, if one did."""
+
+    variable = ""
 
 
 class Node:
@@ -558,7 +575,9 @@ class Node:
         self.fields = value
 
     def path(self, key: str) -> str:
-        return f"{self.where}: {key}" if ": " not in self.where else f"{self.where}.{key}"
+        """Its place, or the variable that it came from."""
+        dot = "." if ": " in self.where else ": "
+        return getattr(self.fields.get(key), "variable", "") or f"{self.where}{dot}{key}"
 
     def wrong(self, key: str, expected: str, value: Any) -> OgxError:
         place = self.path(key) if key else self.where
@@ -589,7 +608,7 @@ class Node:
         given = self.value(key, default)
         value = json_or_none(given) if isinstance(given, str) else given
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
-            raise self.wrong(key, "a number that isn't negative", given)
+            raise self.wrong(key, "a number from 0 to 999999 (run --help tells its unit)", given)
         return float(value)
 
     def child(self, key: str) -> Node:
@@ -616,35 +635,65 @@ def provider_from_node(node: Node) -> Provider | None:
         known = ", ".join(f"remote::{name}" for name in PROVIDER_KINDS)
         raise node.wrong("provider_type", f"one of {known}", type_name)
     settings = node.child("config")
-    settings.only("base_url", "api_key", "dialect", "verify", "ca_file")
-    api_key = settings.text("api_key", "")
+    settings.only("base_url", "api_key", "dialect", "verify", "ca_file", "headers", "key_header")
+    api_key = settings.text("api_key", "").strip(AROUND)
     if re.search(r"[^\x21-\x7e]", api_key):
         place = settings.path("api_key")
         raise OgxError(400, f"{place}: expected a key of printable ASCII without spaces")
     dialect = settings.text("dialect", "auto")
     if dialect not in ("auto", "responses", *BOTH):
         raise settings.wrong("dialect", '"auto", "messages", "chat" or "responses"', dialect)
+    url, parts = checked_base_url(settings, kind)
+    headers = checked_headers(settings, api_key)
+    if parts.username is not None:
+        headers = {"authorization": basic_auth(parts), **headers}
+    if settings.text("key_header", ""):
+        kind = replace(kind, key_headers=())
+    secrets = [parts.password or "", urllib.parse.unquote(parts.password or ""), *headers.values()]
     return Provider(
-        provider_id, kind, checked_base_url(settings, kind), api_key, dialect,
-        settings.flag("verify", True), settings.text("ca_file", ""))  # fmt: skip
+        provider_id, kind, url, api_key, dialect, settings.flag("verify", True),
+        settings.text("ca_file", ""), tuple(headers.items()),
+        (*secrets, *" ".join(secrets).split()))  # fmt: skip
 
 
-def checked_base_url(node: Node, kind: ProviderKind) -> str:
-    """The URL without a trailing slash. A bare host gets `http://` where servers are local, and a
-    URL without a path the usual one."""
-    url = node.text("base_url", "") or kind.base_url
-    if kind.enabled_by == "url" and url and "://" not in url:
+def basic_auth(url: urllib.parse.SplitResult) -> str:
+    """A URL's user and password as a header has them."""
+    pair = urllib.parse.unquote(f"{url.username}:{url.password or ''}")
+    return "Basic " + binascii.b2a_base64(pair.encode(), newline=False).decode()
+
+
+def checked_headers(node: Node, key: str) -> dict[str, str]:
+    """The user's own headers by lower-case name, the one for the key included."""
+    given, name = node.child("headers"), node.text("key_header", "")
+    told = [(given.path(n), n.lower(), given.text(n, "").strip()) for n in given.fields]
+    told += [(node.path("key_header"), name.lower(), key)] if name else []
+    for place, name, value in told:
+        if not HEADER.fullmatch(f"{name}\n{value}"):
+            words = "a header of printable ASCII that doesn't frame the request"
+            raise OgxError(400, f"{without_controls(place)}: expected {words}")
+    return {name: value for _, name, value in told if value}
+
+
+def checked_base_url(node: Node, kind: ProviderKind) -> tuple[str, urllib.parse.SplitResult]:
+    """The URL without its user and a trailing slash, and all its parts. Without a scheme it gets
+    `http://` where servers are local or it has a port, without a path the usual one."""
+    url = node.text("base_url", "").strip(AROUND) or kind.base_url
+    bare = url and "://" not in url
+    if bare and (kind.enabled_by == "url" or re.match("[^/]+:[0-9]", url)):
         url = "http://" + url
     try:
         parts = urllib.parse.urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         usable = False
-    if not usable or parts.username is not None or parts.query or re.search(r"[^\x21-\x7e]", url):
-        raise node.wrong("base_url", "a URL like http://localhost:8000/v1", url)
+    if not usable or re.search("[^!-~]|[?#]", url):
+        before, _, rest = url.rpartition("@")  # before it may be a password, behind a ? a key
+        shown, *query = re.split("[?#]", rest)
+        words = "a URL that ends before ? and #" if query else "a URL like http://localhost:8000/v1"
+        raise node.wrong("base_url", words, "***@" * bool(before) + shown)
     path = re.sub(r"(/chat/completions|/messages)?/*$", "", parts.path)
     usual = urllib.parse.urlsplit(kind.base_url).path or kind.default_path
-    return f"{parts.scheme}://{parts.netloc}{path or usual}"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path or usual}", parts
 
 
 def alias_from_node(node: Node, provider_ids: Sequence[str]) -> Alias:
@@ -1195,24 +1244,15 @@ def refuse_untranslatable(body: Json) -> None:
 def registered_alias(body: Any, registry: Registry) -> Alias:
     """The alias that a POST /v1/models asks for; OgxError 400 or 409."""
     expect(body, "", {"model_id": str})
-    model_id, given = body["model_id"], body.get("provider_model_id")
-    chain = given if isinstance(given, list) else ["auto" if given in (None, "") else given]
-    if not chain or not all(isinstance(target, str) and target for target in chain):
-        raise OgxError(400, "provider_model_id: expected a model's id or a list of them")
-    expect(body, "", {"provider_id": str, "model_type": str}, required=False)
-    if not re.fullmatch(r"\S(.{0,254}\S)?", model_id) or BAD_ID.search(model_id):
+    names = ("model_id", "provider_id", "provider_model_id", "model_type")
+    given = {name: body[name] for name in names if body.get(name) not in (None, "")}
+    alias = alias_from_node(Node(given, "the model"), list(registry.providers))
+    if not re.fullmatch(r"\S(.{0,254}\S)?", alias.model_id) or BAD_ID.search(alias.model_id):
         raise OgxError(400, "model_id: expected 1 to 256 characters without control characters or "
                             "outer spaces")  # fmt: skip
-    if (body.get("model_type") or "llm") != "llm":
-        raise OgxError(400, 'model_type: expected "llm"')
-    provider_id = body.get("provider_id") or "all"
-    if provider_id != "all" and provider_id not in registry.providers:
-        known = ", ".join(registry.providers)
-        raise OgxError(400, f"provider_id: no provider '{provider_id[:100]}'; there is: {known}")
-    if any(model.id == model_id for model in registry.models()):
-        raise OgxError(409, f"model_id: '{model_id}' is a provider's own id")
-    several = tuple(chain) if isinstance(given, list) else ()
-    return Alias(model_id, "all" if several else provider_id, chain[0], several)
+    if any(model.id == alias.model_id for model in registry.models()):
+        raise OgxError(409, f"model_id: '{alias.model_id}' is a provider's own id")
+    return alias
 
 
 def blocks_of(content: Any) -> list[Json]:
@@ -3707,7 +3747,8 @@ class Upstream:
 
     def secrets(self, provider: Provider) -> list[str]:
         """What the provider knows and may quote, and no one else may see."""
-        return [s for s in (provider.api_key, *self.signer.secrets) if len(s) >= MIN_SECRET]
+        known = (provider.api_key, *provider.secrets, *self.signer.secrets)
+        return [secret for secret in known if len(secret) >= MIN_SECRET]
 
     def send(self, provider: Provider, method: str, path: str, body: bytes | None = None,
              headers: Headers | None = None, timeout: float | None = None) -> Reply:  # fmt: skip
@@ -3859,12 +3900,7 @@ def stopping_error() -> OgxError:
 
 def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
     """The proxy's credentials, from its URL."""
-    if not proxy.username:
-        return {}
-    import base64
-
-    pair = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
+    return {"Proxy-Authorization": basic_auth(proxy)} if proxy.username else {}
 
 
 UNREACHABLE = {  # the first that fits
@@ -6357,7 +6393,7 @@ def config_from_name(name: str, environ: Mapping[str, str]) -> Config:
     if name == "starter":
         return config_from_json(starter_config(), "starter", environ)
     try:
-        with open(name, encoding="utf-8") as file:
+        with open(name, encoding="utf-8-sig") as file:
             tree = json.load(file)
     except OSError as error:
         expected = "'starter' or a JSON file"

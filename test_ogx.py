@@ -871,7 +871,7 @@ class TestConfig:
 
     def test_a_reference_without_default_must_be_set(self):
         assert refused(ogx.expanded, {"k": ["${env.NOPE}"]}, {}, "f").message == (
-            "f.k[0]: the environment variable NOPE is not set"
+            "f: k[0]: the environment variable NOPE is not set"
         )
 
     @pytest.mark.parametrize(
@@ -906,7 +906,8 @@ class TestConfig:
              "config.verify: expected true or false"),
             ({"server": {"port": 70000}},
              "my.json: server.port: expected a port from 0 to 65535, got 70000"),
-            ({"server": {"retries": -1}}, "server.retries: expected a number that isn't negative"),
+            ({"server": {"retries": -1}}, "server.retries: expected a number from 0 to 999999 ("),
+            ({"server": {"max_body": 33554432}}, "(run --help tells its unit), got 33554432"),
             ({"server": {"discover_local": 3}}, "server.discover_local: expected true or false"),
             ({"server": {"host_names": ["gpu"]}}, "server.host_names: expected a string, got"),
         ],
@@ -914,6 +915,179 @@ class TestConfig:
     def test_a_mistake_names_the_file_the_path_and_what_was_expected(self, tree, words):
         error = refused(ogx.config_from_json, tree, "my.json", {})
         assert words in error.message
+
+    def provider(self, environ=None, kind="openai-compatible", **settings):
+        """The provider of a file with these settings."""
+        settings = {"base_url": "http://h:1/v1", **settings}
+        entry = {"provider_id": "p", "provider_type": f"remote::{kind}", "config": settings}
+        return self.build(environ, providers={"inference": [entry]}).providers[0]
+
+    def started(self, **environ):
+        """The only provider that variables switch on."""
+        (built,) = ogx.config_from_json(ogx.starter_config(), "starter", environ).providers
+        return built
+
+    @pytest.mark.parametrize("key", ["k-1\r", "k-1\r\n", "\n k-1\t", ' "k-1"\n', "'k-1'"])
+    def test_what_files_and_shells_leave_around_a_key_is_no_part_of_it(self, key):
+        assert self.provider(api_key=key).api_key == "k-1"
+        assert self.started(OPENAI_API_KEY=key).api_key == "k-1"
+
+    @pytest.mark.parametrize("key", ["k 1", "k\n1", "k\u20111", "k\x001", "\u201ck-1\u201d"])
+    def test_what_stands_inside_a_key_is_a_mistake_of_its_variable(self, key):
+        error = refused(self.started, OPENAI_API_KEY=key)
+        assert error.message == "OPENAI_API_KEY: expected a key of printable ASCII without spaces"
+
+    @pytest.mark.parametrize(
+        "url", ["http://h:1/v1 ", '"http://h:1/v1"', " 'http://h:1'\r\n", "h:1", "h:1/v1/"]
+    )
+    def test_what_is_around_a_url_is_no_part_of_it(self, url):
+        assert self.provider(base_url=url).base_url == "http://h:1/v1"
+        assert self.started(OPENAI_API_KEY="k", OPENAI_BASE_URL=url).base_url == "http://h:1/v1"
+
+    @pytest.mark.parametrize(
+        "url", ["ftp://h", "api.test/v1", "http://a b/v1", "http://h:99999", "http://", "http://[x"]
+    )
+    def test_a_wrong_url_is_told_with_its_variable(self, url):
+        error = refused(self.started, OPENAI_API_KEY="k", OPENAI_BASE_URL=url)
+        assert error.message == ("OPENAI_BASE_URL: expected a URL like http://localhost:8000/v1, "
+                                 f"got {json.dumps(url)}")  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("settings", "environ", "place"),
+        [
+            ({"base_url": "${env.HERE|THERE}"}, {"THERE": "ftp://h"}, "THERE"),
+            ({"base_url": "https://${env.REGION:=eu}.test"}, {"REGION": "a b"}, "REGION"),
+            ({"verify": "${env.CHECK:=true}"}, {"CHECK": "maybe"}, "CHECK"),
+            ({"dialect": "${env.SPEAK}"}, {"SPEAK": "latin"}, "SPEAK"),
+            ({"headers": {"x-a": "${env.A}"}}, {"A": "a\u00e9"}, "A"),
+            # Near misses: nothing of these came from a variable.
+            ({"base_url": "ftp://h"}, {"B": "ftp://h"},
+             "my.json: providers.inference[0].config.base_url"),
+            ({"dialect": "${env.SPEAK:=latin}"}, {},
+             "my.json: providers.inference[0].config.dialect"),
+            ({"verify": "${env.CHECK:+maybe}"}, {"CHECK": "1"},
+             "my.json: providers.inference[0].config.verify"),
+        ],
+    )  # fmt: skip
+    def test_a_wrong_value_is_told_where_the_user_wrote_it(self, settings, environ, place):
+        error = refused(self.provider, environ, **settings)
+        assert error.message.startswith(f"{place}: expected ")
+
+    @pytest.mark.parametrize(
+        ("url", "shown"),
+        [
+            ("https://me.openai.azure.com/openai/v1?api-version=2024&code=s3cret",
+             "https://me.openai.azure.com/openai/v1"),
+            ("https://h/v1?key=s3cret", "https://h/v1"),
+            ("https://portal.test/#/resource/s3cret", "https://portal.test/"),
+            ("http://me:s3cret@h/v1?x=1", "***@h/v1"),
+        ],
+    )  # fmt: skip
+    def test_a_portals_url_is_told_what_is_wrong_with_it(self, url, shown):
+        error = refused(self.started, OPENAI_API_KEY="k", OPENAI_BASE_URL=url)
+        assert error.message == ("OPENAI_BASE_URL: expected a URL that ends before ? and #, "
+                                 f"got {json.dumps(shown)}")  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("user", "sent", "secrets"),
+        [
+            ("me:sesame-open", "me:sesame-open", {"sesame-open"}),
+            ("me:p%40ss%2Fword", "me:p@ss/word", {"p%40ss%2Fword", "p@ss/word"}),
+            ("token-alone", "token-alone:", set()),
+            (":password", ":password", {"password"}),
+        ],
+    )
+    def test_a_user_in_the_url_is_sent_as_basic_and_never_shown(self, user, sent, secrets):
+        built = self.started(LLAMA_CPP_URL=f"http://{user}@h:8080")
+        basic = base64.b64encode(sent.encode()).decode()
+        assert built.base_url == "http://h:8080/v1"
+        assert built.headers["authorization"] == f"Basic {basic}"
+        assert {*secrets, basic} <= set(ogx.Upstream().secrets(built))
+        assert not [s for s in (*secrets, basic) if s in repr(built) + built.connection]
+
+    def test_a_user_goes_before_a_key_of_the_same_header(self):
+        assert self.provider(base_url="h:1", api_key="k").headers["authorization"] == "Bearer k"
+        built = self.provider(base_url="me:pw@h:1", api_key="k")
+        assert built.headers["authorization"] == "Basic bWU6cHc="
+        built = self.provider(base_url="me:pw@h:1", api_key="k", key_header="X-Key")
+        assert built.headers["authorization"] == "Basic bWU6cHc=" and built.headers["x-key"] == "k"
+
+    @pytest.mark.parametrize(
+        "url", ["ftp://me:s3cret@h", "http://me:s3#cret@h", "http://me:s3/cret@h", "me:s3cret@h",
+                "http://me:s3cret@h:x/v1", "http://me:s3cr\u00e9t@h", "http://me:s3 cret@h"]
+    )  # fmt: skip
+    def test_a_password_in_a_wrong_url_is_not_quoted(self, url, capsys, monkeypatch):
+        monkeypatch.setenv("OPENAI_API_KEY", "k")
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        assert ogx.main(["run"]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith("OPENAI_BASE_URL: expected a URL ") and "s3" not in told
+
+    def test_headers_of_the_users_own_go_with_every_request(self):
+        headers = {"Ocp-Apim-Subscription-Key": "${env.SUB}\r\n", "User-Agent": "Agent/1",
+                   "X-None": "${env.NONE:=}"}  # fmt: skip
+        built = self.provider({"SUB": "tenant-12345"}, api_key="k", headers=headers)
+        assert built.headers == {
+            "user-agent": "Agent/1", "accept": "application/json, text/event-stream",
+            "accept-encoding": "identity", "authorization": "Bearer k",
+            "ocp-apim-subscription-key": "tenant-12345",
+        }  # fmt: skip
+        assert "tenant-12345" in ogx.Upstream().secrets(built)
+        assert "tenant-12345" not in repr(built)
+        told = ogx.OgxError(401, "no tenant-12345").without(ogx.Upstream().secrets(built))
+        assert told.message == "no ***"
+
+    @pytest.mark.parametrize(
+        ("kind", "settings", "sent"),
+        [
+            ("openai", {}, {"authorization": "Bearer k"}),
+            ("azure", {}, {"api-key": "k"}),
+            ("messages", {}, {"authorization": "Bearer k", "x-api-key": "k"}),
+            ("openai", {"key_header": "X-Api-Key"}, {"x-api-key": "k"}),
+            ("messages", {"key_header": "Authorization"}, {"authorization": "k"}),
+            ("messages", {"key_header": "${env.NO:=}"},
+             {"authorization": "Bearer k", "x-api-key": "k"}),
+            ("openai", {"headers": {"Authorization": "Token t"}}, {"authorization": "Token t"}),
+        ],
+    )  # fmt: skip
+    def test_the_header_that_carries_the_key(self, kind, settings, sent):
+        headers = self.provider(kind=kind, api_key="k", **settings).headers
+        names = ("authorization", "api-key", "x-api-key")
+        assert {name: headers[name] for name in names if name in headers} == sent
+        without = self.provider(kind=kind, **{**settings, "headers": {}}).headers
+        assert not set(without) & set(names)
+
+    @pytest.mark.parametrize(
+        ("settings", "place"),
+        [
+            ({"headers": {"x y": "a"}}, "headers.x y"),
+            ({"headers": {"x": "a\r\nhost: b"}}, "headers.x"),
+            ({"headers": {"x\n": "a"}}, "headers.x?"),
+            ({"headers": {"x:": "a"}}, "headers.x:"),
+            ({"headers": {"": "a"}}, "headers."),
+            ({"headers": {"x": "\u20ac"}}, "headers.x"),
+            ({"headers": {"Content-Length": "0"}}, "headers.Content-Length"),
+            ({"headers": {"transfer-encoding": "chunked"}}, "headers.transfer-encoding"),
+            ({"headers": {"Host": "h"}}, "headers.Host"),
+            ({"key_header": "x key", "api_key": "s3cret"}, "key_header"),
+            ({"key_header": "Connection", "api_key": "s3cret"}, "key_header"),
+        ],
+    )
+    def test_a_header_that_cannot_be_is_refused_with_its_place(self, settings, place):
+        error = refused(self.provider, **settings)
+        assert error.message == (
+            f"my.json: providers.inference[0].config.{place}: expected a header of printable "
+            "ASCII that doesn't frame the request"
+        )
+
+    @pytest.mark.parametrize("name", ["hostname", "x-host", "connection-id", "contents"])
+    def test_headers_that_only_look_like_framing_are_sent(self, name):
+        assert self.provider(headers={name: "a"}).headers[name] == "a"
+
+    def test_headers_are_an_object_of_strings(self):
+        assert "headers: expected an object" in refused(self.provider, headers=["a"]).message
+        error = refused(self.provider, headers={"x": 5})
+        assert "headers.x: expected a string, got 5" in error.message
 
     def test_a_key_is_not_quoted_by_the_complaint_about_it(self):
         entry = {"provider_id": "a", "provider_type": "remote::openai",
@@ -955,8 +1129,15 @@ class TestConfig:
         assert built.limits.idle_timeout == 4
         error = refused(self.build, {"OGX_IDLE_TIMEOUT": "soon"})
         assert error.message == (
-            'environment: OGX_IDLE_TIMEOUT: expected a number that isn\'t negative, got "soon"'
+            "environment: OGX_IDLE_TIMEOUT: expected a number from 0 to 999999 "
+            '(run --help tells its unit), got "soon"'
         )
+
+    @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+    def test_a_file_may_begin_with_a_byte_order_mark(self, tmp_path, mark):
+        file = tmp_path / "my.json"
+        file.write_bytes(mark + b'{"server": {"port": 9000}}')
+        assert ogx.config_from_name(str(file), {}).port == 9000
 
     def test_a_file_that_cannot_be_read_or_parsed_is_named(self, tmp_path, capsys):
         broken = tmp_path / "broken.json"
@@ -1016,6 +1197,39 @@ class TestRegistry:
         ids = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-4-5-20251001")
         registry.learn("anthropic", ogx.models_from_list(owner, [{"id": i} for i in ids]), "")
         assert registry.resolve(asked).upstream_id == upstream_id
+
+    @pytest.mark.parametrize(
+        "asked",
+        ["anthropic/claude-3-haiku", "us.anthropic.claude-haiku-4-5-20251001-v1:0",
+         "claude-haiku-4-5@20251001", "vertex_ai/claude-haiku-4-5@20251001[1m]",
+         "bedrock/eu.anthropic.claude-haiku-4-5", "anthropic:claude-haiku-4-5",
+         "openrouter/anthropic/claude-haiku-4.5",
+         "arn:aws:bedrock:eu-west-1:1:inference-profile/eu.anthropic.claude-haiku-4-5-v1:0"],
+    )  # fmt: skip
+    def test_a_claude_id_with_its_vendor_before_it_belongs_to_its_tier(self, asked):
+        registry = self.registry(tiers={"haiku": "openai/gpt-y"})
+        found = registry.resolve(asked)
+        assert (found.id, found.served) == (asked, "openai/gpt-y")
+
+    def test_a_vendor_that_is_a_provider_or_a_listed_id_goes_before_the_tier(self):
+        owner = provider("anthropic")
+        registry = ogx.Registry(config(owner, tiers={"haiku": "anthropic/claude-x"}))
+        found = registry.resolve("anthropic/claude-haiku-4-5")
+        assert (found.provider.id, found.upstream_id) == ("anthropic", "claude-haiku-4-5")
+        registry = self.registry(lists={"vllm": ["anthropic/claude-haiku-4.5"]},
+                                 tiers={"haiku": "openai/gpt-y"})  # fmt: skip
+        assert registry.resolve("anthropic/claude-haiku-4.5").served == (
+            "vllm/anthropic/claude-haiku-4.5"
+        )
+        assert registry.resolve("vllm/claude-haiku-9").served == "vllm/claude-haiku-9"
+
+    @pytest.mark.parametrize("asked", ["not-claude-haiku", "a/b-claude-3", "a/claudette", "a/opus"])
+    def test_an_id_that_only_mentions_claude_is_not_found(self, asked):
+        assert refused(self.registry().resolve, asked).status == 404
+
+    def test_a_vendors_claude_id_says_why_there_is_no_model(self):
+        error = refused(self.registry(lists={}).resolve, "anthropic/claude-haiku-4-5")
+        assert error.message == "no model to serve 'claude-haiku-4-5' (no provider lists a model)"
 
     def test_families_are_found_behind_a_prefix(self):
         owner = provider("bedrock", "https://bedrock-mantle.us-east-1.api.aws/v1")
@@ -1293,7 +1507,9 @@ class TestRequests:
             ([], "the request body: expected a JSON object, got a list"),
             ({}, "model: field required"),
             ({"model": 5}, "model: expected a string, got a whole number"),
-            ({"model": " "}, "model: expected the id of a model, got an empty string"),
+            ({"model": ""}, "model: expected 1 to 256 characters, got 0"),
+            ({"model": " "}, "model: expected 1 to 256 characters, got 1"),
+            ({"model": "m" * 257}, "model: expected 1 to 256 characters, got 257"),
             ({"model": "m"}, "messages: field required"),
             ({"model": "m", "messages": {}}, "messages: expected a list, got an object"),
             ({"model": "m", "messages": [user("x")]}, "max_tokens: field required"),
@@ -1345,6 +1561,9 @@ class TestRequests:
         ogx.check_request(request(context_management={"edits": []}, betas=["x"], tools=None,
                                   system=None, stop_sequences=None, output_config=None,
                                   metadata={"user_id": "x" * 500}, brand_new=1))  # fmt: skip
+
+    def test_an_id_may_have_256_characters(self):
+        ogx.check_request(request(model="m" * 256))
 
     def test_counting_needs_no_max_tokens(self):
         ogx.check_request({"model": "m", "messages": [user("x")], "tools": []}, counting=True)
@@ -4960,7 +5179,7 @@ class TestGateway:
         body = request(user("a"), assistant(ours, theirs, unsigned, text("b")), user("c"))
         sent = ogx.messages_request(body, model("anthropic"))["messages"]
         assert sent[1]["content"] == [theirs, text("b")] and sent[0] is body["messages"][0]
-        assert ogx.messages_request(body, model("vllm"))["messages"] is body["messages"]
+        assert ogx.messages_request(body, model("vllm"))["messages"] == body["messages"]
 
     def test_a_native_refusal_teaches_too(self):
         refusal = (400, {"type": "error", "error": {"type": "invalid_request_error", "message":
@@ -5190,8 +5409,9 @@ class TestGateway:
         assert "Traceback" not in caplog.text
 
     def test_the_header_that_tells_who_served_is_bounded(self):
-        with gateway_over() as (client, _):
-            headers = client.post(request(model="openai/" + "x" * 100_000))[1]
+        long = ogx.Alias("long", "openai", "x" * 100_000)
+        with gateway_over(aliases=[long]) as (client, _):
+            headers = client.post(request(model="long"))[1]
         assert len(headers["x-ogx-served"]) == 256
 
     def test_count_tokens(self):
@@ -5298,6 +5518,19 @@ class TestGateway:
             data = client.post(request(model="vllm/gpt-x", stream=True))[2]
         events = read_events(data)
         assert events[-1]["type"] == "error" and events[-2]["type"] != "message_stop"
+
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_a_password_that_an_upstream_quotes_is_hidden(self, stream):
+        environ = {"LLAMA_CPP_URL": "http://me:p%40ss%2Fword@127.0.0.1:1"}
+        (built,) = ogx.config_from_json(ogx.starter_config(), "starter", environ).providers
+        basic = built.headers["authorization"].split()[1]
+        words = f"wrong: p@ss/word, p%40ss%2Fword, {basic}"
+        with FakeUpstream((401, {"error": {"message": words}})) as upstream, serving(
+            dataclasses.replace(built, base_url=upstream.url)
+        ) as client:
+            body = client.post(request(model="llama-cpp/m", stream=stream))[2]
+            assert upstream.heads[0][1]["authorization"] == f"basic {basic.lower()}"
+        assert "wrong: ***, ***, ***" in body["error"]["message"]
 
     def test_threads_are_refused_natively_too_but_for_anthropic(self):
         with self.native() as (client, upstream):
@@ -5714,7 +5947,7 @@ class TestGateway:
             ({"model_id": "a\n"}, 400, "model_id: expected"),
             ({"model_id": "\ud800"}, 400, "model_id: expected"),
             ({"model_id": "a" * 257}, 400, "model_id: expected"),
-            ({"model_id": "a", "provider_id": "x"}, 400, "no provider 'x'; there is: openai"),
+            ({"model_id": "a", "provider_id": "x"}, 400, "a configured provider (all, openai)"),
             ({"model_id": "a", "model_type": "embedding"}, 400, 'model_type: expected "llm"'),
             ({"model_id": "openai/gpt-x"}, 409, "is a provider's own id"),
             ({"model_id": "a" * 256}, 200, ""),
