@@ -859,7 +859,7 @@ class Registry:
         An alias may name several. Others have one, in this order: a listed id; an alias with a
         fixed target; a tier chosen by ANTHROPIC_DEFAULT_*_MODEL; an upstream's bare id where only
         one provider has it; an alias for `auto`, and any `claude-*` id by its family, which both
-        mean the first LLM, or the first of that family; `provider/anything`."""
+        mean the first LLM, or the first of that family; `provider/anything`; `anyone/claude-*`."""
         wanted = model_id.strip().removesuffix("[1m]")
         alias = self.aliases.get(wanted)
         if alias and alias.provider_id not in (*self.providers, "all"):
@@ -873,6 +873,9 @@ class Registry:
         models = [m if m.id == model_id else replace(m, id=model_id) for m in found if m]
         if not models and alias:
             raise OgxError(404, f"no provider serves a target of model '{wanted[:200]}'")
+        claude = re.search("(?<=[./:])claude-.*", wanted)  # behind its vendor
+        if not models and claude:
+            return [replace(model, id=model_id) for model in self.chain(claude[0])]
         if not models:
             hint = near_miss(model_id, [*(m.id for m in self.models()), *self.aliases])
             words = f"model '{model_id[:200]}' not found.{hint}"
@@ -1114,8 +1117,8 @@ def check_request(body: Any, counting: bool = False) -> None:
     """Raise OgxError(400) with one sentence about the first wrong field of a Messages request.
     Unknown fields are accepted. `counting` is for count_tokens, which has no max_tokens."""
     expect(body, "", {"model": str})
-    if not body["model"].strip():
-        raise OgxError(400, "model: expected the id of a model, got an empty string")
+    if not body["model"].strip() or len(body["model"]) > 256:
+        raise OgxError(400, f"model: expected 1 to 256 characters, got {len(body['model'])}")
     expect(body, "", {"messages": list} if counting else {"messages": list, "max_tokens": int})
     if not counting and body["max_tokens"] < 1:
         raise OgxError(400, f"max_tokens: expected at least 1, got {body['max_tokens']}")
