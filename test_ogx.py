@@ -556,9 +556,22 @@ class TestTheFile:
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
     def test_python_3_7_can_read_the_whole_file(self):
-        ast.parse(SOURCE, feature_version=(3, 7))
-        with pytest.raises(SyntaxError):  # a near miss, for 3.8 alone
-            ast.parse("if (a := 1): pass", feature_version=(3, 7))
+        assert self.newer_than_3_7(SOURCE) == []
+        for newer in ("if (a := 1):\n    pass", "def f(a, /):\n    pass",
+                      "with (\n    open('a') as a,\n):\n    pass"):  # fmt: skip
+            assert self.newer_than_3_7(newer)
+        assert self.newer_than_3_7("def f(a, *, b):\n    with open(a) as c, b: pass") == []
+
+    @staticmethod
+    def newer_than_3_7(source):
+        """What 3.7 can't parse: what is found in the tree is no error for every later Python."""
+        try:
+            tree = ast.parse(source, feature_version=(3, 7))
+        except SyntaxError as error:
+            return [str(error)]
+        found = [ast.dump(node) for node in ast.walk(tree) if isinstance(node, ast.NamedExpr)
+                 or (isinstance(node, ast.arguments) and node.posonlyargs)]  # fmt: skip
+        return found + re.findall(r"(?m)^ *with \($", source)
 
     def test_an_older_python_is_told_before_it_meets_what_it_lacks(self):
         tree = ast.parse(SOURCE)
