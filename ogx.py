@@ -3731,7 +3731,11 @@ def proxy_of(scheme: str, host: str) -> urllib.parse.SplitResult | None:
     url = urllib.request.getproxies().get(scheme)
     if not url or urllib.request.proxy_bypass(host):
         return None
-    return urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+    proxy = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+    if proxy.scheme.startswith("socks"):
+        words = f"{scheme.upper()}_PROXY names a SOCKS proxy; ogx.py speaks to HTTP proxies alone"
+        raise OgxError(502, words, headers={"x-should-retry": "false"})
+    return proxy
 
 
 class Upstream:
@@ -3857,7 +3861,7 @@ class Upstream:
         """A new connection, for which this waits; OgxError 502 or 504, told for the user, when the
         provider can't be reached."""
         parts = urllib.parse.urlsplit(provider.base_url)
-        host, secure = parts.hostname or "", parts.scheme == "https"
+        host, secure, proxy = parts.hostname or "", parts.scheme == "https", None
         try:
             proxy = self.proxy(provider)
             at = proxy or parts
@@ -3871,7 +3875,7 @@ class Upstream:
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:  # UnicodeError too
             self._proxies.pop(provider.connection, None)  # its proxy may be another one by now
-            raise unreachable(provider, error) from None
+            raise unreachable(provider, error, proxy) from None
         sock: socket.socket = connection.sock
         sock.setblocking(False)
         with self._lock:
@@ -3914,14 +3918,19 @@ UNREACHABLE = {  # the first that fits
     ConnectionRefusedError: "connection refused; is the server running there?"}  # fmt: skip
 
 
-def unreachable(provider: Provider, error: Exception) -> OgxError:
-    """Why a provider can't be reached, and what to look at."""
+def unreachable(provider: Provider, error: Exception,
+                proxy: urllib.parse.SplitResult | None = None) -> OgxError:  # fmt: skip
+    """Why a provider, or the proxy before it, can't be reached, and what to look at."""
     if provider.kind.signed and ".." in provider.base_url:
         return OgxError(400, f"{provider.id}: You must specify a region: set AWS_REGION")
     words = next((words for kind, words in UNREACHABLE.items() if isinstance(error, kind)), "{0}")
     why = words.format(error) or type(error).__name__
     status = 504 if isinstance(error, socket.timeout) else 502
-    return OgxError(status, f"can't reach {provider.id} at {provider.base_url}: {why}")
+    where = f"{provider.id} at {provider.base_url}"
+    if proxy:
+        scheme = provider.base_url.partition(":")[0].upper()
+        where += f" through {scheme}_PROXY, {proxy.netloc.rpartition('@')[2]}"
+    return OgxError(status, f"can't reach {where}: {why}")
 
 
 @functools.lru_cache(maxsize=256)

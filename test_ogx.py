@@ -4566,6 +4566,40 @@ class TestUpstream:
         error = refused(self.sent, ogx.Upstream(), owner)
         assert "can't read its ca_file /no/such.pem" in error.message
 
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    @pytest.mark.parametrize("name", ["{}_proxy", "{}_PROXY"])
+    def test_a_dead_proxy_is_named_and_its_password_is_not(self, monkeypatch, scheme, name):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            dead = f"127.0.0.1:{free.getsockname()[1]}"
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.setenv(name.format(scheme if "p" in name[2:] else scheme.upper()),
+                           f"http://me:s3cret@{dead}")  # fmt: skip
+        url = f"{scheme}://models.test/v1"
+        error = refused(self.sent, ogx.Upstream(), provider(url=url))
+        assert (error.status, error.message) == (
+            502, f"can't reach openai at {url} through {scheme.upper()}_PROXY, {dead}: "
+                 "connection refused; is the server running there?",
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "socks5h://h:1", "SOCKS4://h"])
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    def test_socks_is_said_not_to_be_spoken(self, monkeypatch, scheme, proxy):
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.setenv(f"{scheme}_proxy", proxy)
+        owner = provider(url=f"{scheme}://models.test/v1")
+        error = refused(self.sent, ogx.Upstream(), owner)
+        assert (error.status, error.message) == (
+            502, f"{scheme.upper()}_PROXY names a SOCKS proxy; ogx.py speaks to HTTP proxies alone"
+        )  # fmt: skip
+        assert error.headers == {"x-should-retry": "false"}  # it gets no better by itself
+
+    @pytest.mark.parametrize("proxy", ["http://socks5.test:1", "socks.test:1080", ""])
+    def test_a_proxy_that_only_sounds_like_socks_is_used(self, monkeypatch, proxy):
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.setenv("http_proxy", proxy)
+        found = ogx.proxy_of("http", "models.test")
+        assert (found.scheme if found else None) == ("http" if proxy else None)
+
     def test_loopback_never_goes_through_a_proxy(self, monkeypatch):
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
         monkeypatch.delenv("no_proxy", raising=False)
