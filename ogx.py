@@ -4184,6 +4184,7 @@ class DemoReply(Reply):
 MAX_REQUESTS = 5  # to one upstream for one request of a client: remedies and retries together
 BACKOFF = 0.3  # seconds before the first retry, doubled for each further one
 SAME_REFUSAL = 5.0  # seconds for which a refused request is not sent again as it was
+KEPT = 64  # such refusals, and such targets
 REST = 30.0  # seconds for which a failed target of a chain is tried last
 PASSING = (408, 429, 500, 502, 503, 504, 529)  # statuses of failures that another try may not meet
 TICK = 10.0  # seconds of silence after which the client gets a sign of life
@@ -4273,7 +4274,8 @@ class Gateway:
                 return
             except OgxError as error:
                 if len(chain) > 1 and is_passing(error):
-                    self._resting[model.served] = time.monotonic() + REST
+                    kept = dict([*self._resting.items()][1 - KEPT :])
+                    self._resting = {**kept, model.served: time.monotonic() + REST}
                 if exchange.answered or place == len(chain) or not is_passing(error):
                     raise
                 log.warning("%s: %s failed: %s; trying %s", exchange.request_id, model.served,
@@ -4400,6 +4402,7 @@ class Gateway:
         if error.refusal and error.status in (400, 422) and not chance:
             now = time.monotonic()
             fresh = {k: known for k, known in list(self._refused.items()) if known[0] > now}
+            fresh = dict([*fresh.items()][1 - KEPT :])
             self._refused = {**fresh, key: (now + SAME_REFUSAL, replace(error))}
 
     def _answer(self, model: Model, name: str, data: bytes, exchange: Exchange) -> Pieces:
@@ -4908,6 +4911,7 @@ READS, WRITES, ANSWER = "the client writes", "the client reads", "the upstream a
 AGAIN = "the others"  # it could go on, but they come first
 Step = Union[str, Literal[False]]
 Steps = Generator[Step, None, Any]  # of a connection: what each waits for
+UNSERVED = ("/v1/messages/batches", "/v1/files", "/v1/skills")
 SIMPLE_TYPES = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
 
 
@@ -5460,6 +5464,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         origin = headers.get("origin")
         if origin is not None and origin != f"{'https' if self.server.tls else 'http'}://{host}":
             raise OgxError(403, "requests from web pages of another origin are refused")
+        if self.path.startswith(UNSERVED):  # whatever its type
+            raise OgxError(404, not_served_words(self.path))
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if self.command == "POST" and content_type in SIMPLE_TYPES:
             raise OgxError(415, f"content-type: expected application/json, got {content_type}")
@@ -5732,8 +5738,8 @@ def not_served_words(path: str) -> str:
     """Why a path is not served, and what to do."""
     if path.startswith("/v1/v1/"):
         return f"{path[:200]} not found: the base URL should end without /v1"
-    if path.startswith(("/v1/messages/batches", "/v1/files")):
-        return f"{path[:200]} not found: batches and files are not served by ogx.py"
+    if path.startswith(UNSERVED):
+        return f"{path[:200]} not found: batches, files and skills are not served by ogx.py"
     return f"{path[:200]} not found; ogx.py serves {', '.join(Handler.ROUTES)}"
 
 

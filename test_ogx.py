@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import collections
 import contextlib
 import dataclasses
 import gzip
@@ -32,6 +33,7 @@ import sysconfig
 import threading
 import time
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -5579,6 +5581,90 @@ class TestGateway:
             assert upstream.heads[0][1]["authorization"] == f"basic {basic.lower()}"
         assert "wrong: ***, ***, ***" in body["error"]["message"]
 
+    # -- nothing that a client can name makes anything grow
+
+    MOST = 1_000  # entries of any container
+
+    def containers(self, *roots, passed_over=()):
+        """(name, size) of every container that can be reached from objects of ogx.py."""
+        plain, seen = (dict, list, tuple, set, frozenset), set()
+        waiting = [(type(root).__name__, root) for root in roots]
+        while waiting:
+            name, node = waiting.pop()
+            if id(node) in seen or isinstance(node, passed_over):
+                continue
+            seen.add(id(node))
+            if isinstance(node, (*plain, collections.deque, weakref.WeakSet)):
+                yield name, len(node)
+                inner = [*node, *node.values()] if isinstance(node, dict) else list(node)
+                waiting += [(f"{name}[]", value) for value in inner]
+            if type(node).__module__ == ogx.__name__:
+                fields = dict(getattr(node, "__dict__", {}))
+                waiting += [(f"{name}.{key}", value) for key, value in fields.items()]
+
+    def assert_bounded(self, client, most=MOST):
+        kept = (ogx.Store, ogx.Lessons, ogx.Ratios)  # with bounds of their own
+        server, gateway = client.server, client.gateway
+        roots = (gateway, gateway.registry, gateway.upstream, server, server.relay)
+        of_the_file = [v for v in vars(ogx).values() if isinstance(v, (list, tuple, dict))]
+        sizes = list(self.containers(*roots, of_the_file, passed_over=kept))
+        found = {name.rpartition(".")[2] for name, _ in sizes}
+        assert {"_refused", "_resting", "uncounted", "_proxies", "_tls", "running"} <= found
+        assert [(name, size) for name, size in sizes if size > most] == []
+        caches = [value for value in vars(ogx).values() if hasattr(value, "cache_info")]
+        assert caches and all(0 < (c.cache_info().maxsize or 0) <= 1 << 16 for c in caches)
+
+    def test_10_000_made_up_ids_hosts_sessions_and_tokens_leave_nothing(self, caplog):
+        caplog.set_level("ERROR", "ogx")  # each line would be kept
+
+        def answer_all(fake, connection):
+            answer = json.dumps({"choices": [{"message": {"content": "a"},
+                                              "finish_reason": "stop"}]}).encode()  # fmt: skip
+            head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(answer)
+            data = b"."
+            while data:
+                connection.sendall(head + answer)
+                data = connection.recv(1 << 16)
+
+        with gateway_over(answer_all) as (client, _), socket.create_connection(
+            ("127.0.0.1", client.port), timeout=60
+        ) as sock:
+            reader = sock.makefile("rb")
+            for first in range(0, 10_000, 100):
+                sock.sendall(b"".join(map(self.made_up, range(first, first + 100))))
+                for _ in range(100):
+                    assert reader.readline().split()[1] == b"200"
+                    head = dict(iter(lambda: reader.readline().strip().partition(b": ")[::2],
+                                     (b"", b"")))  # fmt: skip
+                    reader.read(int(head[b"content-length"]))
+            self.assert_bounded(client)
+
+    @staticmethod
+    def made_up(n):
+        data = json.dumps(request(f"prompt {n}", model=f"openai/m{n}", metadata={
+            "user_id": json.dumps({"session_id": f"s{n}"})})).encode()  # fmt: skip
+        path = "/v1/messages" if n % 5 == 0 else "/v1/messages/count_tokens"  # which is quicker
+        return (f"POST {path}?n={n} HTTP/1.1\r\nhost: 127.{n >> 8}.{n & 255}.1\r\n"
+                f"authorization: Bearer t{n}\r\nx-claude-code-session-id: s{n}\r\n"
+                f"content-length: {len(data)}\r\n\r\n").encode() + data  # fmt: skip
+
+    def test_refusals_of_many_prompts_are_forgotten_the_oldest_first(self):
+        gateway = ogx.Gateway(config(provider()))
+        error = ogx.OgxError(400, "no", refusal=ogx.Refusal(400, "no"))
+        for key in range(1000):
+            gateway._note_refusal(key, error, ogx.Exchange("r"))
+        assert list(gateway._refused) == list(range(1000 - ogx.KEPT, 1000))
+        gateway._note_refusal(999, error, ogx.Exchange("r"))
+        assert gateway._refused[999][0] > 0 and len(gateway._refused) <= ogx.KEPT
+
+    def test_targets_that_rest_are_forgotten_the_oldest_first(self):
+        busy = (503, {"error": {"message": "busy"}})
+        targets = tuple(f"openai/m{n}" for n in range(ogx.KEPT + 9))
+        chain = ogx.Alias("best", "all", targets[0], targets)
+        with gateway_over(*[busy] * len(targets), aliases=[chain]) as (client, _):
+            assert client.post(request(model="best"))[0] == 503
+            assert tuple(client.gateway._resting) == targets[-ogx.KEPT :]
+
     def test_threads_are_refused_natively_too_but_for_anthropic(self):
         with self.native() as (client, upstream):
             body = request(model="vllm/gpt-x", thread={"type": "continue"})
@@ -6192,8 +6278,10 @@ class TestServer:
         ("path", "status", "words"),
         [
             ("/v1/v1/messages", 404, "the base URL should end without /v1"),
-            ("/v1/messages/batches", 404, "batches and files are not served"),
-            ("/v1/files", 404, "batches and files are not served"),
+            ("/v1/messages/batches", 404, "batches, files and skills are not served"),
+            ("/v1/messages/batches/msgbatch_1/cancel", 404, "batches, files and skills are not"),
+            ("/v1/files", 404, "batches, files and skills are not served"),
+            ("/v1/skills?beta=true", 404, "batches, files and skills are not served"),
             ("/v1/complete", 404, "/v1/complete not found; ogx.py serves /v1/messages"),
         ],
     )
@@ -6548,6 +6636,34 @@ class TestServer:
             got, answer_headers, _ = client.ask("POST", "/v1/messages", request(), **headers)
         assert got == status and len(upstream.seen) == (status == 200)
         assert not [name for name in answer_headers if name.startswith("access-control")]
+
+    @pytest.mark.parametrize("path", ["/v1/files?beta=true", "/v1/messages/batches", "/v1/skills",
+                                      "/v1/files/file_1/content"])  # fmt: skip
+    @pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "application/json",
+                                      "application/x-www-form-urlencoded"])  # fmt: skip
+    def test_an_upload_is_refused_by_its_path(self, path, kind):
+        with gateway_over() as (client, _):
+            status, _, body = client.post(b"--x\r\n", path, content_type=kind)
+            assert status == 404 and "are not served by ogx.py" in body["error"]["message"]
+            assert client.post(request())[0] == 200
+
+    @pytest.mark.parametrize("path", ["/v1/messages", "/v1/models", "//v1/messages", "/v1/file"])
+    def test_a_form_for_another_path_is_refused_by_its_type(self, path):
+        with gateway_over() as (client, _):
+            assert client.post(b"--x\r\n", path, content_type="multipart/form-data")[0] == 415
+
+    def test_an_upload_needs_the_token_first(self):
+        server = ogx.Server(ogx.Gateway(config(ogx.DEMO_PROVIDER)), "127.0.0.1", 0, "s3cret")
+        server.start(poll=0.01)
+        try:
+            for token, status in (("no", 401), ("s3cret", 404)):
+                client = Client(server)
+                asked = client.post(b"x", "/v1/files", x_api_key=token,
+                                    content_type="multipart/form-data")  # fmt: skip
+                client.connection.close()
+                assert asked[0] == status
+        finally:
+            server.stop()
 
     def test_bound_to_another_address_only_addresses_and_configured_names_may_come_in(self):
         assert ogx.host_allowed("192.168.1.5:8321", "0.0.0.0")
