@@ -256,7 +256,7 @@ class ProviderKind:
     openai_root: str = ""  # where the paths of the other dialects begin, below the base URL
     native_gaps: tuple[str, ...] = ()  # what its Messages API refuses or loses: see lost_natively()
     native_models: str = ""  # pattern of the ids that have it; they have nothing else
-    keeps_billing_header: bool = False  # wants Claude Code's first system block
+    is_anthropic: bool = False  # takes all that Claude Code sends as it is
     # OpenAI's Responses API: where these hosts are, or where a refusal told (True), or never.
     responses_hosts: tuple[str, ...] = ()
     responses: bool | None = None
@@ -320,7 +320,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  responses_hosts=("api.openai.com",), **OPENAI),
     ProviderKind("anthropic", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",),
                  key_headers=("x-api-key",), headers=(("anthropic-version", "2023-06-01"),),
-                 list_path="/models?limit=1000", dialects=("messages",), keeps_billing_header=True),
+                 list_path="/models?limit=1000", dialects=("messages",), is_anthropic=True),
     ProviderKind("fireworks", "https://api.fireworks.ai/inference/v1", ("FIREWORKS_API_KEY",),
                  ("FIREWORKS_BASE_URL",), dialects=BOTH, native_gaps=("server_tool",), top_k=True,
                  stream_above=4096, format_with_tools=False),
@@ -979,7 +979,8 @@ SOURCE_FIELDS: dict[str, Json] = {
 TOOL_FIELDS = {"input_schema": dict, "type": str, "description": str}
 OPTIONS = {"tools": list, "tool_choice": dict, "stop_sequences": list, "stream": bool,
            "temperature": NUMBER, "top_p": NUMBER, "top_k": int, "thinking": dict,
-           "output_config": dict, "metadata": dict, "system": CONTENT}  # fmt: skip
+           "output_config": dict, "output_format": dict, "metadata": dict,
+           "system": CONTENT}  # fmt: skip
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 KIND_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
               float: "a number", bool: "true or false", type(None): "null", NUMBER: "a number",
@@ -1169,6 +1170,9 @@ def check_options(body: Json) -> None:
     for index, sequence in enumerate(body.get("stop_sequences") or ()):
         if not isinstance(sequence, str) or not sequence:
             raise OgxError(400, f"stop_sequences.{index}: expected a string that isn't empty")
+    if body.get("output_format"):  # the older name
+        config = {"format": body["output_format"], **(body.get("output_config") or {})}
+        body["output_config"] = config
     choice, config = body.get("tool_choice"), body.get("output_config") or {}
     if choice:
         expect(choice, "tool_choice", {"type": ("auto", "any", "tool", "none")})
@@ -1221,7 +1225,7 @@ def wrong(where: str, expected: str, value: Any) -> OgxError:
     return OgxError(400, f"{where}: expected {expected}, got {KIND_NAMES[type(value)]}")
 
 
-def refuse_untranslatable(body: Json) -> None:
+def refuse_untranslatable(body: Json, native: bool = False) -> None:
     """Refuse what only Anthropic can honour, in the words that the clients' recovery looks for.
     The SDK's tool runner goes on without server-side threads when it reads this error code;
     Claude Code checks tool calls by ordinary requests when a 400 names `safeguards`. A verdict
@@ -1230,8 +1234,9 @@ def refuse_untranslatable(body: Json) -> None:
         words = "thread: server-side threads are not supported here; send the whole conversation"
         details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
         raise OgxError(400, words, details=details)
-    if body.get("safeguards"):
-        raise OgxError(400, "safeguards: not supported by translated models")
+    for name in ("safeguards", *(() if native else ("mcp_servers", "container"))):
+        if body.get(name):
+            raise OgxError(400, f"{name}: not supported by translated models")
     config = body.get("output_config") or {}
     if config.get("effort"):
         expect(config, "output_config", {"effort": EFFORTS})
@@ -2559,17 +2564,44 @@ def messages_request(request: Json, model: Model) -> Json:
     """The request as it goes to an upstream that speaks Messages: every field as it came, but for
     what is Claude Code's and Anthropic's own business, and what the row says isn't taken."""
     kind, body = model.provider.kind, {**request, "model": model.upstream_id}
+    body.pop("output_format", None)  # stands in output_config
     system, tools = request.get("system"), request.get("tools")
-    if not kind.keeps_billing_header:
+    if not kind.is_anthropic:
         if isinstance(system, list):
             body["system"] = [b for b in system if not block_text(b).startswith(BILLING_HEADER)]
         if tools:
             body["tools"] = [tool for tool in tools if tool.get("name") != PLACEHOLDER]
-    if kind.keeps_billing_header or kind.native_models:  # Claude itself
-        body["messages"] = [without_foreign_thoughts(m) for m in request["messages"]]
-    if not kind.images:
-        body["messages"] = list(map(without_images, body["messages"]))
+        body["messages"] = [m if m["role"] == "assistant" else plainer(m, kind)
+                            for m in with_reminders(request["messages"])]  # fmt: skip
+    if kind.is_anthropic or kind.native_models:  # Claude itself
+        body["messages"] = [without_foreign_thoughts(m) for m in body["messages"]]
     return body
+
+
+def with_reminders(messages: Sequence[Json]) -> Sequence[Json]:
+    """Messages with the system's as marked text of the user: most servers move them to the top,
+    and then read the whole conversation anew."""
+    if all(message["role"] != "system" for message in messages):
+        return messages
+    turns = itertools.groupby(turns_from_messages(messages, False),
+                              lambda turn: turn.role.replace("results", "user"))  # fmt: skip
+    return [{"role": role, "content": [block for turn in group for block in turn.blocks]}
+            for role, group in turns]  # fmt: skip
+
+
+def plainer(holder: Json, kind: ProviderKind) -> Json:
+    """A message or a tool result with words in the place of images where the model sees none; a
+    result with one text in the place of several in a row, of which some servers show the first."""
+    content, is_result = holder.get("content"), "tool_use_id" in holder
+    if not isinstance(content, list) or (is_result and kind.images and len(content) < 2):
+        return holder
+    told = [text_part(block_text(b)) if b["type"] == "image" and not kind.images
+            else plainer(b, kind) if b["type"] == "tool_result" else b for b in content]
+    if is_result:
+        runs = [list(group) for _, group in itertools.groupby(told, operator.itemgetter("type"))]
+        told = [block for r in runs for block in (r if r[0]["type"] != "text" else [
+            {**r[-1], "text": "\n".join(block["text"] for block in r)}])]  # fmt: skip
+    return holder if told == content else {**holder, "content": told}
 
 
 def finished_messages(body: Json) -> Json:
@@ -2597,16 +2629,6 @@ def is_foreign_thought(block: Json) -> bool:
         return False
     signature = str(block.get("signature" if block["type"] == "thinking" else "data") or "")
     return not signature or signature.startswith(SIGNATURE_MARK)
-
-
-def without_images(holder: Json) -> Json:
-    """A message or a tool result with words in the place of its images."""
-    content = holder.get("content")
-    if not isinstance(content, list):
-        return holder
-    told = (text_part(block_text(b)) if b["type"] == "image" else b for b in content)
-    return {**holder, "content": [without_images(b) if b["type"] == "tool_result" else b
-                                  for b in told]}  # fmt: skip
 
 
 def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
@@ -4339,9 +4361,9 @@ class Gateway:
     def _request(self, model: Model, name: str, exchange: Exchange,
                  lessons: Sequence[Lesson]) -> tuple[Json, bytes]:  # fmt: skip
         """The request in the dialect's words, for remedies to look at, and its bytes."""
-        if not model.provider.kind.keeps_billing_header:  # everyone but Anthropic itself
-            refuse_untranslatable(exchange.request)
         dialect = DIALECTS[name]
+        if not model.provider.kind.is_anthropic:
+            refuse_untranslatable(exchange.request, dialect.native)
         own = [lesson for lesson in lessons if lesson.dialect in ("", name)]
         body = with_lessons(dialect.request(exchange.request, model), own)
         sent = dialect.finished(dict(body))

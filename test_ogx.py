@@ -1580,6 +1580,36 @@ class TestRequests:
     def test_an_id_may_have_256_characters(self):
         ogx.check_request(request(model="m" * 256))
 
+    @pytest.mark.parametrize("rest", [{}, {"output_config": None}, {"output_config": {}},
+                                      {"output_config": {"effort": "low"}}])  # fmt: skip
+    def test_the_older_output_format_is_that_of_output_config(self, rest):
+        wanted = {"type": "json_schema", "schema": {"type": "object"}}
+        body = request(output_format=wanted, **rest)
+        ogx.check_request(body)
+        assert body["output_config"] == {**(rest.get("output_config") or {}), "format": wanted}
+        assert ogx.chat_request(body, model())["response_format"]["json_schema"]
+        sent = ogx.messages_request(body, model("anthropic"))
+        assert "output_format" not in sent and sent["output_config"]["format"] == wanted
+
+    def test_the_newer_one_goes_before_the_older(self):
+        new, old = ({"type": "json_schema", "schema": {"title": t}} for t in ("new", "old"))
+        body = request(output_format=old, output_config={"format": new})
+        ogx.check_request(body)
+        assert body["output_config"]["format"] == new
+        for nothing in ({}, {"output_format": None}):
+            body = request(**nothing)
+            ogx.check_request(body)
+            assert "output_config" not in body
+
+    @pytest.mark.parametrize(
+        ("output_format", "words"),
+        [("json", "output_format: expected an object, got a string"),
+         ({"type": "json_schema"}, "output_config.format.schema: field required")],
+    )  # fmt: skip
+    def test_a_wrong_output_format_is_told(self, output_format, words):
+        error = refused(ogx.check_request, request(output_format=output_format))
+        assert words in error.message
+
     def test_counting_needs_no_max_tokens(self):
         ogx.check_request({"model": "m", "messages": [user("x")], "tools": []}, counting=True)
 
@@ -1606,6 +1636,17 @@ class TestRequests:
     def test_safeguards_are_refused_by_name_and_never_judged(self):
         body = request(safeguards=[{"type": "dangerous_tool_use"}])
         assert "safeguards" in refused(ogx.refuse_untranslatable, body).message
+
+    @pytest.mark.parametrize("name", ["mcp_servers", "container"])
+    def test_what_only_anthropics_servers_run_is_refused_by_name(self, name):
+        body = request(**{name: [{"type": "url"}]})
+        error = refused(ogx.refuse_untranslatable, body)
+        assert (error.status, error.message) == (
+            400, f"{name}: not supported by translated models"
+        )  # fmt: skip
+        ogx.refuse_untranslatable(body, native=True)  # another gateway may have it
+        for nothing in (None, []):
+            ogx.refuse_untranslatable(request(**{name: nothing}))
 
     def test_the_billing_header_is_no_part_of_the_system_prompt(self):
         blocks = [text("x-anthropic-billing-header: cc_version=1;"), text("You are"), text("a bot")]
@@ -3127,6 +3168,86 @@ class TestMessages:
         assert ogx.lost_natively(body, kind) == {"image"}
         sent = ogx.messages_request(body, ogx.Model("m", owner, "m"))["messages"]
         assert json.dumps(sent).count("An image was here: image/png") == 2
+
+    def test_words_for_an_image_are_one_with_the_texts_around_them(self):
+        kind = dataclasses.replace(ogx.PROVIDER_KINDS["zai"], images=False)
+        owner = dataclasses.replace(provider("zai"), kind=kind)
+        body = request(user([result("a", [text("b"), image(), text("c")])]))
+        (block,) = ogx.messages_request(body, ogx.Model("m", owner, "m"))["messages"][0]["content"]
+        assert block["content"] == [text("b\n[An image was here: image/png, 1 kB]\nc")]
+
+    SYSTEM = ({"role": "system", "content": "notes.txt changed"},
+              {"role": "system", "content": [text("a"), text("b")]})  # fmt: skip
+
+    @staticmethod
+    def reminder(words):
+        return text(f"<system-reminder>\n{words}\n</system-reminder>")
+
+    def sent(self, *messages, kind="vllm"):
+        return ogx.messages_request(request(*messages), model(kind))["messages"]
+
+    @pytest.mark.parametrize("kind", ["vllm", "ollama", "zai", "messages", "bedrock"])
+    def test_system_messages_are_marked_text_of_the_user_elsewhere(self, kind):
+        first, second = self.SYSTEM
+        sent = self.sent(user("go"), first, assistant([call("1")]), second, user([result("1")]),
+                         kind=kind)  # fmt: skip
+        assert sent == [
+            user([text("go"), self.reminder("notes.txt changed")]),
+            assistant([call("1")]), user([result("1"), self.reminder("a\n\nb")]),
+        ]  # fmt: skip
+
+    def test_the_next_turn_begins_as_the_last_one_ended(self):
+        history, before = [], []
+        for n in range(4):
+            history += [user([result(str(n - 1))]) if n else user("go"),
+                        {"role": "system", "content": f"{n} tokens left"}]  # fmt: skip
+            sent = self.sent(*history)
+            assert sent[: len(before)] == before and sent[-1]["role"] == "user"
+            before = sent
+            history += [assistant([call(str(n))])]
+
+    def test_a_system_message_that_was_for_one_turn_is_left_out_after_it(self):
+        note = {"role": "system", "content": "now", "clear_at": "next_user_message"}
+        assert self.sent(user("a"), note)[0]["content"][-1] == self.reminder("now")
+        sent = self.sent(user("a"), note, assistant("b"), user("c"))
+        assert "system-reminder" not in json.dumps(sent)
+
+    @pytest.mark.parametrize(
+        ("content", "told"),
+        [
+            ([text("one"), text("two")], [text("one\ntwo")]),
+            ([text("a"), text("b"), image(), text("c"), {**text("d"), "cache_control": {"x": 1}}],
+             [text("a\nb"), image(), {**text("c\nd"), "cache_control": {"x": 1}}]),
+            ([text(""), text("a")], [text("\na")]),
+            # Near misses
+            ([text("a")], [text("a")]), ([text("a"), image(), text("b")],) * 2,
+            ("words", "words"), (None, None), ([], []), ([image(), image()],) * 2,
+        ],
+    )  # fmt: skip
+    def test_texts_of_a_result_that_stand_together_are_one_elsewhere(self, content, told):
+        messages = [assistant([call("1")]), user([result("1", content), text("x"), text("y")])]
+        assert self.sent(*messages)[1] == user([result("1", told), text("x"), text("y")])
+        assert self.sent(*messages, kind="anthropic") == messages
+
+    def test_many_texts_are_joined_in_a_moment(self):
+        many = [text("a")] * 100_000
+        seconds = min(self.seconds_to_join(many) for _ in range(3))
+        assert seconds < 40 * min(self.seconds_to_join(many[:10_000]) for _ in range(3))
+
+    def seconds_to_join(self, texts):
+        body, began = request(user([result("1", texts)])), time.process_time()
+        ogx.messages_request(body, model("vllm"))
+        return time.process_time() - began
+
+    def test_anthropic_gets_system_messages_where_they_stand(self):
+        messages = [user("go"), *self.SYSTEM]
+        assert self.sent(*messages, kind="anthropic") == messages
+
+    def test_what_needs_no_change_keeps_the_clients_bytes(self):
+        body = request(user("a"), assistant([call("1")]), user([result("1", [text("b")])]))
+        raw = json.dumps(body).encode()
+        sent = ogx.with_model(raw, body, ogx.messages_request(body, model("vllm")))
+        assert sent == raw.replace(b"openai/gpt-x", b"gpt-x", 1)
 
     @pytest.mark.parametrize(
         ("kind", "fields", "lost"),
@@ -5122,7 +5243,7 @@ class TestGateway:
                 assert status == 200 and b'"type":"error"' in told
             assert len(upstream.seen) == len(others) + 2
 
-    @pytest.mark.parametrize("field", ["thread", "safeguards"])
+    @pytest.mark.parametrize("field", ["thread", "safeguards", "mcp_servers", "container"])
     def test_what_is_refused_by_us_is_served_without_it(self, field):
         with gateway_over() as (client, _):
             assert client.post(request(**{field: [{"type": "x"}]}))[0] == 400
@@ -5228,7 +5349,8 @@ class TestGateway:
         body = request(user("a"), assistant(ours, theirs, unsigned, text("b")), user("c"))
         sent = ogx.messages_request(body, model("anthropic"))["messages"]
         assert sent[1]["content"] == [theirs, text("b")] and sent[0] is body["messages"][0]
-        assert ogx.messages_request(body, model("vllm"))["messages"] == body["messages"]
+        sent = ogx.messages_request(body, model("vllm"))["messages"]
+        assert all(one is other for one, other in zip(sent, body["messages"]))
 
     def test_a_native_refusal_teaches_too(self):
         refusal = (400, {"type": "error", "error": {"type": "invalid_request_error", "message":
@@ -5567,6 +5689,19 @@ class TestGateway:
             data = client.post(request(model="vllm/gpt-x", stream=True))[2]
         events = read_events(data)
         assert events[-1]["type"] == "error" and events[-2]["type"] != "message_stop"
+
+    def test_mcp_servers_are_another_gateways_to_refuse(self):
+        with self.native(native_message(), kind="messages") as (client, upstream):
+            body = request(model="messages/gpt-x", mcp_servers=[{"type": "url", "url": "u"}])
+            assert client.post(body)[0] == 200
+            assert upstream.seen[0]["mcp_servers"] == body["mcp_servers"]
+
+    def test_the_older_output_format_arrives_by_its_newer_name(self):
+        wanted = {"type": "json_schema", "schema": {"type": "object"}}
+        with self.native(native_message()) as (client, upstream):
+            assert client.post(request(model="vllm/gpt-x", output_format=wanted))[0] == 200
+        assert upstream.seen[0]["output_config"] == {"format": wanted}
+        assert "output_format" not in upstream.seen[0]
 
     @pytest.mark.parametrize("stream", [True, False])
     def test_a_password_that_an_upstream_quotes_is_hidden(self, stream):
