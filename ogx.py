@@ -981,6 +981,8 @@ OPTIONS = {"tools": list, "tool_choice": dict, "stop_sequences": list, "stream":
            "temperature": NUMBER, "top_p": NUMBER, "top_k": int, "thinking": dict,
            "output_config": dict, "output_format": dict, "metadata": dict,
            "system": CONTENT}  # fmt: skip
+KEEP_THOUGHTS = ("context_management", {"edits": [
+    {"type": "clear_thinking_20251015", "keep": "all"}]})  # fmt: skip
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 KIND_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
               float: "a number", bool: "true or false", type(None): "null", NUMBER: "a number",
@@ -1247,6 +1249,15 @@ def refuse_untranslatable(body: Json, native: bool = False) -> None:
             if block["type"] not in BLOCK_TYPES:
                 where, shown = f"messages.{index}.content.{place}", json.dumps(block["type"])[:80]
                 raise OgxError(400, f"{where}.type: {shown} is not a known type of content block")
+
+
+def dropped_names(request: Json, sent: Json, all_of_them: bool) -> str:
+    """What a translated request leaves out, for the log; Claude Code's usual only on demand."""
+    usual = () if all_of_them else (("betas", request.get("betas")), KEEP_THOUGHTS)
+    known = {*OPTIONS, "model", "messages", "max_tokens"} - ({"top_k"} - sent.keys())
+    names = [name for name, value in request.items()
+             if not (name in known or value is None or (name, value) in usual)]  # fmt: skip
+    return ", ".join(without_controls(name[:40]) for name in names[:10])
 
 
 def registered_alias(body: Any, registry: Registry) -> Alias:
@@ -4242,6 +4253,7 @@ class Exchange:
     pause: float = math.inf  # when to go on, whatever has come by then
     drained: bool = False  # after this piece there is nothing yet, as None would tell
     usage: Usage | None = None
+    dropped: str = ""  # names of what the upstream has no word for
     error: str = ""
 
     @property
@@ -4367,6 +4379,9 @@ class Gateway:
         own = [lesson for lesson in lessons if lesson.dialect in ("", name)]
         body = with_lessons(dialect.request(exchange.request, model), own)
         sent = dialect.finished(dict(body))
+        if not dialect.native:
+            told = log.isEnabledFor(logging.DEBUG)
+            exchange.dropped = dropped_names(exchange.request, sent, told)
         data = with_model(exchange.raw, exchange.request, sent) if dialect.native else None
         return body, data or json_bytes(sent)
 
@@ -5685,6 +5700,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             f"total {time.monotonic() - done.started:.3f}s",
             usage and f"in {usage.input} cached {usage.cache_read} out {usage.output}",
             done.session and f"session {done.session}",
+            done.dropped and f"dropped: {done.dropped}",
             done.error and f"error: {one_line(done.error)}",
         ]
         quiet = not done.error and not self.path.startswith("/v1/messages")

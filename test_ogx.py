@@ -1648,6 +1648,42 @@ class TestRequests:
         for nothing in (None, []):
             ogx.refuse_untranslatable(request(**{name: nothing}))
 
+    CLEARED = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}  # Claude Code's own
+
+    @pytest.mark.parametrize(
+        ("fields", "sent", "told"),
+        [
+            ({"inference_geo": "eu", "banana": 1}, {}, "inference_geo, banana"),
+            ({"top_k": 5}, {}, "top_k"),
+            ({"top_k": 5}, {"top_k": 5}, ""),
+            ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, {},
+             "context_management"),
+            ({"service_tier": "auto", "cache_control": {"type": "ephemeral"}, "a\x1b[2J\n": 1}, {},
+             "service_tier, cache_control, a?[2J?"),
+            ({f"x{n}" + "y" * 99: n for n in range(50)}, {},
+             ", ".join(f"x{n}" + "y" * 38 for n in range(10))),
+            # Near misses: taken, or of no consequence.
+            ({"context_management": CLEARED, "betas": ["a"]}, {}, ""),
+            ({"container": None, "banana": None}, {}, ""),
+            ({"temperature": 1, "top_p": 1, "stream": True, "thinking": {"type": "adaptive"},
+              "metadata": {"user_id": "u"}, "tools": [], "tool_choice": {"type": "auto"},
+              "stop_sequences": ["x"], "system": "s", "output_config": {}, "output_format": {}},
+             {}, ""),
+        ],
+    )  # fmt: skip
+    def test_what_a_translated_request_leaves_out_is_named(self, fields, sent, told):
+        assert ogx.dropped_names(request(**fields), sent, False) == told
+
+    def test_what_claude_code_always_sends_is_named_on_demand(self):
+        body = request(context_management=self.CLEARED, betas=["a"], banana=1)
+        assert ogx.dropped_names(body, {}, True) == "context_management, betas, banana"
+
+    def test_no_request_of_claude_codes_is_told_to_lose_anything(self):
+        body = request(metadata={"user_id": "{}"}, thinking={"type": "adaptive"}, stream=True,
+                       context_management=self.CLEARED, output_config={"effort": "high"},
+                       system=[text("s")], tools=[tool()])  # fmt: skip
+        assert ogx.dropped_names(body, ogx.chat_request(body, model()), False) == ""
+
     def test_the_billing_header_is_no_part_of_the_system_prompt(self):
         blocks = [text("x-anthropic-billing-header: cc_version=1;"), text("You are"), text("a bot")]
         assert ogx.system_text({"system": blocks}) == "You are\n\na bot"
@@ -5715,6 +5751,22 @@ class TestGateway:
             body = client.post(request(model="llama-cpp/m", stream=stream))[2]
             assert upstream.heads[0][1]["authorization"] == f"basic {basic.lower()}"
         assert "wrong: ***, ***, ***" in body["error"]["message"]
+
+    @pytest.mark.parametrize("level", ["INFO", "DEBUG"])
+    def test_the_log_names_what_a_translated_request_left_out(self, caplog, level):
+        usual = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+        body = request(banana=1, top_k=5, context_management=usual)
+        with gateway_over() as (client, _), caplog.at_level(level):
+            assert client.post(body)[0] == client.post({**body, "stream": True})[0] == 200
+            until(lambda: caplog.text.count("total") == 2)
+        named = "banana, top_k" + ", context_management" * (level == "DEBUG")
+        assert caplog.text.count(f"dropped: {named}\n") == 2
+
+    def test_the_log_names_nothing_where_all_is_handed_on(self, caplog):
+        with self.native(native_message()) as (client, _), caplog.at_level("DEBUG"):
+            assert client.post(request(model="vllm/gpt-x", banana=1, top_k=5))[0] == 200
+            until(lambda: "total" in caplog.text)
+        assert "dropped" not in caplog.text
 
     # -- nothing that a client can name makes anything grow
 
