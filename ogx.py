@@ -39,9 +39,10 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
     Command line   flags and main
 """
 
-from __future__ import annotations
+from __future__ import annotations  # Python 3.9 or newer is needed
 
 import argparse
+import binascii
 import collections
 import email.utils
 import errno
@@ -73,6 +74,10 @@ import urllib.parse
 import uuid
 import weakref
 import zlib
+
+if sys.version_info < (3, 9):  # noqa: UP036
+    sys.exit(f"ogx.py needs Python 3.9 or newer; this is {sys.version.split()[0]}")
+
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -321,7 +326,7 @@ class ProviderKind:
     verify_var: str = ""
     enabled_by: str = "key"  # "key" or "url": the variable that switches the starter's line on
     default_path: str = "/v1"  # for a user's URL without a path, where base_url has none either
-    key_header: str = "authorization"  # which takes "Bearer KEY"; others take the bare key
+    key_headers: tuple[str, ...] = ("authorization",)  # takes "Bearer KEY"; others the bare key
     signed: str = ""  # AWS's service and region in a URL; signs, where there is no key
     signed_by: tuple[str, ...] = ()  # switch its line on, the last: they have other uses too
     headers: tuple[tuple[str, str], ...] = ()  # sent with every request
@@ -341,7 +346,7 @@ class ProviderKind:
     openai_root: str = ""  # where the paths of the other dialects begin, below the base URL
     native_gaps: tuple[str, ...] = ()  # what its Messages API refuses or loses: see lost_natively()
     native_models: str = ""  # pattern of the ids that have it; they have nothing else
-    keeps_billing_header: bool = False  # wants Claude Code's first system block
+    is_anthropic: bool = False  # takes all that Claude Code sends as it is
     # OpenAI's Responses API: where these hosts are, or where a refusal told (True), or never.
     responses_hosts: tuple[str, ...] = ()
     responses: bool | None = None
@@ -406,8 +411,8 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
     ProviderKind("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",),
                  responses_hosts=("api.openai.com",), **OPENAI),
     ProviderKind("anthropic", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",),
-                 key_header="x-api-key", headers=(("anthropic-version", "2023-06-01"),),
-                 list_path="/models?limit=1000", dialects=("messages",), keeps_billing_header=True),
+                 key_headers=("x-api-key",), headers=(("anthropic-version", "2023-06-01"),),
+                 list_path="/models?limit=1000", dialects=("messages",), is_anthropic=True),
     ProviderKind("fireworks", "https://api.fireworks.ai/inference/v1", ("FIREWORKS_API_KEY",),
                  ("FIREWORKS_BASE_URL",), dialects=BOTH, native_gaps=("server_tool",), top_k=True,
                  stream_above=4096, format_with_tools=False),
@@ -431,7 +436,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  messages_path="~/anthropic/v1/messages", native_models=r"anthropic\."),
     ProviderKind("azure", "", ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
                  ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
-                 default_path="/openai/v1", key_header="api-key",
+                 default_path="/openai/v1", key_headers=("api-key",),
                  responses_hosts=(".openai.azure.com", ".cognitiveservices.azure.com",
                                   ".services.ai.azure.com"), **OPENAI),
     ProviderKind("gemini", "https://generativelanguage.googleapis.com/v1beta/openai",
@@ -462,7 +467,8 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
     ProviderKind("sambanova", "https://api.sambanova.ai/v1", ("SAMBANOVA_API_KEY",)),
     # Any other server, by its URL.
     ProviderKind("openai-compatible"),
-    ProviderKind("messages", dialects=("messages",)))}  # fmt: skip
+    ProviderKind("messages", dialects=("messages",),
+                 key_headers=("authorization", "x-api-key")))}  # fmt: skip
 DEMO_KIND = ProviderKind("demo", "demo:", dialects=("demo",))
 
 
@@ -477,6 +483,8 @@ class Provider:
     dialect: str = "auto"  # or the one dialect to speak
     verify: bool = True  # its TLS certificate
     ca_file: str = ""  # of a private certificate authority
+    own_headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # lower-case names
+    secrets: tuple[str, ...] = field(default=(), repr=False)  # besides the key
 
     @functools.cached_property
     def connection(self) -> str:
@@ -486,11 +494,11 @@ class Provider:
     @functools.cached_property
     def headers(self) -> dict[str, str]:
         """What goes with each request, but for what a client, a proxy or a signature adds."""
-        bearer = "Bearer " if self.kind.key_header == "authorization" else ""
-        key = {self.kind.key_header: bearer + self.api_key} if self.api_key else {}
-        return {"User-Agent": f"ogx.py/{__version__}",
-                "Accept": "application/json, text/event-stream",
-                "Accept-Encoding": "identity", **dict(self.kind.headers), **key}  # fmt: skip
+        key = {name: "Bearer " * (name == "authorization") + self.api_key
+               for name in self.kind.key_headers if self.api_key}  # fmt: skip
+        return {"user-agent": f"ogx.py/{__version__}",
+                "accept": "application/json, text/event-stream", "accept-encoding": "identity",
+                **dict(self.kind.headers), **key, **dict(self.own_headers)}  # fmt: skip
 
     def at(self, place: str) -> Provider:
         """This provider at the server that has a model's id or a list's path."""
@@ -514,6 +522,9 @@ DEMO_PROVIDER = Provider("demo", DEMO_KIND, DEMO_KIND.base_url)
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8321
 TIERS = ("haiku", "sonnet", "opus", "fable")
 ENV_REFERENCE = re.compile(r"\$\{env\.([A-Za-z0-9_|]+)(?:(:=|:\+)([^{}]*))?\}")
+AROUND = " \t\r\n\"'"  # a value, left there by files and shells
+# A user's own header, name and value; those that frame a request are ours.
+HEADER = re.compile(r"(?!host\n|connection\n|content-|transfer-)[a-z0-9!#$%&'*+.^_`|~-]+\n[ -~]*")
 STARTER_ALIASES = ("claude-haiku-4-5-20251001", "claude-sonnet-4-5-20250514",
                    "claude-opus-4-6-20260314")  # fmt: skip
 
@@ -616,23 +627,34 @@ def expanded(node: Any, environ: Mapping[str, str], where: str) -> Any:
     """The tree with each `${env.VAR}`, `${env.VAR:=default}` and `${env.VAR:+value}` replaced.
     As in OGX, an empty variable counts as unset. `A|B` stands for the first of them that is set."""
     if isinstance(node, dict):
-        return {k: expanded(v, environ, f"{where}.{k}") for k, v in node.items()}
+        dot = "." if ": " in where else ": "
+        return {k: expanded(v, environ, f"{where}{dot}{k}") for k, v in node.items()}
     if isinstance(node, list):
         return [expanded(v, environ, f"{where}[{i}]") for i, v in enumerate(node)]
     if not isinstance(node, str):
         return node
+    used: list[str] = []
 
     def replaced(match: re.Match[str]) -> str:
         names, operator, operand = match.groups()
-        value = next((environ[n] for n in names.split("|") if environ.get(n)), "")
+        name = next((n for n in names.split("|") if environ.get(n)), "")
         if operator == ":+":
-            return operand if value else ""
-        if not value and operator is None:
+            return operand if name else ""
+        if not name and operator is None:
             raise OgxError(400, f"{where}: the environment variable {names} is not set")
-        return value or operand
+        used.extend([name] if name else [])
+        return environ[name] if name else operand
 
     inside = ENV_REFERENCE.sub(replaced, node)  # a default may itself hold one reference
-    return ENV_REFERENCE.sub(replaced, inside) if inside != node else node
+    told = FromVariable(ENV_REFERENCE.sub(replaced, inside) if inside != node else node)
+    told.variable = "".join(used[:1])
+    return told
+
+
+class FromVariable(str):
+    """A text, and the variable that gave it, if one did."""
+
+    variable = ""
 
 
 class Node:
@@ -645,7 +667,9 @@ class Node:
         self.fields = value
 
     def path(self, key: str) -> str:
-        return f"{self.where}: {key}" if ": " not in self.where else f"{self.where}.{key}"
+        """Its place, or the variable that it came from."""
+        dot = "." if ": " in self.where else ": "
+        return getattr(self.fields.get(key), "variable", "") or f"{self.where}{dot}{key}"
 
     def wrong(self, key: str, expected: str, value: Any) -> OgxError:
         place = self.path(key) if key else self.where
@@ -676,7 +700,7 @@ class Node:
         given = self.value(key, default)
         value = json_or_none(given) if isinstance(given, str) else given
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
-            raise self.wrong(key, "a number that isn't negative", given)
+            raise self.wrong(key, "a number from 0 to 999999 (run --help tells its unit)", given)
         return float(value)
 
     def child(self, key: str) -> Node:
@@ -703,37 +727,67 @@ def provider_from_node(node: Node) -> Provider | None:
         known = ", ".join(f"remote::{name}" for name in PROVIDER_KINDS)
         raise node.wrong("provider_type", f"one of {known}", type_name)
     settings = node.child("config")
-    settings.only("base_url", "api_key", "dialect", "verify", "ca_file")
-    api_key = settings.text("api_key", "")
+    settings.only("base_url", "api_key", "dialect", "verify", "ca_file", "headers", "key_header")
+    api_key = settings.text("api_key", "").strip(AROUND)
     if re.search(r"[^\x21-\x7e]", api_key):
         place = settings.path("api_key")
         raise OgxError(400, f"{place}: expected a key of printable ASCII without spaces")
     dialect = settings.text("dialect", "auto")
     if dialect not in ("auto", "responses", *BOTH):
         raise settings.wrong("dialect", '"auto", "messages", "chat" or "responses"', dialect)
+    url, parts = checked_base_url(settings, kind)
+    headers = checked_headers(settings, api_key)
+    if parts.username is not None:
+        headers = {"authorization": basic_auth(parts), **headers}
+    if settings.text("key_header", ""):
+        kind = replace(kind, key_headers=())
+    secrets = [parts.password or "", urllib.parse.unquote(parts.password or ""), *headers.values()]
     return Provider(
-        provider_id, kind, checked_base_url(settings, kind), api_key, dialect,
-        settings.flag("verify", True), settings.text("ca_file", ""))  # fmt: skip
+        provider_id, kind, url, api_key, dialect, settings.flag("verify", True),
+        settings.text("ca_file", ""), tuple(headers.items()),
+        (*secrets, *" ".join(secrets).split()))  # fmt: skip
 
 
-def checked_base_url(node: Node, kind: ProviderKind) -> str:
-    """The URL without a trailing slash. A bare host gets `http://` where servers are local, and a
-    URL without a path the usual one."""
-    url = node.text("base_url", "") or kind.base_url
-    if kind.enabled_by == "url" and url and "://" not in url:
+def basic_auth(url: urllib.parse.SplitResult) -> str:
+    """A URL's user and password as a header has them."""
+    pair = urllib.parse.unquote(f"{url.username}:{url.password or ''}")
+    return "Basic " + binascii.b2a_base64(pair.encode(), newline=False).decode()
+
+
+def checked_headers(node: Node, key: str) -> dict[str, str]:
+    """The user's own headers by lower-case name, the one for the key included."""
+    given, name = node.child("headers"), node.text("key_header", "")
+    told = [(given.path(n), n.lower(), given.text(n, "").strip()) for n in given.fields]
+    told += [(node.path("key_header"), name.lower(), key)] if name else []
+    for place, name, value in told:
+        if not HEADER.fullmatch(f"{name}\n{value}"):
+            words = "a header of printable ASCII that doesn't frame the request"
+            raise OgxError(400, f"{BAD_ID.sub('?', place)}: expected {words}")
+    return {name: value for _, name, value in told if value}
+
+
+def checked_base_url(node: Node, kind: ProviderKind) -> tuple[str, urllib.parse.SplitResult]:
+    """The URL without its user and a trailing slash, and all its parts. Without a scheme it gets
+    `http://` where servers are local or it has a port, without a path the usual one."""
+    url = node.text("base_url", "").strip(AROUND) or kind.base_url
+    bare = url and "://" not in url
+    if bare and (kind.enabled_by == "url" or re.match("[^/]+:[0-9]", url)):
         url = "http://" + url
     try:
         parts = urllib.parse.urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         usable = False
-    if not usable or parts.username is not None or parts.query or re.search(r"[^\x21-\x7e]", url):
-        raise node.wrong("base_url", "a URL like http://localhost:8000/v1", url)
+    if not usable or re.search("[^!-~]|[?#]", url):
+        before, _, rest = url.rpartition("@")  # before it may be a password, behind a ? a key
+        shown, *query = re.split("[?#]", rest)
+        words = "a URL that ends before ? and #" if query else "a URL like http://localhost:8000/v1"
+        raise node.wrong("base_url", words, "***@" * bool(before) + shown)
     path = parts.path.rstrip("/")
     for ending in ("/chat/completions", "/messages"):
         path = path.removesuffix(ending).rstrip("/")
     usual = urllib.parse.urlsplit(kind.base_url).path or kind.default_path
-    return f"{parts.scheme}://{parts.netloc}{path or usual}"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path or usual}", parts
 
 
 def alias_from_node(node: Node, provider_ids: Sequence[str]) -> Alias:
@@ -894,7 +948,7 @@ class Registry:
         An alias may name several. Others have one, in this order: a listed id; an alias with a
         fixed target; a tier chosen by ANTHROPIC_DEFAULT_*_MODEL; an upstream's bare id where only
         one provider has it; an alias for `auto`, and any `claude-*` id by its family, which both
-        mean the first LLM, or the first of that family; `provider/anything`."""
+        mean the first LLM, or the first of that family; `provider/anything`; `anyone/claude-*`."""
         wanted = model_id.strip().removesuffix("[1m]")
         alias = self.aliases.get(wanted)
         if alias and alias.provider_id not in (*self.providers, "all"):
@@ -908,6 +962,9 @@ class Registry:
         models = [m if m.id == model_id else replace(m, id=model_id) for m in found if m]
         if not models and alias:
             raise OgxError(404, f"no provider serves a target of model '{wanted[:200]}'")
+        claude = re.search("(?<=[./:])claude-.*", wanted)  # behind its vendor
+        if not models and claude:
+            return [replace(model, id=model_id) for model in self.chain(claude[0])]
         if not models:
             hint = near_miss(model_id, [*(m.id for m in self.models()), *self.aliases])
             words = f"model '{model_id[:200]}' not found.{hint}"
@@ -1023,7 +1080,10 @@ SOURCE_FIELDS: dict[str, Json] = {
 TOOL_FIELDS = {"input_schema": dict, "type": str, "description": str}
 OPTIONS = {"tools": list, "tool_choice": dict, "stop_sequences": list, "stream": bool,
            "temperature": NUMBER, "top_p": NUMBER, "top_k": int, "thinking": dict,
-           "output_config": dict, "metadata": dict, "system": CONTENT}  # fmt: skip
+           "output_config": dict, "output_format": dict, "metadata": dict,
+           "system": CONTENT}  # fmt: skip
+KEEP_THOUGHTS = ("context_management", {"edits": [
+    {"type": "clear_thinking_20251015", "keep": "all"}]})  # fmt: skip
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 KIND_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
               float: "a number", bool: "true or false", type(None): "null", NUMBER: "a number",
@@ -1173,10 +1233,8 @@ def check_request(body: Any, counting: bool = False) -> None:
     """Raise OgxError(400) with one sentence about the first wrong field of a Messages request.
     Unknown fields are accepted. `counting` is for count_tokens, which has no max_tokens."""
     expect(body, "", {"model": str})
-    if not body["model"].strip():
-        raise OgxError(400, "model: expected the id of a model, got an empty string")
-    if len(body["model"]) > MAX_ID or BAD_ID.search(body["model"]):
-        raise OgxError(400, f"model: expected at most {MAX_ID} characters, none of them a control "
+    if not body["model"].strip() or len(body["model"]) > MAX_ID or BAD_ID.search(body["model"]):
+        raise OgxError(400, f"model: expected 1 to {MAX_ID} characters, none of them a control "
                             "character")  # fmt: skip
     expect(body, "", {"messages": list} if counting else {"messages": list, "max_tokens": int})
     if not counting and body["max_tokens"] < 1:
@@ -1230,6 +1288,9 @@ def check_options(body: Json) -> None:
             raise OgxError(400, f"stop_sequences.{index}: expected a string that isn't empty")
     if sum(map(len, body.get("stop_sequences") or ())) > MAX_STOPS:  # each piece is searched
         raise OgxError(400, f"stop_sequences: expected at most {MAX_STOPS} characters in all")
+    if body.get("output_format"):  # the older name
+        config = {"format": body["output_format"], **(body.get("output_config") or {})}
+        body["output_config"] = config
     choice, config = body.get("tool_choice"), body.get("output_config") or {}
     if choice:
         expect(choice, "tool_choice", {"type": ("auto", "any", "tool", "none")})
@@ -1282,7 +1343,7 @@ def wrong(where: str, expected: str, value: Any) -> OgxError:
     return OgxError(400, f"{where}: expected {expected}, got {KIND_NAMES[type(value)]}")
 
 
-def refuse_untranslatable(body: Json) -> None:
+def refuse_untranslatable(body: Json, native: bool = False) -> None:
     """Refuse what only Anthropic can honour, in the words that the clients' recovery looks for.
     The SDK's tool runner goes on without server-side threads when it reads this error code;
     Claude Code checks tool calls by ordinary requests when a 400 names `safeguards`. A verdict
@@ -1291,8 +1352,9 @@ def refuse_untranslatable(body: Json) -> None:
         words = "thread: server-side threads are not supported here; send the whole conversation"
         details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
         raise OgxError(400, words, details=details)
-    if body.get("safeguards"):
-        raise OgxError(400, "safeguards: not supported by translated models")
+    for name in ("safeguards", *(() if native else ("mcp_servers", "container"))):
+        if body.get(name):
+            raise OgxError(400, f"{name}: not supported by translated models")
     config = body.get("output_config") or {}
     if config.get("effort"):
         expect(config, "output_config", {"effort": EFFORTS})
@@ -1305,30 +1367,33 @@ def refuse_untranslatable(body: Json) -> None:
                 raise OgxError(400, f"{where}.type: {shown} is not a known type of content block")
 
 
+def dropped_names(request: Json, sent: Json, all_of_them: bool) -> str:
+    """What a translated request leaves out, for the log; Claude Code's usual only on demand."""
+    usual = () if all_of_them else (("betas", request.get("betas")), KEEP_THOUGHTS)
+    known = {*OPTIONS, "model", "messages", "max_tokens"} - ({"top_k"} - sent.keys())
+    names = [name for name, value in request.items()
+             if not (name in known or value is None or (name, value) in usual)]  # fmt: skip
+    return ", ".join(BAD_ID.sub("?", name[:40]) for name in names[:10])
+
+
 def registered_alias(body: Any, registry: Registry) -> Alias:
     """The alias that a POST /v1/models asks for; OgxError 400 or 409."""
     expect(body, "", {"model_id": str})
-    model_id, given = body["model_id"], body.get("provider_model_id")
-    chain = given if isinstance(given, list) else ["auto" if given in (None, "") else given]
-    if not 0 < len(chain) <= 32 or not all(isinstance(t, str) and 0 < len(t) <= 256 for t in chain):
-        raise OgxError(400, "provider_model_id: expected an id of 1 to 256 characters, or a list "
-                            "of at most 32 of them")  # fmt: skip
-    expect(body, "", {"provider_id": str, "model_type": str}, required=False)
-    if not re.fullmatch(r"\S(.{0,254}\S)?", model_id) or BAD_ID.search(model_id):
+    names = ("model_id", "provider_id", "provider_model_id", "model_type")
+    given = {name: body[name] for name in names if body.get(name) not in (None, "")}
+    alias = alias_from_node(Node(given, "the model"), list(registry.providers))
+    targets = alias.targets or (alias.provider_model_id,)
+    if len(targets) > 32 or max(map(len, targets)) > MAX_ID:
+        raise OgxError(400, f"provider_model_id: expected an id of 1 to {MAX_ID} characters, or a "
+                            "list of at most 32 of them")  # fmt: skip
+    if not re.fullmatch(r"\S(.{0,254}\S)?", alias.model_id) or BAD_ID.search(alias.model_id):
         raise OgxError(400, "model_id: expected 1 to 256 characters without control characters or "
                             "outer spaces")  # fmt: skip
-    if (body.get("model_type") or "llm") != "llm":
-        raise OgxError(400, 'model_type: expected "llm"')
-    provider_id = body.get("provider_id") or "all"
-    if provider_id != "all" and provider_id not in registry.providers:
-        known = ", ".join(registry.providers)
-        raise OgxError(400, f"provider_id: no provider '{provider_id[:100]}'; there is: {known}")
-    if any(model.id == model_id for model in registry.models()):
-        raise OgxError(409, f"model_id: '{model_id}' is a provider's own id")
-    if len({*registry.aliases, model_id}) > MOST_REGISTERED:
+    if any(model.id == alias.model_id for model in registry.models()):
+        raise OgxError(409, f"model_id: '{alias.model_id}' is a provider's own id")
+    if len({*registry.aliases, alias.model_id}) > MOST_REGISTERED:
         raise OgxError(400, f"model_id: {MOST_REGISTERED} are registered; delete one before")
-    several = tuple(chain) if isinstance(given, list) else ()
-    return Alias(model_id, "all" if several else provider_id, chain[0], several)
+    return alias
 
 
 def blocks_of(content: Any) -> list[Json]:
@@ -2019,8 +2084,8 @@ def chat_request(request: Json, model: Model) -> Json:
     body.update({name: request[name] for name in sampling if request.get(name) is not None})
     if request.get("stop_sequences"):
         body["stop"] = request["stop_sequences"][:4]  # the most it takes
-    if kind.cache_key and (key := conversation_key(request)):
-        body["prompt_cache_key"] = key
+    if kind.cache_key and conversation_key(request):
+        body["prompt_cache_key"] = conversation_key(request)
     effort = reasoning_effort(request) if takes_effort(model.upstream_id) else None
     if effort:
         body["reasoning_effort"] = effort
@@ -2754,21 +2819,48 @@ def messages_request(request: Json, model: Model) -> Json:
     """The request as it goes to an upstream that speaks Messages: every field as it came, but for
     what is Claude Code's and Anthropic's own business, and what the row says isn't taken."""
     kind, body = model.provider.kind, {**request, "model": model.upstream_id}
+    body.pop("output_format", None)  # stands in output_config
     system, tools = request.get("system"), request.get("tools")
-    if not kind.keeps_billing_header:
+    if not kind.is_anthropic:
         if isinstance(system, list):
             body["system"] = [b for b in system if not block_text(b).startswith(BILLING_HEADER)]
         if tools:
             body["tools"] = [tool for tool in tools if tool.get("name") != PLACEHOLDER]
+        body["messages"] = [m if m["role"] == "assistant" else plainer(m, kind)
+                            for m in with_reminders(request["messages"])]  # fmt: skip
     if tools and (kind.refused_keywords or kind.max_description):
         body["tools"] = made_of_tools(tools, "messages", kind, lambda: EncodedList(
             plainer_tool(tool, kind) if "input_schema" in tool else tool
             for tool in body["tools"]))  # fmt: skip
-    if kind.keeps_billing_header or kind.native_models:  # Claude itself
-        body["messages"] = [without_foreign_thoughts(m) for m in request["messages"]]
-    if not kind.images:
-        body["messages"] = list(map(without_images, body["messages"]))
+    if kind.is_anthropic or kind.native_models:  # Claude itself
+        body["messages"] = [without_foreign_thoughts(m) for m in body["messages"]]
     return body
+
+
+def with_reminders(messages: Sequence[Json]) -> Sequence[Json]:
+    """Messages with the system's as marked text of the user: most servers move them to the top,
+    and then read the whole conversation anew."""
+    if all(message["role"] != "system" for message in messages):
+        return messages
+    turns = itertools.groupby(turns_from_messages(messages, False),
+                              lambda turn: turn.role.replace("results", "user"))  # fmt: skip
+    return [{"role": role, "content": [block for turn in group for block in turn.blocks]}
+            for role, group in turns]  # fmt: skip
+
+
+def plainer(holder: Json, kind: ProviderKind) -> Json:
+    """A message or a tool result with words in the place of images where the model sees none; a
+    result with one text in the place of several in a row, of which some servers show the first."""
+    content, is_result = holder.get("content"), "tool_use_id" in holder
+    if not isinstance(content, list) or (is_result and kind.images and len(content) < 2):
+        return holder
+    told = [text_part(block_text(b)) if b["type"] == "image" and not kind.images
+            else plainer(b, kind) if b["type"] == "tool_result" else b for b in content]
+    if is_result:
+        runs = [list(group) for _, group in itertools.groupby(told, operator.itemgetter("type"))]
+        told = [block for r in runs for block in (r if r[0]["type"] != "text" else [
+            {**r[-1], "text": "\n".join(block["text"] for block in r)}])]  # fmt: skip
+    return holder if told == content else {**holder, "content": told}
 
 
 def finished_messages(body: Json) -> Json:
@@ -2796,16 +2888,6 @@ def is_foreign_thought(block: Json) -> bool:
         return False
     signature = str(block.get("signature" if block["type"] == "thinking" else "data") or "")
     return not signature or signature.startswith(SIGNATURE_MARK)
-
-
-def without_images(holder: Json) -> Json:
-    """A message or a tool result with words in the place of its images."""
-    content = holder.get("content")
-    if not isinstance(content, list):
-        return holder
-    told = (text_part(block_text(b)) if b["type"] == "image" else b for b in content)
-    return {**holder, "content": [without_images(b) if b["type"] == "tool_result" else b
-                                  for b in told]}  # fmt: skip
 
 
 def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
@@ -3446,7 +3528,8 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
     found = re.search(about, words)
     given = map(dict_or_empty, body.get("tools") or ())
     tools = [dict_or_empty(tool.get("function")) or tool for tool in given]
-    schemas = [s for t in tools if (s := t.get("parameters") or t.get("input_schema"))]
+    schemas = [tool.get("parameters") or tool.get("input_schema") for tool in tools]
+    schemas = [schema for schema in schemas if schema]
     if not found or found["other"] or not schemas:
         return None
     if "escription" in words and re.search("(?i)long|length|charact|exceed", words):
@@ -4117,7 +4200,11 @@ def proxy_of(scheme: str, host: str) -> urllib.parse.SplitResult | None:
     url = urllib.request.getproxies().get(scheme)
     if not url or urllib.request.proxy_bypass(host):
         return None
-    return urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+    proxy = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+    if proxy.scheme.startswith("socks"):
+        words = f"{scheme.upper()}_PROXY names a SOCKS proxy; ogx.py speaks to HTTP proxies alone"
+        raise OgxError(502, words, headers={"x-should-retry": "false"})
+    return proxy
 
 
 class Upstream:
@@ -4136,7 +4223,8 @@ class Upstream:
 
     def secrets(self, provider: Provider) -> list[str]:
         """What the provider knows and may quote, and no one else may see."""
-        return [s for s in (provider.api_key, *self.signer.secrets) if len(s) >= MIN_SECRET]
+        known = (provider.api_key, *provider.secrets, *self.signer.secrets)
+        return [secret for secret in known if len(secret) >= MIN_SECRET]
 
     def send(self, provider: Provider, method: str, path: str, body: bytes | None = None,
              headers: Headers | None = None, timeout: float | None = None) -> Reply:  # fmt: skip
@@ -4242,7 +4330,7 @@ class Upstream:
         """A new connection, for which this waits; OgxError 502 or 504, told for the user, when the
         provider can't be reached."""
         parts = urllib.parse.urlsplit(provider.base_url)
-        host, secure = parts.hostname or "", parts.scheme == "https"
+        host, secure, proxy = parts.hostname or "", parts.scheme == "https", None
         try:
             proxy = self.proxy(provider)
             at = proxy or parts
@@ -4256,7 +4344,7 @@ class Upstream:
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:  # UnicodeError too
             self._proxies.pop(provider.connection, None)  # its proxy may be another one by now
-            raise unreachable(provider, error) from None
+            raise unreachable(provider, error, proxy) from None
         sock: socket.socket = connection.sock
         sock.setblocking(False)
         with self._lock:
@@ -4288,12 +4376,7 @@ def stopping_error() -> OgxError:
 
 def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
     """The proxy's credentials, from its URL."""
-    if not proxy.username:
-        return {}
-    import base64
-
-    pair = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
+    return {"Proxy-Authorization": basic_auth(proxy)} if proxy.username else {}
 
 
 UNREACHABLE = {  # the first that fits
@@ -4304,14 +4387,19 @@ UNREACHABLE = {  # the first that fits
     ConnectionRefusedError: "connection refused; is the server running there?"}  # fmt: skip
 
 
-def unreachable(provider: Provider, error: Exception) -> OgxError:
-    """Why a provider can't be reached, and what to look at."""
+def unreachable(provider: Provider, error: Exception,
+                proxy: urllib.parse.SplitResult | None = None) -> OgxError:  # fmt: skip
+    """Why a provider, or the proxy before it, can't be reached, and what to look at."""
     if provider.kind.signed and ".." in provider.base_url:
         return OgxError(400, f"{provider.id}: You must specify a region: set AWS_REGION")
     words = next((words for kind, words in UNREACHABLE.items() if isinstance(error, kind)), "{0}")
     why = words.format(error) or type(error).__name__
     status = 504 if isinstance(error, socket.timeout) else 502
-    return OgxError(status, f"can't reach {provider.id} at {provider.base_url}: {why}")
+    where = f"{provider.id} at {provider.base_url}"
+    if proxy:
+        scheme = provider.base_url.partition(":")[0].upper()
+        where += f" through {scheme}_PROXY, {proxy.netloc.rpartition('@')[2]}"
+    return OgxError(status, f"can't reach {where}: {why}")
 
 
 @functools.lru_cache(maxsize=256)
@@ -4568,6 +4656,7 @@ class DemoReply(Reply):
 MAX_REQUESTS = 5  # to one upstream for one request of a client: remedies and retries together
 BACKOFF = 0.3  # seconds before the first retry, doubled for each further one
 SAME_REFUSAL = 5.0  # seconds for which a refused request is not sent again as it was
+KEPT = 64  # such refusals, and such targets
 REST = 30.0  # seconds for which a failed target of a chain is tried last
 PASSING = (408, 429, 500, 502, 503, 504, 529)  # statuses of failures that another try may not meet
 TICK = 10.0  # seconds of silence after which the client gets a sign of life
@@ -4603,6 +4692,7 @@ class Exchange:
     pause: float = math.inf  # when to go on, whatever has come by then
     drained: bool = False  # after this piece there is nothing yet, as None would tell
     usage: Usage | None = None
+    dropped: str = ""  # names of what the upstream has no word for
     error: str = ""
 
     @property
@@ -4653,7 +4743,8 @@ class Gateway:
                 return
             except OgxError as error:
                 if len(chain) > 1 and is_passing(error):
-                    self._resting[model.served] = time.monotonic() + REST
+                    kept = dict([*self._resting.items()][1 - KEPT :])
+                    self._resting = {**kept, model.served: time.monotonic() + REST}
                 if exchange.answered or place == len(chain) or not is_passing(error):
                     raise
                 log.warning("%s: %s failed: %s; trying %s", exchange.request_id, model.served,
@@ -4719,12 +4810,15 @@ class Gateway:
     def _request(self, model: Model, name: str, exchange: Exchange,
                  lessons: Sequence[Lesson]) -> tuple[Json, bytes]:  # fmt: skip
         """The request in the dialect's words, for remedies to look at, and its bytes."""
-        if not model.provider.kind.keeps_billing_header:  # everyone but Anthropic itself
-            refuse_untranslatable(exchange.request)
         dialect = DIALECTS[name]
+        if not model.provider.kind.is_anthropic:
+            refuse_untranslatable(exchange.request, dialect.native)
         own = [lesson for lesson in lessons if lesson.dialect in ("", name)]
         body = with_lessons(dialect.request(exchange.request, model), own)
         sent = dialect.finished(dict(body))
+        if not dialect.native:
+            told = log.isEnabledFor(logging.DEBUG)
+            exchange.dropped = dropped_names(exchange.request, sent, told)
         data = with_model(exchange.raw, exchange.request, sent) if dialect.native else None
         return body, without_halves(data or json_bytes(sent))
 
@@ -4782,6 +4876,7 @@ class Gateway:
         if error.refusal and error.status in (400, 422) and not chance:
             now = time.monotonic()
             fresh = {k: known for k, known in list(self._refused.items()) if known[0] > now}
+            fresh = dict([*fresh.items()][1 - KEPT :])
             self._refused = {**fresh, key: (now + SAME_REFUSAL, replace(error))}
 
     def _answer(self, model: Model, name: str, data: bytes, exchange: Exchange) -> Pieces:
@@ -4864,10 +4959,13 @@ class Gateway:
     def _handed_on(self, reply: Reply, exchange: Exchange) -> Pieces:
         """A native stream's bytes, but for the model's id."""
         stream, begun = NativeStream(exchange.request["model"]), False
-        while not stream.ended and (data := reply.read()) != b"":
+        while not stream.ended:
+            data = reply.read()
             if data is None:
                 yield None
                 continue
+            if not data:
+                break
             events = stream.feed(data)
             if not begun:
                 raise_if_error(b"".join(SseReader().feed(events)[:1]), exchange.served)
@@ -5318,6 +5416,7 @@ READS, WRITES, ANSWER = "the client writes", "the client reads", "the upstream a
 AGAIN = "the others"  # it could go on, but they come first
 Step = Union[str, Literal[False]]
 Steps = Generator[Step, None, Any]  # of a connection: what each waits for
+UNSERVED = ("/v1/messages/batches", "/v1/files", "/v1/skills")
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -5739,11 +5838,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _receive(self, size: int = RECEIVE_SIZE) -> Generator[Step, None, bytes]:
         """Bytes from the client, b"" at its end; socket.timeout after the time for a request, to
         which 50 KB add a second."""
-        while (data := received(self.connection, size)) is None:
+        data = received(self.connection, size)
+        while data is None:
             if time.monotonic() >= self._deadline:
                 raise socket.timeout("the client was too slow")
             self.until = self._deadline
             yield READS
+            data = received(self.connection, size)
         self._deadline += len(data) / 50_000
         if self._gives_way():
             yield AGAIN
@@ -5982,7 +6083,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for piece in pieces:
             if piece:
                 whole.append(piece)
-            if (step := self._step_after(piece)) is not None:
+            step = self._step_after(piece)
+            if step is not None:
                 yield step
         yield from self._send(200, b"".join(whole))
 
@@ -5999,7 +6101,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if data:
                     yield from self._send_piece(data)
                     written_at = now
-                if (step := self._step_after(piece, written_at + tick)) is not None:
+                step = self._step_after(piece, written_at + tick)
+                if step is not None:
                     yield step
         except OgxError as error:
             if not self.status or error.status == CLIENT_GONE:
@@ -6102,6 +6205,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             f"total {time.monotonic() - done.started:.3f}s",
             usage and f"in {usage.input} cached {usage.cache_read} out {usage.output}",
             done.session and f"session {done.session}",
+            done.dropped and f"dropped: {done.dropped}",
             done.error and f"error: {one_line(done.error)}",
         ]
         quiet = not done.error and self.path in ("/v1/health", "/api/hello")
@@ -6180,8 +6284,8 @@ def not_served_words(path: str) -> str:
         return f"{cut(path, 200)} not found: write it as {cut(plain, 200)}"
     if path.startswith("/v1/v1/"):
         return f"{path[:200]} not found: the base URL should end without /v1"
-    if path.startswith(("/v1/messages/batches", "/v1/files")):
-        return f"{path[:200]} not found: batches and files are not served by ogx.py"
+    if path.startswith(UNSERVED):
+        return f"{path[:200]} not found: batches, files and skills are not served by ogx.py"
     return f"{path[:200]} not found; ogx.py serves {', '.join(Handler.ROUTES)}"
 
 
@@ -6439,7 +6543,7 @@ def limit_variables(entries: Sequence[Json]) -> dict[str, str]:
     """Claude Code's window and output limit, in tokens: it knows one for all tiers, so the
     smallest; nothing where the server doesn't know."""
     contexts, outputs = (
-        [number for entry in entries if (number := first_number(entry, [name]))]
+        list(filter(None, (first_number(entry, [name]) for entry in entries)))
         for name in ("max_input_tokens", "max_tokens")
     )
     limits = {}
@@ -6806,7 +6910,7 @@ def config_from_name(name: str, environ: Mapping[str, str]) -> Config:
     if name == "starter":
         return config_from_json(starter_config(), "starter", environ)
     try:
-        with open(name, encoding="utf-8") as file:
+        with open(name, encoding="utf-8-sig") as file:
             tree = json.load(file)
     except OSError as error:
         expected = "'starter' or a JSON file"

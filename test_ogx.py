@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -36,6 +37,7 @@ import textwrap
 import threading
 import time
 import types
+import weakref
 import zlib
 from pathlib import Path
 
@@ -555,7 +557,7 @@ class TestTheFile:
         assert downward == set()
 
     def test_nothing_above_the_line_does_io(self):
-        above = SOURCE.split(IO_LINE)[0]
+        above = SOURCE[SOURCE.index("# ======== Errors") : SOURCE.index(IO_LINE)]
         tree = ast.parse(above)
         used = {n.value.id for n in ast.walk(tree)
                 if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}  # fmt: skip
@@ -576,6 +578,47 @@ class TestTheFile:
                  "assert threading.active_count() == 1"  # fmt: skip
         done = subprocess.run([sys.executable, "-B", "-c", script], cwd=HERE, capture_output=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+    def test_python_3_7_can_read_the_whole_file(self):
+        assert self.newer_than_3_7(SOURCE) == []
+        for newer in ("if (a := 1):\n    pass", "def f(a, /):\n    pass",
+                      "with (\n    open('a') as a,\n):\n    pass"):  # fmt: skip
+            assert self.newer_than_3_7(newer)
+        assert self.newer_than_3_7("def f(a, *, b):\n    with open(a) as c, b: pass") == []
+
+    @staticmethod
+    def newer_than_3_7(source):
+        """What 3.7 can't parse: what is found in the tree is no error for every later Python."""
+        try:
+            tree = ast.parse(source, feature_version=(3, 7))
+        except SyntaxError as error:
+            return [str(error)]
+        found = [ast.dump(node) for node in ast.walk(tree) if isinstance(node, ast.NamedExpr)
+                 or (isinstance(node, ast.arguments) and node.posonlyargs)]  # fmt: skip
+        return found + re.findall(r"(?m)^ *with \($", source)
+
+    def test_an_older_python_is_told_before_it_meets_what_it_lacks(self):
+        tree = ast.parse(SOURCE)
+        check = next(n for n in tree.body if isinstance(n, ast.If))
+        before = [n for n in tree.body[: tree.body.index(check)] if not isinstance(n, ast.Expr)]
+        assert {type(node) for node in before} == {ast.ImportFrom, ast.Import}
+        froms = [node for node in before if isinstance(node, ast.ImportFrom)]
+        assert [node.module for node in froms] == ["__future__"]
+        line = SOURCE.split("\n")[froms[0].lineno - 1]
+        assert "Python 3.9" in line  # which Python 3.6 prints with its error
+
+    @pytest.mark.parametrize("version", ["3.6", "3.7", "3.8"])
+    def test_an_older_python_says_which_one_is_needed(self, version):
+        kept = map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python3"))
+        found = next(kept, None) or shutil.which(f"python{version}")
+        if not found or subprocess.run([found, "--version"], capture_output=True).returncode:
+            pytest.skip(f"there is no Python {version} here")
+        done = subprocess.run([found, "-B", str(HERE / "ogx.py"), "run"], capture_output=True)
+        told = done.stderr.decode()
+        assert done.returncode == 1 and done.stdout == b"" and "Python 3.9 or newer" in told
+        if version != "3.6":  # which stops at the first line
+            assert re.fullmatch(rf"ogx.py needs Python 3.9 or newer; this is {version}[.\d]+\s*",
+                                told)  # fmt: skip
 
     def test_main_returns_an_int(self, capsys):
         assert ogx.main(["run", "/no/such/file.json"]) == 1
@@ -659,11 +702,9 @@ def expressions():
             continue
         method, owner = node.func.attr, ast.unparse(node.func.value)
         if method not in ("search", "match", "fullmatch", "sub", "subn", "findall", "finditer",
-                          "split", "compile") or method == "compile" and owner != "re":
+                          "split"):  # fmt: skip
             continue
-        if owner == "re" and method == "compile":
-            given = {ast.unparse(node)}
-        elif owner == "re":
+        if owner == "re":
             given = {ast.unparse(node.args[0])}
         elif isinstance(getattr(ogx, owner, None), re.Pattern) or owner in LOCAL:
             given = {owner}
@@ -677,7 +718,7 @@ def expressions():
                 letters = "".join(c for c, f in (("i", re.I), ("m", re.M), ("s", re.S)) if flags & f)
                 prefix = f"(?{letters})" if letters and not pattern[:2] in ("(?", b"(?") else ""
                 pattern = prefix.encode() + pattern if isinstance(pattern, bytes) else prefix + pattern
-                found.add(("search" if method == "compile" else method, pattern))
+                found.add((method, pattern))
     return found
 
 
@@ -1111,7 +1152,7 @@ class TestConfig:
 
     def test_a_reference_without_default_must_be_set(self):
         assert refused(ogx.expanded, {"k": ["${env.NOPE}"]}, {}, "f").message == (
-            "f.k[0]: the environment variable NOPE is not set"
+            "f: k[0]: the environment variable NOPE is not set"
         )
 
     @pytest.mark.parametrize(
@@ -1146,7 +1187,8 @@ class TestConfig:
              "config.verify: expected true or false"),
             ({"server": {"port": 70000}},
              "my.json: server.port: expected a port from 0 to 65535, got 70000"),
-            ({"server": {"retries": -1}}, "server.retries: expected a number that isn't negative"),
+            ({"server": {"retries": -1}}, "server.retries: expected a number from 0 to 999999 ("),
+            ({"server": {"max_body": 33554432}}, "(run --help tells its unit), got 33554432"),
             ({"server": {"discover_local": 3}}, "server.discover_local: expected true or false"),
             ({"server": {"host_names": ["gpu"]}}, "server.host_names: expected a string, got"),
         ],
@@ -1154,6 +1196,179 @@ class TestConfig:
     def test_a_mistake_names_the_file_the_path_and_what_was_expected(self, tree, words):
         error = refused(ogx.config_from_json, tree, "my.json", {})
         assert words in error.message
+
+    def provider(self, environ=None, kind="openai-compatible", **settings):
+        """The provider of a file with these settings."""
+        settings = {"base_url": "http://h:1/v1", **settings}
+        entry = {"provider_id": "p", "provider_type": f"remote::{kind}", "config": settings}
+        return self.build(environ, providers={"inference": [entry]}).providers[0]
+
+    def started(self, **environ):
+        """The only provider that variables switch on."""
+        (built,) = ogx.config_from_json(ogx.starter_config(), "starter", environ).providers
+        return built
+
+    @pytest.mark.parametrize("key", ["k-1\r", "k-1\r\n", "\n k-1\t", ' "k-1"\n', "'k-1'"])
+    def test_what_files_and_shells_leave_around_a_key_is_no_part_of_it(self, key):
+        assert self.provider(api_key=key).api_key == "k-1"
+        assert self.started(OPENAI_API_KEY=key).api_key == "k-1"
+
+    @pytest.mark.parametrize("key", ["k 1", "k\n1", "k\u20111", "k\x001", "\u201ck-1\u201d"])
+    def test_what_stands_inside_a_key_is_a_mistake_of_its_variable(self, key):
+        error = refused(self.started, OPENAI_API_KEY=key)
+        assert error.message == "OPENAI_API_KEY: expected a key of printable ASCII without spaces"
+
+    @pytest.mark.parametrize(
+        "url", ["http://h:1/v1 ", '"http://h:1/v1"', " 'http://h:1'\r\n", "h:1", "h:1/v1/"]
+    )
+    def test_what_is_around_a_url_is_no_part_of_it(self, url):
+        assert self.provider(base_url=url).base_url == "http://h:1/v1"
+        assert self.started(OPENAI_API_KEY="k", OPENAI_BASE_URL=url).base_url == "http://h:1/v1"
+
+    @pytest.mark.parametrize(
+        "url", ["ftp://h", "api.test/v1", "http://a b/v1", "http://h:99999", "http://", "http://[x"]
+    )
+    def test_a_wrong_url_is_told_with_its_variable(self, url):
+        error = refused(self.started, OPENAI_API_KEY="k", OPENAI_BASE_URL=url)
+        assert error.message == ("OPENAI_BASE_URL: expected a URL like http://localhost:8000/v1, "
+                                 f"got {json.dumps(url)}")  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("settings", "environ", "place"),
+        [
+            ({"base_url": "${env.HERE|THERE}"}, {"THERE": "ftp://h"}, "THERE"),
+            ({"base_url": "https://${env.REGION:=eu}.test"}, {"REGION": "a b"}, "REGION"),
+            ({"verify": "${env.CHECK:=true}"}, {"CHECK": "maybe"}, "CHECK"),
+            ({"dialect": "${env.SPEAK}"}, {"SPEAK": "latin"}, "SPEAK"),
+            ({"headers": {"x-a": "${env.A}"}}, {"A": "a\u00e9"}, "A"),
+            # Near misses: nothing of these came from a variable.
+            ({"base_url": "ftp://h"}, {"B": "ftp://h"},
+             "my.json: providers.inference[0].config.base_url"),
+            ({"dialect": "${env.SPEAK:=latin}"}, {},
+             "my.json: providers.inference[0].config.dialect"),
+            ({"verify": "${env.CHECK:+maybe}"}, {"CHECK": "1"},
+             "my.json: providers.inference[0].config.verify"),
+        ],
+    )  # fmt: skip
+    def test_a_wrong_value_is_told_where_the_user_wrote_it(self, settings, environ, place):
+        error = refused(self.provider, environ, **settings)
+        assert error.message.startswith(f"{place}: expected ")
+
+    @pytest.mark.parametrize(
+        ("url", "shown"),
+        [
+            ("https://me.openai.azure.com/openai/v1?api-version=2024&code=s3cret",
+             "https://me.openai.azure.com/openai/v1"),
+            ("https://h/v1?key=s3cret", "https://h/v1"),
+            ("https://portal.test/#/resource/s3cret", "https://portal.test/"),
+            ("http://me:s3cret@h/v1?x=1", "***@h/v1"),
+        ],
+    )  # fmt: skip
+    def test_a_portals_url_is_told_what_is_wrong_with_it(self, url, shown):
+        error = refused(self.started, OPENAI_API_KEY="k", OPENAI_BASE_URL=url)
+        assert error.message == ("OPENAI_BASE_URL: expected a URL that ends before ? and #, "
+                                 f"got {json.dumps(shown)}")  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("user", "sent", "secrets"),
+        [
+            ("me:sesame-open", "me:sesame-open", {"sesame-open"}),
+            ("me:p%40ss%2Fword", "me:p@ss/word", {"p%40ss%2Fword", "p@ss/word"}),
+            ("token-alone", "token-alone:", set()),
+            (":password", ":password", {"password"}),
+        ],
+    )
+    def test_a_user_in_the_url_is_sent_as_basic_and_never_shown(self, user, sent, secrets):
+        built = self.started(LLAMA_CPP_URL=f"http://{user}@h:8080")
+        basic = base64.b64encode(sent.encode()).decode()
+        assert built.base_url == "http://h:8080/v1"
+        assert built.headers["authorization"] == f"Basic {basic}"
+        assert {*secrets, basic} <= set(ogx.Upstream().secrets(built))
+        assert not [s for s in (*secrets, basic) if s in repr(built) + built.connection]
+
+    def test_a_user_goes_before_a_key_of_the_same_header(self):
+        assert self.provider(base_url="h:1", api_key="k").headers["authorization"] == "Bearer k"
+        built = self.provider(base_url="me:pw@h:1", api_key="k")
+        assert built.headers["authorization"] == "Basic bWU6cHc="
+        built = self.provider(base_url="me:pw@h:1", api_key="k", key_header="X-Key")
+        assert built.headers["authorization"] == "Basic bWU6cHc=" and built.headers["x-key"] == "k"
+
+    @pytest.mark.parametrize(
+        "url", ["ftp://me:s3cret@h", "http://me:s3#cret@h", "http://me:s3/cret@h", "me:s3cret@h",
+                "http://me:s3cret@h:x/v1", "http://me:s3cr\u00e9t@h", "http://me:s3 cret@h"]
+    )  # fmt: skip
+    def test_a_password_in_a_wrong_url_is_not_quoted(self, url, capsys, monkeypatch):
+        monkeypatch.setenv("OPENAI_API_KEY", "k")
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        assert ogx.main(["run"]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith("OPENAI_BASE_URL: expected a URL ") and "s3" not in told
+
+    def test_headers_of_the_users_own_go_with_every_request(self):
+        headers = {"Ocp-Apim-Subscription-Key": "${env.SUB}\r\n", "User-Agent": "Agent/1",
+                   "X-None": "${env.NONE:=}"}  # fmt: skip
+        built = self.provider({"SUB": "tenant-12345"}, api_key="k", headers=headers)
+        assert built.headers == {
+            "user-agent": "Agent/1", "accept": "application/json, text/event-stream",
+            "accept-encoding": "identity", "authorization": "Bearer k",
+            "ocp-apim-subscription-key": "tenant-12345",
+        }  # fmt: skip
+        assert "tenant-12345" in ogx.Upstream().secrets(built)
+        assert "tenant-12345" not in repr(built)
+        told = ogx.OgxError(401, "no tenant-12345").without(ogx.Upstream().secrets(built))
+        assert told.message == "no ***"
+
+    @pytest.mark.parametrize(
+        ("kind", "settings", "sent"),
+        [
+            ("openai", {}, {"authorization": "Bearer k"}),
+            ("azure", {}, {"api-key": "k"}),
+            ("messages", {}, {"authorization": "Bearer k", "x-api-key": "k"}),
+            ("openai", {"key_header": "X-Api-Key"}, {"x-api-key": "k"}),
+            ("messages", {"key_header": "Authorization"}, {"authorization": "k"}),
+            ("messages", {"key_header": "${env.NO:=}"},
+             {"authorization": "Bearer k", "x-api-key": "k"}),
+            ("openai", {"headers": {"Authorization": "Token t"}}, {"authorization": "Token t"}),
+        ],
+    )  # fmt: skip
+    def test_the_header_that_carries_the_key(self, kind, settings, sent):
+        headers = self.provider(kind=kind, api_key="k", **settings).headers
+        names = ("authorization", "api-key", "x-api-key")
+        assert {name: headers[name] for name in names if name in headers} == sent
+        without = self.provider(kind=kind, **{**settings, "headers": {}}).headers
+        assert not set(without) & set(names)
+
+    @pytest.mark.parametrize(
+        ("settings", "place"),
+        [
+            ({"headers": {"x y": "a"}}, "headers.x y"),
+            ({"headers": {"x": "a\r\nhost: b"}}, "headers.x"),
+            ({"headers": {"x\n": "a"}}, "headers.x?"),
+            ({"headers": {"x:": "a"}}, "headers.x:"),
+            ({"headers": {"": "a"}}, "headers."),
+            ({"headers": {"x": "\u20ac"}}, "headers.x"),
+            ({"headers": {"Content-Length": "0"}}, "headers.Content-Length"),
+            ({"headers": {"transfer-encoding": "chunked"}}, "headers.transfer-encoding"),
+            ({"headers": {"Host": "h"}}, "headers.Host"),
+            ({"key_header": "x key", "api_key": "s3cret"}, "key_header"),
+            ({"key_header": "Connection", "api_key": "s3cret"}, "key_header"),
+        ],
+    )
+    def test_a_header_that_cannot_be_is_refused_with_its_place(self, settings, place):
+        error = refused(self.provider, **settings)
+        assert error.message == (
+            f"my.json: providers.inference[0].config.{place}: expected a header of printable "
+            "ASCII that doesn't frame the request"
+        )
+
+    @pytest.mark.parametrize("name", ["hostname", "x-host", "connection-id", "contents"])
+    def test_headers_that_only_look_like_framing_are_sent(self, name):
+        assert self.provider(headers={name: "a"}).headers[name] == "a"
+
+    def test_headers_are_an_object_of_strings(self):
+        assert "headers: expected an object" in refused(self.provider, headers=["a"]).message
+        error = refused(self.provider, headers={"x": 5})
+        assert "headers.x: expected a string, got 5" in error.message
 
     def test_a_key_is_not_quoted_by_the_complaint_about_it(self):
         entry = {"provider_id": "a", "provider_type": "remote::openai",
@@ -1195,8 +1410,15 @@ class TestConfig:
         assert built.limits.idle_timeout == 4
         error = refused(self.build, {"OGX_IDLE_TIMEOUT": "soon"})
         assert error.message == (
-            'environment: OGX_IDLE_TIMEOUT: expected a number that isn\'t negative, got "soon"'
+            "environment: OGX_IDLE_TIMEOUT: expected a number from 0 to 999999 "
+            '(run --help tells its unit), got "soon"'
         )
+
+    @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+    def test_a_file_may_begin_with_a_byte_order_mark(self, tmp_path, mark):
+        file = tmp_path / "my.json"
+        file.write_bytes(mark + b'{"server": {"port": 9000}}')
+        assert ogx.config_from_name(str(file), {}).port == 9000
 
     def test_a_file_that_cannot_be_read_or_parsed_is_named(self, tmp_path, capsys):
         broken = tmp_path / "broken.json"
@@ -1256,6 +1478,39 @@ class TestRegistry:
         ids = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-4-5-20251001")
         registry.learn("anthropic", ogx.models_from_list(owner, [{"id": i} for i in ids]), "")
         assert registry.resolve(asked).upstream_id == upstream_id
+
+    @pytest.mark.parametrize(
+        "asked",
+        ["anthropic/claude-3-haiku", "us.anthropic.claude-haiku-4-5-20251001-v1:0",
+         "claude-haiku-4-5@20251001", "vertex_ai/claude-haiku-4-5@20251001[1m]",
+         "bedrock/eu.anthropic.claude-haiku-4-5", "anthropic:claude-haiku-4-5",
+         "openrouter/anthropic/claude-haiku-4.5",
+         "arn:aws:bedrock:eu-west-1:1:inference-profile/eu.anthropic.claude-haiku-4-5-v1:0"],
+    )  # fmt: skip
+    def test_a_claude_id_with_its_vendor_before_it_belongs_to_its_tier(self, asked):
+        registry = self.registry(tiers={"haiku": "openai/gpt-y"})
+        found = registry.resolve(asked)
+        assert (found.id, found.served) == (asked, "openai/gpt-y")
+
+    def test_a_vendor_that_is_a_provider_or_a_listed_id_goes_before_the_tier(self):
+        owner = provider("anthropic")
+        registry = ogx.Registry(config(owner, tiers={"haiku": "anthropic/claude-x"}))
+        found = registry.resolve("anthropic/claude-haiku-4-5")
+        assert (found.provider.id, found.upstream_id) == ("anthropic", "claude-haiku-4-5")
+        registry = self.registry(lists={"vllm": ["anthropic/claude-haiku-4.5"]},
+                                 tiers={"haiku": "openai/gpt-y"})  # fmt: skip
+        assert registry.resolve("anthropic/claude-haiku-4.5").served == (
+            "vllm/anthropic/claude-haiku-4.5"
+        )
+        assert registry.resolve("vllm/claude-haiku-9").served == "vllm/claude-haiku-9"
+
+    @pytest.mark.parametrize("asked", ["not-claude-haiku", "a/b-claude-3", "a/claudette", "a/opus"])
+    def test_an_id_that_only_mentions_claude_is_not_found(self, asked):
+        assert refused(self.registry().resolve, asked).status == 404
+
+    def test_a_vendors_claude_id_says_why_there_is_no_model(self):
+        error = refused(self.registry(lists={}).resolve, "anthropic/claude-haiku-4-5")
+        assert error.message == "no model to serve 'claude-haiku-4-5' (no provider lists a model)"
 
     def test_families_are_found_behind_a_prefix(self):
         owner = provider("bedrock", "https://bedrock-mantle.us-east-1.api.aws/v1")
@@ -1555,7 +1810,9 @@ class TestRequests:
             ([], "the request body: expected a JSON object, got a list"),
             ({}, "model: field required"),
             ({"model": 5}, "model: expected a string, got a whole number"),
-            ({"model": " "}, "model: expected the id of a model, got an empty string"),
+            ({"model": ""}, "model: expected 1 to 256 characters"),
+            ({"model": " "}, "model: expected 1 to 256 characters"),
+            ({"model": "m" * 257}, "model: expected 1 to 256 characters"),
             ({"model": "m"}, "messages: field required"),
             ({"model": "m", "messages": {}}, "messages: expected a list, got an object"),
             ({"model": "m", "messages": [user("x")]}, "max_tokens: field required"),
@@ -1608,6 +1865,39 @@ class TestRequests:
                                   system=None, stop_sequences=None, output_config=None,
                                   metadata={"user_id": "x" * 500}, brand_new=1))  # fmt: skip
 
+    def test_an_id_may_have_256_characters(self):
+        ogx.check_request(request(model="m" * 256))
+
+    @pytest.mark.parametrize("rest", [{}, {"output_config": None}, {"output_config": {}},
+                                      {"output_config": {"effort": "low"}}])  # fmt: skip
+    def test_the_older_output_format_is_that_of_output_config(self, rest):
+        wanted = {"type": "json_schema", "schema": {"type": "object"}}
+        body = request(output_format=wanted, **rest)
+        ogx.check_request(body)
+        assert body["output_config"] == {**(rest.get("output_config") or {}), "format": wanted}
+        assert ogx.chat_request(body, model())["response_format"]["json_schema"]
+        sent = ogx.messages_request(body, model("anthropic"))
+        assert "output_format" not in sent and sent["output_config"]["format"] == wanted
+
+    def test_the_newer_one_goes_before_the_older(self):
+        new, old = ({"type": "json_schema", "schema": {"title": t}} for t in ("new", "old"))
+        body = request(output_format=old, output_config={"format": new})
+        ogx.check_request(body)
+        assert body["output_config"]["format"] == new
+        for nothing in ({}, {"output_format": None}):
+            body = request(**nothing)
+            ogx.check_request(body)
+            assert "output_config" not in body
+
+    @pytest.mark.parametrize(
+        ("output_format", "words"),
+        [("json", "output_format: expected an object, got a string"),
+         ({"type": "json_schema"}, "output_config.format.schema: field required")],
+    )  # fmt: skip
+    def test_a_wrong_output_format_is_told(self, output_format, words):
+        error = refused(ogx.check_request, request(output_format=output_format))
+        assert words in error.message
+
     def test_counting_needs_no_max_tokens(self):
         ogx.check_request({"model": "m", "messages": [user("x")], "tools": []}, counting=True)
 
@@ -1634,6 +1924,53 @@ class TestRequests:
     def test_safeguards_are_refused_by_name_and_never_judged(self):
         body = request(safeguards=[{"type": "dangerous_tool_use"}])
         assert "safeguards" in refused(ogx.refuse_untranslatable, body).message
+
+    @pytest.mark.parametrize("name", ["mcp_servers", "container"])
+    def test_what_only_anthropics_servers_run_is_refused_by_name(self, name):
+        body = request(**{name: [{"type": "url"}]})
+        error = refused(ogx.refuse_untranslatable, body)
+        assert (error.status, error.message) == (
+            400, f"{name}: not supported by translated models"
+        )  # fmt: skip
+        ogx.refuse_untranslatable(body, native=True)  # another gateway may have it
+        for nothing in (None, []):
+            ogx.refuse_untranslatable(request(**{name: nothing}))
+
+    CLEARED = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}  # Claude Code's own
+
+    @pytest.mark.parametrize(
+        ("fields", "sent", "told"),
+        [
+            ({"inference_geo": "eu", "banana": 1}, {}, "inference_geo, banana"),
+            ({"top_k": 5}, {}, "top_k"),
+            ({"top_k": 5}, {"top_k": 5}, ""),
+            ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, {},
+             "context_management"),
+            ({"service_tier": "auto", "cache_control": {"type": "ephemeral"}, "a\x1b[2J\n": 1}, {},
+             "service_tier, cache_control, a?[2J?"),
+            ({f"x{n}" + "y" * 99: n for n in range(50)}, {},
+             ", ".join(f"x{n}" + "y" * 38 for n in range(10))),
+            # Near misses: taken, or of no consequence.
+            ({"context_management": CLEARED, "betas": ["a"]}, {}, ""),
+            ({"container": None, "banana": None}, {}, ""),
+            ({"temperature": 1, "top_p": 1, "stream": True, "thinking": {"type": "adaptive"},
+              "metadata": {"user_id": "u"}, "tools": [], "tool_choice": {"type": "auto"},
+              "stop_sequences": ["x"], "system": "s", "output_config": {}, "output_format": {}},
+             {}, ""),
+        ],
+    )  # fmt: skip
+    def test_what_a_translated_request_leaves_out_is_named(self, fields, sent, told):
+        assert ogx.dropped_names(request(**fields), sent, False) == told
+
+    def test_what_claude_code_always_sends_is_named_on_demand(self):
+        body = request(context_management=self.CLEARED, betas=["a"], banana=1)
+        assert ogx.dropped_names(body, {}, True) == "context_management, betas, banana"
+
+    def test_no_request_of_claude_codes_is_told_to_lose_anything(self):
+        body = request(metadata={"user_id": "{}"}, thinking={"type": "adaptive"}, stream=True,
+                       context_management=self.CLEARED, output_config={"effort": "high"},
+                       system=[text("s")], tools=[tool()])  # fmt: skip
+        assert ogx.dropped_names(body, ogx.chat_request(body, model()), False) == ""
 
     def test_the_billing_header_is_no_part_of_the_system_prompt(self):
         blocks = [text("x-anthropic-billing-header: cc_version=1;"), text("You are"), text("a bot")]
@@ -1877,7 +2214,7 @@ class TestRequests:
             ogx.check_request(request(model=model_id))
         else:
             error = refused(ogx.check_request, request(model=model_id))
-            assert error.status == 400 and error.message.startswith("model: expected at most 256")
+            assert error.status == 400 and error.message.startswith("model: expected 1 to 256")
 
 
 # Texts with their tokens in OpenAI's o200k_base, as .ci/o200k.cjs counts them.
@@ -3572,6 +3909,86 @@ class TestMessages:
         sent = ogx.messages_request(body, ogx.Model("m", owner, "m"))["messages"]
         assert json.dumps(sent).count("An image was here: image/png") == 2
 
+    def test_words_for_an_image_are_one_with_the_texts_around_them(self):
+        kind = dataclasses.replace(ogx.PROVIDER_KINDS["zai"], images=False)
+        owner = dataclasses.replace(provider("zai"), kind=kind)
+        body = request(user([result("a", [text("b"), image(), text("c")])]))
+        (block,) = ogx.messages_request(body, ogx.Model("m", owner, "m"))["messages"][0]["content"]
+        assert block["content"] == [text("b\n[An image was here: image/png, 1 kB]\nc")]
+
+    SYSTEM = ({"role": "system", "content": "notes.txt changed"},
+              {"role": "system", "content": [text("a"), text("b")]})  # fmt: skip
+
+    @staticmethod
+    def reminder(words):
+        return text(f"<system-reminder>\n{words}\n</system-reminder>")
+
+    def sent(self, *messages, kind="vllm"):
+        return ogx.messages_request(request(*messages), model(kind))["messages"]
+
+    @pytest.mark.parametrize("kind", ["vllm", "ollama", "zai", "messages", "bedrock"])
+    def test_system_messages_are_marked_text_of_the_user_elsewhere(self, kind):
+        first, second = self.SYSTEM
+        sent = self.sent(user("go"), first, assistant([call("1")]), second, user([result("1")]),
+                         kind=kind)  # fmt: skip
+        assert sent == [
+            user([text("go"), self.reminder("notes.txt changed")]),
+            assistant([call("1")]), user([result("1"), self.reminder("a\n\nb")]),
+        ]  # fmt: skip
+
+    def test_the_next_turn_begins_as_the_last_one_ended(self):
+        history, before = [], []
+        for n in range(4):
+            history += [user([result(str(n - 1))]) if n else user("go"),
+                        {"role": "system", "content": f"{n} tokens left"}]  # fmt: skip
+            sent = self.sent(*history)
+            assert sent[: len(before)] == before and sent[-1]["role"] == "user"
+            before = sent
+            history += [assistant([call(str(n))])]
+
+    def test_a_system_message_that_was_for_one_turn_is_left_out_after_it(self):
+        note = {"role": "system", "content": "now", "clear_at": "next_user_message"}
+        assert self.sent(user("a"), note)[0]["content"][-1] == self.reminder("now")
+        sent = self.sent(user("a"), note, assistant("b"), user("c"))
+        assert "system-reminder" not in json.dumps(sent)
+
+    @pytest.mark.parametrize(
+        ("content", "told"),
+        [
+            ([text("one"), text("two")], [text("one\ntwo")]),
+            ([text("a"), text("b"), image(), text("c"), {**text("d"), "cache_control": {"x": 1}}],
+             [text("a\nb"), image(), {**text("c\nd"), "cache_control": {"x": 1}}]),
+            ([text(""), text("a")], [text("\na")]),
+            # Near misses
+            ([text("a")], [text("a")]), ([text("a"), image(), text("b")],) * 2,
+            ("words", "words"), (None, None), ([], []), ([image(), image()],) * 2,
+        ],
+    )  # fmt: skip
+    def test_texts_of_a_result_that_stand_together_are_one_elsewhere(self, content, told):
+        messages = [assistant([call("1")]), user([result("1", content), text("x"), text("y")])]
+        assert self.sent(*messages)[1] == user([result("1", told), text("x"), text("y")])
+        assert self.sent(*messages, kind="anthropic") == messages
+
+    def test_many_texts_are_joined_in_a_moment(self):
+        many = [text("a")] * 100_000
+        seconds = min(self.seconds_to_join(many) for _ in range(3))
+        assert seconds < 40 * min(self.seconds_to_join(many[:10_000]) for _ in range(3))
+
+    def seconds_to_join(self, texts):
+        body, began = request(user([result("1", texts)])), time.process_time()
+        ogx.messages_request(body, model("vllm"))
+        return time.process_time() - began
+
+    def test_anthropic_gets_system_messages_where_they_stand(self):
+        messages = [user("go"), *self.SYSTEM]
+        assert self.sent(*messages, kind="anthropic") == messages
+
+    def test_what_needs_no_change_keeps_the_clients_bytes(self):
+        body = request(user("a"), assistant([call("1")]), user([result("1", [text("b")])]))
+        raw = json.dumps(body).encode()
+        sent = ogx.with_model(raw, body, ogx.messages_request(body, model("vllm")))
+        assert sent == raw.replace(b"openai/gpt-x", b"gpt-x", 1)
+
     @pytest.mark.parametrize(
         ("kind", "fields", "lost"),
         [
@@ -4669,7 +5086,7 @@ class TestLog:
             if words.startswith("log."):
                 handler = ast.unparse(node.args[0]) if words == "log.addHandler" else ""
                 assert handler == "logging.NullHandler()" or words.split(".")[1] in (
-                    "debug", "info", "warning", "exception", "log")  # fmt: skip
+                    "debug", "info", "warning", "exception", "log", "isEnabledFor")  # fmt: skip
 
 
 class TestStore:
@@ -5794,6 +6211,40 @@ class TestUpstream:
         error = refused(self.sent, ogx.Upstream(), owner)
         assert "can't read its ca_file /no/such.pem" in error.message
 
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    @pytest.mark.parametrize("name", ["{}_proxy", "{}_PROXY"])
+    def test_a_dead_proxy_is_named_and_its_password_is_not(self, monkeypatch, scheme, name):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            dead = f"127.0.0.1:{free.getsockname()[1]}"
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.setenv(name.format(scheme if "p" in name[2:] else scheme.upper()),
+                           f"http://me:s3cret@{dead}")  # fmt: skip
+        url = f"{scheme}://models.test/v1"
+        error = refused(self.sent, ogx.Upstream(), provider(url=url))
+        assert (error.status, error.message) == (
+            502, f"can't reach openai at {url} through {scheme.upper()}_PROXY, {dead}: "
+                 "connection refused; is the server running there?",
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "socks5h://h:1", "SOCKS4://h"])
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    def test_socks_is_said_not_to_be_spoken(self, monkeypatch, scheme, proxy):
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.setenv(f"{scheme}_proxy", proxy)
+        owner = provider(url=f"{scheme}://models.test/v1")
+        error = refused(self.sent, ogx.Upstream(), owner)
+        assert (error.status, error.message) == (
+            502, f"{scheme.upper()}_PROXY names a SOCKS proxy; ogx.py speaks to HTTP proxies alone"
+        )  # fmt: skip
+        assert error.headers == {"x-should-retry": "false"}  # it gets no better by itself
+
+    @pytest.mark.parametrize("proxy", ["http://socks5.test:1", "socks.test:1080", ""])
+    def test_a_proxy_that_only_sounds_like_socks_is_used(self, monkeypatch, proxy):
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.setenv("http_proxy", proxy)
+        found = ogx.proxy_of("http", "models.test")
+        assert (found.scheme if found else None) == ("http" if proxy else None)
+
     def test_loopback_never_goes_through_a_proxy(self, monkeypatch):
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
         monkeypatch.delenv("no_proxy", raising=False)
@@ -6314,7 +6765,7 @@ class TestGateway:
                 assert status == 200 and b'"type":"error"' in told
             assert len(upstream.seen) == len(others) + 2
 
-    @pytest.mark.parametrize("field", ["thread", "safeguards"])
+    @pytest.mark.parametrize("field", ["thread", "safeguards", "mcp_servers", "container"])
     def test_what_is_refused_by_us_is_served_without_it(self, field):
         with gateway_over() as (client, _):
             assert client.post(request(**{field: [{"type": "x"}]}))[0] == 400
@@ -6520,7 +6971,7 @@ class TestGateway:
         assert [item.get("type") for item in responses(body)["input"]] == [None, "message", None]
         sent = ogx.messages_request(body, model("anthropic"))["messages"][1]["content"]
         assert sent == [text("ok")]
-        assert ogx.messages_request(body, model("vllm"))["messages"] is body["messages"]
+        assert ogx.messages_request(body, model("vllm"))["messages"] == body["messages"]
 
     def test_half_surrogate_pairs_go_nowhere(self):
         raw = json.dumps(request(user([text("a\ud83d b\ude00 \U0001f600")]), model="vllm/gpt-x",
@@ -6553,7 +7004,8 @@ class TestGateway:
         body = request(user("a"), assistant(ours, theirs, unsigned, text("b")), user("c"))
         sent = ogx.messages_request(body, model("anthropic"))["messages"]
         assert sent[1]["content"] == [theirs, text("b")] and sent[0] is body["messages"][0]
-        assert ogx.messages_request(body, model("vllm"))["messages"] is body["messages"]
+        sent = ogx.messages_request(body, model("vllm"))["messages"]
+        assert all(one is other for one, other in zip(sent, body["messages"]))
 
     def test_a_native_refusal_teaches_too(self):
         refusal = (400, {"type": "error", "error": {"type": "invalid_request_error", "message":
@@ -6788,7 +7240,7 @@ class TestGateway:
             headers = client.post(request(model="openai/" + "x" * 249))[1]
             status, _, answer = client.post(request(model="openai/" + "x" * 250))
         assert len(headers["x-ogx-served"]) == 256
-        assert status == 400 and "model: expected at most 256 characters" in json.dumps(answer)
+        assert status == 400 and "model: expected 1 to 256 characters" in json.dumps(answer)
 
     def test_count_tokens(self):
         with gateway_over() as (client, upstream):
@@ -6894,6 +7346,132 @@ class TestGateway:
             data = client.post(request(model="vllm/gpt-x", stream=True))[2]
         events = read_events(data)
         assert events[-1]["type"] == "error" and events[-2]["type"] != "message_stop"
+
+    def test_mcp_servers_are_another_gateways_to_refuse(self):
+        with self.native(native_message(), kind="messages") as (client, upstream):
+            body = request(model="messages/gpt-x", mcp_servers=[{"type": "url", "url": "u"}])
+            assert client.post(body)[0] == 200
+            assert upstream.seen[0]["mcp_servers"] == body["mcp_servers"]
+
+    def test_the_older_output_format_arrives_by_its_newer_name(self):
+        wanted = {"type": "json_schema", "schema": {"type": "object"}}
+        with self.native(native_message()) as (client, upstream):
+            assert client.post(request(model="vllm/gpt-x", output_format=wanted))[0] == 200
+        assert upstream.seen[0]["output_config"] == {"format": wanted}
+        assert "output_format" not in upstream.seen[0]
+
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_a_password_that_an_upstream_quotes_is_hidden(self, stream):
+        environ = {"LLAMA_CPP_URL": "http://me:p%40ss%2Fword@127.0.0.1:1"}
+        (built,) = ogx.config_from_json(ogx.starter_config(), "starter", environ).providers
+        basic = built.headers["authorization"].split()[1]
+        words = f"wrong: p@ss/word, p%40ss%2Fword, {basic}"
+        with FakeUpstream((401, {"error": {"message": words}})) as upstream, serving(
+            dataclasses.replace(built, base_url=upstream.url)
+        ) as client:
+            body = client.post(request(model="llama-cpp/m", stream=stream))[2]
+            assert upstream.heads[0][1]["authorization"] == f"basic {basic.lower()}"
+        assert "wrong: ***, ***, ***" in body["error"]["message"]
+
+    @pytest.mark.parametrize("level", ["INFO", "DEBUG"])
+    def test_the_log_names_what_a_translated_request_left_out(self, caplog, level):
+        usual = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+        body = request(banana=1, top_k=5, context_management=usual)
+        with gateway_over() as (client, _), caplog.at_level(level):
+            assert client.post(body)[0] == client.post({**body, "stream": True})[0] == 200
+            until(lambda: caplog.text.count("total") == 2)
+        named = "banana, top_k" + ", context_management" * (level == "DEBUG")
+        assert caplog.text.count(f"dropped: {named}\n") == 2
+
+    def test_the_log_names_nothing_where_all_is_handed_on(self, caplog):
+        with self.native(native_message()) as (client, _), caplog.at_level("DEBUG"):
+            assert client.post(request(model="vllm/gpt-x", banana=1, top_k=5))[0] == 200
+            until(lambda: "total" in caplog.text)
+        assert "dropped" not in caplog.text
+
+    # -- nothing that a client can name makes anything grow
+
+    MOST = 1_000  # entries of any container
+
+    def containers(self, *roots, passed_over=()):
+        """(name, size) of every container that can be reached from objects of ogx.py."""
+        plain, seen = (dict, list, tuple, set, frozenset), set()
+        waiting = [(type(root).__name__, root) for root in roots]
+        while waiting:
+            name, node = waiting.pop()
+            if id(node) in seen or isinstance(node, passed_over):
+                continue
+            seen.add(id(node))
+            if isinstance(node, (*plain, collections.deque, weakref.WeakSet)):
+                yield name, len(node)
+                inner = [*node, *node.values()] if isinstance(node, dict) else list(node)
+                waiting += [(f"{name}[]", value) for value in inner]
+            if type(node).__module__ == ogx.__name__:
+                fields = dict(getattr(node, "__dict__", {}))
+                waiting += [(f"{name}.{key}", value) for key, value in fields.items()]
+
+    def assert_bounded(self, client, most=MOST):
+        kept = (ogx.Store, ogx.Lessons, ogx.Ratios)  # with bounds of their own
+        server, gateway = client.server, client.gateway
+        roots = (gateway, gateway.registry, gateway.upstream, server, server.relay)
+        of_the_file = [v for v in vars(ogx).values() if isinstance(v, (list, tuple, dict))]
+        sizes = list(self.containers(*roots, of_the_file, passed_over=kept))
+        found = {name.rpartition(".")[2] for name, _ in sizes}
+        assert {"_refused", "_resting", "uncounted", "_proxies", "_tls", "running"} <= found
+        assert [(name, size) for name, size in sizes if size > most] == []
+        caches = [value for value in vars(ogx).values() if hasattr(value, "cache_info")]
+        assert caches and all(0 < (c.cache_info().maxsize or 0) <= 1 << 16 for c in caches)
+
+    def test_10_000_made_up_ids_hosts_sessions_and_tokens_leave_nothing(self, caplog):
+        caplog.set_level("ERROR", "ogx")  # each line would be kept
+
+        def answer_all(fake, connection):
+            answer = json.dumps({"choices": [{"message": {"content": "a"},
+                                              "finish_reason": "stop"}]}).encode()  # fmt: skip
+            head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(answer)
+            data = b"."
+            while data:
+                connection.sendall(head + answer)
+                data = connection.recv(1 << 16)
+
+        with gateway_over(answer_all) as (client, _), socket.create_connection(
+            ("127.0.0.1", client.port), timeout=60
+        ) as sock:
+            reader = sock.makefile("rb")
+            for first in range(0, 10_000, 100):
+                sock.sendall(b"".join(map(self.made_up, range(first, first + 100))))
+                for _ in range(100):
+                    assert reader.readline().split()[1] == b"200"
+                    head = dict(iter(lambda: reader.readline().strip().partition(b": ")[::2],
+                                     (b"", b"")))  # fmt: skip
+                    reader.read(int(head[b"content-length"]))
+            self.assert_bounded(client)
+
+    @staticmethod
+    def made_up(n):
+        data = json.dumps(request(f"prompt {n}", model=f"openai/m{n}", metadata={
+            "user_id": json.dumps({"session_id": f"s{n}"})})).encode()  # fmt: skip
+        path = "/v1/messages" if n % 5 == 0 else "/v1/messages/count_tokens"  # which is quicker
+        return (f"POST {path}?n={n} HTTP/1.1\r\nhost: 127.{n >> 8}.{n & 255}.1\r\n"
+                f"authorization: Bearer t{n}\r\nx-claude-code-session-id: s{n}\r\n"
+                f"content-length: {len(data)}\r\n\r\n").encode() + data  # fmt: skip
+
+    def test_refusals_of_many_prompts_are_forgotten_the_oldest_first(self):
+        gateway = ogx.Gateway(config(provider()))
+        error = ogx.OgxError(400, "no", refusal=ogx.Refusal(400, "no"))
+        for key in range(1000):
+            gateway._note_refusal(key, error, ogx.Exchange("r"))
+        assert list(gateway._refused) == list(range(1000 - ogx.KEPT, 1000))
+        gateway._note_refusal(999, error, ogx.Exchange("r"))
+        assert gateway._refused[999][0] > 0 and len(gateway._refused) <= ogx.KEPT
+
+    def test_targets_that_rest_are_forgotten_the_oldest_first(self):
+        busy = (503, {"error": {"message": "busy"}})
+        targets = tuple(f"openai/m{n}" for n in range(ogx.KEPT + 9))
+        chain = ogx.Alias("best", "all", targets[0], targets)
+        with gateway_over(*[busy] * len(targets), aliases=[chain]) as (client, _):
+            assert client.post(request(model="best"))[0] == 503
+            assert tuple(client.gateway._resting) == targets[-ogx.KEPT :]
 
     def test_threads_are_refused_natively_too_but_for_anthropic(self):
         with self.native() as (client, upstream):
@@ -7298,7 +7876,7 @@ class TestGateway:
             ({"model_id": "a\n"}, 400, "model_id: expected"),
             ({"model_id": "\ud800"}, 400, "model_id: expected"),
             ({"model_id": "a" * 257}, 400, "model_id: expected"),
-            ({"model_id": "a", "provider_id": "x"}, 400, "no provider 'x'; there is: openai"),
+            ({"model_id": "a", "provider_id": "x"}, 400, "a configured provider (all, openai)"),
             ({"model_id": "a", "model_type": "embedding"}, 400, 'model_type: expected "llm"'),
             ({"model_id": "openai/gpt-x"}, 409, "is a provider's own id"),
             ({"model_id": "a", "provider_model_id": "a" * 257}, 400, "provider_model_id: expected"),
@@ -7606,8 +8184,10 @@ class TestServer:
         ("path", "status", "words"),
         [
             ("/v1/v1/messages", 404, "the base URL should end without /v1"),
-            ("/v1/messages/batches", 404, "batches and files are not served"),
-            ("/v1/files", 404, "batches and files are not served"),
+            ("/v1/messages/batches", 404, "batches, files and skills are not served"),
+            ("/v1/messages/batches/msgbatch_1/cancel", 404, "batches, files and skills are not"),
+            ("/v1/files", 404, "batches, files and skills are not served"),
+            ("/v1/skills?beta=true", 404, "batches, files and skills are not served"),
             ("/v1/complete", 404, "/v1/complete not found; ogx.py serves /v1/messages"),
         ],
     )
@@ -7997,6 +8577,33 @@ class TestServer:
         with gateway_over() as (client, _):
             fetched = {"sec_fetch_site": "cross-site", "sec_fetch_mode": mode}
             assert client.ask(method, path, **fetched)[0] == status
+    @pytest.mark.parametrize("path", ["/v1/files?beta=true", "/v1/messages/batches", "/v1/skills",
+                                      "/v1/files/file_1/content"])  # fmt: skip
+    @pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "application/json",
+                                      "application/x-www-form-urlencoded"])  # fmt: skip
+    def test_an_upload_is_refused_by_its_path(self, path, kind):
+        with gateway_over() as (client, _):
+            status, _, body = client.post(b"--x\r\n", path, content_type=kind)
+            assert status == 404 and "are not served by ogx.py" in body["error"]["message"]
+            assert client.post(request())[0] == 200
+
+    @pytest.mark.parametrize("path", ["/v1/messages", "/v1/models", "//v1/messages"])
+    def test_a_form_for_another_path_is_refused_by_its_type(self, path):
+        with gateway_over() as (client, _):
+            assert client.post(b"--x\r\n", path, content_type="multipart/form-data")[0] == 415
+
+    def test_an_upload_needs_the_token_first(self):
+        server = ogx.Server(ogx.Gateway(config(ogx.DEMO_PROVIDER)), "127.0.0.1", 0, "s3cret")
+        server.start(poll=0.01)
+        try:
+            for token, status in (("no", 401), ("s3cret", 404)):
+                client = Client(server)
+                asked = client.post(b"x", "/v1/files", x_api_key=token,
+                                    content_type="multipart/form-data")  # fmt: skip
+                client.connection.close()
+                assert asked[0] == status
+        finally:
+            server.stop()
 
     def test_bound_to_another_address_only_addresses_and_configured_names_may_come_in(self):
         assert ogx.host_allowed("192.168.1.5:8321", "0.0.0.0")

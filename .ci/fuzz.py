@@ -248,7 +248,7 @@ def request_check(chance: random.Random) -> bytes:
 
 def written(request: ogx.Json, provider: ogx.Provider, dialect: ogx.Dialect) -> bytes:
     """The request as the gateway sends it."""
-    if not provider.kind.keeps_billing_header:
+    if not provider.kind.is_anthropic:
         ogx.refuse_untranslatable(request)
     model = ogx.Model("p/m", provider, "gpt-5")
     return ogx.json_bytes(dialect.finished(dialect.request(request, model)))
