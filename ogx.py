@@ -94,7 +94,13 @@ ERROR_TYPES = {  # Anthropic's error types by status (OpenAPI of the Messages AP
 MIN_SECRET = 8  # characters of a key worth hiding; shorter ones are dummies, and words of any text
 # What AWS says with status 403 when it's the credentials that are wrong, not what they may do.
 WRONG_KEY = "(?i)security token|bearer token|authentication|signature"
+# A quotation of four words or more is a user's or a model's text, but behind such a key.
+QUOTATION = re.compile(r"""(\b(?:message|msg|error|detail)\\?['"]\s?:\s?\\?)?(?<!\w)"""
+                       r"""(['"`])(?:[^\s'"`]{1,40}\s){3}.*?(?:\2(?!\w)|\Z)""", re.S)  # fmt: skip
 BAD_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, half characters
+NO_MONEY = (r"(?i)\b(insufficient|not enough|too low|out of|used all)\b(?! permis).{0,30}\b(balance|"
+            r"credit|fund)|\b(balance|credits?|funds?)\b.{0,30}(insufficient|not enough|too low)|"
+            r"\brecharg|\barrears|\btop[ -]up\b")  # fmt: skip
 CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 
 
@@ -138,9 +144,10 @@ class Refusal:
     code: str = ""
     param: str = ""
 
-    @property
+    @functools.cached_property
     def words(self) -> str:
-        return f"{self.message} {self.param}"  # some gateways move the sentence into `param`
+        """What it says, but for quotations; some gateways move the sentence into `param`."""
+        return QUOTATION.sub(lambda m: m[0] if m[1] else "''", f"{self.message} {self.param}")
 
 
 def refusal_from_body(status: int, body: bytes) -> Refusal:
@@ -207,7 +214,8 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
     told = {k: headers[k] for k in ("retry-after",) if k in headers}
     wrong_key = refusal.status == 403 and re.search(WRONG_KEY, refusal.message)
     status = 401 if wrong_key else refusal.status if 400 <= refusal.status <= 599 else 502
-    out_of_money = status in (400, 403) and re.search("credit balance|billing", refusal.message)
+    out_of_money = re.search(NO_MONEY, refusal.words) or (
+        status in (400, 403) and "billing" in refusal.message)
     out_of_quota = status == 429 and "quota" in refusal.code
     kind = "billing_error" if out_of_money or out_of_quota else ""
     if kind or status in (401, 402, 403):
@@ -1335,14 +1343,16 @@ def block_text(block: Json) -> str:
 
 
 def without_keyword(tree: Any, keyword: str) -> Any:
-    """JSON without a field or, in a schema, a keyword, wherever it stands as one."""
+    """JSON without a field or, in a schema, a keyword, wherever it stands as one: not as the name
+    of a property or an argument."""
     if isinstance(tree, list):
         return [without_keyword(item, keyword) for item in tree]
     if not isinstance(tree, dict):
         return tree
     return {
         name: {k: without_keyword(v, keyword) for k, v in value.items()}
-        if name == "properties" and isinstance(value, dict) else without_keyword(value, keyword)
+        if name == "properties" and isinstance(value, dict) else
+        value if name == "input" else without_keyword(value, keyword)
         for name, value in tree.items() if name != keyword}  # fmt: skip
 
 
@@ -2529,6 +2539,9 @@ def finished_messages(body: Json) -> Json:
     """The body with a thinking budget below the output limit, which a lesson may have lowered."""
     thinking, limit = body.get("thinking") or {}, body.get("max_tokens")
     budget = thinking.get("budget_tokens")
+    if budget == 0 and isinstance(limit, int):
+        budget = max(1024, limit // 2)
+        body = {**body, "thinking": {**thinking, "budget_tokens": budget}}
     if not isinstance(budget, int) or not isinstance(limit, int) or budget < limit:
         return body
     if limit > 1024:  # the least that Anthropic takes
@@ -2648,7 +2661,7 @@ def responses_request(request: Json, model: Model) -> Json:
         if item.get("role") == "assistant":  # OpenAI's types want an id; unstored, any will do
             item["id"] = f"msg_{place}"
     told = {"instructions": "\n\n".join(filter(None, (system_text(request), note))),
-            "prompt_cache_key": conversation_key(request), "stream": request.get("stream")}
+            "prompt_cache_key": conversation_key(request), "stream": request.get("stream") or bool(kind.stream_above)}
     body.update({name: value for name, value in told.items() if value})
     body.update(flat_tool_fields(request, names, kind))
     body.update({n: request[n] for n in ("temperature", "top_p") if request.get(n) is not None})
@@ -2939,6 +2952,11 @@ ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "limit": lambda effort, most: min(effort, most, key=EFFORT_LADDER.index),
     "lift": lambda effort, least: max(effort, least, key=EFFORT_LADDER.index),
     "unschema": lambda tools, keyword: without_keyword(tools, keyword),
+    "unlist": lambda told, names: ",".join(
+        name for name in told.split(",") if name.strip() not in names.split(",")),
+    # A budget of 0 becomes half of the output limit.
+    "retype": lambda thinking, kind: thinking if thinking.get("type") == "disabled" else (
+        {"type": kind, "budget_tokens": 0} if kind == "enabled" else {"type": kind}),
     "again": lambda value, _: value,
 }
 LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
@@ -2946,50 +2964,41 @@ LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 OPTIONAL_FIELDS = ("temperature", "top_p", "top_k", "stop", "stream_options", "reasoning_effort",
                    "parallel_tool_calls", "response_format", "tool_choice", "prompt_cache_key",
                    "store", "include", "stop_sequences", "thinking", "output_config", "metadata",
-                   "context_management", "max_tool_calls")  # fmt: skip
+                   "context_management", "max_tool_calls", "service_tier")  # fmt: skip
 # Keywords that constrain without being needed to fill in a call.
 SCHEMA_KEYWORDS = ("propertyNames", "exclusiveMinimum", "exclusiveMaximum", "additionalProperties",
                    "patternProperties", "pattern", "format", "default", "const", "minLength",
                    "maxLength", "minItems", "maxItems", "uniqueItems", "minimum", "maximum",
                    "$schema", "title", "examples")  # fmt: skip
-RENAMED_LIMIT = r"['`\"]?(max_\w*tokens)['`\"]?.{0,60}[Uu]se ['`\"]?(max_\w*tokens)"
 LEAST_LIMIT = r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)"
-UNSUPPORTED = (r"(?i)unsupported|not supported|unrecognized|unknown|unexpected|does not support|"
-               r"not permitted|extra (fields|inputs)")  # fmt: skip
-# Seen live: vLLM's. The others are from issue threads; DeepSeek's and Anthropic's from memory.
-OUTPUT_LIMITS = (
-    r"supports at most (\d+) (?:completion|output) tokens",  # OpenAI
-    r"\d+ > (\d+), which is the maximum allowed number of output tokens",  # Anthropic
-    r"max_tokens.{0,80}less than or equal to `?(\d+)",  # Groq
-    r"model limit of (\d+)",  # Bedrock
-    r"max_tokens\D{0,60}\[1, ?(\d+)\]",  # DeepSeek
-    r"max_model_len=(\d+)",  # vLLM 0.33
-    r"expected a value <= (\d+)",  # Volcano
-)
-# (limit, prompt, asked for): the prompt fits, prompt and output together don't.
-ROOM_LEFT = (
-    r"context length is (?P<limit>\d+) tokens.*?\((?P<prompt>\d+) in the messages",
-    r"context length is (?P<limit>\d+) tokens and your request has (?P<prompt>\d+) input",
-    r"exceed context limit: (?P<prompt>\d+) \+ \d+ > (?P<limit>\d+)",
-    r"must be <= (?P<limit>\d+)\. Given: (?P<prompt>\d+) `inputs`")  # fmt: skip
-# Seen live: vLLM's and llama.cpp's. The others are from issue threads; xAI's, Groq's, Bedrock's and
-# Mistral's from memory.
-OVERFLOWS = (
-    r"context length is (?P<limit>\d+) tokens\. However, your messages resulted in (?P<prompt>\d+)",
-    r"context length is (?P<limit>\d+) tokens\. However, your prompt contains (?:at least )?"
-    r"(?P<prompt>\d+) input tokens",
-    r"context length is (?P<limit>\d+) tokens.*?\((?P<prompt>\d+) in the messages",
-    r"Input length \((?P<prompt>\d+)\) exceeds model's maximum context length \((?P<limit>\d+)\)",
-    r"limit of (?P<limit>\d+) tokens\. Your messages resulted in (?P<prompt>\d+) tokens",
-    r"input token count \((?P<prompt>\d+)\) exceeds the maximum number of tokens allowed "
-    r"\((?P<limit>\d+)\)",
-    r"request \((?P<prompt>\d+) tokens\) exceeds the available context size \((?P<limit>\d+)",
-    r"Current length is (?P<prompt>\d+) while limit is (?P<limit>\d+)",
-    r"maximum prompt length is (?P<limit>\d+) but the request contains (?P<prompt>\d+)",
-    r"Request too large for model.*Limit (?P<limit>\d+), Requested (?P<prompt>\d+)",
-    r"Prompt contains (?P<prompt>\d+) tokens.*?(?P<limit>\d+) maximum context length",
-    r"context_length_exceeded|exceeds the context window|[Ii]nput is too long|"
-    r"exceed_context_size|maximum context length|prompt is too long")  # fmt: skip
+UNSUPPORTED = (r"(?i)unsupported|unrecognized|unknown|unexpected|does not (support|match)|"
+               r"not (supported|permitted|allowed)|extra (fields|inputs)|deprecated|invalid beta")
+ADVICE = r"(?i)(?<!n't )(?<!not )\b(?:use|did you mean)\b(?! of)(?:[^.;]|\.\w)*"
+# Where a name, the #, is a field's even if it's an English word.
+NAMED = (r"(?i)[`'\"]#|\b(?:parameter|argument|field)s?\b(?:[^.:#]{0,30}:)?\W{0,3}#|"
+         "#:? (?:parameter|argument|field|extra)")  # fmt: skip
+EXTRA = r"(?<![\w.])([a-z]\w*)(?:\.\w+)*\.(\w+): Extra inputs"
+LISTED = (r"(?is).*\b(?:one of|(?:should|must) be|only supports?|(?:supported|allowed|valid|available|"
+          r"expected)(?: \w+)?(?: are| is|:))\W(.+)")  # fmt: skip
+BETAS = "anthropic-beta"  # a header, but for lessons it's a field like others
+# Lengths. Wordings change monthly: a refusal is about the window where it tells of CONTEXT and
+# TOO_LONG or, in one sentence, of PROMPT, TOO_LONG and BOUND, but of no OTHERS.
+CONTEXT = (r"(?i)(?<![a-z])context(?![\W_]{0,3}(?:deadline|cancel|manag|=))|prompt (?:is )?too long|"
+           "request too large for model")  # the last is Groq's, about tokens per minute
+TOO_LONG = (r"(?i)exceed|too (?:long|large|big|many)|(?:greater|longer|larger|more|less) than|"
+            r"overflow|range of|\b(?:over|above|beyond)\b")  # fmt: skip
+PROMPT = (r"(?i)(?<![a-z])(?:prompt(?!_cache)|inputs?\b|messages?\b|tokens?\b|conversation|"
+          "current length)")  # fmt: skip
+BOUND = r"(?i)max|limit|length|window|model|allowed|too long"
+OTHERS = (r"(?i)\b(?:image|audio|video|pdf|file)(?!s? and text)|\d ?[KMG]i?B\b|byte|tools?\b|string|"
+          r"\bname\b|\bids?\b|daily|monthly|\bper (?:min|day|hour|sec)|\brates?\b|quota|time")
+OUTPUT = (r"(?i)max_(?!input|prompt|model|seq)\w{0,20}tokens|maxOutputTokens|\boutput\b|"
+          r"\bcompletion\b|(?:maximum|new) tokens")  # fmt: skip
+COUNT = r"(?<![\w./-])(?<!\bby )(?:\d{1,3}(?:,\d{3}){1,2}|\d{2,8})(?![\w/-]|,\d)"
+# Where a number, the #, is a limit.
+MOST = (r"(?i)(?:at most|than|[<>≤]|exceeds?|above|over|only|up to|max(?!\w{0,20}tokens)|limit|range|"
+        r"context|window)\D{0,40}(?:\b1\D{1,20})?#(?!(?: tokens)? ?[>+])|#,? (?:tokens? )?max")
+ROOM = 256  # tokens of an answer that are worth asking for
 # Words that tell how a server differs from the row it was configured under: the row is put right.
 # Seen live: llama.cpp's and chat templates'. The others are from vendors' pages and issue threads.
 ROW_REMEDIES: tuple[tuple[str, str, Any], ...] = (
@@ -2998,6 +3007,8 @@ ROW_REMEDIES: tuple[tuple[str, str, Any], ...] = (
      r"does not support the '/v1/responses' API", "responses", False),
     (r"use /?v1/responses|only supported in /?v1/responses|not a chat model|"
      r"does not support the '/v1/chat/completions' API", "responses", True),
+    (r"(?i)only.{0,25}\bstream|(must|requires?|enable)\b.{0,20}\bstream|"
+     r"\bstream(ing)?\b.{0,12}(must|required|only)|(for|with|in) non-?stream", "stream_above", 1),
     ("isn't supported on this route", "openai_root", "~/openai/v1"),  # Bedrock
     (r"encrypted content .*(verified|decrypted|invalid)|[Ii]tem with id '(rs|ws)_|"
      r"without its required following item|reasoning_details|[Cc]orrupted thought|"
@@ -3043,7 +3054,11 @@ def with_lessons(body: Json, lessons: Iterable[Lesson]) -> Json:
     """The request body after what was learned."""
     body = dict(body)
     for lesson in lessons:
-        if lesson.action == "set":
+        holder, _, name = lesson.field.partition(".")
+        if name:
+            lesson = replace(lesson, field=name)
+            body.update({k: with_lessons(body[k], [lesson]) for k in {holder} & {*body}})
+        elif lesson.action == "set":
             body[lesson.field] = lesson.value
         elif lesson.action == "row" or lesson.field not in body:
             continue
@@ -3069,7 +3084,7 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
                         known: Sequence[Lesson] = ()) -> Lesson | None:  # fmt: skip
     """What to change so that the same request is accepted; None when nothing is known to help, or
     what would help was tried."""
-    if refusal.status not in (400, 404, 405, 413, 422, 500):
+    if refusal.status not in (400, 402, 404, 405, 413, 422, 500):
         return None
     words, kind = refusal.words, model.provider.kind
     tried = {lesson.field for lesson in known if lesson.action == "row"}
@@ -3080,8 +3095,12 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
     no_path = refusal.status in (404, 405) and not re.search("(?i)model|item", words)
     if no_path and "input" in body:
         return Lesson("row", "responses", False)  # there is no such path
-    for remedy in REMEDIES if refusal.status != 500 else ():
+    few = {402: REMEDIES[:1], 500: REMEDIES[:3]}
+    for remedy in few.get(refusal.status, REMEDIES):
         for lesson in remedy(refusal, body):
+            once = lesson.action == "rename" or not lesson.keep
+            if once and any((k.action, k.keep) == (lesson.action, lesson.keep) for k in known):
+                continue
             actions = {lesson.action, *(k.action for k in known if k.field == lesson.field)}
             useful = lesson.action in ("again", "row") or with_lessons(body, [lesson]) != body
             if useful and not ("set" in actions and len(actions) > 1):  # that would go to and fro
@@ -3089,30 +3108,65 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
     return None
 
 
-def first_match(patterns: Iterable[str], words: str) -> re.Match[str] | None:
-    return next(filter(None, (re.search(pattern, words) for pattern in patterns)), None)
+def around(words: str, match: re.Match[str]) -> str:
+    """The words around what was found, and a # in its place."""
+    return f"{words[max(0, match.start() - 60) : match.start()]}#{words[match.end() :][:20]}"
+
+
+def told_lengths(refusal: Refusal, asked: int) -> tuple[str, int, int]:
+    """What a refusal says of lengths where `asked` tokens of output were asked for: "overflow" (the
+    prompt alone is too long), "room" (it isn't, but with the output), "output" (no answer may be
+    so long) or ""; then the limit and the prompt's tokens, 0 where they aren't told."""
+    words = f"{refusal.words} {refusal.code.replace('_', ' ')}"
+    limits, found = list[int](), set[int]()
+    for match in itertools.islice(re.finditer(COUNT, words), 20):
+        number = int(match[0].replace(",", ""))
+        found.add(number)
+        if re.search(MOST, around(words, match)):
+            limits.append(number)
+    found = {n for n in found if n >= 1000 and n != asked}
+    limit = max(found & {*limits}, default=0)
+    sums = {one + other for one in found - {limit} for other in (*found - {limit}, asked) if other}
+    prompt = max(found - sums - {limit}, default=0) if limit else 0
+    about_output = re.search(rf"{OUTPUT}|\b{asked or 'output'}\b", words)
+    if is_about_window(words, prompt):
+        if prompt:
+            return "room" if prompt < limit else "overflow", limit, prompt
+        if not about_output:
+            return "overflow", limit if limit >= 2048 else 0, 0  # smaller ones are codes
+    # Other limits are told in the same words: of images, of tools, of the temperature.
+    most = next((n for n in limits if 16 <= n < asked), 0)
+    return ("output", most, 0) if about_output and most else ("", 0, 0)
+
+
+def is_about_window(words: str, prompt: int) -> bool:
+    """Whether a refusal is about a prompt that is too long, alone or with its answer; `prompt` is
+    a number that it tells beside the limit."""
+    if re.search(CONTEXT, words) and (prompt or re.search(TOO_LONG, words)):
+        return True
+    for part in itertools.islice(re.split(r"(?<=[.!?;])\s+|\n", words), 20):
+        about = re.search(PROMPT, part) and not re.search(OTHERS, part)
+        if about and re.search(OUTPUT, part):  # is it the answer alone?
+            about = prompt and re.search("(?i)prompt|input|message", part)
+        if about and (prompt or re.search(TOO_LONG, part) and re.search(BOUND, part)):
+            return True
+    return False
 
 
 def fitting_limit(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """`Unsupported parameter: 'max_tokens' ... Use 'max_completion_tokens' instead.`,
-    `max_tokens is too large: 32000. This model supports at most 16384 completion tokens`,
+    """`max_tokens is too large: 32000. This model supports at most 16384 completion tokens`,
     `integer below minimum value. Expected a value >= 16, but got 1 instead.`; and for a prompt
-    that fits, but not with the output asked for, what is left, this once."""
-    said, words = refusal.message, refusal.words
-    renamed = re.search(RENAMED_LIMIT, said)
-    if renamed:
-        yield Lesson("rename", renamed[1], renamed[2])
-    name = next((name for name in LIMIT_FIELDS if name in body), None)
+    that fits, but not with the output asked for, or an account that `can only afford 27342`, what
+    is left, this once."""
+    words, name = refusal.words, next((name for name in LIMIT_FIELDS if name in body), None)
     if name is None:
         return
-    # Other limits are told in the same words: of images, of tools, of the temperature.
-    about = rf"max_\w*tokens|(output|completion|maximum) tokens|\b{body[name]}\b"
-    most, room = first_match(OUTPUT_LIMITS, words), first_match(ROOM_LEFT, said)
-    if most and int(most[1]) >= 16 and re.search(about, words):
-        yield Lesson("clamp", name, int(most[1]))
-    if room and int(room["limit"]) - int(room["prompt"]) >= 256:
-        yield Lesson("clamp", name, int(room["limit"]) - int(room["prompt"]), keep=False)
-    least = re.search(LEAST_LIMIT, said)
+    kind, most, prompt = told_lengths(refusal, body[name])
+    left = (most - prompt) // (2 if "at least" in words else 1)  # vLLM counts no further
+    kept = kind == "output" and refusal.status != 402
+    if kept or kind in ("output", "room") and left >= ROOM:
+        yield Lesson("clamp", name, left, kept)
+    least = re.search(LEAST_LIMIT, words)
     if least and 0 < int(least[1]) <= 64 and "token" in words:
         yield Lesson("raise", name, int(least[1]))
 
@@ -3123,20 +3177,46 @@ def lower_effort(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     `Unsupported value: 'reasoning_effort' does not support 'max' with this model. Supported
     values are: 'low', 'medium', and 'high'.`: the highest of those that isn't above what was
     asked, else a step down the ladder."""
-    words, asked = refusal.words, body.get("reasoning_effort")
+    words, name = refusal.words, "reasoning_effort"
     if "Function tools with reasoning_effort" in words:
-        yield Lesson("set", "reasoning_effort", "none")
-    if asked not in EFFORT_LADDER or "effort" not in words:
+        yield Lesson("set", name, "none")
+    name = name if name in body else "output_config.effort"
+    asked = body.get(name) or dict_or_empty(body.get("output_config")).get("effort")
+    if asked not in EFFORT_LADDER or not re.search(rf"(?i)effort|reasoning.{{0,80}}{asked}", words):
         return
-    rank = EFFORT_LADDER.index(asked)
-    quoted = set(re.findall(r"[`'\"](\w+)[`'\"]", words)) - {asked}
-    told = [effort for effort in EFFORT_LADDER[1:] if effort in quoted]
-    lower = [effort for effort in told if EFFORT_LADDER.index(effort) < rank]
-    if not told:
-        if not re.search(UNSUPPORTED, words) or "Unsupported parameter" in words or rank == 2:
+    rank, listed = EFFORT_LADDER.index(asked), re.search(LISTED, words)
+    if listed:
+        told = [e for e in EFFORT_LADDER[1:] if e != asked and re.search(rf"\b{e}\b", listed[1])]
+        if not told:  # `must be one of none or default`
+            yield Lesson("drop", name)
             return
-        lower, told = [EFFORT_LADDER[rank - 1]] if rank > 2 else [], ["low"]
-    yield Lesson("limit" if lower else "lift", "reasoning_effort", (lower or told[:1])[-1])
+    elif not re.search(UNSUPPORTED, words) or "Unsupported parameter" in words or rank == 2:
+        return
+    else:
+        told = [EFFORT_LADDER[rank - 1] if rank > 2 else "low"]
+    lower = [effort for effort in told if EFFORT_LADDER.index(effort) < rank]
+    yield Lesson("limit" if lower else "lift", name, lower[-1] if lower else told[0])
+
+
+def other_thinking(refusal: Refusal, body: Json) -> Iterator[Lesson]:
+    """`thinking: Input tag 'adaptive' found ... does not match any of the expected tags`,
+    `thinking.type.enabled is not supported. Use thinking.type.adaptive and ...`."""
+    asked = dict_or_empty(body.get("thinking")).get("type")
+    other = {"adaptive": "enabled", "enabled": "adaptive"}.get(asked)
+    said = re.sub(ADVICE, "", refusal.words)
+    named = asked if re.search(UNSUPPORTED, said) else other
+    if other and "thinking" in said and named in said and "budget" not in said:
+        yield Lesson("retype", "thinking", other)
+
+
+def fewer_betas(refusal: Refusal, body: Json) -> Iterator[Lesson]:
+    """`Unexpected value(s) ... for the anthropic-beta header`; `invalid beta flag` names none, so
+    only those stay without which Claude Code's requests aren't understood."""
+    betas = body.get(BETAS, "").replace(" ", "").split(",")
+    if re.search(r"(?i)\bbeta", refusal.words) and re.search(UNSUPPORTED, refusal.words):
+        named = [beta for beta in betas if beta in refusal.words]
+        others = [beta for beta in betas if not beta.startswith(("claude-", "interleaved-"))]
+        yield Lesson("unlist", BETAS, ",".join(named or others))
 
 
 def other_tools(refusal: Refusal, body: Json) -> Iterator[Lesson]:
@@ -3161,15 +3241,24 @@ def plainer_answer(refusal: Refusal, body: Json) -> Iterator[Lesson]:
 
 def dropped_field(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     """`Unsupported value: 'temperature' does not support 0.2`, `property 'x' is unsupported`."""
-    if not re.search(UNSUPPORTED, f"{refusal.message} {refusal.code}"):
+    told = re.sub(ADVICE, "", f"{refusal.param} {refusal.words}")
+    if not re.search(UNSUPPORTED, f"{told} {refusal.code}"):
         return
-    told = f"{refusal.param} {refusal.message}".replace("reasoning.effort", "reasoning_effort")
-    # Names that are also English words count only in quotes.
-    words = [refusal.param, *re.findall(r"[`'\"](\w+)[`'\"]", told), *re.findall(r"\w*_\w*", told)]
-    if "think" in refusal.message:  # Ollama: `"m" does not support thinking`
-        words.append("reasoning_effort")
-    named = next((word for word in words if word in OPTIONAL_FIELDS), None)
-    if named:  # tool_choice changes what the answer may be, so it is left out only this once
+    path = re.search(EXTRA, told)
+    if path:
+        yield Lesson("unschema", path[1], path[2])
+    told = told.replace("reasoning.effort", "reasoning_effort")
+    if "think" in told:  # Ollama: `"m" does not support thinking`
+        told += " reasoning_effort"
+    names = (m[0] for m in re.finditer(r"\w+", told) if m[0] in (*OPTIONAL_FIELDS, *LIMIT_FIELDS)
+             and (m[0] in (refusal.param, "temperature") or "_" in m[0]
+                  or re.search(NAMED, around(told, m))))  # fmt: skip
+    named = next(names, "")
+    if named in LIMIT_FIELDS and BETAS not in body:
+        if named != LIMIT_FIELDS[2]:
+            yield Lesson("rename", named, LIMIT_FIELDS[named == LIMIT_FIELDS[0]])
+        yield Lesson("drop", named)
+    elif named:  # tool_choice changes what the answer may be, so it is left out only this once
         yield Lesson("drop", named, keep=named != "tool_choice")
     elif re.search(r"\bstrict\b", told):
         for holder in ("tools", "response_format", "text"):
@@ -3185,24 +3274,27 @@ def plainer_schema(refusal: Refusal, body: Json) -> Iterator[Lesson]:
         yield Lesson("unschema", "tools", keyword)
 
 
-REMEDIES = (fitting_limit, lower_effort, other_tools, plainer_answer, dropped_field, plainer_schema)
+REMEDIES = (fitting_limit, other_thinking, lower_effort, fewer_betas, other_tools, plainer_answer,
+            dropped_field, plainer_schema)  # fmt: skip
 
 
-def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxError | None:
-    """Anthropic's error for a prompt that is too long, in the words that make Claude Code compact
-    and go on; None for a refusal of another kind. Numbers the upstream didn't tell are ours."""
-    words = f"{refusal.message} {refusal.code}"
-    at_once = refusal.status == 429 and "Request too large" in words  # waiting won't help
+def overflow_error(refusal: Refusal, estimate: int, limit: int | None,
+                   asked: int = 0) -> OgxError | None:  # fmt: skip
+    """Anthropic's error for a prompt that is too long, in words that make Claude Code compact and
+    go on; None for a refusal of another kind. Numbers that the upstream didn't tell are ours, and
+    only told where they show it. `asked` is the output that was asked for."""
+    at_once = refusal.status == 429 and "Request too large" in refusal.words  # waiting won't help
     if refusal.status not in (400, 413, 422, 500) and not at_once:
         return None
-    match = first_match(OVERFLOWS, words)
-    if match is None:
-        return None
-    found = match.groupdict()
-    prompt = int(found.get("prompt") or estimate)
-    maximum = int(found.get("limit") or limit or max(1, prompt - 1))
-    message = f"prompt is too long: {max(prompt, maximum + 1)} tokens > {maximum} maximum"
-    return OgxError(400, message, refusal=refusal)
+    kind, most, prompt = told_lengths(refusal, asked)
+    if kind == "overflow":
+        prompt, most = prompt or estimate, most or limit or prompt or estimate
+        shown = f"{prompt} tokens > {most} maximum" if prompt > most else refusal.message
+        return OgxError(400, f"prompt is too long: {shown}", refusal=refusal)
+    if kind == "room" and most - prompt < ROOM:
+        sum_of = f"exceed context limit: {prompt} + {asked} > {most}"
+        return OgxError(400, f"input length and `max_tokens` {sum_of}", refusal=refusal)
+    return None
 
 
 # ======== Above this line nothing does I/O ===================================================
@@ -3332,7 +3424,7 @@ class Lessons:
             same = (lesson.action, lesson.field, lesson.dialect)
             with self._lock:
                 known = [k for k in self.of(model) if (k.action, k.field, k.dialect) != same
-                         or (lesson.action == "unschema" and k.value != lesson.value)]  # fmt: skip
+                         or (lesson.action in ("unschema", "unlist") and k.value != lesson.value)]
                 kept = self._lessons[model.served] = (*known, lesson)
                 self._store.put("lessons", model.served, [asdict(k) for k in kept])
 
@@ -4251,12 +4343,12 @@ class Gateway:
                 yield BLOCKING
             taught = taught_model(model, lessons)
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
-            body, data = self._request(taught, name, exchange, lessons)
+            body, data, headers = self._request(taught, name, exchange, lessons)
             if self._refused:  # it seldom is, and hashing takes a while
-                key = key or refusal_key(data, exchange)
+                key = key or refusal_key(data, headers, exchange)
                 self._raise_known_refusal(key)
             try:
-                for piece in self._answer(taught, name, data, exchange):
+                for piece in self._answer(taught, name, data, headers, exchange):
                     if piece and not exchange.answered:  # what was changed has helped
                         body, data = {}, b""
                         exchange.note_answer()
@@ -4269,11 +4361,11 @@ class Gateway:
                 if len(exchange.raw) > LONG:
                     yield BLOCKING
                 error.without(self.upstream.secrets(model.provider))
-                key = key or refusal_key(data, exchange)
+                key = key or refusal_key(data, headers, exchange)
                 last = exchange.answered or attempt == MAX_REQUESTS
                 if not last and self._learned(error, body, taught, exchange, lessons):
                     continue
-                error = error if exchange.answered else told_error(error, exchange, model)
+                error = error if exchange.answered else told_error(error, exchange, model, body)
                 pause = None if last else self._pause(error, exchange)
                 if pause is None:
                     self._note_refusal(key, error, exchange)
@@ -4283,8 +4375,8 @@ class Gateway:
                 yield from self._paused(pause, exchange)
 
     def _request(self, model: Model, name: str, exchange: Exchange,
-                 lessons: Sequence[Lesson]) -> tuple[Json, bytes]:  # fmt: skip
-        """The request in the dialect's words, for remedies to look at, and its bytes."""
+                 lessons: Sequence[Lesson]) -> tuple[Json, bytes, Headers]:  # fmt: skip
+        """The request in the dialect's words, for remedies to look at, its bytes and headers."""
         if not model.provider.kind.keeps_billing_header:  # everyone but Anthropic itself
             refuse_untranslatable(exchange.request)
         dialect = DIALECTS[name]
@@ -4292,7 +4384,9 @@ class Gateway:
         body = with_lessons(dialect.request(exchange.request, model), own)
         sent = dialect.finished(dict(body))
         data = with_model(exchange.raw, exchange.request, sent) if dialect.native else None
-        return body, data or json_bytes(sent)
+        headers = with_lessons(exchange.headers, own) if dialect.native else {}
+        headers = {name: value for name, value in headers.items() if value}
+        return {**body, **headers}, data or json_bytes(sent), headers
 
     def _learned(self, error: OgxError, body: Json, model: Model, exchange: Exchange,
                  lessons: list[Lesson]) -> bool:  # fmt: skip
@@ -4350,10 +4444,10 @@ class Gateway:
             fresh = {k: known for k, known in list(self._refused.items()) if known[0] > now}
             self._refused = {**fresh, key: (now + SAME_REFUSAL, replace(error))}
 
-    def _answer(self, model: Model, name: str, data: bytes, exchange: Exchange) -> Pieces:
+    def _answer(self, model: Model, name: str, data: bytes, headers: Headers,
+                exchange: Exchange) -> Pieces:  # fmt: skip
         """What one request to the upstream brings."""
         dialect = DIALECTS[name]
-        headers = exchange.headers if dialect.native else {}
         path = request_path(name, model.provider.kind)
         reply = yield from self._sent(model.provider, path, data, headers, exchange)
         data = b""
@@ -4740,18 +4834,18 @@ def refused_error(refusal: Refusal, model: Model, headers: Headers, native: byte
     return error
 
 
-def refusal_key(data: bytes, exchange: Exchange) -> int:
+def refusal_key(data: bytes, headers: Headers, exchange: Exchange) -> int:
     """What a refused request is known by."""
-    headers = exchange.headers if DIALECTS[exchange.dialect].native else {}
     return hash((exchange.served, data, tuple(headers.items())))
 
 
-def told_error(error: OgxError, exchange: Exchange, model: Model) -> OgxError:
+def told_error(error: OgxError, exchange: Exchange, model: Model, body: Json) -> OgxError:
     """The error as the client understands it best: a prompt that is too long in those words."""
     if error.refusal is None or "prompt is too long" in error.message:
         return error
     count = round(sum(prompt_tokens(exchange.request)))
-    return overflow_error(error.refusal, count, model.context) or error
+    asked = next((body[name] for name in LIMIT_FIELDS if name in body), 0)
+    return overflow_error(error.refusal, count, model.context, asked) or error
 
 
 def raise_if_error(events: bytes, origin: str) -> None:
