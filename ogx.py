@@ -98,8 +98,8 @@ WRONG_KEY = "(?i)security token|bearer token|authentication|signature"
 QUOTATION = re.compile(r"""(\b(?:message|msg|error|detail)\\?['"]\s?:\s?\\?)?(?<!\w)"""
                        r"""(['"`])(?:[^\s'"`]{1,40}\s){3}.*?(?:\2(?!\w)|\Z)""", re.S)  # fmt: skip
 BAD_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, half characters
-NO_MONEY = (r"(?i)\b(insufficient|not enough|too low|out of|used all)\b(?! permis).{0,30}\b(balance|"
-            r"credit|fund)|\b(balance|credits?|funds?)\b.{0,30}(insufficient|not enough|too low)|"
+NO_MONEY = (r"(?i)\b(insufficient|not enough|out of|used all)\b(?! permis).{0,30}\b(balance|"
+            r"credit|fund)|\b(balance|credit|fund)s?\b.{0,30}(insufficient|not enough|too low)|"
             r"\brecharg|\barrears|\btop[ -]up\b")  # fmt: skip
 CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 
@@ -1343,8 +1343,7 @@ def block_text(block: Json) -> str:
 
 
 def without_keyword(tree: Any, keyword: str) -> Any:
-    """JSON without a field or, in a schema, a keyword, wherever it stands as one: not as the name
-    of a property or an argument."""
+    """JSON without a field or, in a schema, a keyword, wherever it stands as one."""
     if isinstance(tree, list):
         return [without_keyword(item, keyword) for item in tree]
     if not isinstance(tree, dict):
@@ -2540,8 +2539,8 @@ def finished_messages(body: Json) -> Json:
     thinking, limit = body.get("thinking") or {}, body.get("max_tokens")
     budget = thinking.get("budget_tokens")
     if budget == 0 and isinstance(limit, int):
-        budget = max(1024, limit // 2)
-        body = {**body, "thinking": {**thinking, "budget_tokens": budget}}
+        thinking = {**thinking, "budget_tokens": max(1024, limit // 2)}
+        return finished_messages({**body, "thinking": thinking})
     if not isinstance(budget, int) or not isinstance(limit, int) or budget < limit:
         return body
     if limit > 1024:  # the least that Anthropic takes
@@ -2661,7 +2660,8 @@ def responses_request(request: Json, model: Model) -> Json:
         if item.get("role") == "assistant":  # OpenAI's types want an id; unstored, any will do
             item["id"] = f"msg_{place}"
     told = {"instructions": "\n\n".join(filter(None, (system_text(request), note))),
-            "prompt_cache_key": conversation_key(request), "stream": request.get("stream") or bool(kind.stream_above)}
+            "prompt_cache_key": conversation_key(request),
+            "stream": request.get("stream") or bool(kind.stream_above)}
     body.update({name: value for name, value in told.items() if value})
     body.update(flat_tool_fields(request, names, kind))
     body.update({n: request[n] for n in ("temperature", "top_p") if request.get(n) is not None})
@@ -2945,6 +2945,8 @@ def ways_to_count(name: str, request: Json, model: Model) -> Iterator[tuple[Sequ
 # Patterns are generic, since wordings change; each has its real texts as cases in the tests. Pure.
 
 EFFORT_LADDER = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+# Other modes of thinking than off; a budget of 0 becomes half of the output limit.
+THINKING = {"adaptive": {"type": "adaptive"}, "enabled": {"type": "enabled", "budget_tokens": 0}}
 # What each action does to a field that the request has.
 ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "clamp": min,
@@ -2952,11 +2954,9 @@ ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "limit": lambda effort, most: min(effort, most, key=EFFORT_LADDER.index),
     "lift": lambda effort, least: max(effort, least, key=EFFORT_LADDER.index),
     "unschema": lambda tools, keyword: without_keyword(tools, keyword),
-    "unlist": lambda told, names: ",".join(
-        name for name in told.split(",") if name.strip() not in names.split(",")),
-    # A budget of 0 becomes half of the output limit.
-    "retype": lambda thinking, kind: thinking if thinking.get("type") == "disabled" else (
-        {"type": kind, "budget_tokens": 0} if kind == "enabled" else {"type": kind}),
+    "unlist": lambda told, names: ",".join(n for n in told.split(",") if n not in names.split(",")),
+    "retype": lambda thinking, kind: THINKING[kind]
+    if thinking.get("type") in {*THINKING} - {kind} else thinking,
     "again": lambda value, _: value,
 }
 LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
@@ -2964,7 +2964,7 @@ LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 OPTIONAL_FIELDS = ("temperature", "top_p", "top_k", "stop", "stream_options", "reasoning_effort",
                    "parallel_tool_calls", "response_format", "tool_choice", "prompt_cache_key",
                    "store", "include", "stop_sequences", "thinking", "output_config", "metadata",
-                   "context_management", "max_tool_calls", "service_tier")  # fmt: skip
+                   "context_management", "max_tool_calls")  # fmt: skip
 # Keywords that constrain without being needed to fill in a call.
 SCHEMA_KEYWORDS = ("propertyNames", "exclusiveMinimum", "exclusiveMaximum", "additionalProperties",
                    "patternProperties", "pattern", "format", "default", "const", "minLength",
@@ -2972,32 +2972,32 @@ SCHEMA_KEYWORDS = ("propertyNames", "exclusiveMinimum", "exclusiveMaximum", "add
                    "$schema", "title", "examples")  # fmt: skip
 LEAST_LIMIT = r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)"
 UNSUPPORTED = (r"(?i)unsupported|unrecognized|unknown|unexpected|does not (support|match)|"
-               r"not (supported|permitted|allowed)|extra (fields|inputs)|deprecated|invalid beta")
+               r"not (supported|permitted|allowed)|extra (fields|inputs)|deprecated|invalid beta|"
+               r"should be '")  # fmt: skip
 ADVICE = r"(?i)(?<!n't )(?<!not )\b(?:use|did you mean)\b(?! of)(?:[^.;]|\.\w)*"
-# Where a name, the #, is a field's even if it's an English word.
+# Where a name, the #, is a field's even if it's an English word; below, where a number is a limit.
 NAMED = (r"(?i)[`'\"]#|\b(?:parameter|argument|field)s?\b(?:[^.:#]{0,30}:)?\W{0,3}#|"
          "#:? (?:parameter|argument|field|extra)")  # fmt: skip
 EXTRA = r"(?<![\w.])([a-z]\w*)(?:\.\w+)*\.(\w+): Extra inputs"
-LISTED = (r"(?is).*\b(?:one of|(?:should|must) be|only supports?|(?:supported|allowed|valid|available|"
+LISTED = (r"(?is).*\b(?:one of|(?:should|must) be|only supports?|(?:supported|allowed|valid|"
           r"expected)(?: \w+)?(?: are| is|:))\W(.+)")  # fmt: skip
-BETAS = "anthropic-beta"  # a header, but for lessons it's a field like others
-# Lengths. Wordings change monthly: a refusal is about the window where it tells of CONTEXT and
-# TOO_LONG or, in one sentence, of PROMPT, TOO_LONG and BOUND, but of no OTHERS.
-CONTEXT = (r"(?i)(?<![a-z])context(?![\W_]{0,3}(?:deadline|cancel|manag|=))|prompt (?:is )?too long|"
+BETAS = "anthropic-beta"  # a header, but for lessons a field like others
+# Lengths. A refusal is about the window if it tells of CONTEXT and TOO_LONG or, in one sentence, of
+# PROMPT, TOO_LONG and BOUND, but of no OTHERS.
+CONTEXT = (r"(?i)(?<![a-z])context(?![\W_]{0,3}(?:deadline|cancel|manag|=))|prompt (?:is )?too l|"
            "request too large for model")  # the last is Groq's, about tokens per minute
-TOO_LONG = (r"(?i)exceed|too (?:long|large|big|many)|(?:greater|longer|larger|more|less) than|"
-            r"overflow|range of|\b(?:over|above|beyond)\b")  # fmt: skip
-PROMPT = (r"(?i)(?<![a-z])(?:prompt(?!_cache)|inputs?\b|messages?\b|tokens?\b|conversation|"
+TOO_LONG = (r"(?i)exceed|too (?:long|large|many)|(?:greater|longer|larger|more|less) than|overflow|"
+            r"range of|\b(?:over|above)\b")  # fmt: skip
+PROMPT = (r"(?i)(?<![a-z])(?:prompt(?!_cache)|(?:inputs?|messages?|tokens?)\b|conversation|"
           "current length)")  # fmt: skip
 BOUND = r"(?i)max|limit|length|window|model|allowed|too long"
-OTHERS = (r"(?i)\b(?:image|audio|video|pdf|file)(?!s? and text)|\d ?[KMG]i?B\b|byte|tools?\b|string|"
-          r"\bname\b|\bids?\b|daily|monthly|\bper (?:min|day|hour|sec)|\brates?\b|quota|time")
-OUTPUT = (r"(?i)max_(?!input|prompt|model|seq)\w{0,20}tokens|maxOutputTokens|\boutput\b|"
-          r"\bcompletion\b|(?:maximum|new) tokens")  # fmt: skip
+OTHERS = (r"(?i)\b(?:image|audio|video|pdf|file)(?!s? and text)|\d ?[KMG]i?B\b|byte|string|quota|"
+          r"time|\b(?:tools?|name|ids?|rates?|daily|monthly|per (?:min|day|hour|sec)\w*)\b")
+OUTPUT = (r"(?i)max_(?!input|prompt|model|seq)\w{0,20}tokens|maxOutputTokens|"
+          r"\b(?:output|completion|maximum tokens|new tokens)\b")  # fmt: skip
 COUNT = r"(?<![\w./-])(?<!\bby )(?:\d{1,3}(?:,\d{3}){1,2}|\d{2,8})(?![\w/-]|,\d)"
-# Where a number, the #, is a limit.
-MOST = (r"(?i)(?:at most|than|[<>≤]|exceeds?|above|over|only|up to|max(?!\w{0,20}tokens)|limit|range|"
-        r"context|window)\D{0,40}(?:\b1\D{1,20})?#(?!(?: tokens)? ?[>+])|#,? (?:tokens? )?max")
+MOST = (r"(?i)(?:at most|than|[<>≤]|exceeds?|above|over|only|up to|max(?!\w{0,20}tokens)|limit|"
+        r"range|context|window)\D{0,40}(?:\b1\D{1,20})?#(?!(?: tokens)? ?[>+])|# (?:tokens )?max")
 ROOM = 256  # tokens of an answer that are worth asking for
 # Words that tell how a server differs from the row it was configured under: the row is put right.
 # Seen live: llama.cpp's and chat templates'. The others are from vendors' pages and issue threads.
@@ -3095,12 +3095,11 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
     no_path = refusal.status in (404, 405) and not re.search("(?i)model|item", words)
     if no_path and "input" in body:
         return Lesson("row", "responses", False)  # there is no such path
-    few = {402: REMEDIES[:1], 500: REMEDIES[:3]}
-    for remedy in few.get(refusal.status, REMEDIES):
+    for remedy in REMEDIES[: {402: 1, 500: 2}.get(refusal.status)]:
         for lesson in remedy(refusal, body):
-            once = lesson.action == "rename" or not lesson.keep
-            if once and any((k.action, k.keep) == (lesson.action, lesson.keep) for k in known):
-                continue
+            if any(k.action == lesson.action and (k.field == lesson.value or (
+                    k.field == lesson.field and not k.keep)) for k in known):  # fmt: skip
+                continue  # it would lead back, or was tried for this request
             actions = {lesson.action, *(k.action for k in known if k.field == lesson.field)}
             useful = lesson.action in ("again", "row") or with_lessons(body, [lesson]) != body
             if useful and not ("set" in actions and len(actions) > 1):  # that would go to and fro
@@ -3118,24 +3117,22 @@ def told_lengths(refusal: Refusal, asked: int) -> tuple[str, int, int]:
     prompt alone is too long), "room" (it isn't, but with the output), "output" (no answer may be
     so long) or ""; then the limit and the prompt's tokens, 0 where they aren't told."""
     words = f"{refusal.words} {refusal.code.replace('_', ' ')}"
-    limits, found = list[int](), set[int]()
-    for match in itertools.islice(re.finditer(COUNT, words), 20):
-        number = int(match[0].replace(",", ""))
-        found.add(number)
-        if re.search(MOST, around(words, match)):
-            limits.append(number)
-    found = {n for n in found if n >= 1000 and n != asked}
-    limit = max(found & {*limits}, default=0)
-    sums = {one + other for one in found - {limit} for other in (*found - {limit}, asked) if other}
-    prompt = max(found - sums - {limit}, default=0) if limit else 0
+    numbers: dict[int, Any] = {}  # with whether they stand as limits
+    for told in itertools.islice(re.finditer(COUNT, words), 20):
+        number = int(told[0].replace(",", ""))
+        numbers[number] = numbers.get(number) or re.search(MOST, around(words, told))
+    large = {n for n in numbers if n >= 1000 and n != asked}
+    limit = max((n for n in large if numbers[n]), default=0)
+    others = large - {limit}
+    sums = {one + other for one in others for other in (*others, asked) if other}
+    prompt = max(others - sums, default=0) if limit else 0
     about_output = re.search(rf"{OUTPUT}|\b{asked or 'output'}\b", words)
     if is_about_window(words, prompt):
         if prompt:
             return "room" if prompt < limit else "overflow", limit, prompt
         if not about_output:
             return "overflow", limit if limit >= 2048 else 0, 0  # smaller ones are codes
-    # Other limits are told in the same words: of images, of tools, of the temperature.
-    most = next((n for n in limits if 16 <= n < asked), 0)
+    most = next((n for n in numbers if numbers[n] and 16 <= n < asked), 0)
     return ("output", most, 0) if about_output and most else ("", 0, 0)
 
 
@@ -3145,10 +3142,9 @@ def is_about_window(words: str, prompt: int) -> bool:
     if re.search(CONTEXT, words) and (prompt or re.search(TOO_LONG, words)):
         return True
     for part in itertools.islice(re.split(r"(?<=[.!?;])\s+|\n", words), 20):
-        about = re.search(PROMPT, part) and not re.search(OTHERS, part)
-        if about and re.search(OUTPUT, part):  # is it the answer alone?
-            about = prompt and re.search("(?i)prompt|input|message", part)
-        if about and (prompt or re.search(TOO_LONG, part) and re.search(BOUND, part)):
+        long = re.search(TOO_LONG, part) and re.search(BOUND, part)
+        alone = long and not re.search(OUTPUT, part)  # else it may be the answer that is
+        if (prompt or alone) and re.search(PROMPT, part) and not re.search(OTHERS, part):
             return True
     return False
 
@@ -3172,49 +3168,49 @@ def fitting_limit(refusal: Refusal, body: Json) -> Iterator[Lesson]:
 
 
 def lower_effort(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """`Function tools with reasoning_effort are not supported for gpt-5.6-terra in
-    /v1/chat/completions. To use function tools, use /v1/responses or set ... to 'none'.`
-    `Unsupported value: 'reasoning_effort' does not support 'max' with this model. Supported
-    values are: 'low', 'medium', and 'high'.`: the highest of those that isn't above what was
-    asked, else a step down the ladder."""
+    """`Function tools with reasoning_effort are not supported for gpt-5.6-terra ... To use function
+    tools, use /v1/responses or set reasoning_effort to 'none'.` `Unexpected reasoning effort high.
+    Supported types are xhigh (default), medium, and low.`: the highest of those that isn't above
+    what was asked, else the lowest; without a list a step down the ladder."""
     words, name = refusal.words, "reasoning_effort"
     if "Function tools with reasoning_effort" in words:
         yield Lesson("set", name, "none")
     name = name if name in body else "output_config.effort"
     asked = body.get(name) or dict_or_empty(body.get("output_config")).get("effort")
-    if asked not in EFFORT_LADDER or not re.search(rf"(?i)effort|reasoning.{{0,80}}{asked}", words):
+    said = re.sub(ADVICE, "", words)
+    if asked not in EFFORT_LADDER or not re.search(rf"(?i)effort|reasoning.{{0,80}}{asked}", said):
         return
-    rank, listed = EFFORT_LADDER.index(asked), re.search(LISTED, words)
+    rank, listed = EFFORT_LADDER.index(asked), re.match(LISTED, words)
     if listed:
         told = [e for e in EFFORT_LADDER[1:] if e != asked and re.search(rf"\b{e}\b", listed[1])]
         if not told:  # `must be one of none or default`
             yield Lesson("drop", name)
-            return
     elif not re.search(UNSUPPORTED, words) or "Unsupported parameter" in words or rank == 2:
         return
     else:
         told = [EFFORT_LADDER[rank - 1] if rank > 2 else "low"]
     lower = [effort for effort in told if EFFORT_LADDER.index(effort) < rank]
-    yield Lesson("limit" if lower else "lift", name, lower[-1] if lower else told[0])
+    for effort in (lower[-1:] or told)[:1]:
+        yield Lesson("limit" if lower else "lift", name, effort)
 
 
-def other_thinking(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """`thinking: Input tag 'adaptive' found ... does not match any of the expected tags`,
-    `thinking.type.enabled is not supported. Use thinking.type.adaptive and ...`."""
-    asked = dict_or_empty(body.get("thinking")).get("type")
-    other = {"adaptive": "enabled", "enabled": "adaptive"}.get(asked)
+def older_fields(refusal: Refusal, body: Json) -> Iterator[Lesson]:
+    """`tools.0.custom.x: Extra inputs are not permitted`; `thinking: Input tag 'adaptive' ... does
+    not match`, `thinking.type.enabled is not supported. Use thinking.type.adaptive ...`;
+    `Unexpected value(s) ... for the anthropic-beta header`, or `invalid beta flag`, which names
+    none: then only those stay without which Claude Code's requests aren't understood."""
     said = re.sub(ADVICE, "", refusal.words)
-    named = asked if re.search(UNSUPPORTED, said) else other
-    if other and "thinking" in said and named in said and "budget" not in said:
-        yield Lesson("retype", "thinking", other)
-
-
-def fewer_betas(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """`Unexpected value(s) ... for the anthropic-beta header`; `invalid beta flag` names none, so
-    only those stay without which Claude Code's requests aren't understood."""
+    if not re.search(UNSUPPORTED, said):
+        return
+    path = re.search(EXTRA, said)
+    if path:
+        yield Lesson("unschema", path[1], path[2])
+    asked = dict_or_empty(body.get("thinking")).get("type")
+    if asked in THINKING and "thinking" in said and re.search("adaptive|enabled", said):
+        yield Lesson("retype", "thinking", "enabled" if asked == "adaptive" else "adaptive")
     betas = body.get(BETAS, "").replace(" ", "").split(",")
-    if re.search(r"(?i)\bbeta", refusal.words) and re.search(UNSUPPORTED, refusal.words):
-        named = [beta for beta in betas if beta in refusal.words]
+    if re.search(r"(?i)\bbeta", said):
+        named = [beta for beta in betas if beta in said]
         others = [beta for beta in betas if not beta.startswith(("claude-", "interleaved-"))]
         yield Lesson("unlist", BETAS, ",".join(named or others))
 
@@ -3244,9 +3240,6 @@ def dropped_field(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     told = re.sub(ADVICE, "", f"{refusal.param} {refusal.words}")
     if not re.search(UNSUPPORTED, f"{told} {refusal.code}"):
         return
-    path = re.search(EXTRA, told)
-    if path:
-        yield Lesson("unschema", path[1], path[2])
     told = told.replace("reasoning.effort", "reasoning_effort")
     if "think" in told:  # Ollama: `"m" does not support thinking`
         told += " reasoning_effort"
@@ -3254,7 +3247,7 @@ def dropped_field(refusal: Refusal, body: Json) -> Iterator[Lesson]:
              and (m[0] in (refusal.param, "temperature") or "_" in m[0]
                   or re.search(NAMED, around(told, m))))  # fmt: skip
     named = next(names, "")
-    if named in LIMIT_FIELDS and BETAS not in body:
+    if named in LIMIT_FIELDS:
         if named != LIMIT_FIELDS[2]:
             yield Lesson("rename", named, LIMIT_FIELDS[named == LIMIT_FIELDS[0]])
         yield Lesson("drop", named)
@@ -3274,27 +3267,27 @@ def plainer_schema(refusal: Refusal, body: Json) -> Iterator[Lesson]:
         yield Lesson("unschema", "tools", keyword)
 
 
-REMEDIES = (fitting_limit, other_thinking, lower_effort, fewer_betas, other_tools, plainer_answer,
-            dropped_field, plainer_schema)  # fmt: skip
+REMEDIES = (fitting_limit, lower_effort, older_fields, other_tools, plainer_answer, dropped_field,
+            plainer_schema)  # fmt: skip
 
 
 def overflow_error(refusal: Refusal, estimate: int, limit: int | None,
                    asked: int = 0) -> OgxError | None:  # fmt: skip
-    """Anthropic's error for a prompt that is too long, in words that make Claude Code compact and
-    go on; None for a refusal of another kind. Numbers that the upstream didn't tell are ours, and
-    only told where they show it. `asked` is the output that was asked for."""
+    """Anthropic's error for a prompt that is too long, in the words that make Claude Code compact
+    and go on; None for a refusal of another kind. Numbers the upstream didn't tell are ours, where
+    they show it. `asked` is the output that was asked for."""
     at_once = refusal.status == 429 and "Request too large" in refusal.words  # waiting won't help
     if refusal.status not in (400, 413, 422, 500) and not at_once:
         return None
     kind, most, prompt = told_lengths(refusal, asked)
+    message = f"input length and `max_tokens` exceed context limit: {prompt} + {asked} > {most}"
     if kind == "overflow":
         prompt, most = prompt or estimate, most or limit or prompt or estimate
         shown = f"{prompt} tokens > {most} maximum" if prompt > most else refusal.message
-        return OgxError(400, f"prompt is too long: {shown}", refusal=refusal)
-    if kind == "room" and most - prompt < ROOM:
-        sum_of = f"exceed context limit: {prompt} + {asked} > {most}"
-        return OgxError(400, f"input length and `max_tokens` {sum_of}", refusal=refusal)
-    return None
+        message = f"prompt is too long: {shown}"
+    elif kind != "room" or most - prompt >= ROOM:
+        return None
+    return OgxError(400, message, refusal=refusal)
 
 
 # ======== Above this line nothing does I/O ===================================================
@@ -3424,7 +3417,7 @@ class Lessons:
             same = (lesson.action, lesson.field, lesson.dialect)
             with self._lock:
                 known = [k for k in self.of(model) if (k.action, k.field, k.dialect) != same
-                         or (lesson.action in ("unschema", "unlist") and k.value != lesson.value)]
+                         or (lesson.action[:2] == "un" and k.value != lesson.value)]  # fmt: skip
                 kept = self._lessons[model.served] = (*known, lesson)
                 self._store.put("lessons", model.served, [asdict(k) for k in kept])
 
@@ -4245,6 +4238,7 @@ class Exchange:
     request: Json = field(default_factory=dict)
     raw: bytes = b""  # the request as the client wrote it
     headers: Headers = field(default_factory=dict)  # for upstreams that speak Messages
+    sent: Headers = field(default_factory=dict)  # of them, to the present one
     asked: str = ""
     answered: bool = False  # a part of the answer is with the client: there is no second try
     served: str = ""
@@ -4343,12 +4337,12 @@ class Gateway:
                 yield BLOCKING
             taught = taught_model(model, lessons)
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
-            body, data, headers = self._request(taught, name, exchange, lessons)
+            body, data = self._request(taught, name, exchange, lessons)
             if self._refused:  # it seldom is, and hashing takes a while
-                key = key or refusal_key(data, headers, exchange)
+                key = key or refusal_key(data, exchange)
                 self._raise_known_refusal(key)
             try:
-                for piece in self._answer(taught, name, data, headers, exchange):
+                for piece in self._answer(taught, name, data, exchange):
                     if piece and not exchange.answered:  # what was changed has helped
                         body, data = {}, b""
                         exchange.note_answer()
@@ -4361,7 +4355,7 @@ class Gateway:
                 if len(exchange.raw) > LONG:
                     yield BLOCKING
                 error.without(self.upstream.secrets(model.provider))
-                key = key or refusal_key(data, headers, exchange)
+                key = key or refusal_key(data, exchange)
                 last = exchange.answered or attempt == MAX_REQUESTS
                 if not last and self._learned(error, body, taught, exchange, lessons):
                     continue
@@ -4375,8 +4369,8 @@ class Gateway:
                 yield from self._paused(pause, exchange)
 
     def _request(self, model: Model, name: str, exchange: Exchange,
-                 lessons: Sequence[Lesson]) -> tuple[Json, bytes, Headers]:  # fmt: skip
-        """The request in the dialect's words, for remedies to look at, its bytes and headers."""
+                 lessons: Sequence[Lesson]) -> tuple[Json, bytes]:  # fmt: skip
+        """The request in the dialect's words, for remedies to look at, and its bytes."""
         if not model.provider.kind.keeps_billing_header:  # everyone but Anthropic itself
             refuse_untranslatable(exchange.request)
         dialect = DIALECTS[name]
@@ -4384,9 +4378,9 @@ class Gateway:
         body = with_lessons(dialect.request(exchange.request, model), own)
         sent = dialect.finished(dict(body))
         data = with_model(exchange.raw, exchange.request, sent) if dialect.native else None
-        headers = with_lessons(exchange.headers, own) if dialect.native else {}
-        headers = {name: value for name, value in headers.items() if value}
-        return {**body, **headers}, data or json_bytes(sent), headers
+        headers = with_lessons({**exchange.headers}, own) if dialect.native else {}
+        exchange.sent = {name: value for name, value in headers.items() if value}
+        return {**body, **exchange.sent}, data or json_bytes(sent)
 
     def _learned(self, error: OgxError, body: Json, model: Model, exchange: Exchange,
                  lessons: list[Lesson]) -> bool:  # fmt: skip
@@ -4402,8 +4396,7 @@ class Gateway:
             log.info("%s: %s has no Messages API; translating", exchange.request_id, provider.id)
             return True
         lesson = lesson_from_refusal(refusal, body, model, lessons)
-        if lesson is None or (lesson.action == "again" and lesson.action in
-                              [known.action for known in lessons]):  # fmt: skip
+        if lesson is None:
             return False
         about = "" if lesson.action == "row" else exchange.dialect
         lessons.append(replace(lesson, dialect=about, at=time.time()))
@@ -4444,12 +4437,11 @@ class Gateway:
             fresh = {k: known for k, known in list(self._refused.items()) if known[0] > now}
             self._refused = {**fresh, key: (now + SAME_REFUSAL, replace(error))}
 
-    def _answer(self, model: Model, name: str, data: bytes, headers: Headers,
-                exchange: Exchange) -> Pieces:  # fmt: skip
+    def _answer(self, model: Model, name: str, data: bytes, exchange: Exchange) -> Pieces:
         """What one request to the upstream brings."""
         dialect = DIALECTS[name]
         path = request_path(name, model.provider.kind)
-        reply = yield from self._sent(model.provider, path, data, headers, exchange)
+        reply = yield from self._sent(model.provider, path, data, exchange.sent, exchange)
         data = b""
         try:
             prompt = prompt_tokens(exchange.request)  # while the upstream works: it takes a while
@@ -4834,9 +4826,9 @@ def refused_error(refusal: Refusal, model: Model, headers: Headers, native: byte
     return error
 
 
-def refusal_key(data: bytes, headers: Headers, exchange: Exchange) -> int:
+def refusal_key(data: bytes, exchange: Exchange) -> int:
     """What a refused request is known by."""
-    return hash((exchange.served, data, tuple(headers.items())))
+    return hash((exchange.served, data, tuple(exchange.sent.items())))
 
 
 def told_error(error: OgxError, exchange: Exchange, model: Model, body: Json) -> OgxError:
@@ -4844,7 +4836,7 @@ def told_error(error: OgxError, exchange: Exchange, model: Model, body: Json) ->
     if error.refusal is None or "prompt is too long" in error.message:
         return error
     count = round(sum(prompt_tokens(exchange.request)))
-    asked = next((body[name] for name in LIMIT_FIELDS if name in body), 0)
+    asked = max(body.get(name, 0) for name in LIMIT_FIELDS)
     return overflow_error(error.refusal, count, model.context, asked) or error
 
 
