@@ -81,7 +81,7 @@ if sys.version_info < (3, 9):  # noqa: UP036
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Callable, ClassVar, Literal, Optional, Union
+from typing import Any, Callable, ClassVar, Literal, Union
 
 __version__ = "0.1.0"
 
@@ -116,6 +116,12 @@ KEY_CHARACTERS = "%+-./0123456789:=@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopq
 MAX_ELEMENTS = 1_000_000  # of a JSON text: Python's parser holds up all threads while it reads them
 JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.S)
 RETRY_AFTER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?|\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT")
+# A quotation of four words or more is a user's or a model's text, but behind such a key.
+QUOTATION = re.compile(r"""(\b(?:message|msg|error|detail)\\?['"]\s?:\s?\\?)?(?<!\w)"""
+                       r"""(['"`])(?:[^\s'"`]{1,40}\s){3}.*?(?:\2(?!\w)|\Z)""", re.S)  # fmt: skip
+NO_MONEY = (r"(?i)\b(insufficient|not enough|out of|used all)\b(?! permis).{0,30}\b(balance|"
+            r"credit|fund)|\b(balance|credit|fund)s?\b.{0,30}(insufficient|not enough|too low)|"
+            r"\brecharg|\barrears|\btop[ -]up\b")  # fmt: skip
 CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 
 
@@ -162,9 +168,10 @@ class Refusal:
     code: str = ""
     param: str = ""
 
-    @property
+    @functools.cached_property
     def words(self) -> str:
-        return f"{self.message} {self.param}"  # some gateways move the sentence into `param`
+        """What it says, but for quotations; some gateways move the sentence into `param`."""
+        return QUOTATION.sub(lambda m: m[0] if m[1] else "''", f"{self.message} {self.param}")
 
 
 def refusal_from_body(status: int, body: bytes) -> Refusal:
@@ -301,7 +308,8 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
     told = {k: headers[k] for k in ("retry-after",) if RETRY_AFTER.fullmatch(headers.get(k, ""))}
     wrong_key = refusal.status == 403 and re.search(WRONG_KEY, refusal.message)
     status = 401 if wrong_key else refusal.status if 400 <= refusal.status <= 599 else 502
-    out_of_money = status in (400, 403) and re.search("credit balance|billing", refusal.message)
+    out_of_money = re.search(NO_MONEY, refusal.words) or (
+        status in (400, 403) and "billing" in refusal.message)
     out_of_quota = status == 429 and "quota" in refusal.code
     kind = "billing_error" if out_of_money or out_of_quota else ""
     if kind or status in (401, 402, 403):
@@ -2718,7 +2726,8 @@ class ThoughtSplitter:
         if not self.kind and not text.strip():  # joined once, with the words behind them
             self._spaces.append(text)
             return []
-        self._held = "".join((self._held, *self._spaces, text.lstrip() if self._after_mark else text))
+        text = text.lstrip() if self._after_mark else text
+        self._held = "".join((self._held, *self._spaces, text))
         self._spaces.clear()
         self._after_mark = self._after_mark and not self._held
         if not self.kind:
@@ -2867,6 +2876,9 @@ def finished_messages(body: Json) -> Json:
     """The body with a thinking budget below the output limit, which a lesson may have lowered."""
     thinking, limit = body.get("thinking") or {}, body.get("max_tokens")
     budget = thinking.get("budget_tokens")
+    if budget == 0 and isinstance(limit, int):
+        thinking = {**thinking, "budget_tokens": max(1024, limit // 2)}
+        return finished_messages({**body, "thinking": thinking})
     if not isinstance(budget, int) or not isinstance(limit, int) or budget < limit:
         return body
     if limit > 1024:  # the least that Anthropic takes
@@ -2996,7 +3008,8 @@ def responses_request(request: Json, model: Model) -> Json:
         if item.get("role") == "assistant":  # OpenAI's types want an id; unstored, any will do
             item["id"] = f"msg_{place}"
     told = {"instructions": "\n\n".join(filter(None, (system_text(request), note))),
-            "prompt_cache_key": conversation_key(request), "stream": request.get("stream")}
+            "prompt_cache_key": conversation_key(request),
+            "stream": request.get("stream") or bool(kind.stream_above)}
     body.update({name: value for name, value in told.items() if value})
     body.update(flat_tool_fields(request, names, kind))
     body.update({n: request[n] for n in ("temperature", "top_p") if request.get(n) is not None})
@@ -3271,6 +3284,8 @@ def ways_to_count(name: str, request: Json, model: Model) -> Iterator[tuple[Sequ
 # Patterns are generic, since wordings change; each has its real texts as cases in the tests. Pure.
 
 EFFORT_LADDER = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+# Other modes of thinking than off; a budget of 0 becomes half of the output limit.
+THINKING = {"adaptive": {"type": "adaptive"}, "enabled": {"type": "enabled", "budget_tokens": 0}}
 # What each action does to a field that the request has.
 ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "clamp": min,
@@ -3278,6 +3293,9 @@ ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "limit": lambda effort, most: min(effort, most, key=EFFORT_LADDER.index),
     "lift": lambda effort, least: max(effort, least, key=EFFORT_LADDER.index),
     "unschema": lambda tools, keyword: without_keywords(tools, [keyword], []),
+    "unlist": lambda told, names: ",".join(n for n in told.split(",") if n not in names.split(",")),
+    "retype": lambda thinking, kind: THINKING[kind]
+    if thinking.get("type") in {*THINKING} - {kind} else thinking,
     "again": lambda value, _: value,
 }
 LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
@@ -3286,44 +3304,35 @@ OPTIONAL_FIELDS = ("temperature", "top_p", "top_k", "stop", "stream_options", "r
                    "parallel_tool_calls", "response_format", "tool_choice", "prompt_cache_key",
                    "store", "include", "stop_sequences", "thinking", "output_config", "metadata",
                    "context_management", "max_tool_calls")  # fmt: skip
-RENAMED_LIMIT = r"['`\"]?(max_\w*tokens)['`\"]?.{0,60}[Uu]se ['`\"]?(max_\w*tokens)"
 LEAST_LIMIT = r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)"
-UNSUPPORTED = (r"(?i)unsupported|not supported|unrecognized|unknown|unexpected|does not support|"
-               r"not permitted|extra (fields|inputs)")  # fmt: skip
-# Seen live: vLLM's. The others are from issue threads; DeepSeek's and Anthropic's from memory.
-OUTPUT_LIMITS = (
-    r"supports at most (\d+) (?:completion|output) tokens",  # OpenAI
-    r"\d+ > (\d+), which is the maximum allowed number of output tokens",  # Anthropic
-    r"max_tokens.{0,80}less than or equal to `?(\d+)",  # Groq
-    r"model limit of (\d+)",  # Bedrock
-    r"max_tokens\D{0,60}\[1, ?(\d+)\]",  # DeepSeek
-    r"max_model_len=(\d+)",  # vLLM 0.33
-    r"expected a value <= (\d+)",  # Volcano
-)
-# (limit, prompt, asked for): the prompt fits, prompt and output together don't.
-ROOM_LEFT = (
-    r"context length is (?P<limit>\d+) tokens.*?\((?P<prompt>\d+) in the messages",
-    r"context length is (?P<limit>\d+) tokens and your request has (?P<prompt>\d+) input",
-    r"exceed context limit: (?P<prompt>\d+) \+ \d+ > (?P<limit>\d+)",
-    r"must be <= (?P<limit>\d+)\. Given: (?P<prompt>\d+) `inputs`")  # fmt: skip
-# Seen live: vLLM's and llama.cpp's. The others are from issue threads; xAI's, Groq's, Bedrock's and
-# Mistral's from memory.
-OVERFLOWS = (
-    r"context length is (?P<limit>\d+) tokens\. However, your messages resulted in (?P<prompt>\d+)",
-    r"context length is (?P<limit>\d+) tokens\. However, your prompt contains (?:at least )?"
-    r"(?P<prompt>\d+) input tokens",
-    r"context length is (?P<limit>\d+) tokens.*?\((?P<prompt>\d+) in the messages",
-    r"Input length \((?P<prompt>\d+)\) exceeds model's maximum context length \((?P<limit>\d+)\)",
-    r"limit of (?P<limit>\d+) tokens\. Your messages resulted in (?P<prompt>\d+) tokens",
-    r"input token count \((?P<prompt>\d+)\) exceeds the maximum number of tokens allowed "
-    r"\((?P<limit>\d+)\)",
-    r"request \((?P<prompt>\d+) tokens\) exceeds the available context size \((?P<limit>\d+)",
-    r"Current length is (?P<prompt>\d+) while limit is (?P<limit>\d+)",
-    r"maximum prompt length is (?P<limit>\d+) but the request contains (?P<prompt>\d+)",
-    r"Request too large for model.*Limit (?P<limit>\d+), Requested (?P<prompt>\d+)",
-    r"Prompt contains (?P<prompt>\d+) tokens.*?(?P<limit>\d+) maximum context length",
-    r"context_length_exceeded|exceeds the context window|[Ii]nput is too long|"
-    r"exceed_context_size|maximum context length|prompt is too long")  # fmt: skip
+UNSUPPORTED = (r"(?i)unsupported|unrecognized|unknown|unexpected|does not (support|match)|"
+               r"not (supported|permitted|allowed)|extra (fields|inputs)|deprecated|invalid beta|"
+               r"should be '")  # fmt: skip
+ADVICE = r"(?i)(?<!n't )(?<!not )\b(?:use|did you mean)\b(?! of)(?:[^.;]|\.\w)*"
+# Where a name, the #, is a field's even if it's an English word; below, where a number is a limit.
+NAMED = (r"(?i)[`'\"]#|\b(?:parameter|argument|field)s?\b(?:[^.:#]{0,30}:)?\W{0,3}#|"
+         "#:? (?:parameter|argument|field|extra)")  # fmt: skip
+EXTRA = r"(?<![\w.])([a-z]\w*)(?:\.\w+)*\.(\w+): Extra inputs"
+LISTED = (r"(?is).*\b(?:one of|(?:should|must) be|only supports?|(?:supported|allowed|valid|"
+          r"expected)(?: \w+)?(?: are| is|:))\W(.+)")  # fmt: skip
+BETAS = "anthropic-beta"  # a header, but for lessons a field like others
+# Lengths. A refusal is about the window if it tells of CONTEXT and TOO_LONG or, in one sentence, of
+# PROMPT, TOO_LONG and BOUND, but of no OTHERS.
+CONTEXT = (r"(?i)(?<![a-z])context(?![\W_]{0,3}(?:deadline|cancel|manag|=))|prompt (?:is )?too l|"
+           "request too large for model")  # the last is Groq's, about tokens per minute
+TOO_LONG = (r"(?i)exceed|too (?:long|large|many)|(?:greater|longer|larger|more|less) than|overflow|"
+            r"range of|\b(?:over|above)\b")  # fmt: skip
+PROMPT = (r"(?i)(?<![a-z])(?:prompt(?!_cache)|(?:inputs?|messages?|tokens?)\b|conversation|"
+          "current length)")  # fmt: skip
+BOUND = r"(?i)max|limit|length|window|model|allowed|too long"
+OTHERS = (r"(?i)\b(?:image|audio|video|pdf|file)(?!s? and text)|\d ?[KMG]i?B\b|byte|string|quota|"
+          r"time|\b(?:tools?|name|ids?|rates?|daily|monthly|per (?:min|day|hour|sec)\w*)\b")
+OUTPUT = (r"(?i)max_(?!input|prompt|model|seq)\w{0,20}tokens|maxOutputTokens|"
+          r"\b(?:output|completion|maximum tokens|new tokens)\b")  # fmt: skip
+COUNT = r"(?<![\w./-])(?<!\bby )(?:\d{1,3}(?:,\d{3}){1,2}|\d{2,8})(?![\w/-]|,\d)"
+MOST = (r"(?i)(?:at most|than|[<>≤]|exceeds?|above|over|only|up to|max(?!\w{0,20}tokens)|limit|"
+        r"range|context|window)\D{0,40}(?:\b1\D{1,20})?#(?!(?: tokens)? ?[>+])|# (?:tokens )?max")
+ROOM = 256  # tokens of an answer that are worth asking for
 # Words that tell how a server differs from the row it was configured under: the row is put right.
 # Seen live: llama.cpp's and chat templates'. The others are from vendors' pages and issue threads.
 ROW_REMEDIES: tuple[tuple[str, str, Any], ...] = (
@@ -3332,6 +3341,8 @@ ROW_REMEDIES: tuple[tuple[str, str, Any], ...] = (
      r"does not support the '/v1/responses' API", "responses", False),
     (r"use /?v1/responses|only supported in /?v1/responses|not a chat model|"
      r"does not support the '/v1/chat/completions' API", "responses", True),
+    (r"(?i)only.{0,25}\bstream|(must|requires?|enable)\b.{0,20}\bstream|"
+     r"\bstream(ing)?\b.{0,12}(must|required|only)|(for|with|in) non-?stream", "stream_above", 1),
     ("isn't supported on this route", "openai_root", "~/openai/v1"),  # Bedrock
     (r"encrypted content .*(verified|decrypted|invalid)|[Ii]tem with id '(rs|ws)_|"
      r"without its required following item|reasoning_details|[Cc]orrupted thought|"
@@ -3377,7 +3388,11 @@ def with_lessons(body: Json, lessons: Iterable[Lesson]) -> Json:
     """The request body after what was learned."""
     body = dict(body)
     for lesson in lessons:
-        if lesson.action == "set":
+        holder, _, name = lesson.field.partition(".")
+        if name:
+            lesson = replace(lesson, field=name)
+            body.update({k: with_lessons(body[k], [lesson]) for k in {holder} & {*body}})
+        elif lesson.action == "set":
             body[lesson.field] = lesson.value
         elif lesson.action == "row" or lesson.field not in body:
             continue
@@ -3403,7 +3418,7 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
                         known: Sequence[Lesson] = ()) -> Lesson | None:  # fmt: skip
     """What to change so that the same request is accepted; None when nothing is known to help, or
     what would help was tried."""
-    if refusal.status not in (400, 404, 405, 413, 422, 500):
+    if refusal.status not in (400, 402, 404, 405, 413, 422, 500):
         return None
     words, kind = refusal.words, model.provider.kind
     tried = {lesson.field for lesson in known if lesson.action == "row"}
@@ -3414,8 +3429,11 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
     no_path = refusal.status in (404, 405) and not re.search("(?i)model|item", words)
     if no_path and "input" in body:
         return Lesson("row", "responses", False)  # there is no such path
-    for remedy in REMEDIES if refusal.status != 500 else ():
+    for remedy in REMEDIES[: {402: 1, 500: 2}.get(refusal.status)]:
         for lesson in remedy(refusal, body):
+            if any(k.action == lesson.action and (k.field == lesson.value or (
+                    k.field == lesson.field and not k.keep)) for k in known):  # fmt: skip
+                continue  # it would lead back, or was tried for this request
             actions = {lesson.action, *(k.action for k in known if k.field == lesson.field)}
             useful = lesson.action in ("again", "row") or with_lessons(body, [lesson]) != body
             if useful and not ("set" in actions and len(actions) > 1):  # that would go to and fro
@@ -3423,54 +3441,112 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
     return plainer_tools(refusal, body, kind, "refused_keywords" not in tried)
 
 
-def first_match(patterns: Iterable[str], words: str) -> re.Match[str] | None:
-    return next(filter(None, (re.search(pattern, words) for pattern in patterns)), None)
+def around(words: str, match: re.Match[str]) -> str:
+    """The words around what was found, and a # in its place."""
+    return f"{words[max(0, match.start() - 60) : match.start()]}#{words[match.end() :][:20]}"
+
+
+def told_lengths(refusal: Refusal, asked: int) -> tuple[str, int, int]:
+    """What a refusal says of lengths where `asked` tokens of output were asked for: "overflow" (the
+    prompt alone is too long), "room" (it isn't, but with the output), "output" (no answer may be
+    so long) or ""; then the limit and the prompt's tokens, 0 where they aren't told."""
+    words = f"{refusal.words} {refusal.code.replace('_', ' ')}"
+    numbers: dict[int, Any] = {}  # with whether they stand as limits
+    for told in itertools.islice(re.finditer(COUNT, words), 20):
+        number = int(told[0].replace(",", ""))
+        numbers[number] = numbers.get(number) or re.search(MOST, around(words, told))
+    large = {n for n in numbers if n >= 1000 and n != asked}
+    limit = max((n for n in large if numbers[n]), default=0)
+    others = large - {limit}
+    sums = {one + other for one in others for other in (*others, asked) if other}
+    prompt = max(others - sums, default=0) if limit else 0
+    about_output = re.search(rf"{OUTPUT}|\b{asked or 'output'}\b", words)
+    if is_about_window(words, prompt):
+        if prompt:
+            return "room" if prompt < limit else "overflow", limit, prompt
+        if not about_output:
+            return "overflow", limit if limit >= 2048 else 0, 0  # smaller ones are codes
+    most = next((n for n in numbers if numbers[n] and 16 <= n < asked), 0)
+    return ("output", most, 0) if about_output and most else ("", 0, 0)
+
+
+def is_about_window(words: str, prompt: int) -> bool:
+    """Whether a refusal is about a prompt that is too long, alone or with its answer; `prompt` is
+    a number that it tells beside the limit."""
+    if re.search(CONTEXT, words) and (prompt or re.search(TOO_LONG, words)):
+        return True
+    for part in itertools.islice(re.split(r"(?<=[.!?;])\s+|\n", words), 20):
+        long = re.search(TOO_LONG, part) and re.search(BOUND, part)
+        alone = long and not re.search(OUTPUT, part)  # else it may be the answer that is
+        if (prompt or alone) and re.search(PROMPT, part) and not re.search(OTHERS, part):
+            return True
+    return False
 
 
 def fitting_limit(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """`Unsupported parameter: 'max_tokens' ... Use 'max_completion_tokens' instead.`,
-    `max_tokens is too large: 32000. This model supports at most 16384 completion tokens`,
+    """`max_tokens is too large: 32000. This model supports at most 16384 completion tokens`,
     `integer below minimum value. Expected a value >= 16, but got 1 instead.`; and for a prompt
-    that fits, but not with the output asked for, what is left, this once."""
-    said, words = refusal.message, refusal.words
-    renamed = re.search(RENAMED_LIMIT, said)
-    if renamed:
-        yield Lesson("rename", renamed[1], renamed[2])
-    name = next((name for name in LIMIT_FIELDS if name in body), None)
+    that fits, but not with the output asked for, or an account that `can only afford 27342`, what
+    is left, this once."""
+    words, name = refusal.words, next((name for name in LIMIT_FIELDS if name in body), None)
     if name is None:
         return
-    # Other limits are told in the same words: of images, of tools, of the temperature.
-    about = rf"max_\w*tokens|(output|completion|maximum) tokens|\b{body[name]}\b"
-    most, room = first_match(OUTPUT_LIMITS, words), first_match(ROOM_LEFT, said)
-    if most and int(most[1]) >= 16 and re.search(about, words):
-        yield Lesson("clamp", name, int(most[1]))
-    if room and int(room["limit"]) - int(room["prompt"]) >= 256:
-        yield Lesson("clamp", name, int(room["limit"]) - int(room["prompt"]), keep=False)
-    least = re.search(LEAST_LIMIT, said)
+    kind, most, prompt = told_lengths(refusal, body[name])
+    left = (most - prompt) // (2 if "at least" in words else 1)  # vLLM counts no further
+    kept = kind == "output" and refusal.status != 402
+    if kept or kind in ("output", "room") and left >= ROOM:
+        yield Lesson("clamp", name, left, kept)
+    least = re.search(LEAST_LIMIT, words)
     if least and 0 < int(least[1]) <= 64 and "token" in words:
         yield Lesson("raise", name, int(least[1]))
 
 
 def lower_effort(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """`Function tools with reasoning_effort are not supported for gpt-5.6-terra in
-    /v1/chat/completions. To use function tools, use /v1/responses or set ... to 'none'.`
-    `Unsupported value: 'reasoning_effort' does not support 'max' with this model. Supported
-    values are: 'low', 'medium', and 'high'.`: the highest of those that isn't above what was
-    asked, else a step down the ladder."""
-    words, asked = refusal.words, body.get("reasoning_effort")
+    """`Function tools with reasoning_effort are not supported for gpt-5.6-terra ... To use function
+    tools, use /v1/responses or set reasoning_effort to 'none'.` `Unexpected reasoning effort high.
+    Supported types are xhigh (default), medium, and low.`: the highest of those that isn't above
+    what was asked, else the lowest; without a list a step down the ladder."""
+    words, name = refusal.words, "reasoning_effort"
     if "Function tools with reasoning_effort" in words:
-        yield Lesson("set", "reasoning_effort", "none")
-    if asked not in EFFORT_LADDER or "effort" not in words:
+        yield Lesson("set", name, "none")
+    name = name if name in body else "output_config.effort"
+    asked = body.get(name) or dict_or_empty(body.get("output_config")).get("effort")
+    said = re.sub(ADVICE, "", words)
+    if asked not in EFFORT_LADDER or not re.search(rf"(?i)effort|reasoning.{{0,80}}{asked}", said):
         return
-    rank = EFFORT_LADDER.index(asked)
-    quoted = set(re.findall(r"[`'\"](\w+)[`'\"]", words)) - {asked}
-    told = [effort for effort in EFFORT_LADDER[1:] if effort in quoted]
+    rank, listed = EFFORT_LADDER.index(asked), re.match(LISTED, words)
+    if listed:
+        told = [e for e in EFFORT_LADDER[1:] if e != asked and re.search(rf"\b{e}\b", listed[1])]
+        if not told:  # `must be one of none or default`
+            yield Lesson("drop", name)
+    elif not re.search(UNSUPPORTED, words) or "Unsupported parameter" in words or rank == 2:
+        return
+    else:
+        told = [EFFORT_LADDER[rank - 1] if rank > 2 else "low"]
     lower = [effort for effort in told if EFFORT_LADDER.index(effort) < rank]
-    if not told:
-        if not re.search(UNSUPPORTED, words) or "Unsupported parameter" in words or rank == 2:
-            return
-        lower, told = [EFFORT_LADDER[rank - 1]] if rank > 2 else [], ["low"]
-    yield Lesson("limit" if lower else "lift", "reasoning_effort", (lower or told[:1])[-1])
+    for effort in (lower[-1:] or told)[:1]:
+        yield Lesson("limit" if lower else "lift", name, effort)
+
+
+def older_fields(refusal: Refusal, body: Json) -> Iterator[Lesson]:
+    """`tools.0.custom.x: Extra inputs are not permitted`; `thinking: Input tag 'adaptive' ... does
+    not match`, `thinking.type.enabled is not supported. Use thinking.type.adaptive ...`;
+    `Unexpected value(s) ... for the anthropic-beta header`, or `invalid beta flag`, which names
+    none: then only those stay without which Claude Code's requests aren't understood."""
+    said = re.sub(ADVICE, "", refusal.words)
+    if not re.search(UNSUPPORTED, said):
+        return
+    path = re.search(EXTRA, said)
+    if path:
+        yield Lesson("unschema", path[1], path[2])
+    asked = dict_or_empty(body.get("thinking")).get("type")
+    if asked in THINKING and "thinking" in said and re.search("adaptive|enabled", said):
+        yield Lesson("retype", "thinking", "enabled" if asked == "adaptive" else "adaptive")
+    betas = body.get(BETAS, "").replace(" ", "").split(",")
+    if re.search(r"(?i)\bbeta", said):
+        named = [beta for beta in betas if beta in said]
+        others = [beta for beta in betas if not beta.startswith(("claude-", "interleaved-"))]
+        yield Lesson("unlist", BETAS, ",".join(named or others))
 
 
 def other_tools(refusal: Refusal, body: Json) -> Iterator[Lesson]:
@@ -3495,15 +3571,21 @@ def plainer_answer(refusal: Refusal, body: Json) -> Iterator[Lesson]:
 
 def dropped_field(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     """`Unsupported value: 'temperature' does not support 0.2`, `property 'x' is unsupported`."""
-    if not re.search(UNSUPPORTED, f"{refusal.message} {refusal.code}"):
+    told = re.sub(ADVICE, "", f"{refusal.param} {refusal.words}")
+    if not re.search(UNSUPPORTED, f"{told} {refusal.code}"):
         return
-    told = f"{refusal.param} {refusal.message}".replace("reasoning.effort", "reasoning_effort")
-    # Names that are also English words count only in quotes.
-    words = [refusal.param, *re.findall(r"[`'\"](\w+)[`'\"]", told), *re.findall(r"\w*_\w*", told)]
-    if "think" in refusal.message:  # Ollama: `"m" does not support thinking`
-        words.append("reasoning_effort")
-    named = next((word for word in words if word in OPTIONAL_FIELDS), None)
-    if named:  # tool_choice changes what the answer may be, so it is left out only this once
+    told = told.replace("reasoning.effort", "reasoning_effort")
+    if "think" in told:  # Ollama: `"m" does not support thinking`
+        told += " reasoning_effort"
+    names = (m[0] for m in re.finditer(r"\w+", told) if m[0] in (*OPTIONAL_FIELDS, *LIMIT_FIELDS)
+             and (m[0] in (refusal.param, "temperature") or "_" in m[0]
+                  or re.search(NAMED, around(told, m))))  # fmt: skip
+    named = next(names, "")
+    if named in LIMIT_FIELDS:
+        if named != LIMIT_FIELDS[2]:
+            yield Lesson("rename", named, LIMIT_FIELDS[named == LIMIT_FIELDS[0]])
+        yield Lesson("drop", named)
+    elif named:  # tool_choice changes what the answer may be, so it is left out only this once
         yield Lesson("drop", named, keep=named != "tool_choice")
     elif re.search(r"\bstrict\b", told):
         for holder in ("tools", "response_format", "text"):
@@ -3547,23 +3629,25 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
     return None if "$ref" in refused else Lesson("row", "refused_keywords", (*refused, *more))
 
 
-REMEDIES = (fitting_limit, lower_effort, other_tools, plainer_answer, dropped_field)
+REMEDIES = (fitting_limit, lower_effort, older_fields, other_tools, plainer_answer, dropped_field)
 
 
-def overflow_error(refusal: Refusal, estimate: int, limit: int | None) -> OgxError | None:
+def overflow_error(refusal: Refusal, estimate: int, limit: int | None,
+                   asked: int = 0) -> OgxError | None:  # fmt: skip
     """Anthropic's error for a prompt that is too long, in the words that make Claude Code compact
-    and go on; None for a refusal of another kind. Numbers the upstream didn't tell are ours."""
-    words = f"{refusal.message} {refusal.code}"
-    at_once = refusal.status == 429 and "Request too large" in words  # waiting won't help
+    and go on; None for a refusal of another kind. Numbers the upstream didn't tell are ours, where
+    they show it. `asked` is the output that was asked for."""
+    at_once = refusal.status == 429 and "Request too large" in refusal.words  # waiting won't help
     if refusal.status not in (400, 413, 422, 500) and not at_once:
         return None
-    match = first_match(OVERFLOWS, words)
-    if match is None:
+    kind, most, prompt = told_lengths(refusal, asked)
+    message = f"input length and `max_tokens` exceed context limit: {prompt} + {asked} > {most}"
+    if kind == "overflow":
+        prompt, most = prompt or estimate, most or limit or prompt or estimate
+        shown = f"{prompt} tokens > {most} maximum" if prompt > most else refusal.message
+        message = f"prompt is too long: {shown}"
+    elif kind != "room" or most - prompt >= ROOM:
         return None
-    found = match.groupdict()
-    prompt = int(found.get("prompt") or estimate)
-    maximum = int(found.get("limit") or limit or max(1, prompt - 1))
-    message = f"prompt is too long: {max(prompt, maximum + 1)} tokens > {maximum} maximum"
     return OgxError(400, message, refusal=refusal)
 
 
@@ -3837,7 +3921,7 @@ class Lessons:
 
 def subject_of(lesson: Lesson) -> str:
     """What a lesson is about."""
-    value = lesson.value if lesson.action == "unschema" else ""
+    value = lesson.value if lesson.action[:2] == "un" else ""
     return f"{lesson.action} {lesson.field} {lesson.dialect} {value}"
 
 
@@ -4678,6 +4762,7 @@ class Exchange:
     request: Json = field(default_factory=dict)
     raw: bytes = b""  # the request as the client wrote it
     headers: Headers = field(default_factory=dict)  # for upstreams that speak Messages
+    sent: Headers = field(default_factory=dict)  # of them, to the present one
     asked: str = ""
     answered: bool = False  # a part of the answer is with the client: there is no second try
     served: str = ""
@@ -4798,7 +4883,7 @@ class Gateway:
                 last = exchange.answered or attempt == MAX_REQUESTS
                 if not last and self._learned(error, body, taught, exchange, lessons):
                     continue
-                error = error if exchange.answered else told_error(error, exchange, model)
+                error = error if exchange.answered else told_error(error, exchange, model, body)
                 pause = None if last else self._pause(error, exchange)
                 if pause is None:
                     self._note_refusal(key, error, exchange)
@@ -4820,7 +4905,9 @@ class Gateway:
             told = log.isEnabledFor(logging.DEBUG)
             exchange.dropped = dropped_names(exchange.request, sent, told)
         data = with_model(exchange.raw, exchange.request, sent) if dialect.native else None
-        return body, without_halves(data or json_bytes(sent))
+        headers = with_lessons({**exchange.headers}, own) if dialect.native else {}
+        exchange.sent = {name: value for name, value in headers.items() if value}
+        return {**body, **exchange.sent}, without_halves(data or json_bytes(sent))
 
     def _learned(self, error: OgxError, body: Json, model: Model, exchange: Exchange,
                  lessons: list[Lesson]) -> bool:  # fmt: skip
@@ -4836,8 +4923,7 @@ class Gateway:
             log.info("%s: %s has no Messages API; translating", exchange.request_id, provider.id)
             return True
         lesson = lesson_from_refusal(refusal, body, model, lessons)
-        if lesson is None or (lesson.action == "again" and lesson.action in
-                              [known.action for known in lessons]):  # fmt: skip
+        if lesson is None:
             return False
         about = "" if lesson.action == "row" else exchange.dialect
         lessons.append(replace(lesson, dialect=about, at=time.time()))
@@ -4882,9 +4968,8 @@ class Gateway:
     def _answer(self, model: Model, name: str, data: bytes, exchange: Exchange) -> Pieces:
         """What one request to the upstream brings."""
         dialect = DIALECTS[name]
-        headers = exchange.headers if dialect.native else {}
         path = request_path(name, model.provider.kind)
-        reply = yield from self._sent(model.provider, path, data, headers, exchange)
+        reply = yield from self._sent(model.provider, path, data, exchange.sent, exchange)
         data = b""
         try:
             prompt = prompt_tokens(exchange.request)  # while the upstream works: it takes a while
@@ -5306,16 +5391,16 @@ def refused_error(refusal: Refusal, model: Model, headers: Headers, native: byte
 
 def refusal_key(data: bytes, exchange: Exchange) -> int:
     """What a refused request is known by."""
-    headers = exchange.headers if DIALECTS[exchange.dialect].native else {}
-    return hash((exchange.served, data, tuple(headers.items())))
+    return hash((exchange.served, data, tuple(exchange.sent.items())))
 
 
-def told_error(error: OgxError, exchange: Exchange, model: Model) -> OgxError:
+def told_error(error: OgxError, exchange: Exchange, model: Model, body: Json) -> OgxError:
     """The error as the client understands it best: a prompt that is too long in those words."""
     if error.refusal is None or "prompt is too long" in error.message:
         return error
     count = round(sum(prompt_tokens(exchange.request)))
-    return overflow_error(error.refusal, count, model.context) or error
+    asked = max(body.get(name, 0) for name in LIMIT_FIELDS)
+    return overflow_error(error.refusal, count, model.context, asked) or error
 
 
 def raise_if_error(answer: bytes, origin: str) -> None:
@@ -5796,15 +5881,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """TLS's handshake."""
         self.server.idle(self.connection, True)
         self.until = time.monotonic() + self.server.limits.client_timeout
-        while self.server.tls and time.monotonic() < self.until:
+        while isinstance(self.connection, ssl.SSLSocket):
             try:
                 return self.connection.do_handshake()
             except ssl.SSLWantReadError:
                 yield READS
             except ssl.SSLWantWriteError:
                 yield WRITES
-        if self.server.tls:
-            raise socket.timeout("the handshake took too long")
+            if time.monotonic() >= self.until:
+                raise socket.timeout("the handshake took too long")
 
     def _requests(self) -> Steps:
         """Serve one request after the other."""
@@ -6198,8 +6283,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """One line per request; what clients and monitors ask all the time only at DEBUG."""
         done, usage = self.exchange, self.exchange.usage
         served = f"{done.served} by {done.dialect}" if done.served else "nothing"
+        path = cut(self.path.partition("?")[0], 200)
         parts: list[Any] = [
-            f"{done.request_id} {self.command} {cut(self.path.partition('?')[0], 200)} {self.status}",
+            f"{done.request_id} {self.command} {path} {self.status}",
             done.asked and f"{done.asked} -> {served}",
             done.first_event and f"first {done.first_event - done.started:.3f}s",
             f"total {time.monotonic() - done.started:.3f}s",

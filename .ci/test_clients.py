@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import socketserver
 import subprocess
 import sys
