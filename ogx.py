@@ -189,7 +189,7 @@ def refusal_from_body(status: int, body: bytes) -> Refusal:
         kinds = " ".join(codes).lower()
         status = next((known for stems, known in CODE_STATUSES if re.search(stems, kinds)), 500)
     words, param = told.get("message", text), told.get("param", "")
-    return Refusal(status, words[:2000], codes[0][:200], param[:500])
+    return Refusal(status, cut(words, 2000), cut(codes[0], 200), cut(param, 500))
 
 
 def told_in(node: Any, depth: int = 8) -> Json:
@@ -681,7 +681,9 @@ class Node:
 
     def wrong(self, key: str, expected: str, value: Any) -> OgxError:
         place = self.path(key) if key else self.where
-        return OgxError(400, f"{place}: expected {expected}, got {json.dumps(value)[:80]}")
+        hidden = key == "api_key" or value and isinstance(value, (dict, list))  # it may hold a key
+        shown = "something else" if hidden else json.dumps(value)[:80]
+        return OgxError(400, f"{place}: expected {expected}, got {shown}")
 
     def only(self, *keys: str) -> None:
         for key in self.fields:
@@ -5052,7 +5054,7 @@ class Gateway:
             if not data:
                 break
             events = stream.feed(data)
-            if not begun:
+            if not begun and len(events) < LONG:
                 raise_if_error(b"".join(SseReader().feed(events)[:1]), exchange.served)
             begun, reply.complete = begun or bool(events), stream.ended
             exchange.drained = not stream.ended and reply.drained()

@@ -889,9 +889,19 @@ class TestErrors:
                 bodies += [odd, b'{"error":{"message":"m","detail":%b}}' % odd]
         for body in bodies:
             refusal = ogx.refusal_from_body(200, body)
-            assert 0 < len(refusal.message) <= 2000 and len(refusal.code) <= 200
+            assert 0 < len(refusal.message) <= 2003 and len(refusal.code) <= 203
             assert 400 <= ogx.upstream_error(refusal, "o", {}).status <= 599
-            assert len(refusal.param) <= 500
+            assert len(refusal.param) <= 503
+
+    @pytest.mark.parametrize("shape", ['{"error":{"message":"%s"}}', "%s", "<html><title>%s</title>",
+                                       '{"error":{"message":"m","code":"%s"}}'], ids=str)
+    def test_no_part_of_a_key_is_told_wherever_words_are_cut(self, shape):
+        key = "sk-secret-0123456789"
+        for before in (*range(180, 205), *range(280, 305), *range(480, 505), *range(1970, 2005)):
+            body = (shape % ("w " * (before // 2) + " " * (before % 2) + key + " x")).encode()
+            refusal = ogx.refusal_from_body(400, body)
+            error = ogx.upstream_error(refusal, "o", {}).without([key])
+            assert "sk-" not in error.message and "0123" not in error.message
 
     @pytest.mark.parametrize(
         ("answer", "failed"),
@@ -1191,6 +1201,17 @@ class TestConfig:
         assert refused(ogx.expanded, {"k": ["${env.NOPE}"]}, {}, "f").message == (
             "f: k[0]: the environment variable NOPE is not set"
         )
+
+    @pytest.mark.parametrize("settings", [
+        {"api_key": ["sk-secret"]}, {"api_key": {"a": "sk-secret"}}, {"api_key": 123456789},
+        {"headers": {"x": ["sk-secret"]}}, {"headers": ["sk-secret"]}, {"api_key": "sk-secret x"},
+        {"base_url": ["http://u:sk-secret@h"]}, {"key_header": ["sk-secret"]}], ids=str)
+    def test_no_mistake_shows_a_key(self, settings):
+        entry = {"provider_id": "a", "provider_type": "remote::openai", "config": settings}
+        tree = {"providers": {"inference": [entry]}}
+        told = refused(ogx.config_from_json, tree, "my.json", {}).message
+        assert "secret" not in told and "123456" not in told
+        assert told.startswith("my.json: providers.inference[0].config.")
 
     @pytest.mark.parametrize(
         ("tree", "words"),
