@@ -5866,6 +5866,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Whether the client left while it waits for an answer; None where it did nothing. It may
         have sent its next request, or closed its own side alone: what is then written to it tells,
         since who left refuses that in a moment."""
+        if len(self._received) > MAX_HEAD:  # of requests to come: the rest can wait
+            return False
         try:
             data = received(self.connection)
             if data:

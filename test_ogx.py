@@ -9837,6 +9837,27 @@ class TestServer:
             assert len(looks) < 50
             upstream.client_left.set()
 
+    def test_who_sends_on_during_its_answer_fills_no_memory(self):
+        def answer(fake, connection):
+            begin_stream(connection)
+            for _ in range(500):
+                send_chunk(connection, sse(delta(content="Hello"), done=False))
+                time.sleep(0.001)
+            send_chunk(connection, sse(delta("stop")))
+            connection.sendall(b"0\r\n\r\n")
+
+        with gateway_over(answer) as (client, _), self.stream_of(client) as sock:
+            self.read_until(sock, b"Hello")
+            sock.setblocking(False)
+            handler, held = next(iter(client.server.running)), 0
+            while client.server.running:
+                with contextlib.suppress(BlockingIOError):
+                    sock.send(b"x" * 65536)
+                held = max(held, len(handler._received))
+                with contextlib.suppress(BlockingIOError):
+                    sock.recv(1 << 20)
+        assert 0 < held <= 2 * ogx.MAX_HEAD
+
     def test_who_leaves_during_a_request_that_was_sent_early_is_noticed_too(self):
         def late(fake, connection):
             both.wait(10)
