@@ -1131,99 +1131,16 @@ def parsed_json(body: bytes) -> Any:
 
 def checked_json(body: bytes, counting: bool = False) -> Json:
     """The Messages request in a body."""
-    known = with_known_tools(body)
-    request: Json = parsed_json(body) if known is None else known
+    request: Json = parsed_json(body)
     check_request(request, counting)
-    if known is None:
-        remember_tools(body, request.get("tools") or [])
     return request
-
-
-TOOLS_FIELD = re.compile(rb'"tools"\s*:\s*(?=\[)')
-KEPT_TOOLS, KEPT_BODY = 8, 1 << 20  # lists, from bodies of so many bytes
-TOOLS_MARK = uuid.uuid4().hex  # stands for known tools while the rest is read
-
-
-class KnownTools:
-    """Claude Code sends the same 60 KB of tools with each of its requests. A list that came twice
-    is known by its bytes from then on, and not read, checked, translated, written or counted."""
-
-    def __init__(self, raw: bytes, tools: list[Json]) -> None:
-        self.raw, self.tools = raw, tools  # the field as it stands in a body, and its value
-        self.made: dict[tuple[str, str], tuple[Any, Any]] = {}
-
-
-known_tools: tuple[KnownTools, ...] = ()  # newest last; replaced, never altered, like the next one
-seen_tools: tuple[list[Json], ...] = ()  # once
-
-
-def with_known_tools(body: bytes) -> Json | None:
-    """The request in a body whose tools are known; None for others."""
-    at = -1
-    for _ in range(8 if known_tools else 0):  # the word occurs elsewhere too
-        at = body.find(b'"tools"', at + 1)
-        known = next((k for k in known_tools if at >= 0 and body.startswith(k.raw, at)), None)
-        if known:
-            mark, rest = f'"tools":"{TOOLS_MARK}"'.encode(), body[at + len(known.raw) :]
-            with suppress(OgxError):  # which is to tell its place in the whole body
-                request = parsed_json(body[:at] + mark + rest)
-                if isinstance(request, dict) and request.get("tools") == TOOLS_MARK:
-                    return {**request, "tools": known.tools}
-            break
-    return None
-
-
-def remember_tools(body: bytes, tools: list[Json]) -> None:
-    """Know these tools from now on, if they came before."""
-    global known_tools, seen_tools
-    if not tools or len(body) > KEPT_BODY:
-        return
-    if tools not in seen_tools:
-        seen_tools = (*seen_tools[1 - KEPT_TOOLS :], tools)
-        return
-    for match in itertools.islice(TOOLS_FIELD.finditer(body), 4):
-        text = body[match.end() :].decode()
-        value, end = STRICT_JSON.raw_decode(text)
-        if value == tools:
-            raw = match.group() + text[:end].encode()  # whose value it is: false equals 0 in Python
-            if all(known.raw != raw for known in known_tools):  # else it stands too far behind
-                known_tools = (*known_tools[1 - KEPT_TOOLS :], KnownTools(raw, value))
-            return
-
-
-def known_as(tools: Any) -> KnownTools | None:
-    return next((known for known in known_tools if known.tools is tools), None)
-
-
-def made_of_tools(tools: Any, what: str, kind: ProviderKind | None, make: Callable[[], Any]) -> Any:
-    """What `make` makes of a request's tools, for a kind of provider: of known ones once."""
-    known, key = known_as(tools), (what, kind.name if kind else "")
-    made_for, made = known.made.get(key, (None, None)) if known else (None, None)
-    if made is None or (made_for is not kind and made_for != kind):
-        made = make()
-        if known:
-            known.made[key] = kind, made
-    return made
-
-
-class EncodedList(list):  # type: ignore[type-arg]
-    """A list that keeps its JSON."""
-
-    @functools.cached_property
-    def encoded(self) -> bytes:
-        return COMPACT_JSON.encode(self).encode("ascii")
 
 
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False)
 
 
 def json_bytes(value: Json) -> bytes:
-    """Compact JSON; tools that keep theirs stand at the end."""
-    tools = value.get("tools")
-    if not isinstance(tools, EncodedList):
-        return COMPACT_JSON.encode(value).encode("ascii")
-    rest = {name: value[name] for name in value if name != "tools"}
-    return b'%b,"tools":%b}' % (COMPACT_JSON.encode(rest).encode("ascii")[:-1], tools.encoded)
+    return COMPACT_JSON.encode(value).encode("ascii")
 
 
 HALF_PAIR = re.compile(rb"\\ud(?:[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..\\ud)[c-f]..)")
@@ -1286,8 +1203,7 @@ def check_blocks(content: Any, where: str) -> None:
 
 def check_options(body: Json) -> None:
     expect(body, "", OPTIONS, required=False)
-    tools = body.get("tools") or ()
-    for index, tool in enumerate(() if tools and known_as(tools) else tools):
+    for index, tool in enumerate(body.get("tools") or ()):
         where = f"tools.{index}"
         expect(tool, where, TOOL_FIELDS, required=False)
         expect(tool, where, {"name": str}, required=is_client_tool(tool))
@@ -1634,8 +1550,7 @@ def prompt_tokens(request: Json) -> tuple[float, int]:
     """About how many tokens a request's texts and tools are, and its images and documents. Its
     thinking is left out, which most upstreams drop."""
     blocks = [b for message in request["messages"] for b in blocks_of(message["content"])]
-    tools = request.get("tools")
-    said = made_of_tools(tools, "tokens", None, lambda: text_tokens(tools)) if tools else 0.0
+    said = text_tokens(request["tools"]) if request.get("tools") else 0.0
     said += sum(map(text_tokens, (system_text(request), *map(block_text, blocks))))
     return said + 4 * len(request["messages"]) + 3, sum(map(attached_tokens, blocks))
 
@@ -2287,9 +2202,7 @@ def data_url(block: Json) -> str:
 
 def tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
     """`tools`, `tool_choice` and `parallel_tool_calls`, each only where there is a tool."""
-    given = request.get("tools")
-    tools = given and made_of_tools(given, "chat", kind, lambda: EncodedList(
-        chat_tool(tool, names, kind) for tool in sent_tools(request, kind)))  # fmt: skip
+    tools = [chat_tool(tool, names, kind) for tool in sent_tools(request, kind)]
     if not tools:
         return {}
     fields: Json = {"tools": tools}
@@ -2838,9 +2751,8 @@ def messages_request(request: Json, model: Model) -> Json:
         body["messages"] = [m if m["role"] == "assistant" else plainer(m, kind)
                             for m in with_reminders(request["messages"])]  # fmt: skip
     if tools and (kind.refused_keywords or kind.max_description):
-        body["tools"] = made_of_tools(tools, "messages", kind, lambda: EncodedList(
-            plainer_tool(tool, kind) if "input_schema" in tool else tool
-            for tool in body["tools"]))  # fmt: skip
+        body["tools"] = [plainer_tool(tool, kind) if "input_schema" in tool else tool
+                         for tool in body["tools"]]  # fmt: skip
     if kind.is_anthropic or kind.native_models:  # Claude itself
         body["messages"] = [without_foreign_thoughts(m) for m in body["messages"]]
     return body
@@ -3091,14 +3003,9 @@ def flat_tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Jso
     """Tool fields as Responses has them: flat, not strict, and with its own web search."""
     fields, given = tool_fields(request, names, kind), request.get("tools") or []
     searches = [tool for tool in given if str(tool.get("type")).startswith("web_search")]
-    functions = fields.get("tools", ())
-
-    def flat() -> EncodedList:
-        tools = [{"type": "function", "strict": False, **tool["function"]} for tool in functions]
-        return EncodedList([*tools, *map(search_tool, searches)])
-
-    whole = isinstance(functions, EncodedList)  # and not the one that must be called
-    tools = made_of_tools(given, "responses", kind, flat) if whole else flat()
+    tools = [{"type": "function", "strict": False, **tool["function"]}
+             for tool in fields.get("tools", ())]  # fmt: skip
+    tools += map(search_tool, searches)
     for tool in searches:
         fields["include"] = [ENCRYPTED, SOURCES]
         if tool.get("max_uses"):
