@@ -1471,7 +1471,7 @@ def without_keywords(tree: Any, gone: Collection[str], lost: list[Any], path: st
 
 def signature_of(dialect: str, owner: str, kept: Json) -> str:
     """What `owner` needs back, as a signature that the client returns: nothing is kept here."""
-    return json.dumps({"ogx": dialect, "by": owner, **kept}, separators=(",", ":"))
+    return COMPACT_JSON.encode({"ogx": dialect, "by": owner, **kept})
 
 
 def kept_in(block: Json, dialect: str, owner: str) -> Json:
@@ -1916,8 +1916,7 @@ def sse_bytes(event: Json | bytes) -> bytes:
         kind, name = event["delta"]["type"], DELTA_FIELDS[event["delta"]["type"]]
         text = json.encoder.encode_basestring_ascii(event["delta"][name])
         return (DELTA_EVENT % (event["index"], kind, name, text)).encode("ascii")
-    data = json.dumps(event, separators=(",", ":"))
-    return f"event: {event['type']}\ndata: {data}\n\n".encode("ascii")
+    return f"event: {event['type']}\ndata: {COMPACT_JSON.encode(event)}\n\n".encode("ascii")
 
 
 class SseReader:
@@ -2102,8 +2101,6 @@ def sent_tools(request: Json, kind: ProviderKind) -> list[Json]:
 def unserved_tools_note(request: Json, kind: ProviderKind, served: str = "") -> str:
     """Words for the model about tools that only Anthropic's servers run (web search, say) or that
     are too many; `served` is how the types of those begin that the upstream has as well."""
-    if not request.get("tools"):
-        return ""
     known = {PLACEHOLDER, *(tool["name"] for tool in sent_tools(request, kind))}
     names = [t.get("name") or str(t.get("type")) for t in request.get("tools") or ()
              if not served or not str(t.get("type")).startswith(served)]  # fmt: skip
@@ -2368,12 +2365,9 @@ class Translator:
         if data.strip() == b"[DONE]":
             self.end()
             return
-        try:
-            if has_too_many_elements(data):
-                raise ValueError
-            chunk = PLAIN_JSON.decode(data.decode())
-        except (ValueError, RecursionError):
-            raise unknown_data(f"{self._origin} sent no JSON but", data) from None
+        chunk = json_or_none(data)
+        if chunk is None:
+            raise unknown_data(f"{self._origin} sent no JSON but", data)
         self._chunks += 1
         try:
             self._read(chunk, data)
@@ -2610,8 +2604,8 @@ class UsualChunk:
         """Take in a chunk and the one event it came to; False once that is of no use. `thoughts`
         is what the text was found to be: its thinking may end in any chunk."""
         delta = {} if isinstance(event, bytes) else event.get("delta") or {}
-        kind = {"text_delta": "text", "thinking_delta": "thinking"}.get(delta.get("type", ""), "")
-        if kind and thoughts != "thinking":
+        kind = DELTA_FIELDS.get(delta.get("type", ""), "")
+        if kind in ("text", "thinking") and thoughts != "thinking":
             text = json.encoder.encode_basestring_ascii(delta[kind]).encode("ascii")
             before, found, after = chunk.partition(text)
             if found and text not in after and self.PLAIN.fullmatch(text):
@@ -2788,14 +2782,12 @@ def finished_messages(body: Json) -> Json:
     """The body with a thinking budget below the output limit, which a lesson may have lowered."""
     thinking, limit = body.get("thinking") or {}, body.get("max_tokens")
     budget = thinking.get("budget_tokens")
-    if budget == 0 and isinstance(limit, int):
-        thinking = {**thinking, "budget_tokens": max(1024, limit // 2)}
-        return finished_messages({**body, "thinking": thinking})
-    if not isinstance(budget, int) or not isinstance(limit, int) or budget < limit:
+    if not isinstance(budget, int) or not isinstance(limit, int) or (budget and budget < limit):
         return body
-    if limit > 1024:  # the least that Anthropic takes
-        return {**body, "thinking": {**thinking, "budget_tokens": limit - 1}}
-    return {name: value for name, value in body.items() if name != "thinking"}
+    if limit <= 1024:  # the least that Anthropic takes
+        return {name: value for name, value in body.items() if name != "thinking"}
+    budget = limit - 1 if budget else max(1024, limit // 2)
+    return {**body, "thinking": {**thinking, "budget_tokens": budget}}
 
 
 def without_foreign_thoughts(message: Json) -> Json:
@@ -2810,7 +2802,7 @@ def without_foreign_thoughts(message: Json) -> Json:
 def is_foreign_thought(block: Json) -> bool:
     if block["type"] not in ("thinking", "redacted_thinking"):
         return False
-    signature = str(block.get("signature" if block["type"] == "thinking" else "data") or "")
+    signature = str(block.get("signature") or block.get("data") or "")
     return not signature or signature.startswith(SIGNATURE_MARK)
 
 
@@ -3048,7 +3040,8 @@ class ResponsesTranslator(Translator):
     def _read_event(self, event: Json) -> None:
         kind, index = event.get("type") or "error", event.get("output_index")
         self._streamed.add(index if kind.endswith(".delta") else None)
-        if kind == "response.output_text.delta":
+        if kind in ("response.output_text.delta", "response.refusal.delta"):
+            self._refused = self._refused or kind == "response.refusal.delta"
             self.writer.text(event["delta"])
         elif kind == "response.function_call_arguments.delta":
             self.writer.tool(index, "", "", event["delta"])
@@ -3056,9 +3049,6 @@ class ResponsesTranslator(Translator):
             self.writer.thinking(event["delta"])
         elif kind == "response.reasoning_summary_part.added" and event.get("summary_index"):
             self.writer.thinking("\n\n")
-        elif kind == "response.refusal.delta":
-            self._refused = True
-            self.writer.text(event["delta"])
         elif kind == "response.output_text.annotation.added":
             self._read_citation(event["annotation"])
         elif kind == "response.output_item.added":
