@@ -825,8 +825,7 @@ def port_number(value: Any, where: str) -> int:
 # Which provider serves a model id. Lists come in from discovery; nothing here does I/O, so every
 # answer is computed when asked and heals by itself when a provider comes or goes.
 
-# Ids that aren't chat models, for lists that don't say (found by running it over public model
-# maps: hits guard, OCR, audio, image and search models, misses vendors we don't list).
+# Ids that aren't chat models, for lists that don't say; found with public model maps.
 NOT_LLM = re.compile(
     r"embed|rerank|whisper|transcri|(^|[-_./])tts|speech|audio|realtime|dall-?e|(^|[-_./])image|"
     r"imagen|flux|stable-diffusion|sdxl|canvas|nano-banana|moderation|guard|ocr|sora|"
@@ -1054,7 +1053,6 @@ def tier_of(model_id: str) -> str | None:
 # history becomes turns that every provider accepts, odd blocks become text. Pure.
 
 # Block types of Anthropic's OpenAPI and of its SDK 2.12 (messages and their betas, November 2026).
-# The text of a block that no chat format has is made by block_text().
 BLOCK_TYPES = frozenset((
     "text", "image", "document", "search_result", "thinking", "redacted_thinking", "tool_use",
     "tool_result", "tool_reference", "tool_addition", "tool_removal", "server_tool_use",
@@ -1822,8 +1820,8 @@ class MessageWriter:
             self.tools += 1
             content = {"type": "tool_use", "id": self._fresh_id(block.id), "name": block.name,
                        "input": {}, "caller": {"type": "direct"}}  # fmt: skip
-        start = {"type": "content_block_start", "index": self._index, "content_block": content}
-        self.events.append(start)
+        self.events.append({"type": "content_block_start", "index": self._index,
+                            "content_block": content})  # fmt: skip
 
     def _delta(self, kind: str, name: str, value: Any) -> None:
         delta = {"type": kind, name: value}
@@ -2396,8 +2394,7 @@ class Translator:
         found = (reason for stems, reason in STOP_REASONS if re.search(stems, words.lower()))
         reason = next(found, "end_turn" if self.writer.wrote or self._holds else "")
         if not reason:
-            refusal = Refusal(502, f"the answer broke off: {words}")
-            raise upstream_error(refusal, self._origin, {})
+            raise upstream_error(Refusal(502, f"the answer broke off: {words}"), self._origin, {})
         return reason
 
     def _error(self, data: bytes) -> OgxError:
@@ -2450,8 +2447,8 @@ class ChatTranslator(Translator):
         if self._stop_reason and not self.done:
             self._write(self._thoughts.end())
             self._sign()
-            named = self._stop_sequence is not None
-            self._stop_reason = "stop_sequence" if named else self._stop_reason
+            if self._stop_sequence is not None:
+                self._stop_reason = "stop_sequence"
             if self._holds:
                 self._write_answer()
         super().end()
