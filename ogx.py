@@ -827,8 +827,7 @@ def port_number(value: Any, where: str) -> int:
 # Which provider serves a model id. Lists come in from discovery; nothing here does I/O, so every
 # answer is computed when asked and heals by itself when a provider comes or goes.
 
-# Ids that aren't chat models, for lists that don't say (found by running it over public model
-# maps: hits guard, OCR, audio, image and search models, misses vendors we don't list).
+# Ids that aren't chat models, for lists that don't say; found with public model maps.
 NOT_LLM = re.compile(
     r"embed|rerank|whisper|transcri|(^|[-_./])tts|speech|audio|realtime|dall-?e|(^|[-_./])image|"
     r"imagen|flux|stable-diffusion|sdxl|canvas|nano-banana|moderation|guard|ocr|sora|"
@@ -1056,7 +1055,6 @@ def tier_of(model_id: str) -> str | None:
 # history becomes turns that every provider accepts, odd blocks become text. Pure.
 
 # Block types of Anthropic's OpenAPI and of its SDK 2.12 (messages and their betas, November 2026).
-# The text of a block that no chat format has is made by block_text().
 BLOCK_TYPES = frozenset((
     "text", "image", "document", "search_result", "thinking", "redacted_thinking", "tool_use",
     "tool_result", "tool_reference", "tool_addition", "tool_removal", "server_tool_use",
@@ -1133,99 +1131,16 @@ def parsed_json(body: bytes) -> Any:
 
 def checked_json(body: bytes, counting: bool = False) -> Json:
     """The Messages request in a body."""
-    known = with_known_tools(body)
-    request: Json = parsed_json(body) if known is None else known
+    request: Json = parsed_json(body)
     check_request(request, counting)
-    if known is None:
-        remember_tools(body, request.get("tools") or [])
     return request
-
-
-TOOLS_FIELD = re.compile(rb'"tools"\s*:\s*(?=\[)')
-KEPT_TOOLS, KEPT_BODY = 8, 1 << 20  # lists, from bodies of so many bytes
-TOOLS_MARK = uuid.uuid4().hex  # stands for known tools while the rest is read
-
-
-class KnownTools:
-    """Claude Code sends the same 60 KB of tools with each of its requests. A list that came twice
-    is known by its bytes from then on, and not read, checked, translated, written or counted."""
-
-    def __init__(self, raw: bytes, tools: list[Json]) -> None:
-        self.raw, self.tools = raw, tools  # the field as it stands in a body, and its value
-        self.made: dict[tuple[str, str], tuple[Any, Any]] = {}
-
-
-known_tools: tuple[KnownTools, ...] = ()  # newest last; replaced, never altered, like the next one
-seen_tools: tuple[list[Json], ...] = ()  # once
-
-
-def with_known_tools(body: bytes) -> Json | None:
-    """The request in a body whose tools are known; None for others."""
-    at = -1
-    for _ in range(8 if known_tools else 0):  # the word occurs elsewhere too
-        at = body.find(b'"tools"', at + 1)
-        known = next((k for k in known_tools if at >= 0 and body.startswith(k.raw, at)), None)
-        if known:
-            mark, rest = f'"tools":"{TOOLS_MARK}"'.encode(), body[at + len(known.raw) :]
-            with suppress(OgxError):  # which is to tell its place in the whole body
-                request = parsed_json(body[:at] + mark + rest)
-                if isinstance(request, dict) and request.get("tools") == TOOLS_MARK:
-                    return {**request, "tools": known.tools}
-            break
-    return None
-
-
-def remember_tools(body: bytes, tools: list[Json]) -> None:
-    """Know these tools from now on, if they came before."""
-    global known_tools, seen_tools
-    if not tools or len(body) > KEPT_BODY:
-        return
-    if tools not in seen_tools:
-        seen_tools = (*seen_tools[1 - KEPT_TOOLS :], tools)
-        return
-    for match in itertools.islice(TOOLS_FIELD.finditer(body), 4):
-        text = body[match.end() :].decode()
-        value, end = STRICT_JSON.raw_decode(text)
-        if value == tools:
-            raw = match.group() + text[:end].encode()  # whose value it is: false equals 0 in Python
-            if all(known.raw != raw for known in known_tools):  # else it stands too far behind
-                known_tools = (*known_tools[1 - KEPT_TOOLS :], KnownTools(raw, value))
-            return
-
-
-def known_as(tools: Any) -> KnownTools | None:
-    return next((known for known in known_tools if known.tools is tools), None)
-
-
-def made_of_tools(tools: Any, what: str, kind: ProviderKind | None, make: Callable[[], Any]) -> Any:
-    """What `make` makes of a request's tools, for a kind of provider: of known ones once."""
-    known, key = known_as(tools), (what, kind.name if kind else "")
-    made_for, made = known.made.get(key, (None, None)) if known else (None, None)
-    if made is None or (made_for is not kind and made_for != kind):
-        made = make()
-        if known:
-            known.made[key] = kind, made
-    return made
-
-
-class EncodedList(list):  # type: ignore[type-arg]
-    """A list that keeps its JSON."""
-
-    @functools.cached_property
-    def encoded(self) -> bytes:
-        return COMPACT_JSON.encode(self).encode("ascii")
 
 
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False)
 
 
 def json_bytes(value: Json) -> bytes:
-    """Compact JSON; tools that keep theirs stand at the end."""
-    tools = value.get("tools")
-    if not isinstance(tools, EncodedList):
-        return COMPACT_JSON.encode(value).encode("ascii")
-    rest = {name: value[name] for name in value if name != "tools"}
-    return b'%b,"tools":%b}' % (COMPACT_JSON.encode(rest).encode("ascii")[:-1], tools.encoded)
+    return COMPACT_JSON.encode(value).encode("ascii")
 
 
 HALF_PAIR = re.compile(rb"\\ud(?:[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..\\ud)[c-f]..)")
@@ -1288,8 +1203,7 @@ def check_blocks(content: Any, where: str) -> None:
 
 def check_options(body: Json) -> None:
     expect(body, "", OPTIONS, required=False)
-    tools = body.get("tools") or ()
-    for index, tool in enumerate(() if tools and known_as(tools) else tools):
+    for index, tool in enumerate(body.get("tools") or ()):
         where = f"tools.{index}"
         expect(tool, where, TOOL_FIELDS, required=False)
         expect(tool, where, {"name": str}, required=is_client_tool(tool))
@@ -1557,7 +1471,7 @@ def without_keywords(tree: Any, gone: Collection[str], lost: list[Any], path: st
 
 def signature_of(dialect: str, owner: str, kept: Json) -> str:
     """What `owner` needs back, as a signature that the client returns: nothing is kept here."""
-    return json.dumps({"ogx": dialect, "by": owner, **kept}, separators=(",", ":"))
+    return COMPACT_JSON.encode({"ogx": dialect, "by": owner, **kept})
 
 
 def kept_in(block: Json, dialect: str, owner: str) -> Json:
@@ -1636,8 +1550,7 @@ def prompt_tokens(request: Json) -> tuple[float, int]:
     """About how many tokens a request's texts and tools are, and its images and documents. Its
     thinking is left out, which most upstreams drop."""
     blocks = [b for message in request["messages"] for b in blocks_of(message["content"])]
-    tools = request.get("tools")
-    said = made_of_tools(tools, "tokens", None, lambda: text_tokens(tools)) if tools else 0.0
+    said = text_tokens(request["tools"]) if request.get("tools") else 0.0
     said += sum(map(text_tokens, (system_text(request), *map(block_text, blocks))))
     return said + 4 * len(request["messages"]) + 3, sum(map(attached_tokens, blocks))
 
@@ -1909,8 +1822,8 @@ class MessageWriter:
             self.tools += 1
             content = {"type": "tool_use", "id": self._fresh_id(block.id), "name": block.name,
                        "input": {}, "caller": {"type": "direct"}}  # fmt: skip
-        start = {"type": "content_block_start", "index": self._index, "content_block": content}
-        self.events.append(start)
+        self.events.append({"type": "content_block_start", "index": self._index,
+                            "content_block": content})  # fmt: skip
 
     def _delta(self, kind: str, name: str, value: Any) -> None:
         delta = {"type": kind, name: value}
@@ -2003,8 +1916,7 @@ def sse_bytes(event: Json | bytes) -> bytes:
         kind, name = event["delta"]["type"], DELTA_FIELDS[event["delta"]["type"]]
         text = json.encoder.encode_basestring_ascii(event["delta"][name])
         return (DELTA_EVENT % (event["index"], kind, name, text)).encode("ascii")
-    data = json.dumps(event, separators=(",", ":"))
-    return f"event: {event['type']}\ndata: {data}\n\n".encode("ascii")
+    return f"event: {event['type']}\ndata: {COMPACT_JSON.encode(event)}\n\n".encode("ascii")
 
 
 class SseReader:
@@ -2189,8 +2101,6 @@ def sent_tools(request: Json, kind: ProviderKind) -> list[Json]:
 def unserved_tools_note(request: Json, kind: ProviderKind, served: str = "") -> str:
     """Words for the model about tools that only Anthropic's servers run (web search, say) or that
     are too many; `served` is how the types of those begin that the upstream has as well."""
-    if not request.get("tools"):
-        return ""
     known = {PLACEHOLDER, *(tool["name"] for tool in sent_tools(request, kind))}
     names = [t.get("name") or str(t.get("type")) for t in request.get("tools") or ()
              if not served or not str(t.get("type")).startswith(served)]  # fmt: skip
@@ -2289,9 +2199,7 @@ def data_url(block: Json) -> str:
 
 def tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
     """`tools`, `tool_choice` and `parallel_tool_calls`, each only where there is a tool."""
-    given = request.get("tools")
-    tools = given and made_of_tools(given, "chat", kind, lambda: EncodedList(
-        chat_tool(tool, names, kind) for tool in sent_tools(request, kind)))  # fmt: skip
+    tools = [chat_tool(tool, names, kind) for tool in sent_tools(request, kind)]
     if not tools:
         return {}
     fields: Json = {"tools": tools}
@@ -2457,12 +2365,9 @@ class Translator:
         if data.strip() == b"[DONE]":
             self.end()
             return
-        try:
-            if has_too_many_elements(data):
-                raise ValueError
-            chunk = PLAIN_JSON.decode(data.decode())
-        except (ValueError, RecursionError):
-            raise unknown_data(f"{self._origin} sent no JSON but", data) from None
+        chunk = json_or_none(data)
+        if chunk is None:
+            raise unknown_data(f"{self._origin} sent no JSON but", data)
         self._chunks += 1
         try:
             self._read(chunk, data)
@@ -2491,8 +2396,7 @@ class Translator:
         found = (reason for stems, reason in STOP_REASONS if re.search(stems, words.lower()))
         reason = next(found, "end_turn" if self.writer.wrote or self._holds else "")
         if not reason:
-            refusal = Refusal(502, f"the answer broke off: {words}")
-            raise upstream_error(refusal, self._origin, {})
+            raise upstream_error(Refusal(502, f"the answer broke off: {words}"), self._origin, {})
         return reason
 
     def _error(self, data: bytes) -> OgxError:
@@ -2545,8 +2449,8 @@ class ChatTranslator(Translator):
         if self._stop_reason and not self.done:
             self._write(self._thoughts.end())
             self._sign()
-            named = self._stop_sequence is not None
-            self._stop_reason = "stop_sequence" if named else self._stop_reason
+            if self._stop_sequence is not None:
+                self._stop_reason = "stop_sequence"
             if self._holds:
                 self._write_answer()
         super().end()
@@ -2699,8 +2603,8 @@ class UsualChunk:
         """Take in a chunk and the one event it came to; False once that is of no use. `thoughts`
         is what the text was found to be: its thinking may end in any chunk."""
         delta = {} if isinstance(event, bytes) else event.get("delta") or {}
-        kind = {"text_delta": "text", "thinking_delta": "thinking"}.get(delta.get("type", ""), "")
-        if kind and thoughts != "thinking":
+        kind = DELTA_FIELDS.get(delta.get("type", ""), "")
+        if kind in ("text", "thinking") and thoughts != "thinking":
             text = json.encoder.encode_basestring_ascii(delta[kind]).encode("ascii")
             before, found, after = chunk.partition(text)
             if found and text not in after and self.PLAIN.fullmatch(text):
@@ -2840,9 +2744,8 @@ def messages_request(request: Json, model: Model) -> Json:
         body["messages"] = [m if m["role"] == "assistant" else plainer(m, kind)
                             for m in with_reminders(request["messages"])]  # fmt: skip
     if tools and (kind.refused_keywords or kind.max_description):
-        body["tools"] = made_of_tools(tools, "messages", kind, lambda: EncodedList(
-            plainer_tool(tool, kind) if "input_schema" in tool else tool
-            for tool in body["tools"]))  # fmt: skip
+        body["tools"] = [plainer_tool(tool, kind) if "input_schema" in tool else tool
+                         for tool in body["tools"]]  # fmt: skip
     if kind.is_anthropic or kind.native_models:  # Claude itself
         body["messages"] = [without_foreign_thoughts(m) for m in body["messages"]]
     return body
@@ -2878,14 +2781,12 @@ def finished_messages(body: Json) -> Json:
     """The body with a thinking budget below the output limit, which a lesson may have lowered."""
     thinking, limit = body.get("thinking") or {}, body.get("max_tokens")
     budget = thinking.get("budget_tokens")
-    if budget == 0 and isinstance(limit, int):
-        thinking = {**thinking, "budget_tokens": max(1024, limit // 2)}
-        return finished_messages({**body, "thinking": thinking})
-    if not isinstance(budget, int) or not isinstance(limit, int) or budget < limit:
+    if not isinstance(budget, int) or not isinstance(limit, int) or (budget and budget < limit):
         return body
-    if limit > 1024:  # the least that Anthropic takes
-        return {**body, "thinking": {**thinking, "budget_tokens": limit - 1}}
-    return {name: value for name, value in body.items() if name != "thinking"}
+    if limit <= 1024:  # the least that Anthropic takes
+        return {name: value for name, value in body.items() if name != "thinking"}
+    budget = limit - 1 if budget else max(1024, limit // 2)
+    return {**body, "thinking": {**thinking, "budget_tokens": budget}}
 
 
 def without_foreign_thoughts(message: Json) -> Json:
@@ -2900,7 +2801,7 @@ def without_foreign_thoughts(message: Json) -> Json:
 def is_foreign_thought(block: Json) -> bool:
     if block["type"] not in ("thinking", "redacted_thinking"):
         return False
-    signature = str(block.get("signature" if block["type"] == "thinking" else "data") or "")
+    signature = str(block.get("signature") or block.get("data") or "")
     return not signature or signature.startswith(SIGNATURE_MARK)
 
 
@@ -3093,14 +2994,9 @@ def flat_tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Jso
     """Tool fields as Responses has them: flat, not strict, and with its own web search."""
     fields, given = tool_fields(request, names, kind), request.get("tools") or []
     searches = [tool for tool in given if str(tool.get("type")).startswith("web_search")]
-    functions = fields.get("tools", ())
-
-    def flat() -> EncodedList:
-        tools = [{"type": "function", "strict": False, **tool["function"]} for tool in functions]
-        return EncodedList([*tools, *map(search_tool, searches)])
-
-    whole = isinstance(functions, EncodedList)  # and not the one that must be called
-    tools = made_of_tools(given, "responses", kind, flat) if whole else flat()
+    tools = [{"type": "function", "strict": False, **tool["function"]}
+             for tool in fields.get("tools", ())]  # fmt: skip
+    tools += map(search_tool, searches)
     for tool in searches:
         fields["include"] = [ENCRYPTED, SOURCES]
         if tool.get("max_uses"):
@@ -3143,7 +3039,8 @@ class ResponsesTranslator(Translator):
     def _read_event(self, event: Json) -> None:
         kind, index = event.get("type") or "error", event.get("output_index")
         self._streamed.add(index if kind.endswith(".delta") else None)
-        if kind == "response.output_text.delta":
+        if kind in ("response.output_text.delta", "response.refusal.delta"):
+            self._refused = self._refused or kind == "response.refusal.delta"
             self.writer.text(event["delta"])
         elif kind == "response.function_call_arguments.delta":
             self.writer.tool(index, "", "", event["delta"])
@@ -3151,9 +3048,6 @@ class ResponsesTranslator(Translator):
             self.writer.thinking(event["delta"])
         elif kind == "response.reasoning_summary_part.added" and event.get("summary_index"):
             self.writer.thinking("\n\n")
-        elif kind == "response.refusal.delta":
-            self._refused = True
-            self.writer.text(event["delta"])
         elif kind == "response.output_text.annotation.added":
             self._read_citation(event["annotation"])
         elif kind == "response.output_item.added":
