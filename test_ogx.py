@@ -8685,6 +8685,18 @@ class TestGateway:
         ]
 
 
+def flood(head, piece, times, end=b""):
+    """A fake upstream's answer of many equal pieces."""
+    def answer(fake, connection):
+        with contextlib.suppress(OSError):
+            connection.sendall(head)
+            for _ in range(times):
+                connection.sendall(piece)
+            connection.sendall(end)
+
+    return answer
+
+
 class TestServer:
     def test_every_path_carries_request_id_and_version(self):
         with gateway_over() as (client, _):
@@ -9102,6 +9114,7 @@ class TestServer:
         with gateway_over() as (client, _):
             fetched = {"sec_fetch_site": "cross-site", "sec_fetch_mode": mode}
             assert client.ask(method, path, **fetched)[0] == status
+
     @pytest.mark.parametrize("path", ["/v1/files?beta=true", "/v1/messages/batches", "/v1/skills",
                                       "/v1/files/file_1/content"])  # fmt: skip
     @pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "application/json",
@@ -9924,17 +9937,6 @@ class TestServer:
             for _ in range(3):
                 assert client.post(body())[0] in (200, 400, 404, 413)
 
-    @staticmethod
-    def flood(head, piece, times, end=b""):
-        def answer(fake, connection):
-            with contextlib.suppress(OSError):
-                connection.sendall(head)
-                for _ in range(times):
-                    connection.sendall(piece)
-                connection.sendall(end)
-
-        return answer
-
     DELTA = sse(delta(content="a\xe9"), done=False)
     PACKED = zlib.compressobj(9, zlib.DEFLATED, 31)
     BOMB = PACKED.compress(b": x\n\n" * 3_000_000) + PACKED.flush()
@@ -9973,7 +9975,7 @@ class TestServer:
     @pytest.mark.parametrize("piece", [b"x" * 1400, b'"type":', b"error ", b'"message_stop",'])
     def test_no_native_answer_holds_up_others(self, piece):
         begin = native_stream().split(b"event: content_block_stop")[0] + b'event: x\ndata: {"a":"'
-        answer = self.flood(ENDLESS + begin, piece * (100_000 // len(piece)), 80, b'"}\n\n')
+        answer = flood(ENDLESS + begin, piece * (100_000 // len(piece)), 80, b'"}\n\n')
         with gateway_over(answer, kind="vllm", native=True) as (client, _), \
                 self.nobody_waiting(client):  # fmt: skip
             assert client.post(request(model="vllm/gpt-x", stream=True))[0] == 200
