@@ -4841,8 +4841,10 @@ class TestRemedies:
             ("Function description length 3000 exceeds the limit of 1000", 1000),
             ("description of tool Mail is longer than 512 characters", 512),
             ("The tool's description is too long", 1024),
+            ("tools: a description may have 700 characters at most, this one has 3000", 700),
+            ("a tool's description has 3000 characters; at most 700 are taken", 700),
         ],
-        ids=["openai", "pydantic", "limit", "than", "no-number"],
+        ids=["openai", "pydantic", "limit", "than", "no-number", "number-first", "number-last"],
     )  # fmt: skip
     def test_a_description_that_is_too_long_is_cut_to_what_is_told(self, words, most):
         def body_of(taught):
@@ -5295,6 +5297,7 @@ class TestRemedies:
         ("The beta context-1m-2025 is not supported", "context-1m-2025"),
         ("anthropic-beta: unknown values effort-2025-11-24 and context-1m-2025",
          "effort-2025-11-24,context-1m-2025"),
+        ("anthropic-beta: the server does not know context-1m-2025", "context-1m-2025"),
     ])  # fmt: skip
     def test_betas_that_are_refused_are_left_out(self, words, left_out):
         body = {"anthropic-beta": self.BETA}
@@ -5304,6 +5307,7 @@ class TestRemedies:
         assert ogx.with_lessons(body, [made]) == {"anthropic-beta": ",".join(kept)}
 
     @pytest.mark.parametrize("words", ["unknown alphabet", "the beta is over", "beta: not found",
+                                       "this model does not know the alphabet",
                                        "This feature requires the beta header x"])  # fmt: skip
     def test_other_words_leave_the_betas_alone(self, words):
         body = {"anthropic-beta": self.BETA}
