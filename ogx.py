@@ -3201,7 +3201,7 @@ OPTIONAL_FIELDS = ("temperature", "top_p", "top_k", "stop", "stream_options", "r
                    "store", "include", "stop_sequences", "thinking", "output_config", "metadata",
                    "context_management", "max_tool_calls")  # fmt: skip
 LEAST_LIMIT = r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)"
-UNSUPPORTED = (r"(?i)unsupported|unrecognized|unknown|unexpected|does not (support|match)|"
+UNSUPPORTED = (r"(?i)unsupported|unrecognized|unknown|unexpected|does not (support|match|know)|"
                r"not (supported|permitted|allowed)|extra (fields|inputs)|deprecated|invalid beta|"
                r"should be '")  # fmt: skip
 ADVICE = r"(?i)(?<!n't )(?<!not )\b(?:use|did you mean)\b(?! of)(?:[^.;]|\.\w)*"
@@ -3511,7 +3511,8 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
     if not found or found["other"] or not schemas:
         return None
     if "escription" in words and re.search("(?i)long|length|charact|exceed", words):
-        told = re.search(r"(?i)(?:most|max|limit|than|exceeds?|>)\D{0,20}(\d{2,6})", words)
+        told = re.search(r"(?i)(?:(?:most|max|limit|than|exceeds?|>)\D{0,20}|"
+                         r"(?=\d{2,6} \w{1,20} at most))(\d{2,6})", words)
         most = int(told[1]) if told else 1024
         if any(len(tool.get("description") or "") > most for tool in tools):
             return Lesson("row", "max_description", most)

@@ -78,10 +78,7 @@ class TestMessages:
         assert [(use["name"], use["input"]) for use in uses] == calls
         assert message["stop_reason"] == "tool_use"
 
-    def test_gets_a_signature_with_each_thought(self, told, upstream, dialect, request):
-        if dialect == "chat":
-            request.applymarker(pytest.mark.xfail(strict=True, reason="ogx.py sends no "
-                                "signature_delta for reasoning_content alone: SDKs then drop it"))
+    def test_gets_a_signature_with_each_thought(self, told, upstream):
         upstream.script = {"Hello": [Reply("Hi.", reasoning="Hm.")]}
         thoughts = told("""
             const request = {...ask, thinking: {type: "enabled", budget_tokens: 1024}};

@@ -112,13 +112,7 @@ class TestTools:
                                 for city in ("Oslo", BERGEN[1]["city"], "Oslo")]
 
     @pytest.mark.parametrize("way", ["generateText", "streamText"])
-    def test_are_answered_with_the_thoughts_that_led_to_them(
-        self, told, upstream, way, dialect, request
-    ):
-        if (dialect, way) == ("chat", "streamText"):
-            request.applymarker(pytest.mark.xfail(strict=True, reason="ogx.py streams no "
-                                "signature_delta for reasoning_content alone: the SDK warns of "
-                                "'unsupported reasoning metadata' and drops the thought"))
+    def test_are_answered_with_the_thoughts_that_led_to_them(self, told, upstream, way, dialect):
         upstream.script = {"Hello": [Reply("I look.", reasoning="Hm.", calls=[OSLO]),
                                      Reply("Snow.")]}
         (text,) = told(f"""
