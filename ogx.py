@@ -3332,7 +3332,8 @@ OUTPUT = (r"(?i)max_(?!input|prompt|model|seq)\w{0,20}tokens|maxOutputTokens|"
           r"\b(?:output|completion|maximum tokens|new tokens)\b")  # fmt: skip
 COUNT = r"(?<![\w./-])(?<!\bby )(?:\d{1,3}(?:,\d{3}){1,2}|\d{2,8})(?![\w/-]|,\d)"
 MOST = (r"(?i)(?:at most|than|[<>≤]|exceeds?|above|over|only|up to|max(?!\w{0,20}tokens)|limit|"
-        r"range|context|window)\D{0,40}(?:\b1\D{1,20})?#(?!(?: tokens)? ?[>+])|# (?:\w+ )?(?:the |at )?(?:max|most)")
+        r"range|context|window)\D{0,40}(?:\b1\D{1,20})?#(?!(?: tokens)? ?[>+])|"
+        r"# (?:\w+ )?(?:the |at )?(?:max|most)")  # fmt: skip
 ROOM = 256  # tokens of an answer that are worth asking for
 # Words that tell how a server differs from the row it was configured under: the row is put right.
 # Seen live: llama.cpp's and chat templates'. The others are from vendors' pages and issue threads.
@@ -3516,7 +3517,8 @@ def lower_effort(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     name = name if name in body else "output_config.effort"
     asked = body.get(name) or dict_or_empty(body.get("output_config")).get("effort")
     said = re.sub(ADVICE, "", words)
-    if asked not in EFFORT_LADDER or not re.search(rf"(?i)effort(?!-2)|reasoning.{{0,80}}{asked}", said):
+    about = rf"(?i)effort(?!-2)|reasoning.{{0,80}}{asked}"  # not about a beta, effort-2025-11-24
+    if asked not in EFFORT_LADDER or not re.search(about, said):
         return
     rank, listed = EFFORT_LADDER.index(asked), re.match(LISTED, words)
     if listed:
