@@ -3202,7 +3202,8 @@ OPTIONAL_FIELDS = ("temperature", "top_p", "top_k", "stop", "stream_options", "r
                    "context_management", "max_tool_calls")  # fmt: skip
 LEAST_LIMIT = r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)"
 UNSUPPORTED = (r"(?i)unsupported|unrecognized|unknown|unexpected|does not (support|match|know)|"
-               r"not (supported|permitted|allowed)|extra (fields|inputs)|deprecated|invalid beta|"
+               r"not (supported|permitted|allowed|(both )?be (chosen|set|used|specified))|"
+               r"extra (fields|inputs)|deprecated|invalid beta|"
                r"should be '")  # fmt: skip
 ADVICE = r"(?i)(?<!n't )(?<!not )\b(?:use|did you mean)\b(?! of)(?:[^.;]|\.\w)*"
 # Where a name, the #, is a field's even if it's an English word; below, where a number is a limit.
@@ -3227,7 +3228,8 @@ OUTPUT = (r"(?i)max_(?!input|prompt|model|seq)\w{0,20}tokens|maxOutputTokens|"
           r"\b(?:output|completion|maximum tokens|new tokens)\b")  # fmt: skip
 COUNT = r"(?<![\w./-])(?<!\bby )(?:\d{1,3}(?:,\d{3}){1,2}|\d{2,8})(?![\w/-]|,\d)"
 MOST = (r"(?i)(?:at most|than|[<>≤]|exceeds?|above|over|only|up to|max(?!\w{0,20}tokens)|limit|"
-        r"range|context|window)\D{0,40}(?:\b1\D{1,20})?#(?!(?: tokens)? ?[>+])|# (?:tokens )?max")
+        r"range|context|window)\D{0,40}(?:\b1\D{1,20})?#(?!(?: tokens)? ?[>+])|"
+        r"# (?:\w+ )?(?:the |at )?(?:max|most)")  # fmt: skip
 ROOM = 256  # tokens of an answer that are worth asking for
 # Words that tell how a server differs from the row it was configured under: the row is put right.
 # Seen live: llama.cpp's and chat templates'. The others are from vendors' pages and issue threads.
@@ -3318,6 +3320,8 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
         return None
     words, kind = refusal.words, model.provider.kind
     tried = {lesson.field for lesson in known if lesson.action == "row"}
+    if any(lesson.action == "unlist" for lesson in known):  # the next beta: name none, so all go
+        refusal = replace(refusal, message=re.sub(r"[\w-]{1,60}-20\d\d-\d\d-\d\d", "", words))
     for pattern, name, value in ROW_REMEDIES:
         if name not in tried and getattr(kind, name) != value and re.search(pattern, words):
             # One conversation's reasoning can be another key's: that tells nothing about others.
@@ -3351,16 +3355,17 @@ def told_lengths(refusal: Refusal, asked: int) -> tuple[str, int, int]:
     for told in itertools.islice(re.finditer(COUNT, words), 20):
         number = int(told[0].replace(",", ""))
         numbers[number] = numbers.get(number) or re.search(MOST, around(words, told))
-    large = {n for n in numbers if n >= 1000 and n != asked}
-    limit = max((n for n in large if numbers[n]), default=0)
+    large = {n for n in numbers if n != asked and (n >= 1000 or asked and n + asked in numbers)}
+    about_output = re.search(rf"{OUTPUT}|\b{asked or 'output'}\b", words)
+    limits = {n for n in large if numbers[n]}
+    limit = (max if about_output or limits != large else min)(limits, default=0)
     others = large - {limit}
     sums = {one + other for one in others for other in (*others, asked) if other}
     prompt = max(others - sums, default=0) if limit else 0
-    about_output = re.search(rf"{OUTPUT}|\b{asked or 'output'}\b", words)
     if is_about_window(words, prompt):
         if prompt:
             return "room" if prompt < limit else "overflow", limit, prompt
-        if not about_output:
+        if not about_output or not limit and "context" in refusal.code:
             return "overflow", limit if limit >= 2048 else 0, 0  # smaller ones are codes
     most = next((n for n in numbers if numbers[n] and 16 <= n < asked), 0)
     return ("output", most, 0) if about_output and most else ("", 0, 0)
@@ -3408,7 +3413,8 @@ def lower_effort(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     name = name if name in body else "output_config.effort"
     asked = body.get(name) or dict_or_empty(body.get("output_config")).get("effort")
     said = re.sub(ADVICE, "", words)
-    if asked not in EFFORT_LADDER or not re.search(rf"(?i)effort|reasoning.{{0,80}}{asked}", said):
+    about = rf"(?i)effort(?!-2)|reasoning.{{0,80}}{asked}"  # not about a beta, effort-2025-11-24
+    if asked not in EFFORT_LADDER or not re.search(about, said):
         return
     rank, listed = EFFORT_LADDER.index(asked), re.match(LISTED, words)
     if listed:
@@ -3508,12 +3514,11 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
     tools = [dict_or_empty(tool.get("function")) or tool for tool in given]
     schemas = [tool.get("parameters") or tool.get("input_schema") for tool in tools]
     schemas = [schema for schema in schemas if schema]
-    if not found or found["other"] or not schemas:
+    if not found or found["other"] or not schemas or refusal.status == 402:
         return None
     if "escription" in words and re.search("(?i)long|length|charact|exceed", words):
-        told = re.search(r"(?i)(?:(?:most|max|limit|than|exceeds?|>)\D{0,20}|"
-                         r"(?=\d{2,6} \w{1,20} at most))(\d{2,6})", words)
-        most = int(told[1]) if told else 1024
+        most = next((int(told[0].replace(",", "")) for told in re.finditer(COUNT, words)
+                     if re.search(MOST, around(words, told))), 1024)  # fmt: skip
         if any(len(tool.get("description") or "") > most for tool in tools):
             return Lesson("row", "max_description", most)
     said = {*re.findall(r"[a-z$]+", words.lower().replace("_", "").replace("regex", "pattern"))}

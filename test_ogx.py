@@ -4943,6 +4943,8 @@ class TestRemedies:
          "32768 tokens. However, your messages resulted in 40123 tokens.\"}}", 40123, 32768),
     )  # fmt: skip
     FITS = (  # the words, the prompt, the limit
+        ("This model's maximum context length is 32768 tokens. However, you requested 32769 tokens "
+         "(769 in the messages, 32000 in the completion).", 769, 32768),
         ("Requested token count exceeds the model's maximum context length of 32768 tokens. You "
          "requested a total of 52000 tokens: 20000 tokens from the input messages and 32000 tokens "
          "for the completion. Please reduce the number of tokens.", 20000, 32768),  # SGLang
@@ -5068,6 +5070,42 @@ class TestRemedies:
         assert ogx.lesson_from_refusal(refusal, body, model("openrouter")) is None
         assert ogx.overflow_error(refusal, 99999, 500, 32000) is None
 
+    def test_a_small_prompt_is_no_overflow_of_its_sum_with_the_answer(self):
+        """vLLM counts up to the first token too many: 32768 - 32000 + 1."""
+        words = "This model's maximum context length is 32768 tokens. However, you requested " \
+                "32000 output tokens and your prompt contains at least 769 input tokens, for a " \
+                "total of at least 32769 tokens. (parameter=input_tokens, value=769)"  # fmt: skip
+        refusal = ogx.Refusal(400, words)
+        lesson = ogx.lesson_from_refusal(refusal, {"max_tokens": 32000}, model("vllm"))
+        assert (str(lesson), lesson.keep) == ("clamp max_tokens to 15999", False)
+        assert ogx.overflow_error(refusal, 10, None, 32000) is None
+
+    @pytest.mark.parametrize("code", ["context_length_exceeded", ""], ids=["Groq", "no code"])
+    def test_a_code_tells_what_is_too_long_where_the_words_do_not(self, code):
+        words = "Please reduce the length of the messages or completion."
+        told = ogx.overflow_error(ogx.Refusal(400, words, code), 10, None, 32000)
+        assert (told and told.message) == (f"prompt is too long: {words}" if code else None)
+
+    def test_of_two_numbers_that_both_stand_as_limits_the_lower_one_is_it(self):
+        inner = '{"error": "input exceeds model context: 36111 tokens, limit 32768"}'
+        body = {"error": {"message": "Upstream said no", "metadata": {"raw": inner}}}
+        refusal = ogx.refusal_from_body(400, json.dumps(body).encode())
+        assert ogx.lesson_from_refusal(refusal, {"max_tokens": 8192}, model("messages")) is None
+        told = ogx.overflow_error(refusal, 10, None, 8192).message
+        assert told == "prompt is too long: 36111 tokens > 32768 maximum"
+
+    @pytest.mark.parametrize("words", [
+        "a function's description may have 1000 characters at most, this one has 2012",
+        "tools.0.description: 2012 characters, but 1,000 is the maximum length",
+        "tools.0.description exceeds the limit of 1000 characters: it has 2012",
+    ], ids=["at most", "is the maximum", "limit of"])  # fmt: skip
+    def test_a_descriptions_limit_may_stand_before_or_behind_its_word(self, words):
+        body = {"tools": [{"type": "function", "function": {
+            "name": "f", "description": "d" * 2012, "parameters": {"type": "object"}}}]}
+        made = ogx.lesson_from_refusal(ogx.Refusal(400, words), body, model("vllm"))
+        assert str(made) == "row max_description to 1000"
+        assert ogx.lesson_from_refusal(ogx.Refusal(402, words), body, model("vllm")) is None
+
     def test_a_verdict_follows_from_subject_verb_and_numbers_however_they_are_said(self):
         """Refusals of a small grammar, always the same."""
         dice, seen = random.Random(7), set()
@@ -5146,6 +5184,9 @@ class TestRemedies:
         ("context_management: Extra inputs are not permitted", "context_management"),
         ("thinking: Extra inputs are not permitted", "thinking"),
         ("Unsupported parameter: top_k. Use top_p instead.", "top_k"),
+        ("This server does not know top_k, stop, store", "top_k"),
+        ("'temperature' cannot be chosen for this model", "temperature"),
+        ("`temperature` and `top_p` cannot both be specified for this model.", "temperature"),
     ])  # fmt: skip
     def test_a_field_is_known_where_the_words_name_it(self, words, name):
         body = dict.fromkeys(("stop", "top_p", "temperature", "store", "metadata", "top_k",
@@ -5185,16 +5226,31 @@ class TestRemedies:
         ("Unexpected value(s) `effort-2025-11-24` for the `anthropic-beta` header.",
          "effort-2025-11-24"),
         ("The beta context-1m-2025 is not supported", "context-1m-2025"),
+        ("anthropic-beta: 'effort-2025-11-24' is unknown here", "effort-2025-11-24"),
         ("anthropic-beta: unknown values effort-2025-11-24 and context-1m-2025",
          "effort-2025-11-24,context-1m-2025"),
         ("anthropic-beta: the server does not know context-1m-2025", "context-1m-2025"),
     ])  # fmt: skip
     def test_betas_that_are_refused_are_left_out(self, words, left_out):
-        body = {"anthropic-beta": self.BETA}
+        body = {"anthropic-beta": self.BETA, "output_config": {"effort": "high"}}
         made = ogx.lesson_from_refusal(ogx.Refusal(400, words), body, model("messages"))
         assert str(made) == f"unlist anthropic-beta to {left_out}" and made.keep
         kept = [b for b in self.BETA.split(",") if b not in left_out.split(",")]
-        assert ogx.with_lessons(body, [made]) == {"anthropic-beta": ",".join(kept)}
+        assert ogx.with_lessons(body, [made])["anthropic-beta"] == ",".join(kept)
+
+    def test_betas_that_are_refused_one_at_a_time_are_refused_twice(self):
+        body = {"anthropic-beta": f"{self.BETA},a-2025-01-01,b-2025-02-02"}
+        lessons = []
+        for beta in ("effort-2025-11-24", "a-2025-01-01"):
+            words = f"anthropic-beta: '{beta}' is unknown here"
+            made = ogx.lesson_from_refusal(ogx.Refusal(400, words), body, model("messages"),
+                                           lessons)  # fmt: skip
+            lessons.append(made)
+            body = ogx.with_lessons(body, [made])
+        assert body == {"anthropic-beta": "claude-code-20250219,interleaved-thinking-2025-05-14"}
+        refusal = ogx.Refusal(400, "gpt-x-2025-08-06: temperature is not supported")
+        made = ogx.lesson_from_refusal(refusal, {**body, "temperature": 1}, model(), lessons)
+        assert str(made) == "drop temperature"
 
     @pytest.mark.parametrize("words", ["unknown alphabet", "the beta is over", "beta: not found",
                                        "this model does not know the alphabet",
