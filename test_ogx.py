@@ -37,6 +37,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 import weakref
 import zlib
 from pathlib import Path
@@ -2233,6 +2234,15 @@ class TestRequests:
         assert ogx.has_too_many_elements(data.decode()) is not fits
         error = None if make(1).endswith(b"}") and fits else refused(ogx.parsed_json, data)
         assert error is None or error.status == (400 if fits else 413)
+
+    def test_elements_are_counted_in_little_memory(self):
+        """A group in the expression for strings kept 100 bytes for each character."""
+        data = b'["' + b"a," * 1_000_001 + b'"]'
+        tracemalloc.start()
+        assert not ogx.has_too_many_elements(data)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 10 * len(data)
 
     @pytest.mark.parametrize(("stops", "fits"), [
         (["a" * 4000], True), (["a" * 4001], False), (["ab"] * 2001, False)], ids=str)
