@@ -2366,7 +2366,8 @@ def plain_schema(root: Json) -> Json:
         if own or top:
             for name, inner in (p for b in branches for p in b.get("properties", {}).items()):
                 if own.setdefault(name, inner) != inner:
-                    own[name] = {"anyOf": [own[name], inner]}
+                    known = own[name]["anyOf"] if [*own[name]] == ["anyOf"] else [own[name]]
+                    own[name] = {"anyOf": [*known, inner]}
             gone = ROOT_UNIONS + ("additionalProperties",) * bool(branches)
             node = {k: v for k, v in node.items() if k not in gone}
             return {**node, "type": "object", "properties": own}

@@ -3058,6 +3058,12 @@ class TestChat:
         assert made is None or plain["properties"]["given"] == made
         assert ogx.plain_schema(plain) == plain
 
+    def test_what_branches_say_of_one_property_is_no_deeper_for_more_of_them(self):
+        """Providers allow few levels, and Python's own JSON a thousand."""
+        kinds = [{"const": number} for number in range(2000)]
+        plain = ogx.plain_schema({"oneOf": [{"properties": {"kind": kind}} for kind in kinds]})
+        assert plain["properties"] == {"kind": {"anyOf": kinds}}
+
     def test_a_root_that_is_a_reference_or_a_union_becomes_one_object(self):
         branch = {"type": "object", "properties": {"b": {"type": "string"}}, "required": ["b"]}
         root = {"$ref": "#/definitions/Both", "definitions": {
