@@ -1226,7 +1226,8 @@ def json_bytes(value: Json) -> bytes:
     return b'%b,"tools":%b}' % (COMPACT_JSON.encode(rest).encode("ascii")[:-1], tools.encoded)
 
 
-HALF_PAIR = re.compile(rb"\\ud(?:[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..\\ud)[c-f]..)")
+HALF_PAIR = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|"
+                       rb"(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F]..)")  # fmt: skip
 
 
 def without_halves(data: bytes) -> bytes:

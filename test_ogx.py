@@ -2164,6 +2164,7 @@ class TestRequests:
             (r'["\ud83d\ud83d\ude00\ude00"]', r'["\ufffd\ud83d\ude00\ufffd"]'),
             (r'["\ud83d \ude00"]', r'["\ufffd \ufffd"]'), (r'{"\udfff":1}', r'{"\ufffd":1}'),
             (r'["\\\\\ud83d"]', r'["\\\\\ufffd"]'),
+            (r'["\uD83D \uDe00 \uD83D\uDE00"]', r'["\ufffd \ufffd \uD83D\uDE00"]'),
             (r'["\\\ud83d\\ude00"]', r'["\\\ufffd\\ude00"]'),
             # what are pairs, or words about them
             (r'["\ud83d\ude00"]', None), (r'["\\ud83d"]', None),
