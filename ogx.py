@@ -5382,8 +5382,8 @@ def refused_error(refusal: Refusal, model: Model, headers: Headers, native: byte
     error = upstream_error(refusal, model.origin, headers)
     theirs = dict_or_empty(json_or_none(native))
     reason = dict_or_empty(theirs.get("error")).get("message")
-    if theirs.get("type") == "error" and reason == refusal.message:
-        error.raw, error.status = native, refusal.status
+    if theirs.get("type") == "error" and reason == without_controls(refusal.message):
+        error.raw, error.status = json_bytes(theirs), refusal.status  # escapes could hide a key
     elif error.status == 401:
         hint = " or ".join(model.provider.kind.key_vars + model.provider.kind.signed_by)
         hint = "the clock" if re.search("Z is (now|still) ", error.message) else hint or "api_key"

@@ -8260,6 +8260,19 @@ class TestGateway:
         with self.native((403, theirs)) as (client, _):
             assert client.post(request(model="vllm/gpt-x"))[2]["error"]["message"] == "bad ***"
 
+    @pytest.mark.parametrize(("words", "told"), [
+        (r"bad sk\u002dsecret-1234", "bad ***"),
+        (r"bad sk-secret\/1234", "bad ***"),
+        (r"bad \u001b]0;x\u0007\u202e", "bad ?]0;x?? (from vllm"),
+    ], ids=["escaped key", "escaped slash", "controls"])  # fmt: skip
+    def test_no_escape_in_a_passed_error_hides_a_key_or_a_control(self, words, told):
+        theirs = b'{"type":"error","error":{"type":"x","message":"%b"}}' % words.encode()
+        refusal = ogx.refusal_from_body(400, theirs)
+        error = ogx.refused_error(refusal, model("vllm"), {}, theirs)
+        error.without(["sk-secret-1234", "sk-secret/1234"])
+        body = json.loads(error.raw or ogx.json_bytes(error.body("req_1")))
+        assert body["error"]["message"].startswith(told)
+
     COUNTED = "/v1/messages/count_tokens"
 
     def test_tokens_are_counted_by_who_can(self):
