@@ -6090,7 +6090,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             f"{'https' if self.server.tls else 'http'}://{host}")
         # Without an Origin: images and the like, and links, which may lead to the plain page.
         linked = headers.get("sec-fetch-mode") == "navigate" and self.path == "/"
-        if foreign or (headers.get("sec-fetch-site") == "cross-site" and not linked):
+        if foreign or (headers.get("sec-fetch-site") in ("cross-site", "same-site") and not linked):
             raise OgxError(403, "requests from web pages of another origin are refused")
 
     def _route(self) -> Steps:

@@ -9109,6 +9109,7 @@ class TestServer:
             ({"host": "localhost", "sec-fetch-site": "cross-site"}, 403),
             ({"host": "localhost", "sec-fetch-site": "cross-site",
               "sec-fetch-mode": "navigate"}, 403),
+            ({"host": "localhost", "sec-fetch-site": "same-site"}, 403),
             ({"host": "localhost", "sec-fetch-site": "none"}, 200),
             ({"host": "localhost", "sec-fetch-site": "same-origin"}, 200),
         ],
