@@ -114,7 +114,7 @@ MAX_HEAD = 64 * 1024  # bytes of a head: a stream's first event, or a status lin
 MAX_ID = 256  # characters of a model's id
 KEY_CHARACTERS = "%+-./0123456789:=@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~"
 MAX_ELEMENTS = 1_000_000  # of a JSON text: Python's parser holds up all threads while it reads them
-JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.S)
+JSON_STRING = re.compile(rb'"[^"]*"?')  # without escapes: a group would keep each of its turns
 RETRY_AFTER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?|\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT")
 # A quotation of four words or more is a user's or a model's text, but behind such a key.
 QUOTATION = re.compile(r"""(\b(?:message|msg|error|detail)\\?['"]\s?:\s?\\?)?(?<!\w)"""
@@ -253,7 +253,7 @@ def has_too_many_elements(data: str | bytes) -> bool:
         return False
     data = data.encode("utf-8", "replace") if isinstance(data, str) else data
     if sum(map(data.count, (b",", b"[", b"{"))) > MAX_ELEMENTS:
-        data = JSON_STRING.sub(b"", data)
+        data = JSON_STRING.sub(b"", data.replace(rb"\\", b"").replace(rb'\"', b""))
     return sum(map(data.count, (b",", b"[", b"{"))) > MAX_ELEMENTS
 
 
@@ -1143,7 +1143,8 @@ def json_bytes(value: Json) -> bytes:
     return COMPACT_JSON.encode(value).encode("ascii")
 
 
-HALF_PAIR = re.compile(rb"\\ud(?:[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..\\ud)[c-f]..)")
+HALF_PAIR = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|"
+                       rb"(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F]..)")  # fmt: skip
 
 
 def without_halves(data: bytes) -> bytes:
@@ -2276,7 +2277,8 @@ def plain_schema(root: Json) -> Json:
         if own or top:
             for name, inner in (p for b in branches for p in b.get("properties", {}).items()):
                 if own.setdefault(name, inner) != inner:
-                    own[name] = {"anyOf": [own[name], inner]}
+                    known = own[name]["anyOf"] if [*own[name]] == ["anyOf"] else [own[name]]
+                    own[name] = {"anyOf": [*known, inner]}
             gone = ROOT_UNIONS + ("additionalProperties",) * bool(branches)
             node = {k: v for k, v in node.items() if k not in gone}
             return {**node, "type": "object", "properties": own}
@@ -5282,8 +5284,8 @@ def refused_error(refusal: Refusal, model: Model, headers: Headers, native: byte
     error = upstream_error(refusal, model.origin, headers)
     theirs = dict_or_empty(json_or_none(native))
     reason = dict_or_empty(theirs.get("error")).get("message")
-    if theirs.get("type") == "error" and reason == refusal.message:
-        error.raw, error.status = native, refusal.status
+    if theirs.get("type") == "error" and reason == without_controls(refusal.message):
+        error.raw, error.status = json_bytes(theirs), refusal.status  # escapes could hide a key
     elif error.status == 401:
         hint = " or ".join(model.provider.kind.key_vars + model.provider.kind.signed_by)
         hint = "the clock" if re.search("Z is (now|still) ", error.message) else hint or "api_key"
@@ -5992,7 +5994,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             f"{'https' if self.server.tls else 'http'}://{host}")
         # Without an Origin: images and the like, and links, which may lead to the plain page.
         linked = headers.get("sec-fetch-mode") == "navigate" and self.path == "/"
-        if foreign or (headers.get("sec-fetch-site") == "cross-site" and not linked):
+        if foreign or (headers.get("sec-fetch-site") in ("cross-site", "same-site") and not linked):
             raise OgxError(403, "requests from web pages of another origin are refused")
 
     def _route(self) -> Steps:

@@ -37,6 +37,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 import weakref
 import zlib
 from pathlib import Path
@@ -2053,6 +2054,7 @@ class TestRequests:
             (r'["\ud83d\ud83d\ude00\ude00"]', r'["\ufffd\ud83d\ude00\ufffd"]'),
             (r'["\ud83d \ude00"]', r'["\ufffd \ufffd"]'), (r'{"\udfff":1}', r'{"\ufffd":1}'),
             (r'["\\\\\ud83d"]', r'["\\\\\ufffd"]'),
+            (r'["\uD83D \uDe00 \uD83D\uDE00"]', r'["\ufffd \ufffd \uD83D\uDE00"]'),
             (r'["\\\ud83d\\ude00"]', r'["\\\ufffd\\ude00"]'),
             # what are pairs, or words about them
             (r'["\ud83d\ude00"]', None), (r'["\\ud83d"]', None),
@@ -2123,6 +2125,15 @@ class TestRequests:
         assert ogx.has_too_many_elements(data.decode()) is not fits
         error = None if make(1).endswith(b"}") and fits else refused(ogx.parsed_json, data)
         assert error is None or error.status == (400 if fits else 413)
+
+    def test_elements_are_counted_in_little_memory(self):
+        """A group in the expression for strings kept 100 bytes for each character."""
+        data = b'["' + b"a," * 1_000_001 + b'"]'
+        tracemalloc.start()
+        assert not ogx.has_too_many_elements(data)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 10 * len(data)
 
     @pytest.mark.parametrize(("stops", "fits"), [
         (["a" * 4000], True), (["a" * 4001], False), (["ab"] * 2001, False)], ids=str)
@@ -2937,6 +2948,12 @@ class TestChat:
         assert root == before and {*plain} == {"type", "required", "properties"}
         assert made is None or plain["properties"]["given"] == made
         assert ogx.plain_schema(plain) == plain
+
+    def test_what_branches_say_of_one_property_is_no_deeper_for_more_of_them(self):
+        """Providers allow few levels, and Python's own JSON a thousand."""
+        kinds = [{"const": number} for number in range(2000)]
+        plain = ogx.plain_schema({"oneOf": [{"properties": {"kind": kind}} for kind in kinds]})
+        assert plain["properties"] == {"kind": {"anyOf": kinds}}
 
     def test_a_root_that_is_a_reference_or_a_union_becomes_one_object(self):
         branch = {"type": "object", "properties": {"b": {"type": "string"}}, "required": ["b"]}
@@ -8193,6 +8210,19 @@ class TestGateway:
         with self.native((403, theirs)) as (client, _):
             assert client.post(request(model="vllm/gpt-x"))[2]["error"]["message"] == "bad ***"
 
+    @pytest.mark.parametrize(("words", "told"), [
+        (r"bad sk\u002dsecret-1234", "bad ***"),
+        (r"bad sk-secret\/1234", "bad ***"),
+        (r"bad \u001b]0;x\u0007\u202e", "bad ?]0;x?? (from vllm"),
+    ], ids=["escaped key", "escaped slash", "controls"])  # fmt: skip
+    def test_no_escape_in_a_passed_error_hides_a_key_or_a_control(self, words, told):
+        theirs = b'{"type":"error","error":{"type":"x","message":"%b"}}' % words.encode()
+        refusal = ogx.refusal_from_body(400, theirs)
+        error = ogx.refused_error(refusal, model("vllm"), {}, theirs)
+        error.without(["sk-secret-1234", "sk-secret/1234"])
+        body = json.loads(error.raw or ogx.json_bytes(error.body("req_1")))
+        assert body["error"]["message"].startswith(told)
+
     COUNTED = "/v1/messages/count_tokens"
 
     def test_tokens_are_counted_by_who_can(self):
@@ -9041,6 +9071,7 @@ class TestServer:
             ({"host": "localhost", "sec-fetch-site": "cross-site"}, 403),
             ({"host": "localhost", "sec-fetch-site": "cross-site",
               "sec-fetch-mode": "navigate"}, 403),
+            ({"host": "localhost", "sec-fetch-site": "same-site"}, 403),
             ({"host": "localhost", "sec-fetch-site": "none"}, 200),
             ({"host": "localhost", "sec-fetch-site": "same-origin"}, 200),
         ],
