@@ -7480,7 +7480,7 @@ class TestGateway:
             None, {"include_usage": True}, {"include_usage": True}]
 
     def test_a_prompt_that_fits_is_served_and_the_next_request_asks_for_all(self):
-        words = TestRemedies.FITS[0][0]
+        words = TestRemedies.FITS[1][0]
         with gateway_over((400, {"error": {"message": words}})) as (client, upstream):
             for turn in ("a", "b"):
                 assert client.post(request(turn, max_tokens=32000))[0] == 200
@@ -7488,7 +7488,7 @@ class TestGateway:
         assert limits == [32000, 12768, 32000]
 
     def test_a_prompt_that_fits_is_never_told_as_too_long(self):
-        words = TestRemedies.FITS[0][0]
+        words = TestRemedies.FITS[1][0]
         refusal = (400, {"error": {"message": words}})
         with gateway_over(refusal, refusal, refusal) as (client, upstream):
             status, _, told = client.post(request(max_tokens=32000))
@@ -9824,10 +9824,10 @@ class TestServer:
             sock.setblocking(False)
             handler, held = next(iter(client.server.running)), 0
             while client.server.running:
-                with contextlib.suppress(BlockingIOError):
+                with contextlib.suppress(OSError):  # it takes no more, or answered and left
                     sock.send(b"x" * 65536)
                 held = max(held, len(handler._received))
-                with contextlib.suppress(BlockingIOError):
+                with contextlib.suppress(OSError):
                     sock.recv(1 << 20)
         assert 0 < held <= 2 * ogx.MAX_HEAD
 
