@@ -96,14 +96,14 @@ ERROR_TYPES = {  # Anthropic's error types by status (OpenAPI of the Messages AP
     400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
     403: "permission_error", 404: "not_found_error", 413: "request_too_large",
     429: "rate_limit_error", 501: "not_supported", 504: "timeout_error", 529: "overloaded_error",
-}  # fmt: skip
+}
 # Words in the code of an error that came with HTTP 200 -> the status it would have had.
 CODE_STATUSES = (*((name, status) for status, name in ERROR_TYPES.items()),
                  ("rate.?limit|quota|throttl", 429), ("overloaded|slow_down", 529),
                  ("invalid|bad.?request|image|policy|context_length|residency", 400))
 # How names of reasons end in error bodies, the best last.
 REASON_NAMES = ("choices", "resp", "response", "error", "errors", "detail", "description", "msg",
-                "message", "raw", "metadata")  # fmt: skip
+                "message", "raw", "metadata")
 MIN_SECRET = 8  # characters of a key worth hiding; shorter ones are dummies, and words of any text
 # What AWS says with status 403 when it's the credentials that are wrong, not what they may do.
 WRONG_KEY = "(?i)security token|bearer token|authentication|signature"
@@ -118,10 +118,10 @@ JSON_STRING = re.compile(rb'"[^"]*"?')  # without escapes: a group would keep ea
 RETRY_AFTER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?|\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT")
 # A quotation of four words or more is a user's or a model's text, but behind such a key.
 QUOTATION = re.compile(r"""(\b(?:message|msg|error|detail)\\?['"]\s?:\s?\\?)?(?<!\w)"""
-                       r"""(['"`])(?:[^\s'"`]{1,40}\s){3}.*?(?:\2(?!\w)|\Z)""", re.S)  # fmt: skip
+                       r"""(['"`])(?:[^\s'"`]{1,40}\s){3}.*?(?:\2(?!\w)|\Z)""", re.S)
 NO_MONEY = (r"(?i)\b(insufficient|not enough|out of|used all)\b(?! permis).{0,30}\b(balance|"
             r"credit|fund)|\b(balance|credit|fund)s?\b.{0,30}(insufficient|not enough|too low)|"
-            r"\brecharg|\barrears|\btop[ -]up\b")  # fmt: skip
+            r"\brecharg|\barrears|\btop[ -]up\b")
 CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 
 
@@ -394,7 +394,7 @@ NINE, FORTY = "[a-zA-Z0-9]{9}", ".{1,40}"  # ids of tool calls
 OPENAI: Json = {"max_tokens_field": "max_completion_tokens", "system_anywhere": True, "files": True,
                 "cache_key": True, "root_unions": False, "max_tools": 128, "tool_ids": FORTY}
 SKIP_SIGNATURE = (("extra_content", {"google": {
-    "thought_signature": "skip_thought_signature_validator"}}),)  # fmt: skip
+    "thought_signature": "skip_thought_signature_validator"}}),)
 PROVIDER_KINDS = {kind.name: kind for kind in (
     ProviderKind("ollama", "http://localhost:11434/v1", ("OLLAMA_API_KEY",), ("OLLAMA_URL",),
                  enabled_by="url", list_path="~/api/tags", loaded_path="~/api/ps",
@@ -476,7 +476,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
     # Any other server, by its URL.
     ProviderKind("openai-compatible"),
     ProviderKind("messages", dialects=("messages",),
-                 key_headers=("authorization", "x-api-key")))}  # fmt: skip
+                 key_headers=("authorization", "x-api-key")))}
 DEMO_KIND = ProviderKind("demo", "demo:", dialects=("demo",))
 
 
@@ -503,15 +503,15 @@ class Provider:
     def headers(self) -> dict[str, str]:
         """What goes with each request, but for what a client, a proxy or a signature adds."""
         key = {name: "Bearer " * (name == "authorization") + self.api_key
-               for name in self.kind.key_headers if self.api_key}  # fmt: skip
+               for name in self.kind.key_headers if self.api_key}
         return {"user-agent": f"ogx.py/{__version__}",
                 "accept": "application/json, text/event-stream", "accept-encoding": "identity",
-                **dict(self.kind.headers), **key, **dict(self.own_headers)}  # fmt: skip
+                **dict(self.kind.headers), **key, **dict(self.own_headers)}
 
     def at(self, place: str) -> Provider:
         """This provider at the server that has a model's id or a list's path."""
         urls = (re.sub(here, there, self.base_url) for pattern, here, there in self.kind.servers
-                if re.search(pattern, place))  # fmt: skip
+                if re.search(pattern, place))
         return replace(self, base_url=next(urls, self.base_url)) if self.kind.servers else self
 
     def url(self, path: str) -> str:
@@ -534,7 +534,7 @@ AROUND = " \t\r\n\"'"  # a value, left there by files and shells
 # A user's own header, name and value; those that frame a request are ours.
 HEADER = re.compile(r"(?!host\n|connection\n|content-|transfer-)[a-z0-9!#$%&'*+.^_`|~-]+\n[ -~]*")
 STARTER_ALIASES = ("claude-haiku-4-5-20251001", "claude-sonnet-4-5-20250514",
-                   "claude-opus-4-6-20260314")  # fmt: skip
+                   "claude-opus-4-6-20260314")
 
 
 @dataclass(frozen=True)
@@ -589,7 +589,7 @@ def starter_config() -> Json:
         switches, verify = "|".join(kind.switches), kind.verify_var
         settings = {"base_url": f"${{env.{urls}:={kind.base_url}}}" if urls else kind.base_url,
                     "api_key": f"${{env.{keys}:=}}",
-                    **({"verify": f"${{env.{verify}:=true}}"} if verify else {})}  # fmt: skip
+                    **({"verify": f"${{env.{verify}:=true}}"} if verify else {})}
         if switches:  # by which it is on
             lines.append({"provider_id": f"${{env.{switches}:+{kind.name}}}",
                           "provider_type": f"remote::{kind.name}", "config": settings})
@@ -599,7 +599,7 @@ def starter_config() -> Json:
         "version": 2, "distro_name": "starter",
         "providers": {"inference": lines},
         "registered_resources": {"models": models},
-        "server": {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "discover_local": True}}  # fmt: skip
+        "server": {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "discover_local": True}}
 
 
 def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Config:
@@ -622,13 +622,13 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
     port = port_number(environ.get("OGX_PORT") or port, "OGX_PORT")
     variables = Node({name: value for name, value in environ.items() if value}, "environment")
     limits = Limits(**{name: variables.number(f"OGX_{name.upper()}", server.number(name, usual))
-                       for name, usual in asdict(Limits()).items()})  # fmt: skip
+                       for name, usual in asdict(Limits()).items()})
     return Config(
         server.text("host", DEFAULT_HOST), port, tuple(providers), tuple(aliases), tiers,
         server.flag("discover_local", True), int(server.number("retries", 3)),
         server.number("retry_seconds", 5.0), limits,
         tuple(server.text("host_names", "").lower().replace(",", " ").split()),
-        server.flag("show_thinking", True))  # fmt: skip
+        server.flag("show_thinking", True))
 
 
 def expanded(node: Any, environ: Mapping[str, str], where: str) -> Any:
@@ -755,7 +755,7 @@ def provider_from_node(node: Node) -> Provider | None:
     return Provider(
         provider_id, kind, url, api_key, dialect, settings.flag("verify", True),
         settings.text("ca_file", ""), tuple(headers.items()),
-        (*secrets, *" ".join(secrets).split()))  # fmt: skip
+        (*secrets, *" ".join(secrets).split()))
 
 
 def basic_auth(url: urllib.parse.SplitResult) -> str:
@@ -833,12 +833,12 @@ NOT_LLM = re.compile(
     r"imagen|flux|stable-diffusion|sdxl|canvas|nano-banana|moderation|guard|ocr|sora|"
     r"(^|[-_./])veo|video|t2v|i2v|lyria|bge-|gte-|(^|[-_./])e5-|minilm|colbert|nomic|jina-|"
     r"voyage-|m2-bert|davinci-00|babbage|orpheus|playai|kokoro|parakeet|scribe|chirp|reward|"
-    r"computer-use|deep-research|search-(api|preview)", re.I)  # fmt: skip
+    r"computer-use|deep-research|search-(api|preview)", re.I)
 # Fields of list entries with the context window and the output limit, in tokens: Anthropic, vLLM,
 # Groq, Together and OpenRouter, LM Studio, Mistral, Fireworks, llama.cpp.
 CONTEXT_FIELDS = ("max_input_tokens", "max_model_len", "context_window", "context_length",
                   "loaded_context_length", "max_context_length", "contextLength",
-                  "n_ctx")  # fmt: skip
+                  "n_ctx")
 ID_FIELDS = ("id", "name", "inferenceProfileId", "modelId")
 OUTPUT_FIELDS = ("max_completion_tokens", "max_output_length", "max_tokens")
 PRO = re.compile(r"(^|[-_./])pro\b", re.I)
@@ -877,16 +877,16 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
     for entry in map(dict_or_empty, payload if isinstance(payload, list) else ()):
         upstream_id = next((entry[name] for name in ID_FIELDS if entry.get(name)), None)
         if (not isinstance(upstream_id, str) or len(upstream_id) > MAX_ID
-                or BAD_ID.search(upstream_id) or not is_llm(upstream_id, entry)):  # fmt: skip
+                or BAD_ID.search(upstream_id) or not is_llm(upstream_id, entry)):
             continue
         upstream_id = re.sub("^models/", "", upstream_id)
         created = first_number(entry, ("created",)) or 0
         limits = {**entry, **dict_or_empty(entry.get("meta")),
-                  **dict_or_empty(entry.get("top_provider"))}  # fmt: skip
+                  **dict_or_empty(entry.get("top_provider"))}
         models.setdefault(upstream_id, Model(
             f"{provider.id}/{upstream_id}", provider.at(upstream_id), upstream_id,
             created if created < 1 << 32 else 0,
-            first_number(limits, CONTEXT_FIELDS), first_number(limits, OUTPUT_FIELDS)))  # fmt: skip
+            first_number(limits, CONTEXT_FIELDS), first_number(limits, OUTPUT_FIELDS)))
     # The newest first, but those called "pro" last, which tend to be slow and dear: the first one
     # is what a tier means where nothing else is chosen.
     return sorted(models.values(), key=lambda m: (bool(PRO.search(m.upstream_id)), -m.created))
@@ -967,7 +967,7 @@ class Registry:
             found = [self._named(t) or self._bare(t) or self._routed(t) for t in alias.targets]
         else:
             found = [self._named(wanted) or self._by_tier(wanted) or self._bare(wanted)
-                     or self._automatic(wanted) or self._routed(wanted)]  # fmt: skip
+                     or self._automatic(wanted) or self._routed(wanted)]
         models = [m if m.id == model_id else replace(m, id=model_id) for m in found if m]
         if not models and alias:
             raise OgxError(404, f"no provider serves a target of model '{wanted[:200]}'")
@@ -1015,7 +1015,7 @@ class Registry:
             reasons = reasons or "no provider lists a model"
             raise OgxError(404, f"no model to serve '{wanted[:200]}' ({reasons})")
         family = (m for m in candidates if m.provider.id == candidates[0].provider.id
-                  and tier_of(re.sub(r"^.*\.(?=claude-)", "", m.upstream_id)) == tier)  # fmt: skip
+                  and tier_of(re.sub(r"^.*\.(?=claude-)", "", m.upstream_id)) == tier)
         return next(family, candidates[0]) if tier else candidates[0]
 
     def _bare(self, wanted: str) -> Model | None:
@@ -1037,7 +1037,7 @@ def near_miss(word: str, known: Iterable[str]) -> str:
     # Comparing takes long: only with the ids that have most words in common.
     words = set(re.findall(r"[a-z]+|[0-9]+", word[:MAX_ID].lower()))
     common = ((len(words.intersection(re.findall(r"[a-z]+|[0-9]+", other.lower()))), other)
-              for other in itertools.islice(known, 5000))  # fmt: skip
+              for other in itertools.islice(known, 5000))
     best = [other for _, other in sorted(common, reverse=True)[:20]]
     near = difflib.get_close_matches(word[:MAX_ID], best, 1, 0.5)
     return f" Did you mean '{near[0]}'?" if near else ""
@@ -1061,17 +1061,17 @@ BLOCK_TYPES = frozenset((
     "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
     "bash_code_execution_tool_result", "text_editor_code_execution_tool_result",
     "tool_search_tool_result", "advisor_tool_result", "mcp_tool_use", "mcp_tool_result",
-    "mcp_tool_listing", "container_upload", "compaction", "fallback"))  # fmt: skip
+    "mcp_tool_listing", "container_upload", "compaction", "fallback"))
 UNSEEN_BLOCKS = ("thinking", "redacted_thinking", "mcp_tool_listing", "fallback")
 SIGNATURE_MARK = '{"ogx":'  # begins the signatures that we made: JSON with what goes back upstream
 MEDIA_TYPES = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"),
-               "document": ("application/pdf",)}  # fmt: skip
+               "document": ("application/pdf",)}
 MAX_STOPS = 4000  # characters of all stop sequences
 MAX_IMAGE = 5 * 1024 * 1024  # characters of base64, as at Anthropic
 # What JSON schemas are made of (other keywords constrain, and the client checks them itself), what
 # holds schemas by names that are no keywords, and what holds any values.
 STRUCTURE = ("type", "description", "properties", "required", "items", "enum", "anyOf", "oneOf",
-             "allOf", "$ref", "$defs", "definitions")  # fmt: skip
+             "allOf", "$ref", "$defs", "definitions")
 NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 VALUES = ("enum", "const", "default", "examples", "input")
 ANSWER_NOTE = "Your last answer must be JSON alone, valid against this JSON schema: "
@@ -1081,21 +1081,21 @@ MESSAGE_FIELDS = {"role": ("user", "assistant", "system"), "content": CONTENT}
 BLOCK_FIELDS: dict[str, dict[str, type]] = {  # what translation relies on
     "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict},
     "thinking": {"thinking": str}, "tool_use": {"id": str, "name": str, "input": dict},
-    "tool_result": {"tool_use_id": str}, "search_result": {"content": list}}  # fmt: skip
+    "tool_result": {"tool_use_id": str}, "search_result": {"content": list}}
 SOURCE_FIELDS: dict[str, Json] = {
     "base64": {"media_type": str, "data": str}, "url": {"url": str}, "text": {"data": str},
-    "file": {"file_id": str}, "content": {"content": CONTENT}}  # fmt: skip
+    "file": {"file_id": str}, "content": {"content": CONTENT}}
 TOOL_FIELDS = {"input_schema": dict, "type": str, "description": str}
 OPTIONS = {"tools": list, "tool_choice": dict, "stop_sequences": list, "stream": bool,
            "temperature": NUMBER, "top_p": NUMBER, "top_k": int, "thinking": dict,
            "output_config": dict, "output_format": dict, "metadata": dict,
-           "system": CONTENT}  # fmt: skip
+           "system": CONTENT}
 KEEP_THOUGHTS = ("context_management", {"edits": [
-    {"type": "clear_thinking_20251015", "keep": "all"}]})  # fmt: skip
+    {"type": "clear_thinking_20251015", "keep": "all"}]})
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 KIND_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
               float: "a number", bool: "true or false", type(None): "null", NUMBER: "a number",
-              CONTENT: "a string or a list of content blocks"}  # fmt: skip
+              CONTENT: "a string or a list of content blocks"}
 PLACEHOLDER = "DeferredToolPlaceholder"  # Claude Code's; stands for tools that may be found later
 BILLING_HEADER = "x-anthropic-billing-header:"  # varies per prompt and would spoil prefix caches
 NO_RESULT = "[No result: the tool call was interrupted before it answered.]"
@@ -1144,7 +1144,7 @@ def json_bytes(value: Json) -> bytes:
 
 
 HALF_PAIR = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|"
-                       rb"(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F]..)")  # fmt: skip
+                       rb"(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F]..)")
 
 
 def without_halves(data: bytes) -> bytes:
@@ -1161,7 +1161,7 @@ def check_request(body: Any, counting: bool = False) -> None:
     expect(body, "", {"model": str})
     if not body["model"].strip() or len(body["model"]) > MAX_ID or BAD_ID.search(body["model"]):
         raise OgxError(400, f"model: expected 1 to {MAX_ID} characters, none of them a control "
-                            "character")  # fmt: skip
+                            "character")
     expect(body, "", {"messages": list} if counting else {"messages": list, "max_tokens": int})
     if not counting and body["max_tokens"] < 1:
         raise OgxError(400, f"max_tokens: expected at least 1, got {body['max_tokens']}")
@@ -1297,7 +1297,7 @@ def dropped_names(request: Json, sent: Json, all_of_them: bool) -> str:
     usual = () if all_of_them else (("betas", request.get("betas")), KEEP_THOUGHTS)
     known = {*OPTIONS, "model", "messages", "max_tokens"} - ({"top_k"} - sent.keys())
     names = [name for name, value in request.items()
-             if not (name in known or value is None or (name, value) in usual)]  # fmt: skip
+             if not (name in known or value is None or (name, value) in usual)]
     return ", ".join(BAD_ID.sub("?", name[:40]) for name in names[:10])
 
 
@@ -1310,10 +1310,10 @@ def registered_alias(body: Any, registry: Registry) -> Alias:
     targets = alias.targets or (alias.provider_model_id,)
     if len(targets) > 32 or max(map(len, targets)) > MAX_ID:
         raise OgxError(400, f"provider_model_id: expected an id of 1 to {MAX_ID} characters, or a "
-                            "list of at most 32 of them")  # fmt: skip
+                            "list of at most 32 of them")
     if not re.fullmatch(r"\S(.{0,254}\S)?", alias.model_id) or BAD_ID.search(alias.model_id):
         raise OgxError(400, "model_id: expected 1 to 256 characters without control characters or "
-                            "outer spaces")  # fmt: skip
+                            "outer spaces")
     if any(model.id == alias.model_id for model in registry.models()):
         raise OgxError(409, f"model_id: '{alias.model_id}' is a provider's own id")
     if len({*registry.aliases, alias.model_id}) > MOST_REGISTERED:
@@ -1462,7 +1462,7 @@ def without_keywords(tree: Any, gone: Collection[str], lost: list[Any], path: st
             lost.append((path, name, value))
         elif name in NAMED_SCHEMAS and isinstance(value, dict):
             kept[name] = {k: without_keywords(v, gone, lost, f"{path}.{k}")
-                          for k, v in value.items()}  # fmt: skip
+                          for k, v in value.items()}
         elif name in VALUES:
             kept[name] = value
         else:
@@ -1516,7 +1516,7 @@ def document_text(block: Json) -> str:
     context = f"{block['context']}\n" if block.get("context") else ""
     if source["type"] not in ("text", "content"):
         return f"{context}[The document '{title}' could not be passed on to this model: " \
-               f"{source_words(source)}]"  # fmt: skip
+               f"{source_words(source)}]"
     content = source["data"] if source["type"] == "text" else source["content"]
     text = "\n".join(map(block_text, blocks_of(content)))
     return f"<document title={json.dumps(title, ensure_ascii=False)}>\n{context}{text}\n</document>"
@@ -1538,12 +1538,12 @@ PDF_BYTES_PER_TOKEN = 40  # a page of 60 kB is about 1,500 tokens
 # Each byte's class: a for small letters and most bytes of other scripts, 0, dot, or itself, as have
 # capitals, line ends, the first bytes of accented letters and of Chinese.
 BYTE_CLASSES = re.sub(rb"[!-/:-@\[-`{-~]", b".", re.sub(rb"[a-z\x80-\xc1\xca-\xe0]", b"a",
-    re.sub(rb"[0-9]", b"0", bytes(range(256)).replace(b"\t", b" "))))  # fmt: skip
+    re.sub(rb"[0-9]", b"0", bytes(range(256)).replace(b"\t", b" "))))
 # Tokens of OpenAI's o200k, nearly: so many for a byte, and so many more for each run of classes.
 # Fitted to prose, code, JSON, listings and Claude Code's prompts: the mean of each is off by 3 %.
 BYTE_TOKENS = 0.428
 RUN_TOKENS = ((b"aa", -0.638), (b".a", 0.19), (b".0", 1.37), (b" 0", 2.51), (b" " * 6, -2.27),
-              (b"." * 8, -3.02))  # fmt: skip
+              (b"." * 8, -3.02))
 known_texts: dict[int, float] = {}  # hash of a text -> its tokens
 
 
@@ -1593,23 +1593,23 @@ def attached_tokens(block: Json) -> int:
 
 MAX_EVENT = 8 * 1024 * 1024  # bytes of an upstream's
 DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
-          "tool_use": ("input_json_delta", "partial_json")}  # fmt: skip
+          "tool_use": ("input_json_delta", "partial_json")}
 STARTS = {"text": {"type": "text", "text": ""},
-          "thinking": {"type": "thinking", "thinking": "", "signature": ""}}  # fmt: skip
+          "thinking": {"type": "thinking", "thinking": "", "signature": ""}}
 UNSIGNED = signature_of("", "", {})  # some SDKs drop thinking that has none
 DELTA_FIELDS = dict(DELTAS.values())  # type of delta -> its field
 DELTA_EVENT = ('event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
-               '"delta":{"type":"%s","%s":%s}}\n\n')  # fmt: skip
+               '"delta":{"type":"%s","%s":%s}}\n\n')
 
 
 def new_message(message_id: str, model: str, input_tokens: int) -> Json:
     """A message at its start, with every field that Anthropic's OpenAPI requires."""
     usage = {**Usage(input_tokens).as_json(), "cache_creation": None, "service_tier": "standard",
-             "inference_geo": None, "speed": None}  # fmt: skip
+             "inference_geo": None, "speed": None}
     return {
         "id": message_id, "type": "message", "role": "assistant", "model": model, "content": [],
         "stop_reason": None, "stop_sequence": None, "stop_details": None, "container": None,
-        "context_management": None, "usage": usage}  # fmt: skip
+        "context_management": None, "usage": usage}
 
 
 @dataclass
@@ -1628,7 +1628,7 @@ class Usage:
                 "cache_creation_input_tokens": self.cache_written,
                 "cache_read_input_tokens": self.cache_read,
                 "server_tool_use": searched if self.searches else None,
-                "iterations": None}  # fmt: skip
+                "iterations": None}
 
 
 @dataclass
@@ -1671,7 +1671,7 @@ class MessageWriter:
     open at once; message_delta, message_stop."""
 
     def __init__(self, message: Json, used_ids: Iterable[str] = (), stops: Sequence[str] = (),
-                 hides_thinking: bool = False) -> None:  # fmt: skip
+                 hides_thinking: bool = False) -> None:
         self._hides_thinking = hides_thinking
         self._stops = stops  # sequences that end the text, for upstreams that don't look for them
         self._tail = ""  # of the text, held while it may be the beginning of one
@@ -1767,9 +1767,9 @@ class MessageWriter:
         elif not self.tools and stop_reason == "tool_use":
             stop_reason = "end_turn"
         delta = {"stop_reason": stop_reason, "stop_sequence": stop_sequence, "stop_details": None,
-                 "container": None}  # fmt: skip
+                 "container": None}
         self.events.append({"type": "message_delta", "delta": delta, "usage": usage.as_json(),
-                            "context_management": None})  # fmt: skip
+                            "context_management": None})
         self.events.append({"type": "message_stop"})
 
     def end_text(self) -> None:
@@ -1822,9 +1822,9 @@ class MessageWriter:
         if content is None:
             self.tools += 1
             content = {"type": "tool_use", "id": self._fresh_id(block.id), "name": block.name,
-                       "input": {}, "caller": {"type": "direct"}}  # fmt: skip
+                       "input": {}, "caller": {"type": "direct"}}
         self.events.append({"type": "content_block_start", "index": self._index,
-                            "content_block": content})  # fmt: skip
+                            "content_block": content})
 
     def _delta(self, kind: str, name: str, value: Any) -> None:
         delta = {"type": kind, name: value}
@@ -1975,7 +1975,7 @@ class SseReader:
 # Models that take reasoning_effort; others may refuse it. By name, since lists don't tell.
 REASONS = re.compile(
     r"(^|[/:_-])(o[134](-|$)|gpt-(5|6|oss)|deepseek-(r|v4|reasoner)|qwq|magistral)|"
-    r"thinking|reasoner|qwen3(?!.{0,250}(instruct|coder))", re.I)  # fmt: skip
+    r"thinking|reasoner|qwen3(?!.{0,250}(instruct|coder))", re.I)
 ROOT_UNIONS = ("anyOf", "oneOf", "allOf", "enum", "not")
 UNTOLD = ("$schema", "title", "additionalProperties")  # where they are lost
 MAX_RULES = 200  # characters of others in a tool's description
@@ -1988,7 +1988,7 @@ STOP_REASONS = (  # words in a finish_reason -> stop_reason; "": it broke off
     ("length|max.{0,40}tokens|token_limit", "max_tokens"),
     ("filter|safety|sensitive|recitation|prohibited|block(list|ed)|spii|refus|guardrail|policy",
      "refusal"),
-    ("stop|eos|end_turn|complete|done|tool|function_call", "end_turn"))  # fmt: skip
+    ("stop|eos|end_turn|complete|done|tool|function_call", "end_turn"))
 
 
 def chat_request(request: Json, model: Model) -> Json:
@@ -2104,12 +2104,12 @@ def unserved_tools_note(request: Json, kind: ProviderKind, served: str = "") -> 
     are too many; `served` is how the types of those begin that the upstream has as well."""
     known = {PLACEHOLDER, *(tool["name"] for tool in sent_tools(request, kind))}
     names = [t.get("name") or str(t.get("type")) for t in request.get("tools") or ()
-             if not served or not str(t.get("type")).startswith(served)]  # fmt: skip
+             if not served or not str(t.get("type")).startswith(served)]
     names = [name for name in names if name not in known]
     if not names:
         return ""
     return f"These tools are not available through this gateway: {', '.join(names)}. " \
-           "If one of them is needed, tell the user so plainly."  # fmt: skip
+           "If one of them is needed, tell the user so plainly."
 
 
 def assistant_message(blocks: Sequence[Json], model: Model, names: ToolNames) -> Json:
@@ -2123,7 +2123,7 @@ def assistant_message(blocks: Sequence[Json], model: Model, names: ToolNames) ->
             arguments = json.dumps(block["input"], ensure_ascii=False)
             function = {"name": names.there(block["name"]), "arguments": arguments}
             calls.append({"id": tool_call_id(block["id"], kind), "type": "function",
-                          "function": function, **extra})  # fmt: skip
+                          "function": function, **extra})
             extra = {}  # of parallel calls the first is signed
         elif kind.own_reasoning and block["type"] != "text":
             kept = kept_in(block, "chat", model.served)
@@ -2151,7 +2151,7 @@ def tool_messages(results: Sequence[Json], kind: ProviderKind) -> Iterator[Json]
                 texts.append(block_text(block))
                 continue
             label = f"[{block['type']} {len(attachments) // 2 + 1} from tool call " \
-                    f"{result['tool_use_id']}]"  # fmt: skip
+                    f"{result['tool_use_id']}]"
             texts.append(f"{label} follows in the next user message.")
             attachments += [text_part(f"{label}:"), part]
         content = "\n".join(texts) or "(no output)"
@@ -2273,7 +2273,7 @@ def plain_schema(root: Json) -> Json:
         if kinds[:1] == ["array"]:
             node["items"] = [*as_list(node.get("items")), {}][0] or {"type": "string"}
         node = {k: plain(v, within) if isinstance(v, dict) and k not in VALUES else v
-                for k, v in node.items()}  # fmt: skip
+                for k, v in node.items()}
         if own or top:
             for name, inner in (p for b in branches for p in b.get("properties", {}).items()):
                 if own.setdefault(name, inner) != inner:
@@ -2579,7 +2579,7 @@ class UsualChunk:
     two thirds of the work. OpenAI's `obfuscation`, noise of any length, may differ."""
 
     PLAIN = re.compile(  # text escaped just as we would
-        rb'"(?:[^"\\\x00-\x1f\x7f-\xff]|\\["\\bfnrt]|\\u(?!00[0-7])[0-9a-f]{4})+"')  # fmt: skip
+        rb'"(?:[^"\\\x00-\x1f\x7f-\xff]|\\["\\bfnrt]|\\u(?!00[0-7])[0-9a-f]{4})+"')
     NOISE = re.compile(rb'"obfuscation": ?"[A-Za-z0-9]*"')
 
     def __init__(self) -> None:
@@ -2695,7 +2695,7 @@ def usage_from_chat(usage: Json, estimate: int = 0) -> Usage:
 # the model's id and what a row of PROVIDER_KINDS says the server can't take. Pure.
 
 CORE_BLOCKS = ("text", "image", "document", "search_result", "thinking", "redacted_thinking",
-               "tool_use", "tool_result", "tool_reference")  # fmt: skip
+               "tool_use", "tool_result", "tool_reference")
 MODEL_FIELD = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 # Quotes and line breaks in a model's text are escaped, so none of these can stand in one.
@@ -2703,7 +2703,7 @@ LAST_LINE = re.compile(rb'[\r\n](?:event: ?(?:message_stop|error)\b|'
                        rb'data: ?\{"(?:type": ?"error"|error": ?["{]|object": ?"error"))')
 LAST_TYPES = (b'"type":"message_stop"', b'"type": "message_stop"')
 USAGE_FIELDS = ("input_tokens", "output_tokens", "cache_read_input_tokens",
-                "cache_creation_input_tokens")  # fmt: skip
+                "cache_creation_input_tokens")
 
 
 def lost_natively(request: Json, kind: ProviderKind) -> set[str]:
@@ -2744,10 +2744,10 @@ def messages_request(request: Json, model: Model) -> Json:
         if tools:
             body["tools"] = [tool for tool in tools if tool.get("name") != PLACEHOLDER]
         body["messages"] = [m if m["role"] == "assistant" else plainer(m, kind)
-                            for m in with_reminders(request["messages"])]  # fmt: skip
+                            for m in with_reminders(request["messages"])]
     if tools and (kind.refused_keywords or kind.max_description):
         body["tools"] = [plainer_tool(tool, kind) if "input_schema" in tool else tool
-                         for tool in body["tools"]]  # fmt: skip
+                         for tool in body["tools"]]
     if kind.is_anthropic or kind.native_models:  # Claude itself
         body["messages"] = [without_foreign_thoughts(m) for m in body["messages"]]
     return body
@@ -2759,9 +2759,9 @@ def with_reminders(messages: Sequence[Json]) -> Sequence[Json]:
     if all(message["role"] != "system" for message in messages):
         return messages
     turns = itertools.groupby(turns_from_messages(messages, False),
-                              lambda turn: turn.role.replace("results", "user"))  # fmt: skip
+                              lambda turn: turn.role.replace("results", "user"))
     return [{"role": role, "content": [block for turn in group for block in turn.blocks]}
-            for role, group in turns]  # fmt: skip
+            for role, group in turns]
 
 
 def plainer(holder: Json, kind: ProviderKind) -> Json:
@@ -2775,7 +2775,7 @@ def plainer(holder: Json, kind: ProviderKind) -> Json:
     if is_result:
         runs = [list(group) for _, group in itertools.groupby(told, operator.itemgetter("type"))]
         told = [block for r in runs for block in (r if r[0]["type"] != "text" else [
-            {**r[-1], "text": "\n".join(block["text"] for block in r)}])]  # fmt: skip
+            {**r[-1], "text": "\n".join(block["text"] for block in r)}])]
     return holder if told == content else {**holder, "content": told}
 
 
@@ -2908,7 +2908,7 @@ def responses_request(request: Json, model: Model) -> Json:
         "input": [item for turn in turns_from_messages(request["messages"], kind.system_anywhere)
                   for item in input_items(turn, model.provider, names)],
         "max_output_tokens": max(16, min(request["max_tokens"], model.max_output or 1 << 40)),
-        "store": False, "include": [ENCRYPTED]}  # fmt: skip
+        "store": False, "include": [ENCRYPTED]}
     for place, item in enumerate(body["input"]):
         if item.get("role") == "assistant":  # OpenAI's types want an id; unstored, any will do
             item["id"] = f"msg_{place}"
@@ -2924,7 +2924,7 @@ def responses_request(request: Json, model: Model) -> Json:
     output_format = (request.get("output_config") or {}).get("format")
     if output_format:
         body["text"] = {"format": {"type": "json_schema", **response_format(
-            output_format["schema"])["json_schema"]}}  # fmt: skip
+            output_format["schema"])["json_schema"]}}
     return body
 
 
@@ -2965,18 +2965,18 @@ def assistant_items(block: Json, provider: Provider, names: ToolNames) -> Iterat
     if block["type"] == "tool_use":
         yield {"type": "function_call", "call_id": tool_call_id(use_id, provider.kind),
                "name": names.there(block["name"]),
-               "arguments": json.dumps(block["input"], ensure_ascii=False)}  # fmt: skip
+               "arguments": json.dumps(block["input"], ensure_ascii=False)}
     elif use_id.startswith(SEARCH_ID):
         if block["type"] == "server_tool_use" and provider.kind.own_reasoning:
             yield {"type": "web_search_call", "id": use_id[9:], "status": "completed",
-                   "action": {"type": "search", **dict_or_empty(block.get("input"))}}  # fmt: skip
+                   "action": {"type": "search", **dict_or_empty(block.get("input"))}}
     elif block["type"] in ("thinking", "redacted_thinking"):
         kept = kept_in(block, "responses", provider.id) if provider.kind.own_reasoning else {}
         if all(isinstance(kept.get(name), str) for name in ("id", "encrypted_content")):
             thought = block.get("thinking")
             summary = [{"type": "summary_text", "text": thought}] if thought else []
             yield {"type": "reasoning", "id": kept["id"], "summary": summary,
-                   "encrypted_content": kept["encrypted_content"]}  # fmt: skip
+                   "encrypted_content": kept["encrypted_content"]}
     elif block_text(block):
         content = [{"type": "output_text", "text": block_text(block), "annotations": []}]
         yield {"type": "message", "role": "assistant", "status": "completed", "content": content}
@@ -2997,7 +2997,7 @@ def flat_tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Jso
     fields, given = tool_fields(request, names, kind), request.get("tools") or []
     searches = [tool for tool in given if str(tool.get("type")).startswith("web_search")]
     tools = [{"type": "function", "strict": False, **tool["function"]}
-             for tool in fields.get("tools", ())]  # fmt: skip
+             for tool in fields.get("tools", ())]
     tools += map(search_tool, searches)
     for tool in searches:
         fields["include"] = [ENCRYPTED, SOURCES]
@@ -3096,20 +3096,20 @@ class ResponsesTranslator(Translator):
         use_id = "srvtoolu_" + re.sub(r"[^A-Za-z0-9_]", "_", item["id"])
         self.writer.whole({"type": "server_tool_use", "id": use_id, "name": "web_search",
                            "input": {"query": action.get("query") or action.get("url") or ""},
-                           "caller": {"type": "direct"}})  # fmt: skip
+                           "caller": {"type": "direct"}})
         results = [{"type": "web_search_result", "url": source["url"], "page_age": None,
                     "title": source.get("title") or source["url"], "encrypted_content": ""}
                    for source in action.get("sources") or [action]
-                   if source.get("url")]  # fmt: skip
+                   if source.get("url")]
         self.writer.whole({"type": "web_search_tool_result", "tool_use_id": use_id,
-                           "content": results, "caller": {"type": "direct"}})  # fmt: skip
+                           "content": results, "caller": {"type": "direct"}})
 
     def _read_citation(self, annotation: Json) -> None:
         if annotation.get("type") == "url_citation":
             self.writer.citation({
                 "type": "web_search_result_location", "url": annotation["url"], "cited_text": "",
                 "title": annotation.get("title") or annotation["url"],
-                "encrypted_index": ""})  # fmt: skip
+                "encrypted_index": ""})
 
     def _finish(self, response: Json) -> None:
         self.usage = usage_from_chat(response.get("usage") or {}, self.writer.input_tokens)
@@ -3136,7 +3136,7 @@ def demo_request(request: Json, model: Model) -> Json:
     text = (f"This is ogx.py's built-in demo model; I received {len(request['messages'])} "
             f"messages, {len(request.get('tools') or ())} tools, about {tokens:,} tokens. Set "
             "OPENAI_API_KEY, VLLM_URL or OLLAMA_URL and start `run` again to talk to a real "
-            "model.")  # fmt: skip
+            "model.")
     return {"model": model.upstream_id, "text": text, "prompt_tokens": tokens, "stream": True}
 
 
@@ -3201,37 +3201,37 @@ LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 OPTIONAL_FIELDS = ("temperature", "top_p", "top_k", "stop", "stream_options", "reasoning_effort",
                    "parallel_tool_calls", "response_format", "tool_choice", "prompt_cache_key",
                    "store", "include", "stop_sequences", "thinking", "output_config", "metadata",
-                   "context_management", "max_tool_calls")  # fmt: skip
+                   "context_management", "max_tool_calls")
 LEAST_LIMIT = r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)"
 UNSUPPORTED = (r"(?i)unsupported|unrecognized|unknown|unexpected|does not (support|match|know)|"
                r"not (supported|permitted|allowed|(both )?be (chosen|set|used|specified))|"
                r"extra (fields|inputs)|deprecated|invalid beta|"
-               r"should be '")  # fmt: skip
+               r"should be '")
 ADVICE = r"(?i)(?<!n't )(?<!not )\b(?:use|did you mean)\b(?! of)(?:[^.;]|\.\w)*"
 # Where a name, the #, is a field's even if it's an English word; below, where a number is a limit.
 NAMED = (r"(?i)[`'\"]#|\b(?:parameter|argument|field)s?\b(?:[^.:#]{0,30}:)?\W{0,3}#|"
-         "#:? (?:parameter|argument|field|extra)")  # fmt: skip
+         "#:? (?:parameter|argument|field|extra)")
 EXTRA = r"(?<![\w.])([a-z]\w*)(?:\.\w+)*\.(\w+): Extra inputs"
 LISTED = (r"(?is).*\b(?:one of|(?:should|must) be|only supports?|(?:supported|allowed|valid|"
-          r"expected)(?: \w+)?(?: are| is|:))\W(.+)")  # fmt: skip
+          r"expected)(?: \w+)?(?: are| is|:))\W(.+)")
 BETAS = "anthropic-beta"  # a header, but for lessons a field like others
 # Lengths. A refusal is about the window if it tells of CONTEXT and TOO_LONG or, in one sentence, of
 # PROMPT, TOO_LONG and BOUND, but of no OTHERS.
 CONTEXT = (r"(?i)(?<![a-z])context(?![\W_]{0,3}(?:deadline|cancel|manag|=))|prompt (?:is )?too l|"
            "request too large for model")  # the last is Groq's, about tokens per minute
 TOO_LONG = (r"(?i)exceed|too (?:long|large|many)|(?:greater|longer|larger|more|less) than|overflow|"
-            r"range of|\b(?:over|above)\b")  # fmt: skip
+            r"range of|\b(?:over|above)\b")
 PROMPT = (r"(?i)(?<![a-z])(?:prompt(?!_cache)|(?:inputs?|messages?|tokens?)\b|conversation|"
-          "current length)")  # fmt: skip
+          "current length)")
 BOUND = r"(?i)max|limit|length|window|model|allowed|too long"
 OTHERS = (r"(?i)\b(?:image|audio|video|pdf|file)(?!s? and text)|\d ?[KMG]i?B\b|byte|string|quota|"
           r"time|\b(?:tools?|name|ids?|rates?|daily|monthly|per (?:min|day|hour|sec)\w*)\b")
 OUTPUT = (r"(?i)max_(?!input|prompt|model|seq)\w{0,20}tokens|maxOutputTokens|"
-          r"\b(?:output|completion|maximum tokens|new tokens)\b")  # fmt: skip
+          r"\b(?:output|completion|maximum tokens|new tokens)\b")
 COUNT = r"(?<![\w./-])(?<!\bby )(?:\d{1,3}(?:,\d{3}){1,2}|\d{2,8})(?![\w/-]|,\d)"
 MOST = (r"(?i)(?:at most|than|[<>≤]|exceeds?|above|over|only|up to|max(?!\w{0,20}tokens)|limit|"
         r"range|context|window)\D{0,40}(?:\b1\D{1,20})?#(?!(?: tokens)? ?[>+])|"
-        r"# (?:\w+ )?(?:the |at )?(?:max|most)")  # fmt: skip
+        r"# (?:\w+ )?(?:the |at )?(?:max|most)")
 ROOM = 256  # tokens of an answer that are worth asking for
 # Words that tell how a server differs from the row it was configured under: the row is put right.
 # Seen live: llama.cpp's and chat templates'. The others are from vendors' pages and issue threads.
@@ -3264,7 +3264,7 @@ ROW_REMEDIES: tuple[tuple[str, str, Any], ...] = (
     (r"(?i)(file|document|pdf).{0,40}not supported|'?type'?: ?'?file'?.{0,60}invalid|"
      r"Invalid value: 'file'|unknown part type: file", "files", False),
     ("thought_signature", "tool_call_extra", SKIP_SIGNATURE),
-    (r"not have [\w'/]+ at the top level", "root_unions", False))  # fmt: skip
+    (r"not have [\w'/]+ at the top level", "root_unions", False))
 
 
 @dataclass(frozen=True)
@@ -3315,7 +3315,7 @@ def taught_model(model: Model, lessons: Iterable[Lesson]) -> Model:
 
 
 def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
-                        known: Sequence[Lesson] = ()) -> Lesson | None:  # fmt: skip
+                        known: Sequence[Lesson] = ()) -> Lesson | None:
     """What to change so that the same request is accepted; None when nothing is known to help, or
     what would help was tried."""
     if refusal.status not in (400, 402, 404, 405, 413, 422, 500):
@@ -3334,7 +3334,7 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
     for remedy in REMEDIES[: {402: 1, 500: 2}.get(refusal.status)]:
         for lesson in remedy(refusal, body):
             if any(k.action == lesson.action and (k.field == lesson.value or (
-                    k.field == lesson.field and not k.keep)) for k in known):  # fmt: skip
+                    k.field == lesson.field and not k.keep)) for k in known):
                 continue  # it would lead back, or was tried for this request
             actions = {lesson.action, *(k.action for k in known if k.field == lesson.field)}
             useful = lesson.action in ("again", "row") or with_lessons(body, [lesson]) != body
@@ -3483,7 +3483,7 @@ def dropped_field(refusal: Refusal, body: Json) -> Iterator[Lesson]:
         told += " reasoning_effort"
     names = (m[0] for m in re.finditer(r"\w+", told) if m[0] in (*OPTIONAL_FIELDS, *LIMIT_FIELDS)
              and (m[0] in (refusal.param, "temperature") or "_" in m[0]
-                  or re.search(NAMED, around(told, m))))  # fmt: skip
+                  or re.search(NAMED, around(told, m))))
     named = next(names, "")
     if named in LIMIT_FIELDS:
         if named != LIMIT_FIELDS[2]:
@@ -3520,7 +3520,7 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
         return None
     if "escription" in words and re.search("(?i)long|length|charact|exceed", words):
         most = next((int(told[0].replace(",", "")) for told in re.finditer(COUNT, words)
-                     if re.search(MOST, around(words, told))), 1024)  # fmt: skip
+                     if re.search(MOST, around(words, told))), 1024)
         if any(len(tool.get("description") or "") > most for tool in tools):
             return Lesson("row", "max_description", most)
     said = {*re.findall(r"[a-z$]+", words.lower().replace("_", "").replace("regex", "pattern"))}
@@ -3528,7 +3528,7 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
     rules: list[Any] = []
     without_keywords(schemas, ["*"], rules)
     named = {name for _, name, value in rules if name.lower() in said
-             or isinstance(value, str) and value in quoted}  # fmt: skip
+             or isinstance(value, str) and value in quoted}
     more = sorted(named)[:20] if first and named else ["*"] if rules else ["$ref"]
     return None if "$ref" in refused else Lesson("row", "refused_keywords", (*refused, *more))
 
@@ -3537,7 +3537,7 @@ REMEDIES = (fitting_limit, lower_effort, older_fields, other_tools, plainer_answ
 
 
 def overflow_error(refusal: Refusal, estimate: int, limit: int | None,
-                   asked: int = 0) -> OgxError | None:  # fmt: skip
+                   asked: int = 0) -> OgxError | None:
     """Anthropic's error for a prompt that is too long, in the words that make Claude Code compact
     and go on; None for a refusal of another kind. Numbers the upstream didn't tell are ours, where
     they show it. `asked` is the output that was asked for."""
@@ -3702,7 +3702,7 @@ class Store:
                     if self._set_aside(error):
                         return self.sync()
                 problem = (f"can't use {self.path} as state file ({error}): what it lacks is lost "
-                           "if ogx.py stops before it can")  # fmt: skip
+                           "if ogx.py stops before it can")
             if problem != self.problem:
                 log.warning("%s", problem or f"the state file {self.path} is used again")
             self.problem = problem
@@ -3735,7 +3735,7 @@ class Store:
         """The file's version; what it holds is taken in where it may be new."""
         if not database.execute("SELECT * FROM sqlite_master").fetchone():  # it is new, or emptied
             database.execute("CREATE TABLE facts (kind TEXT, key TEXT, value TEXT, at REAL, "
-                             "PRIMARY KEY (kind, key))")  # fmt: skip
+                             "PRIMARY KEY (kind, key))")
             database.execute(f"PRAGMA user_version = {random.getrandbits(30)}")
         version: int = database.execute("PRAGMA user_version").fetchone()[0]
         if version == self._version and not self._unsaved:
@@ -3745,7 +3745,7 @@ class Store:
         if not 0 <= version - self._version < 4096:  # another file, or an older copy
             self._unsaved = {**self._saved, **self._unsaved}
         self._saved = {(kind, key): value for kind, key, value in rows
-                       if type(key) is type(value) is str}  # fmt: skip
+                       if type(key) is type(value) is str}
         return version
 
     def _set_aside(self, error: Exception) -> bool:
@@ -3880,7 +3880,7 @@ SECRET = r"(?i)(secret|token|key|password)[\w\"']{0,30}\s?[=:]\s?\S+|[\w+/=-]{32
 
 
 def aws_signature(method: str, url: str, headers: Mapping[str, str], body: bytes,
-                  keys: Sequence[str], scope: str, now: float) -> dict[str, str]:  # fmt: skip
+                  keys: Sequence[str], scope: str, now: float) -> dict[str, str]:
     """The headers that sign a request at `now`, in seconds since 1970. `headers` are signed too,
     the host among them; `keys` are AWS_KEYS' values, `scope` is "region/service". Pure."""
     import hashlib  # only now: few need them
@@ -3894,13 +3894,13 @@ def aws_signature(method: str, url: str, headers: Mapping[str, str], body: bytes
     pairs = sorted(pair.partition("=")[::2] for pair in parts.query.split("&") if pair)
     path = urllib.parse.quote(parts.path or "/", safe="/~")  # encoded already, and once more here
     canonical = "\n".join((method, path, "&".join(map("=".join, pairs)), *map(":".join, signed),
-                           "", names, hashlib.sha256(body).hexdigest()))  # fmt: skip
+                           "", names, hashlib.sha256(body).hexdigest()))
     scope = f"{date[:8]}/{scope}/aws4_request"
     digest, key = hashlib.sha256(canonical.encode()).hexdigest(), f"AWS4{secret}".encode()
     for part in (*scope.split("/"), f"AWS4-HMAC-SHA256\n{date}\n{scope}\n{digest}"):
         key = hmac.digest(key, part.encode(), "sha256")
     return {**made, "authorization": f"AWS4-HMAC-SHA256 Credential={key_id}/{scope}, "
-                                     f"SignedHeaders={names}, Signature={key.hex()}"}  # fmt: skip
+                                     f"SignedHeaders={names}, Signature={key.hex()}"}
 
 
 def aws_settings(environ: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
@@ -3937,7 +3937,7 @@ def keys_from_process(command: str, stopped: threading.Event) -> tuple[float, li
     try:
         with subprocess.Popen(shlex.split(command), bufsize=0, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              start_new_session=True) as process:  # fmt: skip
+                              start_new_session=True) as process:
             printed, words = printed_by(process, stopped)
         told = json.loads(printed if process.returncode == 0 else "")
         until = (told.get("Expiration") or "9000-01-01T00:00:00Z").replace("Z", "+00:00")
@@ -4215,7 +4215,7 @@ class Upstream:
         return [secret for secret in known if len(secret) >= MIN_SECRET]
 
     def send(self, provider: Provider, method: str, path: str, body: bytes | None = None,
-             headers: Headers | None = None, timeout: float | None = None) -> Reply:  # fmt: skip
+             headers: Headers | None = None, timeout: float | None = None) -> Reply:
         """Send a request to one of the provider's paths, as far as goes without waiting; the reply
         is still to be read."""
         if self.closed:
@@ -4248,7 +4248,7 @@ class Upstream:
         return known or not provider.base_url.startswith("http:") or provider.kind is DEMO_KIND
 
     def ask(self, provider: Provider, path: str, timeout: float, body: bytes | None = None,
-            headers: Headers | None = None) -> tuple[Reply, bytes]:  # fmt: skip
+            headers: Headers | None = None) -> tuple[Reply, bytes]:
         """The reply to a GET, or to a POST where there is a body, and what it holds; OgxError
         when that takes longer than `timeout` seconds, for which this waits."""
         reply = self.send(provider, "POST" if body else "GET", path, body, headers, timeout)
@@ -4372,11 +4372,11 @@ UNREACHABLE = {  # the first that fits
     ssl.SSLError: "TLS failed ({0}); is the URL's https right?",
     socket.gaierror: "its host name can't be resolved",
     socket.timeout: "connecting took too long",  # TimeoutError's other name from 3.10 on
-    ConnectionRefusedError: "connection refused; is the server running there?"}  # fmt: skip
+    ConnectionRefusedError: "connection refused; is the server running there?"}
 
 
 def unreachable(provider: Provider, error: Exception,
-                proxy: urllib.parse.SplitResult | None = None) -> OgxError:  # fmt: skip
+                proxy: urllib.parse.SplitResult | None = None) -> OgxError:
     """Why a provider, or the proxy before it, can't be reached, and what to look at."""
     if provider.kind.signed and ".." in provider.base_url:
         return OgxError(400, f"{provider.id}: You must specify a region: set AWS_REGION")
@@ -4400,7 +4400,7 @@ def address_of(url: str) -> tuple[str, str, str, str]:
 
 def request_bytes(provider: Provider, method: str, path: str, body: bytes | None,
                   extra: Mapping[str, str],
-                  proxy: urllib.parse.SplitResult | None) -> bytes:  # fmt: skip
+                  proxy: urllib.parse.SplitResult | None) -> bytes:
     """A whole HTTP/1.1 request for the provider, or for the proxy that reads it."""
     _, _, address, target = address_of(provider.url(path))
     headers = {"Host": address, **provider.headers, **extra}
@@ -4421,7 +4421,7 @@ class Reply:
     has nothing to say any more."""
 
     def __init__(self, upstream: Upstream, provider: Provider, request: bytes,
-                 timeout: float) -> None:  # fmt: skip
+                 timeout: float) -> None:
         self.status = 0
         self.headers: Headers = {}
         self.complete = False
@@ -4519,7 +4519,7 @@ class Reply:
         status = STATUS_LINE.match(first)
         if not status:
             raise OgxError(502, f"{self._provider.id} at {self._provider.base_url} doesn't answer "
-                                "in HTTP")  # fmt: skip
+                                "in HTTP")
         self._buffer = self._buffer[end.end():]
         if status.group(1).startswith(b"1"):
             return True
@@ -4606,7 +4606,7 @@ class Reply:
     def _broken(self, error: OSError | None) -> OgxError:
         why = (error and error.strerror) or "it closed the connection"
         return OgxError(502, f"lost the connection to {self._provider.id} at "
-                             f"{self._provider.base_url}: {why}")  # fmt: skip
+                             f"{self._provider.base_url}: {why}")
 
     def release(self) -> None:
         """Done with it: keep the connection where it is clean, else close it."""
@@ -4699,7 +4699,7 @@ class Gateway:
     answers /v1/messages never waits but after BLOCKING; other methods may."""
 
     def __init__(self, config: Config, upstream: Upstream | None = None, tick: float = TICK,
-                 store: Store | None = None) -> None:  # fmt: skip
+                 store: Store | None = None) -> None:
         self.config = config
         self.store = store or Store()
         self.registry = Registry(config)
@@ -4737,7 +4737,7 @@ class Gateway:
                 if exchange.answered or place == len(chain) or not is_passing(error):
                     raise
                 log.warning("%s: %s failed: %s; trying %s", exchange.request_id, model.served,
-                            one_line(error.message), chain[place].served)  # fmt: skip
+                            one_line(error.message), chain[place].served)
 
     def _chain(self, model_id: str) -> list[Model]:
         """The models to try, those that failed lately at the end; while the first lists are still
@@ -4758,6 +4758,7 @@ class Gateway:
         exchange.begun = False
         lessons = list(self.lessons.of(model))
         known, key = len(lessons), 0
+        failed, before = None, None  # where a lesson was learned: from what, and from which request
         for attempt in range(1, MAX_REQUESTS + 1):
             if len(exchange.raw) > LONG or not self.discovered.is_set():
                 yield BLOCKING
@@ -4766,13 +4767,20 @@ class Gateway:
             body, data = self._request(taught, name, exchange, lessons)
             if len(exchange.raw) > LONG:
                 yield BLOCKING  # before it is sent: the client may have left
+            made = request_path(name, taught.provider.kind), exchange.sent, data
+            if failed and made == before and lessons[-1].action != "again":  # it changes nothing
+                lessons[-1] = replace(lessons[-1], keep=False)
+                if self._learned(failed, body, taught, exchange, lessons):
+                    continue
+                raise told_error(failed, exchange, model, body)
+            failed, before = None, made
             if self._refused:  # it seldom is, and hashing takes a while
                 key = key or refusal_key(data, exchange)
                 self._raise_known_refusal(key)
             try:
                 for piece in self._answer(taught, name, data, exchange):
                     if piece and not exchange.answered:  # what was changed has helped
-                        body, data = {}, b""
+                        body, data, before = {}, b"", None
                         exchange.note_answer()
                         if lessons[known:]:
                             yield BLOCKING  # a disk
@@ -4786,6 +4794,7 @@ class Gateway:
                 key = key or refusal_key(data, exchange)
                 last = exchange.answered or attempt == MAX_REQUESTS
                 if not last and self._learned(error, body, taught, exchange, lessons):
+                    failed = replace(error)
                     continue
                 error = error if exchange.answered else told_error(error, exchange, model, body)
                 pause = None if last else self._pause(error, exchange)
@@ -4793,11 +4802,11 @@ class Gateway:
                     self._note_refusal(key, error, exchange)
                     raise error from None
                 log.info("%s: %s failed: %s; trying again in %.1f s", exchange.request_id,
-                         model.served, one_line(error.message), pause)  # fmt: skip
+                         model.served, one_line(error.message), pause)
                 yield from self._paused(pause, exchange)
 
     def _request(self, model: Model, name: str, exchange: Exchange,
-                 lessons: Sequence[Lesson]) -> tuple[Json, bytes]:  # fmt: skip
+                 lessons: Sequence[Lesson]) -> tuple[Json, bytes]:
         """The request in the dialect's words, for remedies to look at, and its bytes."""
         dialect = DIALECTS[name]
         if not model.provider.kind.is_anthropic:
@@ -4814,7 +4823,7 @@ class Gateway:
         return {**body, **exchange.sent}, without_halves(data or json_bytes(sent))
 
     def _learned(self, error: OgxError, body: Json, model: Model, exchange: Exchange,
-                 lessons: list[Lesson]) -> bool:  # fmt: skip
+                 lessons: list[Lesson]) -> bool:
         """Whether a refusal taught something that makes another request worthwhile."""
         refusal, provider = error.refusal, model.provider
         if refusal is None:
@@ -4832,7 +4841,7 @@ class Gateway:
         about = "" if lesson.action == "row" else exchange.dialect
         lessons.append(replace(lesson, dialect=about, at=time.time()))
         log.info("%s: %s refused: %s; sent again after: %s", exchange.request_id, model.served,
-                 one_line(error.message), lesson)  # fmt: skip
+                 one_line(error.message), lesson)
         return True
 
     def _pause(self, error: OgxError, exchange: Exchange) -> float | None:
@@ -4880,7 +4889,7 @@ class Gateway:
             if not dialect.native:
                 estimate = self.ratios.estimate(model, prompt)
                 translator = new_translator(dialect, exchange, model, estimate,
-                                            self.config.show_thinking)  # fmt: skip
+                                            self.config.show_thinking)
             while not reply.head():
                 yield from reply.more()
             if reply.status != 200:
@@ -4903,7 +4912,7 @@ class Gateway:
             exchange.reply, exchange.drained = None, False
 
     def _sent(self, provider: Provider, path: str, data: bytes, headers: Headers,
-              exchange: Exchange) -> Generator[Piece, None, Reply]:  # fmt: skip
+              exchange: Exchange) -> Generator[Piece, None, Reply]:
         if not self.upstream.sends_at_once(provider):
             yield BLOCKING
         exchange.reply = self.upstream.send(provider, "POST", path, data, headers)
@@ -5000,13 +5009,13 @@ class Gateway:
         yield json_bytes(counted) + b"\n"
 
     def _counted(self, provider: Provider, paths: Sequence[str], body: Json,
-                 exchange: Exchange) -> Generator[Piece, None, int]:  # fmt: skip
+                 exchange: Exchange) -> Generator[Piece, None, int]:
         """What the upstream counts; 0 where it doesn't, and that it has no such path is kept."""
         missing, answer = self.registry.uncounted.setdefault(provider.base_url, set()), {}
         for path in () if paths[0] in missing else paths:
             try:
                 reply = yield from self._sent(provider, path, json_bytes(body), exchange.headers,
-                                              exchange)  # fmt: skip
+                                              exchange)
                 try:
                     told, _ = yield from reply.whole(30.0, MAX_ASKED)
                 finally:
@@ -5045,7 +5054,7 @@ class Gateway:
         page = rest[max(0, len(rest) - limit) :] if before else rest[:limit]
         shown = [entry["id"] for entry in page] or [None]
         return {"object": "list", "data": page, "has_more": len(page) < len(rest),
-                "first_id": shown[0], "last_id": shown[-1], "tiers": self.tiers()}  # fmt: skip
+                "first_id": shown[0], "last_id": shown[-1], "tiers": self.tiers()}
 
     def tiers(self) -> dict[str, str]:
         """The provider's model behind each tier that has one: {"haiku": "openai/gpt-...", ...}."""
@@ -5066,7 +5075,7 @@ class Gateway:
         alias = registered_alias(body, self.registry)
         self._put(alias.model_id, asdict(alias))
         metadata = {"model_type": "llm", "provider_id": alias.provider_id,
-                    "provider_resource_id": alias.provider_model_id}  # fmt: skip
+                    "provider_resource_id": alias.provider_model_id}
         entry: Json = {"id": alias.model_id, "object": "model", "type": "model"}
         with suppress(OgxError):
             entry = self._entry(self.registry.resolve(alias.model_id))
@@ -5137,7 +5146,7 @@ class Gateway:
             now = time.monotonic()
             asked = [pid for pid, when in due.items() if when <= now]
             threads = [threading.Thread(target=self._list_models, args=(pid,), daemon=True)
-                       for pid in asked]  # fmt: skip
+                       for pid in asked]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -5216,7 +5225,7 @@ class Gateway:
 
 
 def local_providers(upstream: Upstream, kinds: Iterable[ProviderKind],
-                    timeout: float = 0.2) -> list[Provider]:  # fmt: skip
+                    timeout: float = 0.2) -> list[Provider]:
     """Servers at their usual loopback ports that identify themselves as what belongs there."""
     found: dict[str, Provider] = {}
 
@@ -5247,12 +5256,12 @@ def speaks_responses(provider: Provider) -> bool:
 
 
 def new_translator(dialect: Dialect, exchange: Exchange, model: Model, estimate: int,
-                   shows: bool) -> Translator:  # fmt: skip
+                   shows: bool) -> Translator:
     """The dialect's translator, ready for the answer to a request, whose id the message shares."""
     request, message_id = exchange.request, exchange.request_id.replace("req", "msg", 1)
     message = new_message(message_id, request["model"], estimate)
     used = (b["id"] for m in request["messages"] if m["role"] == "assistant"
-            for b in blocks_of(m["content"]) if b["type"] == "tool_use")  # fmt: skip
+            for b in blocks_of(m["content"]) if b["type"] == "tool_use")
     hides = not shows and (request.get("thinking") or {}).get("display") == "omitted"
     writer = MessageWriter(message, used, request.get("stop_sequences") or (), hides)
     return dialect.translator(writer, request, model)
@@ -5363,12 +5372,12 @@ def model_entry(model: Model, alias_of: str = "", learned: Sequence[str] = ()) -
     noted = {"alias_of": alias_of, "warning": model.warning, "learned": learned}
     metadata = {"model_type": "llm", "provider_id": model.provider.id,
                 "provider_resource_id": model.upstream_id,
-                **{name: value for name, value in noted.items() if value}}  # fmt: skip
+                **{name: value for name, value in noted.items() if value}}
     return {
         "id": model.id, "object": "model", "created": model.created, "owned_by": model.provider.id,
         "type": "model", "display_name": model.id, "created_at": created, "lifecycle": "active",
         "capabilities": None, "max_input_tokens": model.context, "max_tokens": model.max_output,
-        "custom_metadata": metadata}  # fmt: skip
+        "custom_metadata": metadata}
 
 
 def with_loaded_context(model: Model, loaded: Any) -> Model:
@@ -5416,7 +5425,7 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name != "nt"  # on Windows it would let two programs share the port
 
     def __init__(self, gateway: Gateway, host: str = DEFAULT_HOST, port: int = 0,
-                 token: str = "", tls: ssl.SSLContext | None = None) -> None:  # fmt: skip
+                 token: str = "", tls: ssl.SSLContext | None = None) -> None:
         self.tls, self.log_bodies = tls, False
         self.gateway, self.limits = gateway, gateway.config.limits
         self.token = token.encode()  # which clients must show; empty: everyone may come in
@@ -5697,7 +5706,7 @@ class Relay:
             self.add(handler, step)
 
     def _watch(self, handler: Handler, events: int, source: socket.socket | None = None,
-               source_events: int = 0) -> None:  # fmt: skip
+               source_events: int = 0) -> None:
         """Watch a connection and the upstream's for these events, and nothing else any more."""
         wanted, old = (events, source, source_events), handler.watched
         if wanted == old:
@@ -5913,7 +5922,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = self.request_headers = headers_from_bytes(lines)
         connection = headers.get("connection", "").lower()  # may name headers for us alone
         self._passed = {name: headers[name] for name in PASSED_HEADERS
-                        if name in headers and name not in connection}  # fmt: skip
+                        if name in headers and name not in connection}
         old = self.request_version == "HTTP/1.0" and (
             "keep-alive" not in connection or "transfer-encoding" in headers)
         self._closes = "close" in connection or old
@@ -5982,13 +5991,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         names = self.server.gateway.config.host_names
         if not open_to_names and not host_allowed(host, self.server.host, names):
             raise OgxError(403, f"host '{host[:100]}' is not a name of this server; if it should "
-                                "be, add it to server.host_names in the configuration")  # fmt: skip
+                                "be, add it to server.host_names in the configuration")
         if headers.get("x-ogx-instance") == self.server.gateway.upstream.instance:
             raise OgxError(400, "a provider's base_url points back at ogx.py itself",
-                           headers={"x-should-retry": "false"})  # fmt: skip
+                           headers={"x-should-retry": "false"})
         if self.server.token and not shows_token(headers, self.server.token):
             raise OgxError(401, "this server asks for its token, as Authorization: Bearer or "
-                                "x-api-key", headers={"x-should-retry": "false"})  # fmt: skip
+                                "x-api-key", headers={"x-should-retry": "false"})
         origin = headers.get("origin")
         foreign = origin is not None and origin != (
             f"{'https' if self.server.tls else 'http'}://{host}")
@@ -6016,7 +6025,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if method not in routes:
             allowed = ", ".join([*routes, *["HEAD"] * ("GET" in routes)])
             raise OgxError(405, f"{self.command} is not possible on {path}, only {allowed}",
-                           headers={"allow": allowed})  # fmt: skip
+                           headers={"allow": allowed})
         answer = routes[method](self, argument)
         if isinstance(answer, dict):
             yield from self._send(200, json_bytes(answer) + b"\n")
@@ -6064,7 +6073,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "GET": lambda self, known: self._in_thread(self.server.gateway.model, known),
             "DELETE": lambda self, known: self._in_thread(self.server.gateway.unregister, known)},
         **dict.fromkeys(("/v1/health", "/api/hello", "/"), {"GET": lambda self, query: ABOUT}),
-    }  # fmt: skip
+    }
 
     # -- answers
 
@@ -6299,20 +6308,20 @@ UNSET = (
     "ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_CUSTOM_HEADERS", "CLAUDE_CODE_OAUTH_TOKEN",
     "CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST", "CLAUDE_CODE_HOST_AUTH_ENV_VAR", "CLAUDECODE",
     "CLAUDE_CODE_SUBAGENT_MODEL", "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
-    "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "ANTHROPIC_DEFAULT_MODEL")  # fmt: skip
+    "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "ANTHROPIC_DEFAULT_MODEL")
 CLAUDE_COMMANDS = {  # those that start no session
     "agents", "auth", "auto-mode", "config", "doctor", "install", "mcp", "migrate-installer",
-    "plugin", "plugins", "setup-token", "update", "upgrade"}  # fmt: skip
+    "plugin", "plugins", "setup-token", "update", "upgrade"}
 SHELLS = {  # shell -> how it sets and unsets a variable
     "sh": ("export {}={}", "unset {}", shlex.quote),
     "fish": ("set -gx {} {}", "set -e {}",
              lambda text: "'" + re.sub(r"([\\'])", r"\\\1", text) + "'"),
     "powershell": (  # takes curved quotes for straight ones (CharExtensions.IsSingleQuote)
         "$env:{} = {}", "Remove-Item Env:{} -ErrorAction SilentlyContinue",
-        lambda text: "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'")}  # fmt: skip
+        lambda text: "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'")}
 CHECK_TOOL = {"name": "add", "description": "Add two numbers.", "input_schema": {
     "type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
-    "required": ["a", "b"]}}  # fmt: skip
+    "required": ["a", "b"]}}
 
 
 @dataclass(frozen=True)
@@ -6377,7 +6386,7 @@ def claude_program(environ: Mapping[str, str]) -> str:
     home = os.path.expanduser("~")
     places = [*environ.get("PATH", "").split(os.pathsep), f"{home}/.local/bin",
               f"{home}/.claude/local", f"{home}/.npm-global/bin", "/usr/local/bin",
-              "/opt/homebrew/bin"]  # fmt: skip
+              "/opt/homebrew/bin"]
     # Windows looks into the working directory as well.
     found = shutil.which("claude", path=os.pathsep.join(filter(os.path.isabs, places)))
     if not found or not os.path.isabs(found):
@@ -6474,7 +6483,7 @@ def command_name() -> str:
 
 
 def launch_plan(base_url: str, token: str, listing: Json, options: argparse.Namespace,
-                environ: Mapping[str, str]) -> LaunchPlan:  # fmt: skip
+                environ: Mapping[str, str]) -> LaunchPlan:
     """What to set and unset so that Claude Code talks to the server and knows its models."""
     models = {entry["id"]: entry for entry in listing["data"] if is_listed_llm(entry)}
     if not models:
@@ -6484,7 +6493,7 @@ def launch_plan(base_url: str, token: str, listing: Json, options: argparse.Name
     for tier, model_id in tiers.items():
         name = f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL"
         variables.update({name: model_id, f"{name}_NAME": model_id,
-                          f"{name}_DESCRIPTION": f"{tier} tier, served by ogx.py"})  # fmt: skip
+                          f"{name}_DESCRIPTION": f"{tier} tier, served by ogx.py"})
     real = [m for m, e in models.items() if not is_alias(e)]
     if any(re.search("claude|anthropic", model_id, re.I) for model_id in real):
         variables["CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY"] = "1"  # it lists only such ids
@@ -6511,7 +6520,7 @@ def is_listed_llm(entry: Any) -> bool:
 
 
 def tier_choice(tier: str, options: argparse.Namespace, models: Mapping[str, Json],
-                listing: Json) -> str:  # fmt: skip
+                listing: Json) -> str:
     """A tier's model: its flag, else --model, else the server's choice, else the first LLM in the
     list that is no alias."""
     wanted = getattr(options, f"{tier}_model") or options.model
@@ -6519,7 +6528,7 @@ def tier_choice(tier: str, options: argparse.Namespace, models: Mapping[str, Jso
         if wanted not in models:
             hint = near_miss(wanted, models)
             raise OgxError(404, f"Failed to find model '{wanted}' on the OGX server.{hint}\n"
-                                f"Available models: {', '.join(models)}")  # fmt: skip
+                                f"Available models: {', '.join(models)}")
         return str(wanted)
     chosen = dict_or_empty(listing.get("tiers")).get(tier)
     if chosen and isinstance(chosen, str):
@@ -6556,7 +6565,7 @@ def plan_lines(plan: LaunchPlan) -> list[str]:
         lines.append(f"  window  {window:,} tokens")
     if 0 < window < SMALL_WINDOW:
         lines.append("  warning: Claude Code's own prompt and tools take about 15,000 of them; a "
-                     "model with a larger window works better")  # fmt: skip
+                     "model with a larger window works better")
     return lines
 
 
@@ -6618,7 +6627,7 @@ def settings_files(environ: Mapping[str, str]) -> list[str]:
                "win32": "C:/ProgramData/ClaudeCode"}.get(sys.platform, "/etc/claude-code")
     return [f"{chosen or home}/.claude.json", f"{chosen or home + '/.claude'}/settings.json",
             ".claude/settings.json", ".claude/settings.local.json",
-            f"{managed}/managed-settings.json"]  # fmt: skip
+            f"{managed}/managed-settings.json"]
 
 
 def read_settings(source: str) -> Json | None:
@@ -6660,7 +6669,7 @@ def is_interactive(argv: Sequence[str]) -> bool:
     """Whether the arguments start a session at the terminal and leave its permission mode open."""
     flags = {word.partition("=")[0] for word in argv[1:]}
     chosen = flags & {"-p", "--print", "--permission-mode", "--dangerously-skip-permissions",
-                      "-v", "--version", "-h", "--help"}  # fmt: skip
+                      "-v", "--version", "-h", "--help"}
     return not chosen and not set(argv[1:2]) & CLAUDE_COMMANDS
 
 
@@ -6792,7 +6801,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def add_run(commands: Any) -> None:
     limits = "".join(f"  OGX_{each.name.upper():<20}{each.default:>4}  {each.metadata['words']}\n"
-                     for each in fields(Limits))  # fmt: skip
+                     for each in fields(Limits))
     flag = commands.add_parser(
         "run", help="serve the Anthropic Messages API",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -6802,23 +6811,23 @@ def add_run(commands: Any) -> None:
     flag("--host", help=f"address to listen on (default {DEFAULT_HOST})")
     flag("--port", type=port_argument, help=f"port (default OGX_PORT, else {DEFAULT_PORT})")
     flag("--state", metavar="FILE", help="where registered models are kept (default OGX_STATE, "
-         "else ogx/state.sqlite in the user's state directory)")  # fmt: skip
+         "else ogx/state.sqlite in the user's state directory)")
     flag("--api-key-file", metavar="FILE", help="file with a token that clients must show "
-         "(default OGX_API_KEY, else none)")  # fmt: skip
+         "(default OGX_API_KEY, else none)")
     flag("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate (PEM)")
     flag("--tls-key", metavar="FILE", help="its key (default: in the same file)")
     flag("--log-level", default="info", choices=("debug", "info", "warning", "error"),
-         help="how much to log (default info: a line per request)")  # fmt: skip
+         help="how much to log (default info: a line per request)")
     flag("--log-file", metavar="FILE", help="where to log (default: stderr)")
     flag("--log-bodies", action="store_true", help="log requests and answers too, shortened and "
-         "without keys: what is said to models is then in the log")  # fmt: skip
+         "without keys: what is said to models is then in the log")
 
 
 def add_connect(commands: Any) -> None:
     connect = commands.add_parser("connect", help="launch a client on a running server")
     clients = connect.add_subparsers(dest="client", metavar="CLIENT", required=True)
     claude = clients.add_parser("claude", help="Claude Code",
-                                usage="%(prog)s [options] [-- CLAUDE_ARGS...]")  # fmt: skip
+                                usage="%(prog)s [options] [-- CLAUDE_ARGS...]")
     flag = claude.add_argument
     flag("--model", metavar="MODEL", help="model for all tiers (default: the server's choice)")
     for tier in TIERS:
@@ -6860,7 +6869,7 @@ def run(options: argparse.Namespace) -> int:
             signal.signal(number, lambda *_: os._exit(130) if stopped.is_set() else stopped.set())
     if not is_loopback(server.host) and not token:
         log.warning("listening on %s: everyone who reaches this port can use your providers' keys",
-                    server.host)  # fmt: skip
+                    server.host)
     server.start()
     gateway.start()
     gateway.discovered.wait(1.0)
@@ -6924,13 +6933,13 @@ def summary_lines(gateway: Gateway, server: Server) -> list[str]:
             words = "still asking for its models"
         lines.append(f"  {provider_id:<{width}}  {words}{': ' + problem if problem else ''}")
         lines += [f"  {'':<{width}}  {model.upstream_id}: {model.warning}"
-                  for model in models or () if model.warning]  # fmt: skip
+                  for model in models or () if model.warning]
     if DEMO_PROVIDER.id in registry.providers:
         variables = [kind.switches[0] for kind in PROVIDER_KINDS.values() if kind.switches]
         lines += ["", "No provider is configured: only the built-in demo model answers.",
                   "For real models set one of these variables and start again:",
                   *textwrap.wrap(", ".join(variables), 76, initial_indent="  ",
-                                 subsequent_indent="  ")]  # fmt: skip
+                                 subsequent_indent="  ")]
     tiers = gateway.tiers()
     lines += ["", *(f"  {tier:<{width}}  {tiers.get(tier, 'no model')}" for tier in TIERS), ""]
     where = "" if server.server_port == DEFAULT_PORT else f" --port {server.server_port}"

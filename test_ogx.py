@@ -7479,6 +7479,25 @@ class TestGateway:
         assert [seen.get("stream_options") for seen in upstream.seen] == [
             None, {"include_usage": True}, {"include_usage": True}]
 
+    def test_a_lesson_that_changes_nothing_is_neither_tried_nor_kept(self):
+        """A request without images is told that images aren't taken, then what is really wrong."""
+        images = (400, {"error": {"message": "This model does not support images."}})
+        field = (400, {"error": {"message": "Unsupported parameter: 'top_p'"}})
+        with gateway_over(images, images, field) as (client, upstream):
+            assert client.post(request())[0] == 400 and len(upstream.seen) == 1
+            assert client.post(request("b", top_p=0.5))[0] == 400 and len(upstream.seen) == 2
+            assert client.post(request("c", top_p=0.5))[0] == 200 and len(upstream.seen) == 4
+            learned = client.get("/v1/models/openai/gpt-x")[2]["custom_metadata"]["learned"]
+            assert learned == ["drop top_p"]
+            client.post(request(user([text("see"), image()])))
+        assert "image_url" in json.dumps(upstream.seen[-1])
+
+    def test_a_lesson_that_changes_nothing_makes_room_for_the_next(self):
+        words = "This model does not support images. Unsupported parameter: 'top_p'"
+        with gateway_over((400, {"error": {"message": words}})) as (client, upstream):
+            assert client.post(request(top_p=0.5))[0] == 200
+        assert [seen.get("top_p") for seen in upstream.seen] == [0.5, None]
+
     def test_a_prompt_that_fits_is_served_and_the_next_request_asks_for_all(self):
         words = TestRemedies.FITS[1][0]
         with gateway_over((400, {"error": {"message": words}})) as (client, upstream):
