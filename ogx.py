@@ -4643,9 +4643,8 @@ class DemoReply(Reply):
 
 MAX_REQUESTS = 5  # to one upstream for one request of a client: remedies and retries together
 BACKOFF = 0.3  # seconds before the first retry, doubled for each further one
-SAME_REFUSAL = 5.0  # seconds for which a refused request is not sent again as it was
-KEPT = 64  # such refusals, and such targets
 REST = 30.0  # seconds for which a failed target of a chain is tried last
+KEPT = 64  # such targets
 PASSING = (408, 429, 500, 502, 503, 504, 529)  # statuses of failures that another try may not meet
 TICK = 10.0  # seconds of silence after which the client gets a sign of life
 LIST_TIMEOUT = 5.0  # for a provider's model list
@@ -4708,7 +4707,6 @@ class Gateway:
         self.ratios = Ratios()
         self.backoff = BACKOFF
         self._resting: dict[str, float] = {}  # model that failed -> until when it is tried last
-        self._refused: dict[int, tuple[float, OgxError]] = {}  # hash of a request -> until when
         self.tick = tick
         self.discovered = threading.Event()
         self._stopped = threading.Event()
@@ -4757,7 +4755,7 @@ class Gateway:
         exchange.served, exchange.retries, exchange.waited = model.served, 0, 0.0
         exchange.begun = False
         lessons = list(self.lessons.of(model))
-        known, key = len(lessons), 0
+        known = len(lessons)
         failed, before = None, None  # where a lesson was learned: from what, and from which request
         for attempt in range(1, MAX_REQUESTS + 1):
             if len(exchange.raw) > LONG or not self.discovered.is_set():
@@ -4774,9 +4772,6 @@ class Gateway:
                     continue
                 raise told_error(failed, exchange, model, body)
             failed, before = None, made
-            if self._refused:  # it seldom is, and hashing takes a while
-                key = key or refusal_key(data, exchange)
-                self._raise_known_refusal(key)
             try:
                 for piece in self._answer(taught, name, data, exchange):
                     if piece and not exchange.answered:  # what was changed has helped
@@ -4791,7 +4786,6 @@ class Gateway:
                 if len(exchange.raw) > LONG:
                     yield BLOCKING
                 error.without(self.upstream.secrets(model.provider))
-                key = key or refusal_key(data, exchange)
                 last = exchange.answered or attempt == MAX_REQUESTS
                 if not last and self._learned(error, body, taught, exchange, lessons):
                     failed = replace(error)
@@ -4799,7 +4793,6 @@ class Gateway:
                 error = error if exchange.answered else told_error(error, exchange, model, body)
                 pause = None if last else self._pause(error, exchange)
                 if pause is None:
-                    self._note_refusal(key, error, exchange)
                     raise error from None
                 log.info("%s: %s failed: %s; trying again in %.1f s", exchange.request_id,
                          model.served, one_line(error.message), pause)
@@ -4862,21 +4855,6 @@ class Gateway:
         while time.monotonic() < exchange.pause:
             yield None
         exchange.pause = math.inf
-
-    def _raise_known_refusal(self, key: int) -> None:
-        """Claude Code asks six times after a 400, with changes to betas that often come to nothing
-        in the translation."""
-        until, known_error = self._refused.get(key, (0.0, None))
-        if known_error and until > time.monotonic():
-            raise replace(known_error)
-
-    def _note_refusal(self, key: int, error: OgxError, exchange: Exchange) -> None:
-        chance = error.refusal and error.refusal.code == "tool_use_failed" or exchange.answered
-        if error.refusal and error.status in (400, 422) and not chance:
-            now = time.monotonic()
-            fresh = {k: known for k, known in list(self._refused.items()) if known[0] > now}
-            fresh = dict([*fresh.items()][1 - KEPT :])
-            self._refused = {**fresh, key: (now + SAME_REFUSAL, replace(error))}
 
     def _answer(self, model: Model, name: str, data: bytes, exchange: Exchange) -> Pieces:
         """What one request to the upstream brings."""
@@ -5300,11 +5278,6 @@ def refused_error(refusal: Refusal, model: Model, headers: Headers, native: byte
         hint = "the clock" if re.search("Z is (now|still) ", error.message) else hint or "api_key"
         error.message += f"; check {hint} where ogx.py runs"
     return error
-
-
-def refusal_key(data: bytes, exchange: Exchange) -> int:
-    """What a refused request is known by."""
-    return hash((exchange.served, data, tuple(exchange.sent.items())))
 
 
 def told_error(error: OgxError, exchange: Exchange, model: Model, body: Json) -> OgxError:
