@@ -3425,6 +3425,9 @@ def lower_effort(refusal: Refusal, body: Json) -> Iterator[Lesson]:
             yield Lesson("drop", name)
     elif not re.search(UNSUPPORTED, words) or "Unsupported parameter" in words or rank == 2:
         return
+    elif not re.search(rf"\b{asked}\b", words):  # `effort cannot be chosen for this model`
+        yield Lesson("drop", name)
+        return
     else:
         told = [EFFORT_LADDER[rank - 1] if rank > 2 else "low"]
     lower = [effort for effort in told if EFFORT_LADDER.index(effort) < rank]
@@ -3615,8 +3618,8 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
                 if self._lines.empty():
                     self.stream.flush()
             except Exception as error:  # a full disk, say; stderr may be closed, or none
-                if self._path:
-                    say(f"--log-file {self._path}: {error}", to="stderr")
+                if self._path or self.stream is sys.stderr:  # which is then replaced
+                    say(f"--log-file {self._path}: {error}" if self._path else "", to="stderr")
                     self._path = ""
             if isinstance(line, threading.Event):
                 line.set()
@@ -4758,9 +4761,10 @@ class Gateway:
         known = len(lessons)
         failed, before = None, None  # where a lesson was learned: from what, and from which request
         for attempt in range(1, MAX_REQUESTS + 1):
-            if len(exchange.raw) > LONG or not self.discovered.is_set():
-                yield BLOCKING
             taught = taught_model(model, lessons)
+            plainer = taught.provider.kind.refused_keywords  # of schemas, which takes long
+            if len(exchange.raw) > (LONG // 4 if plainer else LONG) or not self.discovered.is_set():
+                yield BLOCKING
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
             body, data = self._request(taught, name, exchange, lessons)
             if len(exchange.raw) > LONG:
@@ -6182,7 +6186,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             done.dropped and f"dropped: {done.dropped}",
             done.error and f"error: {one_line(done.error)}",
         ]
-        quiet = not done.error and self.path in ("/v1/health", "/api/hello")
+        quiet = not done.error and path in ("/v1/health", "/api/hello")
         level = logging.DEBUG if quiet else logging.INFO
         log.log(level, " ".join(filter(None, parts)))
 

@@ -636,9 +636,7 @@ class TestTheFile:
 
     def test_mutations_break_no_reader(self):
         """A few hundred inputs of `make fuzz`, always the same."""
-        spec = importlib.util.spec_from_file_location("fuzz", HERE / ".ci" / "fuzz.py")
-        fuzz = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(fuzz)
+        fuzz = script("fuzz")
         for target in fuzz.TARGETS:
             for number in range(60):
                 target(fuzz.random.Random(f"{target.__name__} {number}"))
@@ -646,20 +644,17 @@ class TestTheFile:
     def test_every_expression_is_linear(self):
         """Over text of any length no expression may take the square of it; those that would get
         text that was cut, and have to be quick for that much of it."""
-        found = expressions()
-        assert len(found) > 100 and {*CUT} <= {pattern for _, pattern, _ in found}
-        slow = []
-        for method, pattern, section in sorted(found, key=repr):
-            words = 2500 if section == "Remedies" else 0  # a refusal's, as refusal_from_body() cuts
-            worst = worst_input(method, pattern, CUT.get(pattern, words))
-            slow += [(pattern, worst)] if worst else []
-        assert not slow
+        found = script("expressions").expressions()
+        assert len(found) > 100
+        worst = script("expressions").worst_input
+        slow = [(pattern, worst(method, pattern, most)) for method, pattern, most in found]
+        assert not [row for row in slow if row[1]]
 
     @pytest.mark.parametrize("pattern", [
         r"(?m)^([a-z]+):[ \t]*([^\x01]*)\r?$", "(?s)^[^{]*|[^}]*$", "<title[^>]*>(.*?)</title>",
         "qwen3(?!.*(instruct|coder))", rb'\s*([:,"])\s*', "(/messages)?/*$"], ids=repr)  # fmt: skip
     def test_what_is_not_linear_is_found(self, pattern):
-        assert worst_input("sub", pattern, 0)
+        assert script("expressions").worst_input("sub", pattern, 0)
 
     def test_every_command_in_the_readme_parses(self):
         lines = re.findall(r"^\s*python3? ogx\.py (.+)$", README, re.M)
@@ -672,87 +667,14 @@ class TestTheFile:
                 ogx.argument_parser().parse_args(own)
 
 
-# Expressions that take the square of their input, by how much of it they get at most.
-CUT = {
-    "<title[^>]*>(.*?)</title>": 4000,  # of an odd answer's beginning
-    r"(?s)<(script|style).*?</\1>|<[^>]+>": 4000,
-}
-WORDS = {"asked": "high", "e": "high"}  # what stands in expressions for a moment
-# What is given to re's functions by other names than the module's own.
-LOCAL = {
-    "Remedies: pattern": [row[0] for row in ogx.ROW_REMEDIES],
-    "pattern": [place for kind in ogx.PROVIDER_KINDS.values() for place, _, _ in kind.servers],
-    "about": [rf"(?i)(?P<other>{ogx.OTHER_SUBJECTS})|tool|function|schema|grammar|regex|\$defs"],
-    "stems": [row[0] for row in (*ogx.CODE_STATUSES, *ogx.STOP_REASONS)],
-    "ids": [row[1] for kind in ogx.PROVIDER_KINDS.values() for row in kind.more_lists],
-    "signed": [kind.signed for kind in ogx.PROVIDER_KINDS.values()],
-    "here": [here for kind in ogx.PROVIDER_KINDS.values() for _, here, _ in kind.servers],
-    "kind.tool_ids": [ogx.NINE, ogx.FORTY],
-    "provider.kind.native_models": [k.native_models for k in ogx.PROVIDER_KINDS.values()],
-    "self.PLAIN": [ogx.UsualChunk.PLAIN.pattern], "self.NOISE": [ogx.UsualChunk.NOISE.pattern],
-}  # fmt: skip
-
-
-def expressions():
-    """(method, pattern, section) of each regular expression in the file, however it is used."""
-    found, lines = set(), SOURCE.split("\n")
-    for node in ast.walk(ast.parse(SOURCE)):
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-            continue
-        method, owner = node.func.attr, ast.unparse(node.func.value)
-        if method not in ("search", "match", "fullmatch", "sub", "subn", "findall", "finditer",
-                          "split"):  # fmt: skip
-            continue
-        if owner == "re":
-            given = {ast.unparse(node.args[0])}
-        elif isinstance(getattr(ogx, owner, None), re.Pattern) or owner in LOCAL:
-            given = {owner}
-        else:
-            continue
-        banner = next(line for line in lines[node.lineno :: -1] if line[:6] == "# ====")
-        section, name = banner.split()[2], given.pop()
-        values = LOCAL.get(f"{section}: {name}") or LOCAL.get(name)
-        for value in values or [eval(name, {**vars(ogx), **WORDS})]:
-            flags = getattr(value, "flags", 0)
-            pattern = getattr(value, "pattern", value)
-            letters = "".join(c for c, f in (("i", re.I), ("m", re.M), ("s", re.S)) if flags & f)
-            prefix = f"(?{letters})" if letters and pattern[:2] not in ("(?", b"(?") else ""
-            prefix = prefix.encode() if isinstance(pattern, bytes) else prefix
-            found.add((method, prefix + pattern, section))
-    return found
-
-
-def worst_input(method, pattern, limit):
-    """A repeated piece over which an expression takes more than linear time, or long, where it
-    gets `limit` characters at most; "" where there is none."""
-    text = pattern.decode("latin-1") if isinstance(pattern, bytes) else pattern
-    words = re.findall(r"[^\\()\[\]{}*+?|^$.]{2,20}", re.sub(r"\\.|\(\?\w*", "|", text))[:6]
-    pieces = [" ", "\n", "a", "0", "_", "/", '"', "\\", "<", "{", "1 ", *words]
-    pieces += [a + b for a, b in zip(words, words[1:])]
-    compiled = re.compile(pattern)
-
-    def cost(piece, begin, size):
-        data = begin + piece * (size // len(piece)) + "\x01"
-        data += "}" * ("}" in text)
-        data = data.encode("latin-1") if isinstance(pattern, bytes) else data
-        if method in ("sub", "subn"):
-            return cpu(compiled.sub, data[:0], data)
-        if method in ("findall", "finditer", "split"):
-            return cpu(compiled.findall, data)
-        return cpu(getattr(compiled, method), data)
-
-    size = limit or 6000
-    for begin in ("", '"', "{", "a:", *words[:3]):
-        for piece in pieces:
-            if limit:
-                bad = min(cost(piece, begin, size) for _ in range(2)) > 0.2
-            else:
-                bad = cost(piece, begin, size) > 0.001 and min(
-                    cost(piece, begin, size) for _ in range(3)) > 9 * min(
-                    cost(piece, begin, size // 4) for _ in range(5)) + 0.0005  # fmt: skip
-            if bad:
-                return f"{begin}{piece}"
-    return ""
+def script(name):
+    """A program of .ci as a module."""
+    spec = importlib.util.spec_from_file_location(name, HERE / ".ci" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE / ".ci"))
+        spec.loader.exec_module(module)
+    return module
 
 
 def strip_docstrings(tree):
@@ -5169,6 +5091,8 @@ class TestRemedies:
         ("Reasoning mode high is unknown. Valid values: off, on", "high", "drop {}"),
         ("Invalid effort. Allowed: low|medium", "xhigh", "limit {} to medium"),
         ("this model only supports reasoning effort max", "high", "lift {} to max"),
+        ("reasoning effort cannot be chosen for this model", "high", "drop {}"),
+        ("Setting a reasoning effort is not supported here.", "medium", "drop {}"),
     )
 
     @pytest.mark.parametrize(("words", "asked", "lesson"), EFFORTS, ids=range(len(EFFORTS)))
@@ -9293,6 +9217,9 @@ class TestServer:
             until(lambda: len(caplog.records) == 6)
             client.get("/v1/health")
             client.get("/v1/health?x")
+            client.get("/last")
+            until(lambda: len(caplog.records) == 7)
+        assert "/last" in caplog.records[-1].getMessage()  # and the probes are told at debug
         lines = [record.getMessage() for record in caplog.records]
         assert [line.split(" nothing")[0].split()[1:4] for line in lines[:3]] == [
             ["GET", "/", "200"], ["GET", "/v1/models", "200"],
@@ -10939,12 +10866,12 @@ print(json.dumps(told))
 
 class TestCommandLine:
     @contextlib.contextmanager
-    def running(self, *flags, env=None, stdout=subprocess.PIPE):
+    def running(self, *flags, env=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
         """`run` as a process; env replaces all variables that could name a provider."""
         environ = {k: v for k, v in os.environ.items() if k in ("PATH", "SYSTEMROOT", "OGX_STATE")}
         process = subprocess.Popen(
             [sys.executable, "-B", str(HERE / "ogx.py"), "run", "--port", "0", *flags],
-            stdout=stdout, stderr=subprocess.PIPE, text=True, env={**environ, **(env or {})},
+            stdout=stdout, stderr=stderr, text=True, env={**environ, **(env or {})},
         )  # fmt: skip
         try:
             yield process
@@ -11181,6 +11108,20 @@ class TestCommandLine:
                 told += os.read(process.stderr.fileno(), 65536).decode()
             connection.close()
         assert re.search(r"^[\d-]+ [\d:,]+ \(\d+ lines found no reader\) req_\w+ POST", told, re.M)
+
+    def test_a_log_whose_reader_left_is_no_failure(self, bare):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with self.running(bare, stderr=writer) as process:
+            os.close(writer)
+            port = int(self.summary(process)[0].rpartition(":")[2])
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            for _ in range(3):
+                connection.request("GET", "/nothing")
+                assert connection.getresponse().read()
+            connection.close()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
 
     def test_a_closed_stdout_is_no_reason_to_stop(self, bare):
         reader, writer = os.pipe()

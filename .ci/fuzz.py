@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import expressions  # noqa: E402
+
 import ogx  # noqa: E402
 
 Outcome = tuple[str, Any]
@@ -364,6 +366,14 @@ def check_reader(chance: random.Random) -> bytes:
     return data
 
 
+def expression(chance: random.Random) -> bytes:
+    """A regular expression over a piece of it, repeated: no more than linear time."""
+    method, pattern, most = chance.choice(expressions.expressions())
+    worst = expressions.worst_input(method, pattern, most, chance)
+    assert not worst, (pattern, worst)
+    return worst.encode()
+
+
 def state_reader(chance: random.Random) -> bytes:
     """A state file: whatever it holds, everyone gets an answer, and what isn't ours stays."""
     if chance.random() < 0.9:  # it takes a hundred times as long as the others
@@ -439,7 +449,7 @@ def odd_database(database: Any, chance: random.Random) -> None:
 
 
 TARGETS = (sse_reader, chunked_reader, header_reader, reply_reader, request_check, config_reader,
-           settings_reader, plan_reader, check_reader, state_reader)  # fmt: skip
+           settings_reader, plan_reader, check_reader, state_reader, expression)  # fmt: skip
 
 
 def fuzz(seed: int, seconds: float, targets: tuple[Callable[..., bytes], ...] = TARGETS) -> int:

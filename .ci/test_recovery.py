@@ -19,17 +19,8 @@ pytestmark = pytest.mark.clients
 # What ogx.py does not do yet, by the names of the tests. One that passes all the same fails: take
 # its name out then.
 UNMENDED = {
-    "of 'exceeds model context: 36111 tokens, limit 32768' the larger number counts as the limit": [
-        "test_are_compacted[messages, wrapped]",
-    ],
     "'not available' and 'thinks at low or medium' are not read as a list of efforts": [
         "test_is_lowered_or_left_out[messages, listed]",
-    ],
-    "'cannot be chosen' is not read as unsupported, and no effort below low is tried": [
-        "test_is_lowered_or_left_out[responses, none]",
-    ],
-    "where betas are refused one by one, the fifth is one too many": [
-        "test_get_what_they_know[named]",
     ],
 }
 LIMIT, PROMPT = 32_768, 24_000
