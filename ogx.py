@@ -4755,11 +4755,10 @@ class Gateway:
 
     def _tried(self, model: Model, exchange: Exchange) -> Pieces:
         """One model's answer, its refusals remedied and its failures retried."""
-        exchange.served, exchange.retries, exchange.waited = model.served, 0, 0.0
-        exchange.begun = False
-        lessons = list(self.lessons.of(model))
+        exchange.served, exchange.begun, exchange.retries = model.served, False, 0
+        exchange.waited, lessons = 0.0, list(self.lessons.of(model))
         known = len(lessons)
-        failed, before = None, None  # where a lesson was learned: from what, and from which request
+        failed, refused = None, None  # what the last lesson was learned from, and which request
         for attempt in range(1, MAX_REQUESTS + 1):
             taught = taught_model(model, lessons)
             plainer = taught.provider.kind.refused_keywords  # of schemas, which takes long
@@ -4769,17 +4768,17 @@ class Gateway:
             body, data = self._request(taught, name, exchange, lessons)
             if len(exchange.raw) > LONG:
                 yield BLOCKING  # before it is sent: the client may have left
-            made = request_path(name, taught.provider.kind), exchange.sent, data
-            if failed and made == before and lessons[-1].action != "again":  # it changes nothing
+            made: Any = (request_path(name, taught.provider.kind), exchange.sent, data)
+            if failed and made == refused and lessons[-1].action != "again":  # it changes nothing
                 lessons[-1] = replace(lessons[-1], keep=False)
                 if self._learned(failed, body, taught, exchange, lessons):
                     continue
                 raise told_error(failed, exchange, model, body)
-            failed, before = None, made
+            failed, refused = None, None
             try:
                 for piece in self._answer(taught, name, data, exchange):
                     if piece and not exchange.answered:  # what was changed has helped
-                        body, data, before = {}, b"", None
+                        body, data, made = {}, b"", None
                         exchange.note_answer()
                         if lessons[known:]:
                             yield BLOCKING  # a disk
@@ -4792,15 +4791,13 @@ class Gateway:
                 error.without(self.upstream.secrets(model.provider))
                 last = exchange.answered or attempt == MAX_REQUESTS
                 if not last and self._learned(error, body, taught, exchange, lessons):
-                    failed = replace(error)
+                    failed, refused = replace(error), made
                     continue
                 error = error if exchange.answered else told_error(error, exchange, model, body)
                 pause = None if last else self._pause(error, exchange)
                 if pause is None:
                     raise error from None
-                log.info("%s: %s failed: %s; trying again in %.1f s", exchange.request_id,
-                         model.served, one_line(error.message), pause)
-                yield from self._paused(pause, exchange)
+                yield from self._paused(pause, error, exchange)
 
     def _request(self, model: Model, name: str, exchange: Exchange,
                  lessons: Sequence[Lesson]) -> tuple[Json, bytes]:
@@ -4854,7 +4851,9 @@ class Gateway:
         exchange.retries, exchange.waited = exchange.retries + 1, exchange.waited + pause
         return pause
 
-    def _paused(self, seconds: float, exchange: Exchange) -> Pieces:
+    def _paused(self, seconds: float, error: OgxError, exchange: Exchange) -> Pieces:
+        log.info("%s: %s failed: %s; trying again in %.1f s", exchange.request_id,
+                 exchange.served, one_line(error.message), seconds)
         exchange.pause = time.monotonic() + seconds
         while time.monotonic() < exchange.pause:
             yield None
