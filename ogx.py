@@ -33,6 +33,7 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
     Store          what must outlive a request, or the process
     Signing        AWS's credentials, and the signatures made with them
     Upstream       connections to providers
+    Discovery      what the providers serve: their lists, probes, local servers
     Gateway        one function per endpoint, from request to reply
     Server         HTTP for the clients
     Connect        launch Claude Code with the right environment
@@ -340,6 +341,7 @@ class ProviderKind:
     headers: tuple[tuple[str, str], ...] = ()  # sent with every request
     # How its models are found, and what tells about them.
     list_path: str = "/models"
+    built_in_models: tuple[str, ...] = ()  # ids of those that need no list
     more_lists: tuple[tuple[str, str], ...] = ()  # further paths, and a pattern of the ids to take
     # Its other servers: pattern of their ids or lists' paths, what to replace in base_url, by what
     servers: tuple[tuple[str, str, str], ...] = ()
@@ -477,7 +479,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
     ProviderKind("openai-compatible"),
     ProviderKind("messages", dialects=("messages",),
                  key_headers=("authorization", "x-api-key")))}
-DEMO_KIND = ProviderKind("demo", "demo:", dialects=("demo",))
+DEMO_KIND = ProviderKind("demo", "demo:", dialects=("demo",), built_in_models=("echo",))
 
 
 @dataclass(frozen=True)
@@ -922,7 +924,7 @@ class Registry:
         self.lists: dict[str, list[Model]] = {}  # provider id -> its LLMs
         self.problems: dict[str, str] = {}  # provider id -> what was wrong at the last asking
         self.native: dict[str, bool] = {}  # provider id -> whether it has a Messages API
-        self.uncounted: dict[str, set[str]] = {}  # base URL -> paths where it counts no tokens
+        self.uncounted: frozenset[tuple[str, str]] = frozenset()  # id, URL that counts no tokens
         self._by_id: dict[str, Model] = {}
         self._lock = threading.Lock()
 
@@ -930,15 +932,23 @@ class Registry:
         """Take in the providers found when none was configured; without any, the demo model."""
         self.providers = {p.id: p for p in providers or [DEMO_PROVIDER]}
 
-    def learn(self, provider_id: str, models: list[Model] | None, problem: str) -> None:
-        """Take in what a provider's list said; None keeps the old list. Readers see a change as
-        a whole, since both tables are replaced and never altered."""
+    def learn(self, provider_id: str, models: list[Model] | None = None,
+              problem: str | None = None, native: bool | None = None,
+              uncounted_url: str = "") -> None:
+        """Take in what was found out about a provider, by whichever thread; what isn't given stays
+        as it was. Tables are replaced and never altered, so readers need no lock."""
         with self._lock:
             if models is not None:
                 self.lists = {**self.lists, provider_id: models}
                 self._by_id = {model.id: model for model in self.models()}
-            problems = {**self.problems, provider_id: problem}
-            self.problems = {k: v for k, v in problems.items() if v}
+            if problem is not None:
+                problems = {**self.problems, provider_id: problem}
+                self.problems = {k: v for k, v in problems.items() if v}
+            if native is not None:  # it may be another server now
+                self.native = {**self.native, provider_id: native}
+                self.uncounted = frozenset(p for p in self.uncounted if p[0] != provider_id)
+            if uncounted_url:
+                self.uncounted |= {(provider_id, uncounted_url)}
 
     def models(self) -> list[Model]:
         """All listed LLMs in the order of the providers."""
@@ -4640,6 +4650,161 @@ class DemoReply(Reply):
         pass
 
 
+# ======== Discovery ==========================================================================
+# What the providers serve: asked at the start and again from time to time, in threads of its own.
+# What they say goes into the registry by its one door, learn().
+
+LIST_TIMEOUT = 5.0  # seconds for a provider's model list
+MAX_PAGES = 20  # of a model list
+MIN_CONTEXT = 32_000  # tokens; Claude Code's own prompt and tools take 15,000 of them
+REFRESH = 300.0  # seconds between model lists; a 20th for local servers and after a problem
+
+
+class Discovery:
+    """Asks every provider for its models, and whether it has a Messages API. `done` is set when
+    each has answered or failed once."""
+
+    def __init__(self, config: Config, registry: Registry, upstream: Upstream) -> None:
+        self.done = threading.Event()
+        self.refresh = REFRESH
+        self._search_local = config.discover_local
+        self._registry, self._upstream = registry, upstream
+        self._closed = threading.Event()
+
+    def start(self) -> None:
+        """Look for local servers where no provider is configured, and begin to ask."""
+        if not self._registry.providers:
+            kinds = PROVIDER_KINDS.values() if self._search_local else ()
+            self._registry.adopt(local_providers(self._upstream, kinds))
+        threading.Thread(target=self._run, name="discovery", daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _run(self) -> None:
+        """Ask each provider when it is due."""
+        due = dict.fromkeys(self._registry.providers, 0.0)  # provider id -> time.monotonic()
+        while not self._closed.is_set():
+            asked = [pid for pid, when in due.items() if when <= time.monotonic()]
+            call_in_threads(self._ask, asked, 3 * LIST_TIMEOUT)
+            self.done.set()
+            for pid in asked:
+                host = address_of(self._registry.providers[pid].base_url)[1]
+                soon = is_loopback(host) or pid in self._registry.problems
+                due[pid] = time.monotonic() + (self.refresh / 20 if soon else self.refresh)
+            self._closed.wait(min(due.values()) - time.monotonic())
+
+    def _ask(self, provider_id: str) -> None:
+        """Ask one provider; a failure keeps the old list and is noted."""
+        provider = self._registry.providers[provider_id]
+        models, before = None, self._registry.problems.get(provider_id, "")
+        try:
+            models = self._models_of(provider)
+            problem = "" if models else "its list holds no LLM"
+            if before or provider_id not in self._registry.native:  # may be another version now
+                self._probe(provider)
+        except OgxError as error:
+            problem = error.without(self._upstream.secrets(provider)).message
+        except Exception:  # a list that no one foresaw must not take the others down
+            log.exception("reading the model list of %s", provider_id)
+            problem = "its model list could not be read"
+        if problem != before and self.done.is_set():
+            log.warning("%s: %s", provider_id, problem or "its models are listed again")
+        self._registry.learn(provider_id, models, problem)
+
+    def _models_of(self, provider: Provider) -> list[Model]:
+        """The LLMs of all its lists. OgxError where its one list, or each of several, failed."""
+        kind, models, failure = provider.kind, list[Model](), None
+        if kind.built_in_models:
+            return [Model(f"{provider.id}/{name}", provider, name) for name in kind.built_in_models]
+        for path, id_pattern in ((kind.list_path, ""), *kind.more_lists):
+            try:
+                for page in self._pages(provider, path):
+                    models += [model for model in models_from_list(provider, page)
+                               if re.search(id_pattern, model.upstream_id)]
+            except OgxError as error:
+                failure = failure or error
+        if failure and not (models and kind.more_lists):
+            raise failure
+        with suppress(OgxError):  # what it tells is welcome, not needed
+            if kind.loaded_path:
+                loaded = self._upstream.json(provider, kind.loaded_path, LIST_TIMEOUT)
+                models = [with_loaded_context(model, loaded) for model in models]
+        return models
+
+    def _pages(self, provider: Provider, path: str) -> Iterator[Any]:
+        """A list's pages as they come; OgxError when one can't be read."""
+        server, query = provider.at(path), ""
+        for _ in range(MAX_PAGES):
+            try:
+                page = self._upstream.json(server, path + query, LIST_TIMEOUT)
+            except OgxError as error:
+                own_list = path == provider.kind.list_path != "/models"
+                if query or not own_list or error.status not in (404, 405):
+                    raise
+                path = "/models"  # where all others have it
+                page = self._upstream.json(server, path, LIST_TIMEOUT)
+            yield page
+            last_id = dict_or_empty(page).get("has_more") and page.get("last_id")  # Anthropic's
+            if not last_id:
+                return
+            query = ("&" if "?" in path else "?") + urllib.parse.urlencode({"after_id": last_id})
+
+    def _probe(self, provider: Provider) -> None:
+        """Learn whether a server has a Messages API from what it says to an empty request, which
+        costs nothing: only one that knows the path complains about the body."""
+        kind = provider.kind
+        if kind.dialects != BOTH or provider.dialect != "auto" or kind.native_models:
+            return
+        with suppress(OgxError):
+            reply, _ = self._upstream.ask(provider, kind.messages_path, LIST_TIMEOUT, b"{}")
+            if reply.status in (400, 404, 405, 422, 500, 501):
+                self._registry.learn(provider.id, native=reply.status in (400, 422, 500))
+
+
+def local_providers(upstream: Upstream, kinds: Iterable[ProviderKind],
+                    timeout: float = 0.2) -> list[Provider]:
+    """Servers at their usual loopback ports that identify themselves as what belongs there."""
+    found: dict[str, Provider] = {}
+
+    def look_for(kind: ProviderKind) -> None:
+        provider = Provider(kind.name, kind, f"http://127.0.0.1:{kind.local_port}/v1")
+        path, mark = kind.identity
+        with suppress(OgxError):
+            reply, body = upstream.ask(provider, path, timeout)
+            if reply.status == 200 and "".join(mark.split()).encode() in b"".join(body.split()):
+                found[kind.name] = provider
+
+    kinds = [kind for kind in kinds if kind.local_port]
+    call_in_threads(look_for, kinds, 3 * timeout)
+    return [found[kind.name] for kind in kinds if kind.name in found]
+
+
+def call_in_threads(function: Callable[[Any], None], arguments: Iterable[Any],
+                    timeout: float) -> None:
+    """Call a function with each argument, all at once; wait so many seconds for each."""
+    threads = [threading.Thread(target=function, args=(argument,), daemon=True)
+               for argument in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout)
+
+
+def with_loaded_context(model: Model, loaded: Any) -> Model:
+    """The model with the context it has in its server's memory, and a warning if that is small.
+    Ollama cuts prompts that are longer than it in silence, from the front."""
+    entries = dict_or_empty(loaded).get("models")
+    for entry in map(dict_or_empty, entries if isinstance(entries, list) else ()):
+        context = first_number(entry, ("context_length",))
+        if context and model.upstream_id in (entry.get("name"), entry.get("model")):
+            hint = model.provider.kind.context_hint
+            words = f"a context of {context:,} tokens is too small for Claude Code; {hint}"
+            warning = words if context < MIN_CONTEXT else ""
+            return replace(model, context=context, warning=warning)
+    return model
+
+
 # ======== Gateway ============================================================================
 # One method per endpoint. messages() is the one way through: resolve the model, translate, send,
 # learn from a refusal and send again, translate what comes back. Clients' keys stop here.
@@ -4650,13 +4815,9 @@ REST = 30.0  # seconds for which a failed target of a chain is tried last
 KEPT = 64  # such targets
 PASSING = (408, 429, 500, 502, 503, 504, 529)  # statuses of failures that another try may not meet
 TICK = 10.0  # seconds of silence after which the client gets a sign of life
-LIST_TIMEOUT = 5.0  # for a provider's model list
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of an answer that isn't streamed
 ERROR_BODY = (10.0, 1024 * 1024)  # seconds and bytes that an upstream has for its words
-MAX_PAGES = 20  # of a model list
 LONG = 256 * 1024  # bytes of a request that takes so long to translate that it gets a thread
-MIN_CONTEXT = 32_000  # tokens; Claude Code's own prompt and tools take 15,000 of them
-REFRESH = 300.0  # seconds between model lists; a 20th for local servers and after a problem
 Batches = Generator[Union[list[Any], Piece], None, None]  # of events, or bytes of some, or likewise
 
 
@@ -4711,7 +4872,7 @@ class Gateway:
         self.backoff = BACKOFF
         self._resting: dict[str, float] = {}  # model that failed -> until when it is tried last
         self.tick = tick
-        self.discovered = threading.Event()
+        self.discovery = Discovery(config, self.registry, self.upstream)
         self._stopped = threading.Event()
         self._loading = threading.Lock()
         self._load()
@@ -4724,7 +4885,7 @@ class Gateway:
         Raises OgxError: before the first bytes it can still become an HTTP status. Closing the
         iterator closes the upstream's connection."""
         exchange.asked = one_line(exchange.request["model"])
-        if not self.discovered.is_set():
+        if not self.discovery.done.is_set():
             yield BLOCKING
         chain = self._chain(exchange.request["model"])
         for place, model in enumerate(chain, 1):
@@ -4746,7 +4907,7 @@ class Gateway:
         try:
             chain = self.registry.chain(model_id)
         except OgxError:
-            self.discovered.wait(LIST_TIMEOUT)
+            self.discovery.done.wait(LIST_TIMEOUT)
             chain = self.registry.chain(model_id)
         if len(chain) == 1:
             return chain
@@ -4762,7 +4923,8 @@ class Gateway:
         for attempt in range(1, MAX_REQUESTS + 1):
             taught = taught_model(model, lessons)
             plainer = taught.provider.kind.refused_keywords  # of schemas, which takes long
-            if len(exchange.raw) > (LONG // 4 if plainer else LONG) or not self.discovered.is_set():
+            long = len(exchange.raw) > (LONG // 4 if plainer else LONG)
+            if long or not self.discovery.done.is_set():
                 yield BLOCKING
             name = exchange.dialect = self._dialect_of(taught, exchange.request)
             body, data = self._request(taught, name, exchange, lessons)
@@ -4826,7 +4988,7 @@ class Gateway:
             "chat" in provider.kind.dialects and provider.dialect == "auto"
             and not provider.kind.native_models and "model" not in refusal.message.lower()
         ):  # the server was changed, or another one answered the probe
-            self.registry.native[provider.id] = False
+            self.registry.learn(provider.id, native=False)
             log.info("%s: %s has no Messages API; translating", exchange.request_id, provider.id)
             return True
         lesson = lesson_from_refusal(refusal, body, model, lessons)
@@ -4931,7 +5093,7 @@ class Gateway:
             found = re.search(provider.kind.native_models, model.upstream_id)
             return "messages" if found else "chat"
         if provider.id not in self.registry.native:
-            self.discovered.wait(LIST_TIMEOUT)
+            self.discovery.done.wait(LIST_TIMEOUT)
         native = self.registry.native.get(provider.id, False)
         return "messages" if native and not lost_natively(request, provider.kind) else kinds[-1]
 
@@ -4976,7 +5138,7 @@ class Gateway:
 
     def count_tokens(self, exchange: Exchange) -> Pieces:
         """{"input_tokens": N}: by the upstream where it counts for free, else an estimate."""
-        if not self.discovered.is_set():
+        if not self.discovery.done.is_set():
             yield BLOCKING
         request, count = exchange.request, 0
         model = self._chain(request["model"])[0]
@@ -4992,8 +5154,8 @@ class Gateway:
     def _counted(self, provider: Provider, paths: Sequence[str], body: Json,
                  exchange: Exchange) -> Generator[Piece, None, int]:
         """What the upstream counts; 0 where it doesn't, and that it has no such path is kept."""
-        missing, answer = self.registry.uncounted.setdefault(provider.base_url, set()), {}
-        for path in () if paths[0] in missing else paths:
+        url, answer = provider.url(paths[0]), {}
+        for path in () if (provider.id, url) in self.registry.uncounted else paths:
             try:
                 reply = yield from self._sent(provider, path, json_bytes(body), exchange.headers,
                                               exchange)
@@ -5004,7 +5166,8 @@ class Gateway:
             except OgxError:
                 return 0
             if reply.status != 200:
-                missing.update(paths[:1] if reply.status in (404, 405, 501) else ())
+                if reply.status in (404, 405, 501):
+                    self.registry.learn(provider.id, uncounted_url=url)
                 return 0
             answer = dict_or_empty(json_or_none(told))
             body = {"content": answer.get("prompt") or "", "add_special": True}
@@ -5016,7 +5179,7 @@ class Gateway:
     def model_list(self, query_string: str) -> Json:
         """One page that both SDKs read; without `limit` it holds all models."""
         query = dict(urllib.parse.parse_qsl(query_string[:4000]))
-        self.discovered.wait(2.0)  # Claude Code waits 3 s for this list
+        self.discovery.done.wait(2.0)  # Claude Code waits 3 s for this list
         entries = [model_entry(m) for m in self.registry.models()]
         for alias_id in self.registry.aliases:
             with suppress(OgxError):  # that nothing serves it now
@@ -5052,7 +5215,7 @@ class Gateway:
 
     def register(self, body: Any) -> Json:
         """Register a model id of the user's own, or register it anew; its entry."""
-        self.discovered.wait(LIST_TIMEOUT)
+        self.discovery.done.wait(LIST_TIMEOUT)
         alias = registered_alias(body, self.registry)
         self._put(alias.model_id, asdict(alias))
         metadata = {"model_type": "llm", "provider_id": alias.provider_id,
@@ -5106,127 +5269,17 @@ class Gateway:
         alias_of = "" if model.id == known.id else known.id
         return model_entry(model, alias_of, [str(lesson) for lesson in self.lessons.of(model)])
 
-    # -- discovery
-
     def start(self) -> None:
-        """Look for local servers where no provider is configured, and begin discovery."""
-        if not self.registry.providers:
-            kinds = PROVIDER_KINDS.values() if self.config.discover_local else ()
-            self.registry.adopt(local_providers(self.upstream, kinds))
-        self.start_discovery()
-
-    def start_discovery(self) -> None:
-        """Ask every provider for its models, now and again from time to time, in the background;
-        `discovered` is set when each has answered or failed once."""
-        threading.Thread(target=self._discover, name="discovery", daemon=True).start()
+        """Begin what goes on in the background."""
+        self.discovery.start()
         threading.Thread(target=self._keep_in_step, name="state", daemon=True).start()
-
-    def _discover(self) -> None:
-        due = dict.fromkeys(self.registry.providers, 0.0)
-        while not self._stopped.is_set():
-            now = time.monotonic()
-            asked = [pid for pid, when in due.items() if when <= now]
-            threads = [threading.Thread(target=self._list_models, args=(pid,), daemon=True)
-                       for pid in asked]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(3 * LIST_TIMEOUT)
-            self.discovered.set()
-            for pid in asked:
-                host = urllib.parse.urlsplit(self.registry.providers[pid].base_url).hostname
-                soon = is_loopback(host or "") or pid in self.registry.problems
-                due[pid] = time.monotonic() + (REFRESH / 20 if soon else REFRESH)
-            self._stopped.wait(max(1.0, min(due.values(), default=REFRESH) - time.monotonic()))
-
-    def _list_models(self, provider_id: str) -> None:
-        """Ask one provider; a failure keeps the old list and is noted."""
-        provider = self.registry.providers[provider_id]
-        models, before = None, self.registry.problems.get(provider_id, "")
-        try:
-            models = self._models_of(provider)
-            problem = "" if models else "its list holds no LLM"
-            if provider_id not in self.registry.native or before:  # it may be another version now
-                self._probe(provider)
-        except OgxError as error:
-            problem = error.without(self.upstream.secrets(provider)).message
-        except Exception:  # a list that no one foresaw must not take the others down
-            log.exception("reading the model list of %s", provider_id)
-            problem = "its model list could not be read"
-        if problem != before and self.discovered.is_set():
-            log.warning("%s: %s", provider_id, problem or "its models are listed again")
-        self.registry.learn(provider_id, models, problem)
-
-    def _models_of(self, provider: Provider) -> list[Model]:
-        if provider.kind is DEMO_KIND:
-            return [Model("demo/echo", provider, "echo")]
-        kind, models, failure = provider.kind, list[Model](), None
-        lists = [(kind.list_path, ""), *kind.more_lists]
-        for path, ids in lists:
-            try:
-                told = self.upstream.json(provider.at(path), path, LIST_TIMEOUT)
-            except OgxError as error:
-                if error.status in (404, 405) and path == kind.list_path != "/models":
-                    lists.append(("/models", ""))
-                else:
-                    failure = failure or error
-                continue
-            models += [m for m in models_from_list(provider, told) if re.search(ids, m.upstream_id)]
-            last = dict_or_empty(told).get("has_more") and told.get("last_id")
-            if last and len(lists) < MAX_PAGES:  # Anthropic's pages
-                path = f"{kind.list_path}{'&' if '?' in kind.list_path else '?'}after_id="
-                lists.append((path + urllib.parse.quote(str(last), safe=""), ids))
-        if failure and not (models and kind.more_lists):
-            raise failure
-        with suppress(OgxError):  # what it tells is welcome, not needed
-            if kind.loaded_path:
-                loaded = self.upstream.json(provider, kind.loaded_path, LIST_TIMEOUT)
-                models = [with_loaded_context(model, loaded) for model in models]
-        return models
-
-    def _probe(self, provider: Provider) -> None:
-        """Learn whether a server has a Messages API from what it says to an empty request, which
-        costs nothing: only one that knows the path complains about the body."""
-        kind = provider.kind
-        if kind.dialects != BOTH or provider.dialect != "auto" or kind.native_models:
-            return
-        try:
-            reply, _ = self.upstream.ask(provider, provider.kind.messages_path, LIST_TIMEOUT, b"{}")
-        except OgxError:
-            return
-        if reply.status in (400, 404, 405, 422, 500, 501):
-            self.registry.native[provider.id] = reply.status in (400, 422, 500)
-            self.registry.uncounted.pop(provider.base_url, None)
 
     def close(self) -> None:
         self._stopped.set()
+        self.discovery.close()
         self.upstream.close()
         self.upstream.signer.close()
         self.store.close()
-
-
-def local_providers(upstream: Upstream, kinds: Iterable[ProviderKind],
-                    timeout: float = 0.2) -> list[Provider]:
-    """Servers at their usual loopback ports that identify themselves as what belongs there."""
-    found: dict[str, Provider] = {}
-
-    def look(kind: ProviderKind) -> None:
-        provider = Provider(kind.name, kind, f"http://127.0.0.1:{kind.local_port}/v1")
-        path, mark = kind.identity
-        try:
-            reply, body = upstream.ask(provider, path, timeout)
-        except OgxError:
-            return
-        if reply.status == 200 and "".join(mark.split()).encode() in b"".join(body.split()):
-            found[kind.name] = provider
-
-    kinds = [kind for kind in kinds if kind.local_port]
-    threads = [threading.Thread(target=look, args=(kind,), daemon=True) for kind in kinds]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout * 3)
-    return [found[kind.name] for kind in kinds if kind.name in found]
 
 
 def speaks_responses(provider: Provider) -> bool:
@@ -5354,20 +5407,6 @@ def model_entry(model: Model, alias_of: str = "", learned: Sequence[str] = ()) -
         "type": "model", "display_name": model.id, "created_at": created, "lifecycle": "active",
         "capabilities": None, "max_input_tokens": model.context, "max_tokens": model.max_output,
         "custom_metadata": metadata}
-
-
-def with_loaded_context(model: Model, loaded: Any) -> Model:
-    """The model with the context it has in its server's memory, and a warning if that is small.
-    Ollama cuts prompts that are longer than it in silence, from the front."""
-    entries = dict_or_empty(loaded).get("models")
-    for entry in map(dict_or_empty, entries if isinstance(entries, list) else ()):
-        context = first_number(entry, ("context_length",))
-        if context and model.upstream_id in (entry.get("name"), entry.get("model")):
-            hint = model.provider.kind.context_hint
-            words = f"a context of {context:,} tokens is too small for Claude Code; {hint}"
-            warning = words if context < MIN_CONTEXT else ""
-            return replace(model, context=context, warning=warning)
-    return model
 
 
 # ======== Server =============================================================================
@@ -6403,7 +6442,7 @@ def served_for_session(token: str) -> tuple[Server, str]:
     server = Server(Gateway(config, store=Store(state)), token=token)
     server.start()
     server.gateway.start()
-    server.gateway.discovered.wait(LIST_TIMEOUT)
+    server.gateway.discovery.done.wait(LIST_TIMEOUT)
     return server, log_file
 
 
@@ -6848,10 +6887,10 @@ def run(options: argparse.Namespace) -> int:
                     server.host)
     server.start()
     gateway.start()
-    gateway.discovered.wait(1.0)
+    gateway.discovery.done.wait(1.0)
     say(*summary_lines(gateway, server))
-    while not stopped.is_set() and not gateway.discovered.is_set():
-        if gateway.discovered.wait(0.2):
+    while not stopped.is_set() and not gateway.discovery.done.is_set():
+        if gateway.discovery.done.wait(0.2):
             say(*summary_lines(gateway, server))
     while not stopped.wait(3600):  # a timeout lets Windows deliver Ctrl-C
         pass

@@ -38,6 +38,7 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import types
 import weakref
 import zlib
 from pathlib import Path
@@ -474,8 +475,8 @@ def serving(*providers, tick=ogx.TICK, discover=True, store=None, **options):
     server = ogx.Server(gateway, "127.0.0.1", 0)
     server.start(poll=0.01)
     if discover:
-        gateway.start_discovery()
-        assert gateway.discovered.wait(10)
+        gateway.start()
+        assert gateway.discovery.done.wait(10)
     client = Client(server)
     client.gateway, client.server = gateway, server
     try:
@@ -1566,6 +1567,25 @@ class TestRegistry:
         assert error.message == (
             "no model to serve 'claude-haiku-4-5' (vllm: connection refused)"
         )
+
+    def test_what_is_learned_replaces_tables_and_alters_none(self):
+        registry = self.registry()
+
+        def tables():
+            return {name: value for name, value in vars(registry).items() if name != "_lock"}
+
+        before = tables()
+        copy_before = copy.deepcopy(before)
+        registry.learn("vllm", uncounted_url="http://x/tokenize")
+        assert registry.uncounted == {("vllm", "http://x/tokenize")}
+        registry.learn("openai", [], "its list holds no LLM", native=True)
+        registry.learn("vllm", native=False)
+        assert before == copy_before
+        assert (registry.lists["openai"], registry.problems) == (
+            [], {"openai": "its list holds no LLM"})
+        assert (registry.native, registry.uncounted) == ({"openai": True, "vllm": False}, set())
+        registry.learn("openai", problem="")
+        assert (registry.lists["openai"], registry.problems) == ([], {})
 
     @pytest.mark.parametrize(
         ("payload", "ids"),
@@ -6642,6 +6662,157 @@ class TestUpstream:
             assert refused(ogx.headers_from_bytes, bad).status == 400
 
 
+class TestDiscovery:
+    def test_a_model_that_appears_later_is_listed_without_a_restart(self):
+        with gateway_over(models=["a"], discover=False) as (client, upstream):
+            client.gateway.discovery.refresh = 0.02
+            client.gateway.start()
+            assert len(client.get("/v1/models")[2]["data"]) == 1
+            upstream.models = ["a", "b"]
+            until(lambda: len(client.get("/v1/models")[2]["data"]) == 2)
+
+    def test_a_small_loaded_context_is_told_with_what_fixes_it(self):
+        found = ogx.Model("ollama/m:8b", provider("ollama"), "m:8b")
+        loaded = {"models": [{"name": "m:8b", "context_length": 4096}]}
+        small = ogx.with_loaded_context(found, loaded)
+        assert (small.context, small.warning) == (
+            4096, "a context of 4,096 tokens is too small for Claude Code; restart it with "
+                  "OLLAMA_CONTEXT_LENGTH=64000 ollama serve",
+        )  # fmt: skip
+        assert ogx.model_entry(small)["custom_metadata"]["warning"] == small.warning
+        loaded["models"][0]["context_length"] = 65536
+        assert ogx.with_loaded_context(found, loaded).warning == ""
+        for odd in (None, [], {"models": 5}, {"models": [5]}, {"models": []}):
+            assert ogx.with_loaded_context(found, odd) == found
+
+    def test_a_dead_provider_costs_nothing_but_its_own_line(self):
+        with FakeUpstream(models=["m"]) as alive, socket.create_server(("127.0.0.1", 0)) as free:
+            dead = provider("vllm", f"http://127.0.0.1:{free.getsockname()[1]}/v1")
+            free.close()
+            with serving(dead, provider("openai", alive.url)) as client:
+                assert [e["id"] for e in client.get("/v1/models")[2]["data"]] == ["openai/m"]
+                assert "connection refused" in client.gateway.registry.problems["vllm"]
+                assert client.post(request(model="claude-haiku-4-5"))[0] == 200
+                status, _, body = client.post(request(model="vllm/m"))
+        assert status == 502 and "can't reach vllm" in body["error"]["message"]
+
+    @pytest.mark.parametrize(
+        ("answer", "problem"),
+        [
+            ((401, {"error": {"message": "Incorrect key sk-secret-1234"}}),
+             "Incorrect key *** (from {url}/models, HTTP 401)"),
+            ((404, {"detail": "Not Found"}), "Not Found (from {url}/models, HTTP 404)"),
+            ((200, "<html>"), "its list holds no LLM"),
+            ((200, {"data": [{"id": "bge-m3"}]}), "its list holds no LLM"),
+            ((200, {"data": {"a": 1}}), "its list holds no LLM"),
+            (["é/ü:1 (x)", "a/b/c:d", "a/b/c:d"], ""),
+            ([f"model-{i}" for i in range(5000)], ""),
+        ],
+    )  # fmt: skip
+    def test_any_list_gives_the_right_line_and_never_takes_others_down(self, answer, problem):
+        with FakeUpstream(models=answer) as odd, FakeUpstream() as good, serving(
+            provider("groq", odd.url), provider("openai", good.url)
+        ) as client:
+            told = client.gateway.registry.problems.get("groq", "")
+            assert told == problem.format(url=odd.url)
+            ids = [e["id"] for e in client.get("/v1/models")[2]["data"]]
+            assert ids[-1] == "openai/gpt-x" and len(set(ids)) == len(ids)
+            assert client.post(request(model=ids[0]))[0] == 200
+
+    def discovered(self, answers, owner=None):
+        """The models of a provider whose lists answer as told: by path a body, or an error."""
+        owner, upstream = owner or provider(), ogx.Upstream()
+        asked, registry = [], ogx.Registry(config(owner))
+
+        def answer(_, path, timeout):
+            asked.append(path)
+            if isinstance(answers[path], Exception):
+                raise answers[path]
+            return answers[path]
+
+        upstream.json = answer
+        models = ogx.Discovery(config(owner), registry, upstream)._models_of(owner)
+        return [model.upstream_id for model in models], asked
+
+    def test_a_list_in_pages_is_read_to_its_end(self):
+        pages = {"/models": {"data": [{"id": "a"}], "has_more": True, "last_id": "a/b"},
+                 "/models?after_id=a%2Fb": {"data": [{"id": "c"}], "has_more": False}}  # fmt: skip
+        assert self.discovered(pages) == (["a", "c"], list(pages))
+
+    def test_pages_without_end_are_read_no_further(self):
+        page = {"data": [{"id": "a"}], "has_more": True, "last_id": "a"}
+        pages = {"/models?limit=1000": page, "/models?limit=1000&after_id=a": page}
+        ids, asked = self.discovered(pages, provider("anthropic"))
+        assert set(ids) == {"a"} and len(asked) == ogx.MAX_PAGES
+
+    def test_a_server_without_its_own_list_is_asked_for_the_usual_one(self):
+        answers = {"~/api/v0/models": ogx.OgxError(404, "gone"), "/models": {"data": [{"id": "a"}]}}
+        assert self.discovered(answers, provider("lm-studio"))[0] == ["a"]
+        answers["~/api/v0/models"] = ogx.OgxError(500, "broken")
+        assert refused(self.discovered, answers, provider("lm-studio")).message == "broken"
+        missing = {"/models": ogx.OgxError(404, "gone")}
+        assert refused(self.discovered, missing).message == "gone"
+
+    def test_what_is_loaded_is_welcome_but_not_needed(self):
+        answers = {"~/api/tags": {"models": [{"name": "m:8b"}]}, "~/api/ps": ogx.OgxError(500, "x")}
+        assert self.discovered(answers, provider("ollama"))[0] == ["m:8b"]
+
+    def test_one_of_several_lists_is_enough(self):
+        kind = ogx.PROVIDER_KINDS["bedrock"]
+        (one, _), (other, _) = kind.more_lists
+        gone = ogx.OgxError(403, "not for you")
+        answers = {"/models": gone, one: {"data": [{"id": "us.anthropic.x"}]}, other: gone}
+        assert self.discovered(answers, provider("bedrock"))[0] == ["us.anthropic.x"]
+        answers[one] = gone
+        assert refused(self.discovered, answers, provider("bedrock")).message == "not for you"
+
+    def test_a_list_that_no_one_foresaw_is_a_line_and_takes_no_other_down(self, caplog):
+        def breaks(owner):
+            raise ZeroDivisionError("x")
+
+        with gateway_over(discover=False) as (client, _):
+            client.gateway.discovery._models_of = breaks
+            client.gateway.start()
+            assert client.gateway.discovery.done.wait(10)
+            problems = client.gateway.registry.problems
+        assert problems == {"openai": "its model list could not be read"}
+        assert "ZeroDivisionError" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("status", "native"),
+        [(400, True), (422, True), (404, False), (501, False), (401, None), (200, None)],
+    )
+    def test_a_server_is_asked_once_whether_it_has_messages(self, status, native):
+        owner, upstream = provider("vllm"), ogx.Upstream()
+        asked, registry = [], ogx.Registry(config(owner))
+        registry.learn("vllm", uncounted_url="http://x/tokenize")
+
+        def answer(_, path, timeout, body):
+            asked.append((path, body))
+            return types.SimpleNamespace(status=status), b""
+
+        upstream.ask, upstream.json = answer, lambda *_: {"data": [{"id": "a"}]}
+        discovery = ogx.Discovery(config(owner), registry, upstream)
+        discovery._ask("vllm")
+        discovery._ask("vllm")
+        assert registry.native.get("vllm") is native
+        assert asked == [("/messages", b"{}")] * (2 if native is None else 1)
+        assert bool(registry.uncounted) == (native is None)  # another server may count
+
+    def test_local_servers_are_known_by_what_they_say(self):
+        def kind(name, identity, port):
+            return ogx.ProviderKind(name, local_port=port, identity=identity)
+
+        with FakeUpstream() as fake:
+            port = int(fake.url.split(":")[2].split("/")[0])
+            kinds = [kind("right", ("/", '"id":"gpt-x"'), port),
+                     kind("wrong", ("/", "Ollama is running"), port), kind("gone", ("/", "x"), 9)]
+            found = ogx.local_providers(ogx.Upstream(), kinds, 2.0)
+        assert [(p.id, p.base_url, p.api_key) for p in found] == [
+            ("right", f"http://127.0.0.1:{port}/v1", "")
+        ]
+
+
 class TestGateway:
     def test_an_answer_that_is_not_streamed(self):
         answer = {"choices": [{"finish_reason": "stop", "message": {"content": "Hi."}}],
@@ -8241,21 +8412,12 @@ class TestGateway:
             data = client.post(request(stream=True))[2]
         assert data.count(ogx.SIGN_OF_LIFE) >= 2
 
-    def test_a_model_that_appears_later_is_listed_without_a_restart(self, monkeypatch):
-        monkeypatch.setattr(ogx, "REFRESH", 0.02)
-        with gateway_over(models=["a"]) as (client, upstream):
-            upstream.models = ["a", "b"]
-            deadline = time.monotonic() + 10
-            while len(client.get("/v1/models")[2]["data"]) < 2:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-
     def test_a_provider_that_is_this_gateway_is_refused(self):
         with serving(discover=False) as client:
             url = f"http://127.0.0.1:{client.port}/v1"
             client.gateway.registry.adopt([provider("openai", url)])
-            client.gateway.start_discovery()
-            assert client.gateway.discovered.wait(5)
+            client.gateway.start()
+            assert client.gateway.discovery.done.wait(5)
             problem = client.gateway.registry.problems["openai"]
             status, _, body = client.post(request())
         assert "a provider's base_url points back at ogx.py itself" in problem
@@ -8443,20 +8605,6 @@ class TestGateway:
             client.post(request(model="mine"))
         assert (len(one.seen), len(two.seen)) == (2, 1)
 
-    def test_a_small_loaded_context_is_told_with_what_fixes_it(self):
-        found = ogx.Model("ollama/m:8b", provider("ollama"), "m:8b")
-        loaded = {"models": [{"name": "m:8b", "context_length": 4096}]}
-        small = ogx.with_loaded_context(found, loaded)
-        assert (small.context, small.warning) == (
-            4096, "a context of 4,096 tokens is too small for Claude Code; restart it with "
-                  "OLLAMA_CONTEXT_LENGTH=64000 ollama serve",
-        )  # fmt: skip
-        assert ogx.model_entry(small)["custom_metadata"]["warning"] == small.warning
-        loaded["models"][0]["context_length"] = 65536
-        assert ogx.with_loaded_context(found, loaded).warning == ""
-        for odd in (None, [], {"models": 5}, {"models": [5]}, {"models": []}):
-            assert ogx.with_loaded_context(found, odd) == found
-
     def test_one_list_reads_as_openais_and_as_anthropics(self):
         with gateway_over(models=["gpt-x", "text-embedding-3"]) as (client, _):
             _, _, listing = client.get("/v1/models")
@@ -8509,47 +8657,6 @@ class TestGateway:
         assert tiers == {"haiku": "openai/b", **dict.fromkeys(("sonnet", "opus", "fable"),
                                                               "openai/a")}  # fmt: skip
 
-    def test_a_dead_provider_costs_nothing_but_its_own_line(self):
-        with FakeUpstream(models=["m"]) as alive, socket.create_server(("127.0.0.1", 0)) as free:
-            dead = provider("vllm", f"http://127.0.0.1:{free.getsockname()[1]}/v1")
-            free.close()
-            with serving(dead, provider("openai", alive.url)) as client:
-                assert [e["id"] for e in client.get("/v1/models")[2]["data"]] == ["openai/m"]
-                assert "connection refused" in client.gateway.registry.problems["vllm"]
-                assert client.post(request(model="claude-haiku-4-5"))[0] == 200
-                status, _, body = client.post(request(model="vllm/m"))
-        assert status == 502 and "can't reach vllm" in body["error"]["message"]
-
-    @pytest.mark.parametrize(
-        ("answer", "problem"),
-        [
-            ((401, {"error": {"message": "Incorrect key sk-secret-1234"}}),
-             "Incorrect key *** (from {url}/models, HTTP 401)"),
-            ((404, {"detail": "Not Found"}), "Not Found (from {url}/models, HTTP 404)"),
-            ((200, "<html>"), "its list holds no LLM"),
-            ((200, {"data": [{"id": "bge-m3"}]}), "its list holds no LLM"),
-            ((200, {"data": {"a": 1}}), "its list holds no LLM"),
-            (["é/ü:1 (x)", "a/b/c:d", "a/b/c:d"], ""),
-            ([f"model-{i}" for i in range(5000)], ""),
-        ],
-    )  # fmt: skip
-    def test_any_list_gives_the_right_line_and_never_takes_others_down(self, answer, problem):
-        with FakeUpstream(models=answer) as odd, FakeUpstream() as good, serving(
-            provider("groq", odd.url), provider("openai", good.url)
-        ) as client:
-            told = client.gateway.registry.problems.get("groq", "")
-            assert told == problem.format(url=odd.url)
-            ids = [e["id"] for e in client.get("/v1/models")[2]["data"]]
-            assert ids[-1] == "openai/gpt-x" and len(set(ids)) == len(ids)
-            assert client.post(request(model=ids[0]))[0] == 200
-
-    def test_a_list_in_pages_is_read_to_its_end(self, monkeypatch):
-        pages = {"/models": {"data": [{"id": "a"}], "has_more": True, "last_id": "a/b"},
-                 "/models?after_id=a%2Fb": {"data": [{"id": "c"}], "has_more": False}}  # fmt: skip
-        gateway = ogx.Gateway(config(provider()))
-        monkeypatch.setattr(gateway.upstream, "json", lambda owner, path, limit: pages[path])
-        assert [m.upstream_id for m in gateway._models_of(provider())] == ["a", "c"]
-
     def test_a_page_instead_of_a_list_is_called_so(self):
         with FakeUpstream(models=(200, b"<html><title>Sign in</title></html>")) as fake:
             error = refused(ogx.Upstream().json, provider(url=fake.url), "/models", 5)
@@ -8559,21 +8666,8 @@ class TestGateway:
 
     def test_a_request_that_comes_before_the_lists_waits_for_them(self):
         with gateway_over(discover=False) as (client, _):
-            client.gateway.start_discovery()
+            client.gateway.start()
             assert client.post(request(model="claude-opus-4"))[0] == 200
-
-    def test_local_servers_are_known_by_what_they_say(self):
-        def kind(name, identity, port):
-            return ogx.ProviderKind(name, local_port=port, identity=identity)
-
-        with FakeUpstream() as fake:
-            port = int(fake.url.split(":")[2].split("/")[0])
-            kinds = [kind("right", ("/", '"id":"gpt-x"'), port),
-                     kind("wrong", ("/", "Ollama is running"), port), kind("gone", ("/", "x"), 9)]
-            found = ogx.local_providers(ogx.Upstream(), kinds, 2.0)
-        assert [(p.id, p.base_url, p.api_key) for p in found] == [
-            ("right", f"http://127.0.0.1:{port}/v1", "")
-        ]
 
 
 def flood(head, piece, times, end=b""):
@@ -9279,8 +9373,8 @@ class TestServer:
             gateway = ogx.Gateway(config(provider(url=upstream.url), **options))
             server = ogx.Server(gateway, "127.0.0.1", 0, tls=ogx.server_tls(str(path), None))
             server.start(poll=0.01)
-            gateway.start_discovery()
-            assert gateway.discovered.wait(10)
+            gateway.start()
+            assert gateway.discovery.done.wait(10)
 
             def connected(**versions):
                 sock = socket.create_connection(("127.0.0.1", server.server_port), timeout=10)
@@ -9701,10 +9795,10 @@ class TestServer:
                 return known(*arguments)
 
             client.gateway._dialect_of = noting
-            client.gateway.discovered.clear()
-            client.gateway.registry.native.clear()
+            client.gateway.discovery.done.clear()
+            client.gateway.registry.native = {}
             assert client.post(request(model="vllm/gpt-x"))[0] == 200
-            client.gateway.discovered.set()
+            client.gateway.discovery.done.set()
         assert len(threads) == 2 and "relay" not in threads
 
     def test_a_request_that_was_sent_early_keeps_no_one_busy(self):

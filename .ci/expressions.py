@@ -27,7 +27,7 @@ LOCAL: dict[str, list[Any]] = {
     "pattern": [place for kind in ogx.PROVIDER_KINDS.values() for place, _, _ in kind.servers],
     "about": [rf"(?i)(?P<other>{ogx.OTHER_SUBJECTS})|tool|function|schema|grammar|regex|\$defs"],
     "stems": [row[0] for row in (*ogx.CODE_STATUSES, *ogx.STOP_REASONS)],
-    "ids": [row[1] for kind in ogx.PROVIDER_KINDS.values() for row in kind.more_lists],
+    "id_pattern": [row[1] for kind in ogx.PROVIDER_KINDS.values() for row in kind.more_lists],
     "signed": [kind.signed for kind in ogx.PROVIDER_KINDS.values()],
     "here": [here for kind in ogx.PROVIDER_KINDS.values() for _, here, _ in kind.servers],
     "kind.tool_ids": [ogx.NINE, ogx.FORTY],

@@ -412,7 +412,7 @@ def state_file(chance: random.Random) -> bytes:
         model = ogx.Model("p/m", provider, "m")
         gateway.lessons.add(model, [ogx.Lesson("drop", "stop")])
         assert "drop stop" in [str(lesson) for lesson in gateway.lessons.of(model)]
-        gateway.discovered.set()
+        gateway.discovery.done.set()
         gateway.register({"model_id": "mine"})
         outcome(lambda: gateway.unregister("c"))
         gateway.close()
