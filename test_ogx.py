@@ -694,6 +694,17 @@ class TestTheFile:
     def test_what_is_not_linear_is_found(self, pattern):
         assert script("expressions").worst_input("sub", pattern, 0)
 
+    def test_make_alone_tells_what_there_is(self):
+        targets = re.search(r"\.PHONY: help (.+)", (HERE / "Makefile").read_text())[1].split()
+        assert re.findall(r"(?m)^make (\S+)  ", make()) == targets
+
+    @pytest.mark.parametrize(("args", "command"), [
+        ("", "test_ogx.py"), ("-x -k one", "test_ogx.py -x -k one"),
+        ("test_ogx.py::TestX::test_y -x", "test_ogx.py::TestX::test_y -x")])  # fmt: skip
+    def test_make_takes_what_to_test(self, args, command):
+        assert make("-n", "test", f"ARGS={args}").split() == [".ci/pytest", "python3",
+                                                              *command.split()]  # fmt: skip
+
     def test_every_command_in_the_readme_parses(self):
         lines = re.findall(r"^\s*python3? ogx\.py (.+)$", README, re.M)
         assert len(lines) >= 5
@@ -703,6 +714,15 @@ class TestTheFile:
             own = [w for w in own if w != "&"]
             if own[-1] not in ("--help", "-h"):
                 ogx.argument_parser().parse_args(own)
+
+
+def make(*args):
+    """What make prints; also in a test that make runs, which hands its own arguments down."""
+    if not shutil.which("make"):
+        pytest.skip("there is no make here")
+    environ = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "PYTHON", "ARGS")}
+    return subprocess.run(["make", "-s", *args], cwd=HERE, env=environ, capture_output=True,
+                          text=True, check=True).stdout  # fmt: skip
 
 
 def script(name):
