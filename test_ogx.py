@@ -64,6 +64,33 @@ def refused(callable_, *args, **kwargs) -> ogx.OgxError:
     return caught.value
 
 
+SPELT = {"\r\n": " CRLF ", "\r": " CR ", "\n": " LF ", "\t": " TAB ", "\0": " NUL ", "\\": "/"}
+
+
+def name_of(value):
+    """A value in a few words of printable ASCII, its control characters spelt out."""
+    if isinstance(value, dict):
+        value = [word for pair in value.items() for word in pair] or "{}"
+    if isinstance(value, (list, tuple)):
+        value = " ".join(map(name_of, value)) or "[]"
+    value = getattr(value, "__name__", value)
+    text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
+    text = text if len(text) < 400 else text[:300] + text[-100:]
+    text = re.sub("\r\n|[^ -[\\]-~]", lambda m: SPELT.get(m[0]) or f"U+{ord(m[0]):04X} ", text)
+    words = [word.strip(":,;") for word in re.findall(r"[^\s\"'{}()\[\]]+", text)]
+    name = " ".join(filter(None, words)) or text.strip() or "empty"
+    return name if len(name) < 50 else name[:28].rstrip() + " .. " + name[-18:].lstrip()
+
+
+def cases(names, rows):
+    """Parametrize a test by rows, each named by the words in it."""
+    rows = list(rows)
+    several = not isinstance(names, str) or "," in names
+    values = [getattr(row, "values", row) if isinstance(row, tuple) else row for row in rows]
+    ids = ["-".join(map(name_of, row)) if several else name_of(row) for row in values]
+    return pytest.mark.parametrize(names, rows, ids=[name[:90] for name in ids])
+
+
 def provider(kind="openai", url="http://127.0.0.1:9/v1", name=None, key="sk-secret-1234"):
     return ogx.Provider(name or kind, ogx.PROVIDER_KINDS[kind], url, key)
 
@@ -538,6 +565,16 @@ class TestTheFile:
         expected = ["Test" + "".join(w.title() for w in s.split()) for s in sections]
         assert [c for c in classes if c in expected] == expected
 
+    def test_every_case_has_a_name(self, request):
+        """Of printable ASCII, 120 characters at most, and not a number's: use cases(), or ids."""
+        for item in request.session.items:
+            call = getattr(item, "callspec", None)
+            if call and item.module is sys.modules[__name__]:
+                assert re.fullmatch(r"[ -[\]-~]{1,120}", call.id), item.nodeid[:300]
+                numbered = [f"{name}{number}" for name, number in call.indices.items()
+                            if not isinstance(call.params[name], str)]  # fmt: skip
+                assert not set(numbered) & set(call.id.split("-")), item.nodeid
+
     def test_sections_refer_only_upward(self):
         tree = ast.parse(SOURCE)
         banners = [i for i, line in enumerate(SOURCE.split("\n"), 1) if line.startswith("# ====")]
@@ -653,9 +690,21 @@ class TestTheFile:
 
     @pytest.mark.parametrize("pattern", [
         r"(?m)^([a-z]+):[ \t]*([^\x01]*)\r?$", "(?s)^[^{]*|[^}]*$", "<title[^>]*>(.*?)</title>",
-        "qwen3(?!.*(instruct|coder))", rb'\s*([:,"])\s*', "(/messages)?/*$"], ids=repr)  # fmt: skip
+        "qwen3(?!.*(instruct|coder))", rb'\s*([:,"])\s*', "(/messages)?/*$"],
+        ids=["field", "around", "title", "ahead", "separator", "path"])  # fmt: skip
     def test_what_is_not_linear_is_found(self, pattern):
         assert script("expressions").worst_input("sub", pattern, 0)
+
+    def test_make_alone_tells_what_there_is(self):
+        targets = re.search(r"\.PHONY: help (.+)", (HERE / "Makefile").read_text())[1].split()
+        assert re.findall(r"(?m)^make (\S+)  ", make()) == targets
+
+    @pytest.mark.parametrize(("args", "command"), [
+        ("", "test_ogx.py"), ("-x -k one", "test_ogx.py -x -k one"),
+        ("test_ogx.py::TestX::test_y -x", "test_ogx.py::TestX::test_y -x")])  # fmt: skip
+    def test_make_takes_what_to_test(self, args, command):
+        assert make("-n", "test", f"ARGS={args}").split() == [".ci/pytest", "python3",
+                                                              *command.split()]  # fmt: skip
 
     def test_every_command_in_the_readme_parses(self):
         lines = re.findall(r"^\s*python3? ogx\.py (.+)$", README, re.M)
@@ -666,6 +715,15 @@ class TestTheFile:
             own = [w for w in own if w != "&"]
             if own[-1] not in ("--help", "-h"):
                 ogx.argument_parser().parse_args(own)
+
+
+def make(*args):
+    """What make prints; also in a test that make runs, which hands its own arguments down."""
+    if not shutil.which("make"):
+        pytest.skip("there is no make here")
+    environ = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "PYTHON", "ARGS")}
+    return subprocess.run(["make", "-s", *args], cwd=HERE, env=environ, capture_output=True,
+                          text=True, check=True).stdout  # fmt: skip
 
 
 def script(name):
@@ -691,7 +749,7 @@ def strip_docstrings(tree):
 
 
 class TestErrors:
-    @pytest.mark.parametrize(
+    @cases(
         ("body", "words", "code"),
         [
             (b'{"error":{"message":"m","type":"t","code":"c"}}', "m", "c"),  # OpenAI
@@ -917,7 +975,7 @@ class TestErrors:
         error = ogx.OgxError(401, "Incorrect API key provided: sk-secret-1234.")
         assert error.without(["sk-secret-1234"]).message == "Incorrect API key provided: ***."
 
-    @pytest.mark.parametrize(
+    @cases(
         ("words", "status", "error_type"),
         [  # AWS has 403 for both
             ("The security token included in the request is expired", 401, "authentication_error"),
@@ -1104,7 +1162,7 @@ class TestConfig:
         assert (built.providers, built.host, built.port) == ((), "127.0.0.1", 8321)
         assert len(built.aliases) == 3
 
-    @pytest.mark.parametrize(
+    @cases(
         ("template", "environ", "value"),
         [
             ("${env.A:=d}", {}, "d"),
@@ -1138,7 +1196,7 @@ class TestConfig:
         assert "secret" not in told and "123456" not in told
         assert told.startswith("my.json: providers.inference[0].config.")
 
-    @pytest.mark.parametrize(
+    @cases(
         ("tree", "words"),
         [
             ([], "my.json: expected an object, got []"),
@@ -1191,17 +1249,17 @@ class TestConfig:
         (built,) = ogx.config_from_json(ogx.starter_config(), "starter", environ).providers
         return built
 
-    @pytest.mark.parametrize("key", ["k-1\r", "k-1\r\n", "\n k-1\t", ' "k-1"\n', "'k-1'"])
+    @cases("key", ["k-1\r", "k-1\r\n", "\n k-1\t", ' "k-1"\n', "'k-1'"])
     def test_what_files_and_shells_leave_around_a_key_is_no_part_of_it(self, key):
         assert self.provider(api_key=key).api_key == "k-1"
         assert self.started(OPENAI_API_KEY=key).api_key == "k-1"
 
-    @pytest.mark.parametrize("key", ["k 1", "k\n1", "k\u20111", "k\x001", "\u201ck-1\u201d"])
+    @cases("key", ["k 1", "k\n1", "k\u20111", "k\x001", "\u201ck-1\u201d"])
     def test_what_stands_inside_a_key_is_a_mistake_of_its_variable(self, key):
         error = refused(self.started, OPENAI_API_KEY=key)
         assert error.message == "OPENAI_API_KEY: expected a key of printable ASCII without spaces"
 
-    @pytest.mark.parametrize(
+    @cases(
         "url", ["http://h:1/v1 ", '"http://h:1/v1"', " 'http://h:1'\r\n", "h:1", "h:1/v1/"]
     )
     def test_what_is_around_a_url_is_no_part_of_it(self, url):
@@ -1216,7 +1274,7 @@ class TestConfig:
         assert error.message == ("OPENAI_BASE_URL: expected a URL like http://localhost:8000/v1, "
                                  f"got {json.dumps(url)}")  # fmt: skip
 
-    @pytest.mark.parametrize(
+    @cases(
         ("settings", "environ", "place"),
         [
             ({"base_url": "${env.HERE|THERE}"}, {"THERE": "ftp://h"}, "THERE"),
@@ -1252,7 +1310,7 @@ class TestConfig:
         assert error.message == ("OPENAI_BASE_URL: expected a URL that ends before ? and #, "
                                  f"got {json.dumps(shown)}")  # fmt: skip
 
-    @pytest.mark.parametrize(
+    @cases(
         ("user", "sent", "secrets"),
         [
             ("me:sesame-open", "me:sesame-open", {"sesame-open"}),
@@ -1276,7 +1334,7 @@ class TestConfig:
         built = self.provider(base_url="me:pw@h:1", api_key="k", key_header="X-Key")
         assert built.headers["authorization"] == "Basic bWU6cHc=" and built.headers["x-key"] == "k"
 
-    @pytest.mark.parametrize(
+    @cases(
         "url", ["ftp://me:s3cret@h", "http://me:s3#cret@h", "http://me:s3/cret@h", "me:s3cret@h",
                 "http://me:s3cret@h:x/v1", "http://me:s3cr\u00e9t@h", "http://me:s3 cret@h"]
     )  # fmt: skip
@@ -1301,7 +1359,7 @@ class TestConfig:
         told = ogx.OgxError(401, "no tenant-12345").without(ogx.Upstream().secrets(built))
         assert told.message == "no ***"
 
-    @pytest.mark.parametrize(
+    @cases(
         ("kind", "settings", "sent"),
         [
             ("openai", {}, {"authorization": "Bearer k"}),
@@ -1321,7 +1379,7 @@ class TestConfig:
         without = self.provider(kind=kind, **{**settings, "headers": {}}).headers
         assert not set(without) & set(names)
 
-    @pytest.mark.parametrize(
+    @cases(
         ("settings", "place"),
         [
             ({"headers": {"x y": "a"}}, "headers.x y"),
@@ -1397,7 +1455,7 @@ class TestConfig:
             '(run --help tells its unit), got "soon"'
         )
 
-    @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+    @cases("mark", [b"", b"\xef\xbb\xbf"])
     def test_a_file_may_begin_with_a_byte_order_mark(self, tmp_path, mark):
         file = tmp_path / "my.json"
         file.write_bytes(mark + b'{"server": {"port": 9000}}')
@@ -1587,7 +1645,7 @@ class TestRegistry:
         registry.learn("openai", problem="")
         assert (registry.lists["openai"], registry.problems) == ([], {})
 
-    @pytest.mark.parametrize(
+    @cases(
         ("payload", "ids"),
         [
             ({"object": "list", "data": [{"id": "a"}, {"id": "b"}, {"id": "a"}]}, ["a", "b"]),
@@ -1653,7 +1711,7 @@ class TestRegistry:
         assert ogx.model_entry(found)["created_at"] in ("1970-01-01T00:00:00Z",
                                                         "1970-01-01T00:00:01Z")  # fmt: skip
 
-    @pytest.mark.parametrize(
+    @cases(
         ("entry", "context", "output"),
         [
             ({"max_model_len": 40960}, 40960, None),  # vLLM
@@ -1675,7 +1733,7 @@ class TestRegistry:
 class TestRequests:
     # -- the checks
 
-    @pytest.mark.parametrize(
+    @cases(
         ("body", "words"),
         [
             ([], "the request body: expected a JSON object, got a list"),
@@ -1739,7 +1797,7 @@ class TestRequests:
     def test_an_id_may_have_256_characters(self):
         ogx.check_request(request(model="m" * 256))
 
-    @pytest.mark.parametrize("rest", [{}, {"output_config": None}, {"output_config": {}},
+    @cases("rest", [{}, {"output_config": None}, {"output_config": {}},
                                       {"output_config": {"effort": "low"}}])  # fmt: skip
     def test_the_older_output_format_is_that_of_output_config(self, rest):
         wanted = {"type": "json_schema", "schema": {"type": "object"}}
@@ -1760,7 +1818,7 @@ class TestRequests:
             ogx.check_request(body)
             assert "output_config" not in body
 
-    @pytest.mark.parametrize(
+    @cases(
         ("output_format", "words"),
         [("json", "output_format: expected an object, got a string"),
          ({"type": "json_schema"}, "output_config.format.schema: field required")],
@@ -1772,7 +1830,7 @@ class TestRequests:
     def test_counting_needs_no_max_tokens(self):
         ogx.check_request({"model": "m", "messages": [user("x")], "tools": []}, counting=True)
 
-    @pytest.mark.parametrize(
+    @cases(
         ("fields", "words"),
         [
             ({"messages": [user("a"), user([{"type": "hologram"}])]},
@@ -1809,7 +1867,7 @@ class TestRequests:
 
     CLEARED = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}  # Claude Code's own
 
-    @pytest.mark.parametrize(
+    @cases(
         ("fields", "sent", "told"),
         [
             ({"inference_geo": "eu", "banana": 1}, {}, "inference_geo, banana"),
@@ -1849,7 +1907,7 @@ class TestRequests:
         assert ogx.system_text({"system": "plain"}) == "plain"
         assert ogx.system_text({}) == ""
 
-    @pytest.mark.parametrize(
+    @cases(
         ("messages", "turns"),
         [
             ([user("a"), user("b")], [("user", ["a", "b"])]),
@@ -1951,7 +2009,7 @@ class TestRequests:
             "tool_search_tool_result", "advisor_tool_result")),
     )  # fmt: skip
 
-    @pytest.mark.parametrize(("block", "words"), BLOCKS)
+    @cases(("block", "words"), BLOCKS)
     def test_what_a_chat_model_reads_of_each_block(self, block, words):
         body = request(user("Hi."), user([block, text("So?")]))
         ogx.check_request(body)
@@ -1967,7 +2025,7 @@ class TestRequests:
     def test_every_block_type_is_in_that_table(self):
         assert {block["type"] for block, _ in self.BLOCKS} == ogx.BLOCK_TYPES
 
-    @pytest.mark.parametrize(
+    @cases(
         ("block", "words"),
         [
             (image(media_type="image/bmp"),
@@ -1990,7 +2048,7 @@ class TestRequests:
         rtf = {**pdf(), "source": {"type": "base64", "media_type": "text/rtf", "data": ""}}
         assert "text/rtf, 1 kB" in chat(request(user([rtf])), "vllm")["messages"][0]["content"]
 
-    @pytest.mark.parametrize(
+    @cases(
         ("given", "sent"),
         [
             (r'{"a":"x\ud83d"}', r'{"a":"x\ufffd"}'), (r'["\ude00"]', r'["\ufffd"]'),
@@ -2078,8 +2136,8 @@ class TestRequests:
         tracemalloc.stop()
         assert peak < 10 * len(data)
 
-    @pytest.mark.parametrize(("stops", "fits"), [
-        (["a" * 4000], True), (["a" * 4001], False), (["ab"] * 2001, False)], ids=str)
+    @cases(("stops", "fits"), [
+        (["a" * 4000], True), (["a" * 4001], False), (["ab"] * 2001, False)])
     def test_stop_sequences_are_bounded(self, stops, fits):
         body = request(stop_sequences=stops)
         if fits:
@@ -2087,9 +2145,9 @@ class TestRequests:
         else:
             assert "at most 4000 characters" in refused(ogx.check_request, body).message
 
-    @pytest.mark.parametrize(("model_id", "fits"), [
+    @cases(("model_id", "fits"), [
         ("x" * 256, True), ("\u4f60" * 256, True), ("x" * 257, False), ("a\x1b[2J", False),
-        ("a\nb", False), ("a\u202eb", False), ("a\udc9bb", False)], ids=ascii)  # fmt: skip
+        ("a\nb", False), ("a\u202eb", False), ("a\udc9bb", False)])  # fmt: skip
     def test_a_models_id_is_short_and_without_controls(self, model_id, fits):
         if fits:
             ogx.check_request(request(model=model_id))
@@ -2237,7 +2295,7 @@ class TestTokens:
             user([result("a")])))  # fmt: skip
         assert full == bare
 
-    @pytest.mark.parametrize("data", ["", "A", "\xe9"])
+    @cases("data", ["", "A", "\xe9"])
     def test_an_image_counts_as_the_largest_at_anthropic(self, data):
         assert ogx.prompt_tokens(request(user([image(data)])))[1] == 1600
 
@@ -2365,7 +2423,7 @@ class TestEvents:
         writer.tool(0, "a", "A", "")
         assert self.finished(writer)["content"][0]["input"] == {}
 
-    @pytest.mark.parametrize(
+    @cases(
         ("pieces", "shown", "stopped"),
         [
             (["abc</bl", "ock>def"], "abc", "</block>"), (["abc</bl", "aah"], "abc</blaah", None),
@@ -2390,7 +2448,7 @@ class TestEvents:
         assert message["stop_reason"] == "max_tokens"
         assert message["content"] == [text("Look:"), text(f"[A call of A that broke off: {told}]")]
 
-    @pytest.mark.parametrize("call_id", ["", "call_0", "same"])
+    @cases("call_id", ["", "call_0", "same"])
     def test_an_id_that_the_conversation_has_is_replaced(self, call_id):
         writer = self.writer(["call_0"])
         writer.tool(0, "same", "A", "{}")
@@ -2425,7 +2483,7 @@ class TestEvents:
         b"data: one\r\n\ndata: two\r\n\r",
     )
 
-    @pytest.mark.parametrize("stream", SPELLINGS)
+    @cases("stream", SPELLINGS)
     def test_events_cut_anywhere(self, stream):
         for cut in range(len(stream) + 1):
             reader = ogx.SseReader()
@@ -2434,7 +2492,7 @@ class TestEvents:
         reader = ogx.SseReader()
         assert [i for byte in stream for i in reader.feed(bytes([byte]))] == [b"one", b"two"]
 
-    @pytest.mark.parametrize("stream", SPELLINGS)
+    @cases("stream", SPELLINGS)
     def test_a_complete_event_is_never_held_back(self, stream):
         assert ogx.SseReader().feed(stream) == [b"one", b"two"]
 
@@ -2471,7 +2529,7 @@ class TestChat:
             "prompt_cache_key": ogx.conversation_key(request(metadata={"user_id": "u"})),
         }  # fmt: skip
 
-    @pytest.mark.parametrize(
+    @cases(
         ("user_id", "key"),
         [
             ('{"device_id":"d","session_id":"s-1"}', "s-1"),  # Claude Code
@@ -2628,7 +2686,7 @@ class TestChat:
         {"type": "reasoning.encrypted", "data": "enc", "id": "rs", "index": 1},
     )
 
-    @pytest.mark.parametrize("words", [(None, None), ("h", "m")])
+    @cases("words", [(None, None), ("h", "m")])
     def test_reasoning_details_come_back_whole_on_the_next_turn(self, words):
         chunks = [delta(reasoning_details=[detail], reasoning=shown)
                   for detail, shown in zip(self.DETAILS, (*words, None, None))]  # fmt: skip
@@ -2945,7 +3003,7 @@ class TestChat:
         assert "tool_choice" not in body
         assert len(chat(request(tools=tools), "vllm")["tools"]) == 130
 
-    @pytest.mark.parametrize(
+    @cases(
         ("choice", "fields"),
         [
             ({"type": "auto"}, {"tool_choice": "auto"}),
@@ -2995,7 +3053,7 @@ class TestChat:
         message = folded(delta(tool_calls=[piece]), delta("tool_calls"), body=body)
         assert message["content"][0]["name"] == names[1]
 
-    @pytest.mark.parametrize(
+    @cases(
         ("upstream_id", "fields", "effort"),
         [
             ("gpt-5.4", {"output_config": {"effort": "low"}}, "low"),
@@ -3021,7 +3079,7 @@ class TestChat:
         body = chat(request(**fields), upstream_id=upstream_id)
         assert body.get("reasoning_effort") == effort
 
-    @pytest.mark.parametrize(
+    @cases(
         ("schema", "strict"),
         [
             ({"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"],
@@ -3065,7 +3123,7 @@ class TestChat:
         assert made["function"]["parameters"] == self.CITY and "response_format" not in body
         assert body["tool_choice"]["function"]["name"] == made["function"]["name"]
 
-    @pytest.mark.parametrize(
+    @cases(
         ("way", "fields"),
         [("words", {}), ("tool", {"tools": [tool()]}),
          ("tool", {"schema": {"type": "array", "items": {}}})],
@@ -3075,7 +3133,7 @@ class TestChat:
         assert "Your last answer must be JSON alone" in body["messages"][0]["content"]
         assert "response_format" not in body and "tool_choice" not in body
 
-    @pytest.mark.parametrize(
+    @cases(
         "words",
         ['{"name": "Rome"}', '\n```json\n{"name": "Rome"}\n```', 'Sure:\n{"name": "Rome"}\nDone.',
          '<think>{</think>{"name": "Rome"}'],
@@ -3095,7 +3153,7 @@ class TestChat:
         assert [b["text"] for b in message["content"]] == ['{"name": "Rome"}']
         assert message["stop_reason"] == "end_turn"
 
-    @pytest.mark.parametrize("words", ["Rome.", '{"town": "Rome"}', '["name"]', ""])
+    @cases("words", ["Rome.", '{"town": "Rome"}', '["name"]', ""])
     def test_an_answer_of_another_shape_is_an_error(self, words):
         error = refused(translated, delta(content=words), delta("stop"), body=self.shaped(),
                         by_model=self.asking("words"))  # fmt: skip
@@ -3104,7 +3162,7 @@ class TestChat:
         )
         assert error.quote == " but: " + words  # which the client is told, and the log isn't
 
-    @pytest.mark.parametrize("last", [delta("length"), delta("content_filter"),
+    @cases("last", [delta("length"), delta("content_filter"),
                                       delta("stop", refusal="No.")])  # fmt: skip
     def test_what_was_cut_off_or_refused_is_told_as_it_is(self, last):
         message = folded(delta(content='{"nam'), last, body=self.shaped(),
@@ -3327,7 +3385,7 @@ class TestChat:
         usage = folded(delta(content="Hel"), delta(content="lo"), delta("stop"))["usage"]
         assert (usage["input_tokens"], usage["output_tokens"]) == (5, 3)
 
-    @pytest.mark.parametrize(
+    @cases(
         ("usage", "counts"),
         [
             ({"prompt_tokens": 9, "completion_tokens": 3}, (9, 3, 0, 0)),
@@ -3666,8 +3724,8 @@ class TestChat:
         check_linear(read, lambda n: [
             json.dumps(delta(tool_calls=calls)).encode() for calls in make(n)], 2500)  # fmt: skip
 
-    @pytest.mark.parametrize("begins", ["", "<think>", "<", "x"])
-    @pytest.mark.parametrize("piece", ["\n   ", " ", "<", "</thin", "word "])
+    @cases("begins", ["", "<think>", "<", "x"])
+    @cases("piece", ["\n   ", " ", "<", "</thin", "word "])
     def test_the_work_grows_with_the_text_alone(self, begins, piece):
         def read(pieces):
             splitter = ogx.ThoughtSplitter()
@@ -3704,8 +3762,8 @@ class TestChat:
 
         check_linear(ogx.message_from_events, events, 4000)
 
-    @pytest.mark.parametrize("told", [float("inf"), 1e999, -1, 1.5, "7", None, True, [], 10**20,
-                                      1 << 53, {}], ids=str)  # fmt: skip
+    @cases("told", [float("inf"), 1e999, -1, 1.5, "7", None, True, [], 10**20,
+                                      1 << 53, {}])  # fmt: skip
     def test_numbers_that_are_no_counts_are_left_out(self, told):
         usage = {"prompt_tokens": told, "completion_tokens": told,
                  "prompt_tokens_details": {"cached_tokens": told}}  # fmt: skip
@@ -3722,7 +3780,7 @@ class TestMessages:
     def raw(self, body, **options):
         return json.dumps(body, **options).encode()
 
-    @pytest.mark.parametrize("options", [{}, {"indent": 1}, {"separators": (",", ":")}])
+    @cases("options", [{}, {"indent": 1}, {"separators": (",", ":")}])
     def test_the_clients_own_bytes_go_on_with_another_models_id(self, options):
         body = request(user([text('say "model": "x"')]), new_field={"model": "y"})
         raw = self.raw(body, **options)
@@ -3839,7 +3897,7 @@ class TestMessages:
         sent = self.sent(user("a"), note, assistant("b"), user("c"))
         assert "system-reminder" not in json.dumps(sent)
 
-    @pytest.mark.parametrize(
+    @cases(
         ("content", "told"),
         [
             ([text("one"), text("two")], [text("one\ntwo")]),
@@ -3876,7 +3934,7 @@ class TestMessages:
         sent = ogx.with_model(raw, body, ogx.messages_request(body, model("vllm")))
         assert sent == raw.replace(b"openai/gpt-x", b"gpt-x", 1)
 
-    @pytest.mark.parametrize(
+    @cases(
         ("kind", "fields", "lost"),
         [
             ("vllm", {"messages": [user([pdf()])]}, {"document"}),
@@ -3968,7 +4026,7 @@ class TestMessages:
         assert stream.feed(ping + b"event: error\ndata: " + error + b"\n\n" + ping) == ping
         assert stream.ended and stream.error == error
 
-    @pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\r\r"], ids=ascii)
+    @cases("end", ["\n\n", "\r\n\r\n", "\r\r"])
     @pytest.mark.parametrize("size", [1, 2, 3, 7, 1400])
     def test_a_long_event_in_packets_is_handed_on_whole(self, end, size):
         event = f"event: x{end[: len(end) // 2]}data: {{\"a\": \"{'word ' * 300}\"}}{end}".encode()
@@ -3990,7 +4048,7 @@ class TestMessages:
                       b'"model":"', b'"model":"\\a'):  # fmt: skip
             check_linear(read, lambda n: [b"message_start" + words * n + b"\n\n"], 20_000)  # noqa: B023
 
-    @pytest.mark.parametrize(("data", "last"), [
+    @cases(("data", "last"), [
         (b'event: message_stop\ndata: {"type":"message_stop"}\n\n', True),
         (b'data: {"type": "message_stop"}\n\n', True),
         (b'data: {"a":1,"type":"message_stop"}', True),
@@ -4000,7 +4058,7 @@ class TestMessages:
         (b'event: error\r\ndata: {}\r\n\r\n', True), (b'data: {"type":"error","error":{}}', True),
         (b'event: errors\n\n', False), (b'data: {"text":"error"}\n\n', False),
         (b'data: {"a":"message_stop","b":"message_stop","type":"message_stop"}', True),
-    ], ids=str)  # fmt: skip
+    ])  # fmt: skip
     def test_what_ends_a_native_stream(self, data, last):
         assert bool(ogx.last_event(data)[1]) is last
 
@@ -4125,7 +4183,7 @@ class TestResponses:
         assert body["tool_choice"] == {"type": "function", "name": "A"}
         assert "instructions" not in body
 
-    @pytest.mark.parametrize(
+    @cases(
         ("choice", "with_another", "sent"),
         [({"type": "any"}, False, "required"), ({"type": "none"}, False, "none"),
          (None, False, "auto"),
@@ -4206,7 +4264,7 @@ class TestResponses:
         assert [b["type"] for b in message["content"]] == ["thinking", "text", "tool_use"]
         assert message["usage"]["output_tokens"] == 6
 
-    @pytest.mark.parametrize(
+    @cases(
         ("events", "reason"),
         [
             ([completed("incomplete", incomplete_details={"reason": "max_output_tokens"})],
@@ -4267,7 +4325,7 @@ class TestResponses:
         assert message["usage"]["server_tool_use"]["web_search_requests"] == 1
         assert words["citations"][0]["type"] == "web_search_result_location"
 
-    @pytest.mark.parametrize(
+    @cases(
         ("event", "status", "words"),
         [
             ({"type": "error", "code": "rate_limit_exceeded", "message": "slow"}, 429, "slow"),
@@ -4517,12 +4575,12 @@ class TestRemedies:
         ("messages: something else entirely", LIMIT, "None"),
     )  # fmt: skip
 
-    @pytest.mark.parametrize(("words", "body", "lesson"), CASES)
+    @cases(("words", "body", "lesson"), CASES)
     def test_what_a_refusal_teaches(self, words, body, lesson):
         made = ogx.lesson_from_refusal(ogx.Refusal(400, words), body, model("openrouter"))
         assert str(made) == lesson
 
-    @pytest.mark.parametrize(
+    @cases(
         ("words", "row", "status"),
         [
             ("Tool call id was call_1 but must be a-z, A-Z, 0-9, with a length of 9.",
@@ -4625,7 +4683,7 @@ class TestRemedies:
     )  # fmt: skip
 
     @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
-    @pytest.mark.parametrize(("words", "named"), NAMING, ids=range(len(NAMING)))
+    @cases(("words", "named"), NAMING)
     def test_a_refused_schema_first_loses_what_the_words_name(self, words, named, dialect):
         refusal = ogx.Refusal(400, words)
         lesson = ogx.lesson_from_refusal(refusal, self.tools_body(dialect), model("vllm"))
@@ -4663,7 +4721,7 @@ class TestRemedies:
     )  # fmt: skip
 
     @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
-    @pytest.mark.parametrize(("words", "status"), VAGUE, ids=range(len(VAGUE)))
+    @cases(("words", "status"), VAGUE)
     def test_then_all_that_constrains_then_its_odd_forms_and_no_more(self, words, status, dialect):
         body_of = functools.partial(self.tools_body, dialect)
         assert self.steps(words, body_of, status) == [
@@ -4732,7 +4790,7 @@ class TestRemedies:
     )  # fmt: skip
 
     @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
-    @pytest.mark.parametrize("words", NO_SCHEMA, ids=range(len(NO_SCHEMA)))
+    @cases("words", NO_SCHEMA)
     def test_other_words_with_tools_in_them_leave_schemas_alone(self, words, dialect):
         for status in (400, 422, 500):
             lesson = ogx.lesson_from_refusal(
@@ -4749,7 +4807,7 @@ class TestRemedies:
         refusal = ogx.Refusal(status, words)
         assert ogx.lesson_from_refusal(refusal, self.tools_body(), model("vllm")) is None
 
-    @pytest.mark.parametrize("tools", [None, [], [{}], [{"type": "web_search"}]])
+    @cases("tools", [None, [], [{}], [{"type": "web_search"}]])
     def test_without_schemas_there_is_nothing_to_make_plainer(self, tools):
         refusal = ogx.Refusal(400, "Invalid schema for function 'X'")
         assert ogx.lesson_from_refusal(refusal, {"tools": tools}, model("vllm")) is None
@@ -4827,7 +4885,7 @@ class TestRemedies:
         lesson = ogx.lesson_from_refusal(ogx.Refusal(400, words), {}, model("deepseek"))
         assert (lesson.field, lesson.value) == ("reasoning_echo", "")
 
-    @pytest.mark.parametrize(
+    @cases(
         ("lesson", "before", "after"),
         [
             (("clamp", "n", 5), {"n": 9}, {"n": 5}), (("clamp", "n", 5), {"n": 3}, {"n": 3}),
@@ -4946,7 +5004,7 @@ class TestRemedies:
         "Invalid schema for function 'x': In context=('properties', 'ids'), array missing items.",
     )  # fmt: skip
 
-    @pytest.mark.parametrize(("words", "prompt", "limit"), TOO_LONG, ids=range(len(TOO_LONG)))
+    @cases(("words", "prompt", "limit"), TOO_LONG)
     @pytest.mark.parametrize("status", [400, 413, 422, 500])
     def test_a_prompt_that_is_too_long_is_known_by_any_words(self, words, prompt, limit, status):
         refusal = ogx.Refusal(status, words)
@@ -4964,7 +5022,7 @@ class TestRemedies:
         error = ogx.overflow_error(ogx.Refusal(400, "Prompt exceeds max length"), estimate, window)
         assert error.message == f"prompt is too long: {told}"
 
-    @pytest.mark.parametrize(("words", "prompt", "limit"), FITS, ids=range(len(FITS)))
+    @cases(("words", "prompt", "limit"), FITS)
     def test_a_prompt_that_fits_gets_what_is_left_for_its_answer(self, words, prompt, limit):
         refusal, body = ogx.Refusal(400, words), {"max_tokens": 32000}
         lesson = ogx.lesson_from_refusal(refusal, body, model("vllm"))
@@ -5006,7 +5064,7 @@ class TestRemedies:
         assert (str(lesson), lesson.keep) == (f"clamp max_tokens to {most}", True)
         assert ogx.overflow_error(refusal, 99999, 500, asked) is None
 
-    @pytest.mark.parametrize("words", OTHER_LIMITS, ids=range(len(OTHER_LIMITS)))
+    @cases("words", OTHER_LIMITS)
     @pytest.mark.parametrize("status", [400, 422, 500])
     def test_other_limits_are_neither_a_prompts_nor_an_answers(self, words, status):
         refusal = ogx.Refusal(status, words)
@@ -5075,7 +5133,7 @@ class TestRemedies:
             seen.add(told[0])
         assert seen == {"overflow", "room", "output", ""}
 
-    @pytest.mark.parametrize("unit", [
+    @cases("unit", [
         "context ", "exceed", "a_", "a.a.", "'a b c ", "1,111,", "max ", "message': '", "tokens.\n",
         "use ", "stop parameter: ", "tools.0.custom", "prompt max exceed only 12345 ", "<", "beta ",
         "one of ", "insufficient ", "balance ", "stream ", "only ", "reasoning ", "must ", "[0]",
@@ -5115,7 +5173,7 @@ class TestRemedies:
         ("Setting a reasoning effort is not supported here.", "medium", "drop {}"),
     )
 
-    @pytest.mark.parametrize(("words", "asked", "lesson"), EFFORTS, ids=range(len(EFFORTS)))
+    @cases(("words", "asked", "lesson"), EFFORTS)
     @pytest.mark.parametrize("status", [400, 500])
     @pytest.mark.parametrize("native", [False, True], ids=["chat", "native"])
     def test_an_effort_that_is_taken_is_asked_for(self, words, asked, lesson, status, native):
@@ -5221,7 +5279,7 @@ class TestRemedies:
         body = {"anthropic-beta": self.BETA}
         assert ogx.lesson_from_refusal(ogx.Refusal(400, words), body, model("messages")) is None
 
-    @pytest.mark.parametrize(("words", "asked", "other"), [
+    @cases(("words", "asked", "other"), [
         ("thinking: Input tag 'adaptive' found using 'type' does not match any of the expected "
          "tags: 'disabled', 'enabled'", "adaptive", "enabled"),
         ("thinking.type: Input should be 'enabled' or 'disabled'", "adaptive", "enabled"),
@@ -5288,7 +5346,7 @@ class TestRemedies:
     def test_other_words_about_streams_teach_nothing(self, words):
         assert ogx.lesson_from_refusal(ogx.Refusal(400, words), {}, model()) is None
 
-    @pytest.mark.parametrize(
+    @cases(
         ("words", "told"),
         [
             ("This model's maximum context length is 4097 tokens. However, your messages resulted "
@@ -5348,7 +5406,7 @@ class TestLog:
         assert path.read_text("utf-8").endswith(" model '?', \xe9\n")
         assert capsys.readouterr().err == ""
 
-    @pytest.mark.parametrize("control", CONTROLS, ids=ascii)
+    @cases("control", CONTROLS)
     def test_no_control_character_is_logged_or_said(self, control, tmp_path, capsys):
         path = tmp_path / "log"
         with logging_to(str(path)) as logger:
@@ -5371,7 +5429,7 @@ class TestLog:
         assert words in (tmp_path / "log").read_text("utf-8")
         assert words in capsys.readouterr().out
 
-    @pytest.mark.parametrize("words", ["one\n2026-01-01 00:00:00,000 req_1 GET / 200", "a\r\nb\n"])
+    @cases("words", ["one\n2026-01-01 00:00:00,000 req_1 GET / 200", "a\r\nb\n"])
     def test_no_words_make_a_line_of_their_own(self, words, tmp_path):
         with logging_to(str(tmp_path / "log")) as logger:
             logger.info("error: %s", words)
@@ -5383,7 +5441,7 @@ class TestLog:
         stamped = [line for line in lines if re.match(r"\d{4}-\d\d-\d\d ", line)]
         assert len(stamped) == 2 and all(line.startswith("  ") for line in lines[2:])
 
-    @pytest.mark.parametrize("letter", ["a", "\xe9", "\u4f60"])
+    @cases("letter", ["a", "\xe9", "\u4f60"])
     def test_lines_are_bounded(self, letter, tmp_path):
         with logging_to(str(tmp_path / "log")) as logger:
             logger.info("%s", letter * 100_000)
@@ -5867,7 +5925,7 @@ class TestStore:
             ratios.learn(model(), prompt, ogx.Usage(100, 7, cache_read=600, cache_written=200))
         assert ratios.estimate(model(), prompt) == 900
 
-    @pytest.mark.parametrize(
+    @cases(
         ("prompt", "usage"),
         [
             ((1000.0, 0), None),  # nothing told
@@ -6046,7 +6104,7 @@ class TestSigning:
         assert error.status == 401 and str(tmp_path / "credentials") in error.message
         assert "top-secret-key" not in error.message
 
-    @pytest.mark.parametrize(
+    @cases(
         ("environ", "region"),
         [({}, "eu-west-3"), ({"AWS_PROFILE": "work"}, "ap-south-1"),
          ({"AWS_PROFILE": "none"}, ""), ({"AWS_REGION": "us-west-2"}, "us-west-2"),
@@ -6307,7 +6365,7 @@ class TestUpstream:
         (b"content-encoding: gzip\r\nconnection: close\r\n\r\n" + gzip.compress(b"hello world")),
     )
 
-    @pytest.mark.parametrize("rest", BODIES)
+    @cases("rest", BODIES)
     def test_bodies_of_every_framing_cut_anywhere(self, rest):
         data = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n" + rest
         for cut in range(0, len(data), 7):
@@ -6319,7 +6377,7 @@ class TestUpstream:
             with FakeUpstream(answer) as fake:
                 assert self.read_all(self.open(ogx.Upstream(), fake.url)) == b"hello world"
 
-    @pytest.mark.parametrize(
+    @cases(
         ("answer", "words"),
         [
             (b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\nhello", "in the middle of its answer"),
@@ -6586,7 +6644,7 @@ class TestUpstream:
         )  # fmt: skip
         assert error.headers == {"x-should-retry": "false"}  # it gets no better by itself
 
-    @pytest.mark.parametrize("proxy", ["http://socks5.test:1", "socks.test:1080", ""])
+    @cases("proxy", ["http://socks5.test:1", "socks.test:1080", ""])
     def test_a_proxy_that_only_sounds_like_socks_is_used(self, monkeypatch, proxy):
         monkeypatch.delenv("no_proxy", raising=False)
         monkeypatch.setenv("http_proxy", proxy)
@@ -6652,7 +6710,7 @@ class TestUpstream:
     def test_loopback_by_its_spelling(self, host):
         assert ogx.is_loopback(host)
 
-    @pytest.mark.parametrize("host", ["128.0.0.1", "localhost.evil.com", "::2", "evil", ""])
+    @cases("host", ["128.0.0.1", "localhost.evil.com", "::2", "evil", ""])
     def test_other_hosts_are_not(self, host):
         assert not ogx.is_loopback(host)
 
@@ -6696,7 +6754,7 @@ class TestDiscovery:
                 status, _, body = client.post(request(model="vllm/m"))
         assert status == 502 and "can't reach vllm" in body["error"]["message"]
 
-    @pytest.mark.parametrize(
+    @cases(
         ("answer", "problem"),
         [
             ((401, {"error": {"message": "Incorrect key sk-secret-1234"}}),
@@ -6778,7 +6836,7 @@ class TestDiscovery:
         assert problems == {"openai": "its model list could not be read"}
         assert "ZeroDivisionError" in caplog.text
 
-    @pytest.mark.parametrize(
+    @cases(
         ("status", "native"),
         [(400, True), (422, True), (404, False), (501, False), (401, None), (200, None)],
     )
@@ -6826,7 +6884,7 @@ class TestGateway:
         assert message["id"][4:] == headers["request-id"][4:]  # so the log's line is found by it
         assert upstream.seen[0]["model"] == "gpt-x" and "stream" not in upstream.seen[0]
 
-    @pytest.mark.parametrize(("shows", "kinds"), [(True, ["thinking", "text"]), (False, ["text"])])
+    @cases(("shows", "kinds"), [(True, ["thinking", "text"]), (False, ["text"])])
     @pytest.mark.parametrize("display", ["omitted", "summarized"])
     def test_thinking_is_shown_unless_the_config_and_the_client_agree(self, shows, kinds, display):
         kinds = kinds if display == "omitted" else ["thinking", "text"]
@@ -6837,7 +6895,7 @@ class TestGateway:
             _, _, message = client.post(request(thinking=thinking))
         assert [block["type"] for block in message["content"]] == kinds
 
-    @pytest.mark.parametrize("thinking", [{"type": "enabled", "budget_tokens": 5000},
+    @cases("thinking", [{"type": "enabled", "budget_tokens": 5000},
                                           {"type": "adaptive"}, {"type": "disabled"}])
     @pytest.mark.parametrize("upstream_id", ["gpt-x", "o3"])
     def test_thinking_asked_of_a_model_that_does_not_reason_is_no_error(
@@ -7021,7 +7079,7 @@ class TestGateway:
         assert event["request_id"] == headers["request-id"]
 
     @pytest.mark.parametrize("stream", [True, False])
-    @pytest.mark.parametrize(
+    @cases(
         ("answer", "status", "words"),
         [
             ((429, {"error": {"message": "slow"}}), 429, "slow (from openai, model gpt-x)"),
@@ -7107,7 +7165,7 @@ class TestGateway:
         ]  # fmt: skip
         assert "in the middle of its answer" in events[-1]["error"]["message"]
 
-    @pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\n", CHUNKED, CHUNKED + b"5\r\nd"])
+    @cases("sent", [b"", b"HTTP/1.1 200 OK\r\n", CHUNKED, CHUNKED + b"5\r\nd"])
     def test_a_reset_is_an_error_wherever_it_comes(self, sent):
         def answer(fake, connection):
             connection.sendall(sent)
@@ -7162,7 +7220,7 @@ class TestGateway:
         assert upstream.seen[0]["stop"] == ["</block>"]
 
     @pytest.mark.parametrize("stream", [True, False])
-    @pytest.mark.parametrize("sent", [
+    @cases("sent", [
         b"", b"HTTP/1.1 200 OK\r\n\r\n" + sse(delta(content="a"), done=False),
         b"HTTP/1.1 500 X\r\ncontent-length: 9\r\n\r\n{",
     ])  # fmt: skip
@@ -7281,7 +7339,7 @@ class TestGateway:
             assert client.post(request(top_p=0.5, stream=True))[0] == 200
         assert ["top_p" in body for body in upstream.seen] == [True, False]
 
-    @pytest.mark.parametrize("first", [delta(role="assistant", content=""), {"choices": []}])
+    @cases("first", [delta(role="assistant", content=""), {"choices": []}])
     def test_an_error_after_an_empty_first_chunk_can_still_be_remedied(self, first):
         refusal = sse(first, {"error": {"message": "Unsupported parameter: 'top_p'", "code": 400}})
         with gateway_over(refusal, said()) as (client, upstream):
@@ -7619,7 +7677,7 @@ class TestGateway:
         with gateway_over(lambda *_: None, said(), retries=3) as (client, _):
             assert client.post(request())[0] == 200
 
-    @pytest.mark.parametrize(
+    @cases(
         ("answer", "requests"),
         [
             ((503, {"error": {"message": "busy"}}), 4),  # three retries
@@ -7695,13 +7753,13 @@ class TestGateway:
                 yield client, one, two
 
     @pytest.mark.parametrize("stream", [True, False])
-    @pytest.mark.parametrize(
+    @cases(
         "answer",
         [
             (429, {"error": {"message": "slow"}}), (503, {"error": {"message": "busy"}}),
             (429, {"error": {"message": "m", "code": "insufficient_quota"}}),
             (402, {"error": {"message": "pay"}}),
-            lambda fake, connection: connection.sendall(b"HTTP/1.1 "),
+            pytest.param(lambda fake, connection: connection.sendall(b"HTTP/1.1 "), id="cut off"),
         ],
     )  # fmt: skip
     def test_the_next_target_takes_over_and_the_failed_one_rests(self, answer, stream):
@@ -7763,7 +7821,7 @@ class TestGateway:
         with gateway_over(answer) as (client, _):
             assert client.post(request())[2]["content"][0]["text"] == "Hi."
 
-    @pytest.mark.parametrize(
+    @cases(
         "fields",
         [
             {"output_config": {"format": {"type": "json_schema", "schema": {
@@ -7797,7 +7855,7 @@ class TestGateway:
             ogx.responses_request(body, model("openai", "gpt-5.5"))
         assert "Traceback" not in caplog.text
 
-    @pytest.mark.parametrize(
+    @cases(
         "answer",
         [
             sse({"choices": [{"delta": {}, "finish_reason": ["stop"]}]}),
@@ -8190,7 +8248,7 @@ class TestGateway:
         assert paths == ["/v1/chat/completions", "/openai/v1/chat/completions",
                          *["/openai/v1/responses"] * 2]  # fmt: skip
 
-    @pytest.mark.parametrize(
+    @cases(
         ("refusal", "status", "error_type", "words"),
         [
             ((403, {"message": "The security token included in the request is expired"}), 401,
@@ -8263,7 +8321,7 @@ class TestGateway:
         assert (status, body, headers["retry-after"]) == (429, theirs, "3")
         assert not [h for h in headers if "ratelimit" in h]
 
-    @pytest.mark.parametrize(
+    @cases(
         ("answer", "status", "words"),
         [
             ((401, {"error": "Unauthorized"}), 401, "Unauthorized (from vllm, model gpt-x); check"),
@@ -8323,7 +8381,7 @@ class TestGateway:
                 assert 1 <= client.post(body, self.COUNTED)[2]["input_tokens"] < 20
         assert [path for path, _ in upstream.heads] == [self.COUNTED, "/tokenize"]
 
-    @pytest.mark.parametrize(
+    @cases(
         ("kind", "dialect", "paths", "answers", "last"),
         [
             ("vllm", "chat", ["/tokenize"], [{"count": 7, "tokens": [1] * 7}],
@@ -8353,7 +8411,7 @@ class TestGateway:
             assert len(upstream.seen) == len(paths) + 1
             assert "weather" in json.dumps(upstream.seen[-1]["tools"])
 
-    @pytest.mark.parametrize("answer", [(500, {}), (400, {"error": "no"}), {"tokens": []}, b"", {},
+    @cases("answer", [(500, {}), (400, {"error": "no"}), {"tokens": []}, b"", {},
                                         {"count": "7"}])  # fmt: skip
     def test_a_count_that_fails_is_estimated_and_asked_for_again(self, answer):
         with gateway_over(answer, {"count": 70}, kind="vllm") as (client, _):
@@ -8444,7 +8502,7 @@ class TestGateway:
         with gateway_over(models="ab", store=ogx.Store(path)) as (client, _):
             assert len(client.get("/v1/models")[2]["data"]) == 2
 
-    @pytest.mark.parametrize(
+    @cases(
         ("body", "status", "words"),
         [
             ([], 400, "expected a JSON object"),
@@ -8465,7 +8523,6 @@ class TestGateway:
             ({"model_id": "a" * 256}, 200, ""),
             ({"model_id": "ein Name/mit: Zeichen é"}, 200, ""),
         ],
-        ids=lambda value: str(value)[:60],
     )  # fmt: skip
     def test_what_may_be_registered(self, body, status, words):
         with gateway_over() as (client, _):
@@ -8633,7 +8690,7 @@ class TestGateway:
         assert [e["id"] for e in listing["data"]] == [f"openai/{i}" for i in ids]
         assert listing["has_more"] is has_more
 
-    @pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=1001", "after_id=nope",
+    @cases("query", ["limit=0", "limit=x", "limit=1001", "after_id=nope",
                                        "limit=" + "9" * 5000])  # fmt: skip
     def test_a_wrong_page_is_told(self, query):
         with gateway_over() as (client, _):
@@ -8766,7 +8823,7 @@ class TestServer:
             answer = client.raw(head.encode() + body)
         assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
 
-    @pytest.mark.parametrize(
+    @cases(
         ("body", "words"),
         [
             (b"", "the request has no body"),
@@ -8874,7 +8931,7 @@ class TestServer:
             answer = client.raw(head.encode() + b"x" * 100_000, shut=True)
         assert answer.startswith(b"HTTP/1.1 413 ") and b'"request_too_large"' in answer
 
-    @pytest.mark.parametrize(
+    @cases(
         "head",
         [
             "POST / HTTP/1.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked",
@@ -8899,7 +8956,7 @@ class TestServer:
         assert re.findall(rb"HTTP/1\.1 (\d+)", answer) == [b"400"]
         assert b"connection: close" in answer and b'"type":"error"' in answer
 
-    @pytest.mark.parametrize(
+    @cases(
         ("head", "body", "answers"),
         [
             ("{head}content-length: {length}", "{body}", [b"200", b"200"]),
@@ -8949,7 +9006,7 @@ class TestServer:
             )
         assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200"] * 5
 
-    @pytest.mark.parametrize("space", ["", " ", "\t", " \t"])
+    @pytest.mark.parametrize("space", ["", " ", "\t", " \t"], ids=["none", "one", "tab", "two"])
     def test_space_after_a_length_changes_nothing_when_it_comes_again(self, space):
         body = json.dumps(request(user("DELETE /v1/models/x HTTP/1.1")))
         head = "POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n" \
@@ -8959,9 +9016,9 @@ class TestServer:
             got = client.raw((2 * (head + body) + last).encode("latin-1"))
         assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200"] * 3 and len(upstream.seen) == 2
 
-    @pytest.mark.parametrize(("field", "status"), [("x-api-key: guess", b"401"),
+    @cases(("field", "status"), [("x-api-key: guess", b"401"),
                                                    ("origin: http://evil", b"403")])  # fmt: skip
-    @pytest.mark.parametrize("again", [
+    @cases("again", [
         "{head}\r\n\r\n", "{head}\r\n{length}\r\n\r\n{body}", "\n{length}\r\n\r\n{body}",
         "{length}\r\n\r\n{body}", "\r\n{head}\r\n{length}\r\n\r\n{body}"])  # fmt: skip
     def test_a_head_that_is_kept_out_is_so_again(self, field, status, again):
@@ -9004,7 +9061,7 @@ class TestServer:
                 answer = b"".join(iter(lambda: sock.recv(65536), b""))
         assert answer.startswith(b"HTTP/1.1 200 ")
 
-    @pytest.mark.parametrize(
+    @cases(
         ("line", "status"),
         [
             ("", 400), ("host: localhost\r\nhost: localhost", 400), ("host: a, b", 400),
@@ -9028,8 +9085,8 @@ class TestServer:
                 head = f"GET / HTTP/1.1\r\nhost: localhost\r\n{field}\r\n\r\n".encode("latin-1")
                 assert client.raw(head, shut=True).startswith(b"HTTP/1.1 401 ")
 
-    @pytest.mark.parametrize("line", ["content-length: 5\xa0", "transfer-encoding: chunked\xa0",
-                                      "transfer-encoding:\x85chunked"], ids=ascii)  # fmt: skip
+    @cases("line", ["content-length: 5\xa0", "transfer-encoding: chunked\xa0",
+                                      "transfer-encoding:\x85chunked"])  # fmt: skip
     def test_other_white_space_is_part_of_a_length(self, line):
         head = f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n{line}\r\n\r\n"
         with gateway_over() as (client, _):
@@ -9055,7 +9112,7 @@ class TestServer:
             got, _, body = client.post(request(), path)
         assert got == status and words in json.dumps(body)
 
-    @pytest.mark.parametrize(
+    @cases(
         ("headers", "status"),
         [
             ({"host": "localhost:1"}, 200),
@@ -9155,7 +9212,7 @@ class TestServer:
         finally:
             server.stop()
 
-    @pytest.mark.parametrize(
+    @cases(
         ("headers", "status"),
         [
             ({}, 401), ({"authorization": "Bearer wrong"}, 401), ({"x_api_key": ""}, 401),
@@ -9179,7 +9236,7 @@ class TestServer:
 
     HEAD = b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n"
 
-    @pytest.mark.parametrize(
+    @cases(
         ("begin", "drop", "answer"),
         [
             (HEAD, b"x", b""),
@@ -9858,7 +9915,7 @@ class TestServer:
                 until(lambda: len(upstream.seen) == 2)
             assert upstream.client_left.wait(5)
 
-    @pytest.mark.parametrize("flood", [
+    @cases("flood", [
         b"\r\n" * 50_000, HEAD + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 50_000,
     ])  # fmt: skip
     def test_who_sends_without_end_holds_up_no_one(self, flood):
@@ -9982,7 +10039,7 @@ class TestServer:
             assert status in (200, 400, 429, 500, 502) and got
 
     @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clock of a thread")
-    @pytest.mark.parametrize("piece", [b"x" * 1400, b'"type":', b"error ", b'"message_stop",'])
+    @cases("piece", [b"x" * 1400, b'"type":', b"error ", b'"message_stop",'])
     def test_no_native_answer_holds_up_others(self, piece):
         begin = native_stream().split(b"event: content_block_stop")[0] + b'event: x\ndata: {"a":"'
         answer = flood(ENDLESS + begin, piece * (100_000 // len(piece)), 80, b'"}\n\n')
@@ -10352,8 +10409,7 @@ class TestConnect:
         for (name, value), line in zip(plan.set.items(), lines):
             assert self.powershell_strings(line) == ([value], f"$env:{name} = ")
 
-    @pytest.mark.parametrize("odd", ["\0", "a\0b", "a\nb", "a\rb", "\ud800", "a\udfffb", "\x1b[J"],
-                             ids=ascii)  # fmt: skip
+    @cases("odd", ["\0", "a\0b", "a\nb", "a\rb", "\ud800", "a\udfffb", "\x1b[J"])  # fmt: skip
     def test_what_no_environment_can_hold_is_told_and_not_printed(self, odd, claude, capfd):
         good = {"id": "good", "custom_metadata": {"model_type": "llm"}}
         listing = {"data": [{"id": odd}, good], "tiers": {"opus": odd}}
@@ -10368,7 +10424,7 @@ class TestConnect:
         plan = self.plan({"data": [{"id": odd}, good]})
         assert self.tiers(plan) == ["good"] * 4
 
-    @pytest.mark.parametrize(
+    @cases(
         ("given", "url"),
         [
             ({}, "http://localhost:8321"),
@@ -10415,7 +10471,7 @@ class TestConnect:
         alias = {"id": "claude-haiku-4-5", "custom_metadata": {"alias_of": "a"}}
         assert name not in self.plan({"data": [{"id": "a"}, alias]}).set
 
-    @pytest.mark.parametrize(
+    @cases(
         ("arguments", "interactive"),
         [
             ([], True), (["hello there"], True), (["--continue"], True), (["--model", "x"], True),
@@ -10428,7 +10484,7 @@ class TestConnect:
     def test_when_the_permission_mode_is_ours_to_choose(self, arguments, interactive):
         assert ogx.is_interactive(["claude", *arguments]) is interactive
 
-    @pytest.mark.parametrize(
+    @cases(
         ("arguments", "rest", "value"),
         [
             (["-p", "x"], ["-p", "x"], ""),
@@ -10548,8 +10604,8 @@ class TestConnect:
         (tmp_path / "settings.json").write_bytes(data)
         assert ogx.read_settings(str(tmp_path / "settings.json")) == {"a": 1}
 
-    @pytest.mark.parametrize("text", ["", "{", "[1]", "1", "null", "\0", "{" * 9999,
-                                      '{"a":' * 99999], ids=lambda text: text[:5] or "-")
+    @cases("text", ["", "{", "[1]", "1", "null", "\0", "{" * 9999,
+                                      '{"a":' * 99999])
     def test_settings_that_are_none(self, tmp_path, text):
         path = tmp_path / "settings.json"
         path.write_text(text)
@@ -10683,7 +10739,7 @@ class TestConnect:
         content = [{**call, "input": given}]
         return [{"type": "message_start", "message": {"content": content}}]
 
-    @pytest.mark.parametrize(
+    @cases(
         ("status", "body", "verdict"),
         [
             (200, USES, "works, tools too"),
@@ -10728,7 +10784,6 @@ class TestConnect:
             (503, b'{"error": {"message": "a\\nb"}}', "a b"),
             (500, b"\xff\xfe\x00", "Internal Server Error"),
         ],
-        ids=lambda value: re.sub(r"\s+", " ", repr(value))[:24],
     )  # fmt: skip
     def test_check_tells_any_answer_in_a_line_for_each_tier(self, capfd, status, body, verdict):
         if isinstance(body, list):
@@ -10746,7 +10801,7 @@ class TestConnect:
         assert two.endswith(f"{verdict} (sonnet, opus, fable)")
         assert (code, err) == (int(not verdict.startswith("works")), "")
 
-    @pytest.mark.parametrize(
+    @cases(
         "listing",
         [b"5", b"[]", b"{", b'{"data": 5}', b'{"data": ' + b"[" * 100_000, b"\xff", b"",
          b" " * 10**6,
@@ -10754,7 +10809,6 @@ class TestConnect:
          b'{"data": [[], 5, null, {}]}',
          b'{"data": [{"id": 5}, {"id": ""}, {"id": null}, {"id": {}}, {"id": ["a"]}]}',
          b'{"data": [{"id": "%s"}]}' % (b"m" * 257), b'{"data": [{"id": "a\\u0000"}]}'],
-        ids=lambda data: data[:40].decode("latin-1"),
     )  # fmt: skip
     @pytest.mark.parametrize("flag", ["--print-env", "--check", "--quiet"])
     def test_model_lists_of_any_shape_are_one_clear_error(self, claude, capfd, listing, flag):
@@ -10785,7 +10839,7 @@ class TestConnect:
     # -- the program that is launched
 
     @pytest.mark.skipif(os.name == "nt", reason="absolute paths are written otherwise")
-    @pytest.mark.parametrize("path", ["", ":", "::/no/such", ".", "/no:", "bin", "./bin:.", None])
+    @cases("path", ["", ":", "::/no/such", ".", "/no:", "bin", "./bin:.", None])
     def test_no_program_of_the_working_directory_is_run(self, claude, monkeypatch, path):
         (claude / "project/bin").mkdir()
         for folder in ("project", "project/bin"):
@@ -10929,7 +10983,7 @@ print(json.dumps(told))
         assert first.startswith(f"Failed to connect to OGX server at http://127.0.0.1:{port}: ")
         assert second.startswith("Start the server first with: ") and second.endswith(" run")
 
-    @pytest.mark.parametrize(
+    @cases(
         ("answer", "words"),
         [((404, "no"), "(HTTP 404)"), ((200, [1]), ": it doesn't answer with a model list"),
          ((200, {"data": []}), "Failed to find any LLM models on the OGX server.")],
