@@ -23,6 +23,7 @@ import os
 import random
 import re
 import select
+import selectors
 import shlex
 import shutil
 import signal
@@ -520,6 +521,22 @@ def gateway_over(*answers, kind="openai", models=("gpt-x",), native=False, **opt
         provider(kind, upstream.url), **options
     ) as client:
         yield client, upstream
+
+
+def ask_for_token(server, token):
+    server.guard = dataclasses.replace(server.guard, token=token.encode())
+
+
+@contextlib.contextmanager
+def translating(function):
+    """Have requests for chat translated by function(usual translation, request, model)."""
+    usual = ogx.DIALECTS["chat"]
+    ogx.DIALECTS["chat"] = dataclasses.replace(
+        usual, request=lambda *arguments: function(usual.request, *arguments))
+    try:
+        yield
+    finally:
+        ogx.DIALECTS["chat"] = usual
 
 
 def cpu(work, *args):
@@ -5398,6 +5415,331 @@ CONTROLS = "\x00\x07\x08\x09\x0b\x0d\x1b\x1f\x7f\x80\x9b\x9f\u2028\u2029\u202a\u
            "\ud800\udfff"  # fmt: skip
 
 
+class TestHTTP:
+    READERS = {
+        "sized": (lambda: ogx.SizedBody(11), b"hello worldREST", (b"hello world", True, b"REST")),
+        "sized, cut off": (lambda: ogx.SizedBody(11), b"hello", (b"hello", False, b"")),
+        "none": (lambda: ogx.SizedBody(0), b"REST", (b"", True, b"REST")),
+        "endless": (ogx.EndlessBody, b"hello world", (b"hello world", False, b"")),
+        "chunked": (ogx.ChunkedBody, b"5\r\nhello\r\n6;x=y\r\n world\r\n0\r\na: b\r\n\r\nREST",
+                    (b"hello world", True, b"REST")),
+        "chunked with line feeds": (ogx.ChunkedBody, b"5\nhello\n 6 \n world\n0\n\nREST",
+                                    (b"hello world", True, b"REST")),
+        "chunked, cut off": (ogx.ChunkedBody, b"5\r\nhello\r\n6\r\n wor", (b"hello wor", False, b"")),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("reader", READERS)
+    @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+    def test_bodies_are_the_same_however_they_are_cut(self, reader, size):
+        make, data, expected = self.READERS[reader]
+        body, payload, rest = make(), b"", b""
+        for at in range(0, len(data), size):
+            if body.done:
+                rest += data[at : at + size]
+                continue
+            payload += body.feed(data[at : at + size])
+        assert (payload, body.done, body.rest + rest) == expected
+        if body.done or make is ogx.EndlessBody:
+            body.end()
+            assert body.done
+        else:
+            assert refused(body.end).status == 502
+
+    @cases(
+        ("data", "words"),
+        [(b"zz\r\n", "isn't hexadecimal"), (b"2\r\nhello\r\n", "longer than it said"),
+         (b"-1\r\n", "isn't hexadecimal"), (b"0" * 70_000, "a line is too long"),
+         (b"0\r\n" + b"a: b\r\n" * 20_000, "too many trailers")],
+    )  # fmt: skip
+    def test_broken_chunks_are_refused(self, data, words):
+        error = refused(ogx.ChunkedBody().feed, data)
+        assert error.status == 400 and words in error.message
+
+    @cases(
+        ("status", "headers", "kind"),
+        [
+            (200, {"content-length": "5"}, ogx.SizedBody),
+            (200, {"content-length": "5, 5"}, ogx.SizedBody),  # some servers send it twice
+            (200, {"transfer-encoding": "gzip, chunked", "content-length": "5"}, ogx.ChunkedBody),
+            (200, {}, ogx.EndlessBody), (204, {}, ogx.SizedBody), (304, {}, ogx.SizedBody),
+        ],
+    )  # fmt: skip
+    def test_the_framing_of_an_answer(self, status, headers, kind):
+        assert type(ogx.answer_body(status, headers)) is kind
+
+    @cases(
+        ("headers", "status"),
+        [
+            ({"transfer-encoding": "chunked", "content-length": "5"}, 400),
+            ({"transfer-encoding": "gzip, chunked"}, 400), ({"content-length": "5, 5"}, 400),
+            ({"content-length": "+5"}, 400), ({"content-length": ""}, 400),
+            ({"content-length": "101"}, 413),
+        ],
+    )  # fmt: skip
+    def test_smuggling_and_large_requests_are_refused_by_their_framing(self, headers, status):
+        assert refused(ogx.request_body, headers, 100).status == status
+
+    @cases(
+        ("line", "headers", "closes"),
+        [
+            ("1.1", "", False), ("1.1", "connection: close", True), ("1.0", "", True),
+            ("1.1", "Connection: x, Close", True), ("1.0", "connection: Keep-Alive", False),
+            ("1.0", "connection: keep-alive\r\ntransfer-encoding: chunked", True),
+            ("1.1", "connection: closed", False),
+        ],
+    )  # fmt: skip
+    def test_who_keeps_a_connection_alive(self, line, headers, closes):
+        head = f"GET /a?b HTTP/{line}\r\nhost: x\r\n{headers}\r".replace("\r\n\r", "\r")
+        parsed = ogx.request_head(head.encode())
+        assert (parsed.method, parsed.target, parsed.closes) == ("GET", "/a?b", closes)
+
+    @pytest.mark.parametrize("piece", [1, 3, 1000])
+    @cases(
+        ("data", "items"),
+        [
+            (b"\n\n" + sse({"a": 1}, done=False), [b'{"a": 1}']),
+            (b" \n {\n\n\"a\": 1}", [b" \n {\n\n\"a\": 1}"]), (b"<html>", [b"<html>"]),
+            (b"data: x\n\ndata: y", [b"x", b"y"]), (b"", []), (b" \n", []),
+        ],
+    )  # fmt: skip
+    def test_answers_are_events_or_one_body_whatever_they_call_themselves(self, piece, data, items):
+        reader, read = ogx.AnswerReader(), []
+        for at in range(0, len(data), piece):
+            read += reader.feed(data[at : at + piece])
+        assert read + reader.end() == items
+
+
+class TestLoop:
+    """With toy tasks: what a Wait, OTHERS_FIRST and MAY_BLOCK mean, and who runs what."""
+
+    @pytest.fixture
+    def loop(self):
+        loop = ogx.Loop()
+        thread = threading.Thread(target=loop.run, name="loop")
+        thread.start()
+        yield loop
+        loop.close()
+        thread.join(10)
+        assert not thread.is_alive()
+
+    @pytest.fixture
+    def pair(self):
+        here, there = socket.socketpair()
+        with here, there:
+            here.setblocking(False)
+            yield here, there
+
+    def run(self, loop, *tasks):
+        """Run tasks to their end; what each returned."""
+        results, ended = [None] * len(tasks), threading.Semaphore(0)
+
+        def kept(place, steps):
+            results[place] = yield from steps
+
+        for place, steps in enumerate(tasks):
+            loop.start(kept(place, steps), ended.release)
+        for _ in tasks:
+            assert ended.acquire(timeout=10)
+        return results
+
+    def test_a_wait_ends_with_a_ready_socket_or_when_it_is_late(self, loop, pair):
+        def task():
+            late = yield ogx.Wait(((pair[0], ogx.READ),), time.monotonic() + 0.01)
+            pair[1].send(b"x")
+            ready = yield ogx.Wait(((pair[0], ogx.READ),))
+            assert pair[0].recv(9) == b"x"
+            writable = yield ogx.Wait(((pair[0], ogx.WRITE), (pair[1], ogx.READ)))
+            return late, ready, writable
+
+        assert self.run(loop, task()) == [(None, pair[0], pair[0])]
+        assert ogx.drive(task()) == (None, pair[0], pair[0])
+
+    def test_a_sleep_lets_others_go_on(self, loop):
+        def quick():
+            yield ogx.OTHERS_FIRST
+            order.append("quick")
+
+        def slow():
+            yield from ogx.sleep(0.02)
+            order.append("slow")
+
+        order = []
+        self.run(loop, slow(), quick())
+        assert order == ["quick", "slow"]
+
+    def test_who_goes_on_and_on_gives_way_after_its_time_slice(self, loop):
+        def greedy(name):
+            while len(set(order)) < 2:
+                order.append(name)
+                yield ogx.OTHERS_FIRST
+
+        order = []
+        self.run(loop, greedy("a"), greedy("b"))
+        assert set(order) == {"a", "b"}
+
+    def test_what_may_block_gets_a_thread_and_holds_up_no_one(self, loop):
+        def blocking():
+            threads.append(threading.current_thread().name)
+            yield ogx.MAY_BLOCK
+            threads.append(threading.current_thread().name)
+            assert go_on.wait(10)
+            yield ogx.MAY_BLOCK
+            yield ogx.Wait(until=0.0)
+            threads.append(threading.current_thread().name)
+
+        def other():
+            yield ogx.OTHERS_FIRST
+            go_on.set()
+
+        threads, go_on = [], threading.Event()
+        self.run(loop, blocking(), other())
+        assert threads[::2] == ["loop", "loop"] and threads[1] != "loop"
+
+    def test_queued_tasks_run_after_the_others_that_were_woken(self, loop, pair):
+        def reader(name, sock, queued):
+            yield ogx.Wait(((sock, ogx.READ),), queued=queued)
+            order.append(name)
+
+        def both_at_once():
+            yield ogx.Wait(until=time.monotonic() + 0.02)  # until both wait
+            other.send(b"x")
+            pair[1].send(b"x")
+
+        order, (mine, other) = [], socket.socketpair()
+        with mine, other:
+            self.run(loop, reader("queued", pair[0], True), reader("first", mine, False),
+                     both_at_once())  # fmt: skip
+        assert order == ["first", "queued"]
+
+    def test_only_its_owner_steps_a_task(self, loop):
+        task = ogx.Task(iter(()), lambda: None)
+        task.owner = threading.current_thread()
+        with pytest.raises(AssertionError, match="only its owner"):
+            loop._stepped(task, loop)
+
+    def test_an_interruption_reaches_tasks_wherever_they_are(self, loop, pair):
+        def waiting():
+            begun.release()
+            try:
+                yield ogx.Wait(((pair[0], ogx.READ),))
+            except ogx.OgxError as error:
+                return error.status
+
+        def in_a_thread():
+            yield ogx.MAY_BLOCK
+            begun.release()
+            assert interrupted.wait(10)
+            try:
+                yield ogx.OTHERS_FIRST
+                yield ogx.Wait()
+            except ogx.OgxError as error:
+                return threading.current_thread().name, error.status
+
+        begun, interrupted = threading.Semaphore(0), threading.Event()
+
+        def interrupt():
+            assert begun.acquire(timeout=10) and begun.acquire(timeout=10)
+            loop.interrupt(lambda: ogx.OgxError(503, "stopping"))
+            interrupted.set()
+
+        threading.Thread(target=interrupt).start()
+        assert self.run(loop, waiting(), in_a_thread()) == [503, ("loop", 503)]
+
+    def test_a_failing_task_ends_alone(self, loop, pair, caplog):
+        def failing():
+            yield ogx.OTHERS_FIRST
+            raise KeyError("oh")
+
+        def waiting():
+            yield ogx.Wait(((pair[0], ogx.READ),))
+            return "fine"
+
+        def twice():  # the socket is watched for another task
+            yield ogx.Wait(until=time.monotonic() + 0.01)
+            yield ogx.Wait(((pair[0], ogx.READ),))
+            return "never"
+
+        def last():
+            yield ogx.Wait(until=time.monotonic() + 0.05)
+            pair[1].send(b"x")
+
+        results = self.run(loop, failing(), waiting(), twice(), last())
+        assert results == [None, "fine", None, None]
+        assert "KeyError: 'oh'" in caplog.text and "a connection is lost" in caplog.text
+
+    @pytest.mark.parametrize("when", ["begun", "not begun", "after the end"])
+    def test_a_loop_that_closes_ends_its_tasks_once(self, when):
+        def waiting():
+            try:
+                begun.set()
+                yield ogx.Wait()
+            finally:
+                ends.append("steps")
+
+        loop, ends, begun = ogx.Loop(), [], threading.Event()
+        thread = threading.Thread(target=loop.run)
+        if when == "begun":
+            thread.start()
+            loop.start(waiting(), lambda: ends.append("end"))
+            assert begun.wait(10)
+            loop.close()
+        else:
+            if when == "not begun":
+                loop.start(waiting(), lambda: ends.append("end"))
+            loop.close()
+            thread.start()
+        thread.join(10)
+        if when == "after the end":
+            loop.start(waiting(), lambda: ends.append("end"))
+        assert ends == (["steps"] if when == "begun" else []) + ["end"]
+
+    def test_more_sockets_than_can_be_watched_cost_the_newest_alone(self, monkeypatch, pair):
+        class Full(selectors.DefaultSelector):
+            def select(self, timeout=None):
+                if len(self.get_map()) > 2:  # with the loop's own
+                    raise ValueError("too many file descriptors in select()")
+                return super().select(timeout)
+
+        def waiting(sock):
+            yield ogx.Wait(((sock, ogx.READ),))
+            return "fine"
+
+        monkeypatch.setattr(selectors, "DefaultSelector", Full)
+        loop = ogx.Loop()
+        thread = threading.Thread(target=loop.run)
+        thread.start()
+        oldest, ended = waiting(pair[0]), threading.Event()
+        loop.start(oldest, ended.set)
+        assert self.run(loop, waiting(pair[1])) == [None]
+        assert not ended.is_set()
+        loop.close()
+        thread.join(10)
+
+    def test_where_no_thread_is_left_the_task_is_told(self, loop, monkeypatch):
+        def none(thread):
+            raise RuntimeError("can't start new thread")
+
+        def task():
+            monkeypatch.setattr(threading.Thread, "start", none)
+            try:
+                yield ogx.MAY_BLOCK
+            except ogx.OgxError as error:
+                return error.status
+
+        assert self.run(loop, task()) == [529]
+
+    def test_only_the_loop_knows_selectors(self):
+        loop = SOURCE[SOURCE.index("# ======== Loop") : SOURCE.index("# ======== Log")]
+        names = re.compile(r"\bselectors\.\w+")
+        assert len(names.findall(loop)) == len(names.findall(SOURCE)) > 0
+
+    def test_the_loop_knows_no_http(self):
+        loop = SOURCE[SOURCE.index("# ======== Loop") : SOURCE.index("# ======== Log")]
+        tree = ast.parse(loop)
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert not names & {"Handler", "Exchange", "Reply", "Server", "Gateway", "Upstream"}
+
+
 class TestLog:
     def test_what_no_file_can_hold_is_logged_in_other_letters(self, tmp_path, capsys):
         path = tmp_path / "log"
@@ -6296,17 +6638,17 @@ class TestUpstream:
 
     def sent(self, upstream, owner, path="/x", data=b"{}"):
         """The reply to a request, once its head is there."""
-        reply = upstream.send(owner, "POST", path, data)
-        while not reply.head():
-            reply.wait()
+        reply = ogx.drive(upstream.send(owner, "POST", path, data))
+        ogx.drive(reply.head())
         return reply
 
     def read_all(self, reply):
         whole = b""
         while (piece := reply.read()) != b"":
-            whole += piece or b""
-            if piece is None:
-                reply.wait()
+            if isinstance(piece, bytes):
+                whole += piece
+            elif isinstance(piece, ogx.Wait):
+                ogx.ready_socket(piece)
         return whole
 
     def test_a_key_goes_as_bearer_and_a_body_as_json(self):
@@ -6405,7 +6747,7 @@ class TestUpstream:
 
         with FakeUpstream(answer) as fake:
             reply = self.open(ogx.Upstream(), fake.url)
-            assert reply.read() is None
+            assert isinstance(reply.read(), ogx.Wait)
             fake.client_left.set()
 
     def test_a_host_name_that_is_none_is_an_error_like_others(self):
@@ -6469,9 +6811,9 @@ class TestUpstream:
             threading.Thread(target=serve, daemon=True).start()
             url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
             owner = dataclasses.replace(provider(url=url), verify=False)
-            reply = ogx.Upstream(ogx.Limits(first_byte_timeout=0.05)).send(owner, "GET", "/")
-            reply.connect()
-            error = refused(lambda: [reply.wait() for _ in iter(reply.head, True)])
+            upstream = ogx.Upstream(ogx.Limits(first_byte_timeout=0.05))
+            reply = ogx.drive(upstream.send(owner, "GET", "/"))
+            error = refused(lambda: ogx.drive(reply.head()))
             assert (error.status, error.message[:19]) == (504, "openai sent nothing")
             held[0].close()
 
@@ -6540,13 +6882,14 @@ class TestUpstream:
             done.set()
 
     def test_bodies_that_bring_nothing_are_bounded(self):
-        trailers = ogx.BodyReader(200, {"transfer-encoding": "chunked"})
+        trailers = ogx.ChunkedBody()
         trailers.feed(b"0\r\n")
         words = "too many trailers"
         assert words in refused(trailers.feed, b"a: b\r\n" * 20_000).message
-        packed = ogx.BodyReader(200, {"content-encoding": "gzip"})
         bomb = gzip.compress(b"\n" * 50_000_000)
-        assert "unpacks to too much" in refused(packed.feed, bomb[: ogx.RECEIVE_SIZE]).message
+        with FakeUpstream(flood(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n\r\n", bomb, 1)) as fake:
+            error = refused(lambda: self.read_all(self.open(ogx.Upstream(), fake.url)))
+        assert "unpacks to too much" in error.message
 
     def test_an_answer_before_the_whole_request_was_read_arrives(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -6660,7 +7003,7 @@ class TestUpstream:
         assert ogx.proxy_of("http", "example.com") is None
 
     @pytest.mark.parametrize(("kept", "asked"), [(60.0, 1), (-1.0, None)])
-    def test_the_system_is_asked_for_proxies_seldom_and_never_by_the_relay(
+    def test_the_system_is_asked_for_proxies_seldom_and_never_by_the_loop(
         self, monkeypatch, kept, asked
     ):
         threads = []
@@ -6678,7 +7021,7 @@ class TestUpstream:
                 for _ in range(3):
                     assert client.post(request())[0] == 200
                 assert client.post(request(), "/v1/messages/count_tokens")[0] == 200
-        assert "relay" not in threads and len(threads) == (asked or len(threads)) > 0
+        assert "loop" not in threads and len(threads) == (asked or len(threads)) > 0
 
     def test_after_a_failure_the_system_is_asked_for_proxies_again(self, monkeypatch):
         monkeypatch.delenv("no_proxy", raising=False)
@@ -7768,7 +8111,7 @@ class TestGateway:
             assert (status, headers["x-ogx-served"]) == (200, "groq/b")
             assert client.post(request(model="best"))[1]["x-ogx-served"] == "groq/b"
             assert (len(one.seen), len(two.seen)) == (1, 2)
-            client.gateway._resting.clear()  # its rest is over
+            client.gateway._cooling.clear()  # its rest is over
             assert client.post(request(model="best"))[1]["x-ogx-served"] == "openai/a"
 
     def test_a_refusal_of_the_request_itself_goes_to_no_other(self):
@@ -8053,11 +8396,11 @@ class TestGateway:
     def assert_bounded(self, client, most=MOST):
         kept = (ogx.Store, ogx.Lessons, ogx.Ratios)  # with bounds of their own
         server, gateway = client.server, client.gateway
-        roots = (gateway, gateway.registry, gateway.upstream, server, server.relay)
+        roots = (gateway, gateway.registry, gateway.upstream, server, server.loop)
         of_the_file = [v for v in vars(ogx).values() if isinstance(v, (list, tuple, dict))]
         sizes = list(self.containers(*roots, of_the_file, passed_over=kept))
         found = {name.rpartition(".")[2] for name, _ in sizes}
-        assert {"_resting", "uncounted", "_proxies", "_tls", "running"} <= found
+        assert {"_cooling", "uncounted", "_proxies", "_tls", "running"} <= found
         assert [(name, size) for name, size in sizes if size > most] == []
         caches = [value for value in vars(ogx).values() if hasattr(value, "cache_info")]
         assert caches and all(0 < (c.cache_info().maxsize or 0) <= 1 << 16 for c in caches)
@@ -8098,11 +8441,11 @@ class TestGateway:
 
     def test_targets_that_rest_are_forgotten_the_oldest_first(self):
         busy = (503, {"error": {"message": "busy"}})
-        targets = tuple(f"openai/m{n}" for n in range(ogx.KEPT + 9))
+        targets = tuple(f"openai/m{n}" for n in range(ogx.MAX_COOLING + 9))
         chain = ogx.Alias("best", "all", targets[0], targets)
         with gateway_over(*[busy] * len(targets), aliases=[chain]) as (client, _):
             assert client.post(request(model="best"))[0] == 503
-            assert tuple(client.gateway._resting) == targets[-ogx.KEPT :]
+            assert tuple(client.gateway._cooling) == targets[-ogx.MAX_COOLING :]
 
     def test_threads_are_refused_natively_too_but_for_anthropic(self):
         with self.native() as (client, upstream):
@@ -9026,7 +9369,7 @@ class TestServer:
         body = json.dumps(request())
         second = again.format(head=head, body=body, length=f"content-length: {len(body)}")
         with gateway_over() as (client, upstream):
-            client.server.token = b"s3cret" if status == b"401" else b""
+            ask_for_token(client.server, "s3cret" if status == b"401" else "")
             got = client.raw(f"{head}\r\n\r\n{second}".encode(), shut=True)
         first, second = re.findall(rb"HTTP/1\.1 (\d+)", got)
         assert first == status and second in (status, b"400") and not upstream.seen
@@ -9080,7 +9423,7 @@ class TestServer:
         read = ogx.headers_from_bytes("a: \t b c\t \r\nb:\xa0x\x85\r\na:d".encode("latin-1"))
         assert read == {"a": "b c, d", "b": "\xa0x\x85"}
         with gateway_over() as (client, _):
-            client.server.token = b"s3cret"
+            ask_for_token(client.server, "s3cret")
             for field in ("x-api-key: s3cret\xa0", "x-api-key:\x85s3cret"):
                 head = f"GET / HTTP/1.1\r\nhost: localhost\r\n{field}\r\n\r\n".encode("latin-1")
                 assert client.raw(head, shut=True).startswith(b"HTTP/1.1 401 ")
@@ -9187,14 +9530,17 @@ class TestServer:
             server.stop()
 
     def test_bound_to_another_address_only_addresses_and_configured_names_may_come_in(self):
-        assert ogx.host_allowed("192.168.1.5:8321", "0.0.0.0")
-        assert ogx.host_allowed("[fe80::1]:8321", "::")
-        assert ogx.host_allowed("gpu-box:8321", "gpu-box")
-        assert ogx.host_allowed("GPU.lan:8321", "0.0.0.0", ("gpu.lan",))
-        assert ogx.host_allowed("proxy.lan", "127.0.0.1", ("proxy.lan",))
-        assert not ogx.host_allowed(socket.gethostname() + ".x", "0.0.0.0", ("gpu.lan",))
-        assert not ogx.host_allowed("rebound.example", "0.0.0.0")
-        assert not ogx.host_allowed("192.168.1.5", "127.0.0.1")
+        def knows(host, bound, names=()):
+            return ogx.Guard(bound, "http", names=names).knows_host(host)
+
+        assert knows("192.168.1.5:8321", "0.0.0.0")
+        assert knows("[fe80::1]:8321", "::")
+        assert knows("gpu-box:8321", "gpu-box")
+        assert knows("GPU.lan:8321", "0.0.0.0", ("gpu.lan",))
+        assert knows("proxy.lan", "127.0.0.1", ("proxy.lan",))
+        assert not knows(socket.gethostname() + ".x", "0.0.0.0", ("gpu.lan",))
+        assert not knows("rebound.example", "0.0.0.0")
+        assert not knows("192.168.1.5", "127.0.0.1")
 
     @pytest.mark.parametrize(("token", "status"), [("", 403), ("s3cret", 200)])
     def test_names_need_no_configuration_where_there_is_a_token(self, token, status):
@@ -9222,7 +9568,7 @@ class TestServer:
     )  # fmt: skip
     def test_a_token_lets_in(self, headers, status):
         with gateway_over() as (client, _):
-            client.server.token = b"s3cret"
+            ask_for_token(client.server, "s3cret")
             got, answer_headers, body = client.post(request(), **headers)
         assert got == status and "s3cret" not in json.dumps(body)
         assert answer_headers.get("x-should-retry") == (None if status == 200 else "false")
@@ -9231,7 +9577,7 @@ class TestServer:
         head = b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\n" \
                b"content-length: 30000000\r\n\r\n"  # fmt: skip
         with gateway_over() as (client, _):
-            client.server.token = b"s3cret"
+            ask_for_token(client.server, "s3cret")
             assert client.raw(head, shut=True).startswith(b"HTTP/1.1 401 ")
 
     HEAD = b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n"
@@ -9402,7 +9748,8 @@ class TestServer:
         with gateway_over(said(words), said(words)) as (client, _):
             client.post(body)
             assert "end" not in caplog.text
-            client.server.log_bodies, client.server.token = True, b"s3cret-token"
+            client.server.log_bodies = True
+            ask_for_token(client.server, "s3cret-token")
             client.post(body, x_api_key="s3cret-token")
             client.post(body)  # a stranger's
         *_, asked, answered, _, stranger = [record.getMessage() for record in caplog.records]
@@ -9567,14 +9914,12 @@ class TestServer:
             assert upstream.client_left.wait(5)
 
     def test_nothing_is_sent_for_a_client_that_left_while_its_request_was_translated(self):
-        with gateway_over() as (client, upstream):
-            made, gone = client.gateway._request, threading.Event()
+        def slowly(usual, *arguments):
+            gone.wait(10)
+            return usual(*arguments)
 
-            def slowly(*arguments):
-                gone.wait(10)
-                return made(*arguments)
-
-            client.gateway._request = slowly
+        gone = threading.Event()
+        with translating(slowly), gateway_over() as (client, upstream):
             with client.sending(request("x" * ogx.LONG)):
                 until(lambda: client.server.running)
             gone.set()
@@ -9625,7 +9970,7 @@ class TestServer:
             with socket.create_connection(("127.0.0.1", client.port), timeout=5) as sock:
                 sock.sendall(b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n")
                 assert asked.wait(5)
-                until(lambda: any(h._received for h in [*client.server.relay._handlers]))
+                assert client.get("/v1/health")[0] == 200  # the loop has come round
                 stopping = threading.Thread(target=client.server.stop)
                 stopping.start()
                 until(lambda: client.server.stopping)
@@ -9692,7 +10037,7 @@ class TestServer:
         finally:
             server.stop()
 
-    # -- the relay
+    # -- the loop
 
     def stream_of(self, client, body=None):
         """A connection on which a stream was asked for."""
@@ -9828,52 +10173,54 @@ class TestServer:
                 assert client.post(body)[0] == 200
             data = gzip.compress(json.dumps(request()).encode())
             assert client.post(data, content_encoding="gzip")[0] == 200
-        assert threads[0] == "relay" and "relay" not in threads[1:] and len(threads) == 3
+        assert threads[0] == "loop" and "loop" not in threads[1:] and len(threads) == 3
 
     def test_each_try_of_a_long_request_is_made_in_a_thread_of_its_own(self):
-        with gateway_over((503, {}), (503, {}), said(), retries=3) as (client, _):
-            threads, made = [], client.gateway._request
+        def noting(usual, *arguments):
+            threads.append(threading.current_thread().name)
+            return usual(*arguments)
 
-            def noting(*arguments):
-                threads.append(threading.current_thread().name)
-                return made(*arguments)
-
-            client.gateway._request = noting
+        threads, answers = [], [(503, {}), (503, {}), said()]
+        with translating(noting), gateway_over(*answers, retries=3) as (client, _):
             assert client.post(request("x" * ogx.LONG))[0] == 200
-        assert len(threads) == 3 and "relay" not in threads
+        assert len(threads) == 3 and "loop" not in threads
 
-    def test_waiting_for_the_first_lists_holds_up_no_one(self, monkeypatch):
-        monkeypatch.setattr(ogx, "LIST_TIMEOUT", 0.2)
-        with gateway_over((503, {}), said(), kind="vllm", retries=1) as (client, _):
-            threads, known = [], client.gateway._dialect_of
+    @cases("path", ["/v1/messages", "/v1/messages/count_tokens"])
+    def test_waiting_for_the_first_lists_holds_up_no_one(self, path):
+        with gateway_over(discover=False) as (client, upstream):
+            with client.sending(request(model="listed-late"), path) as waiting:
+                until(lambda: client.server.running)
+                assert client.get("/v1/health")[0] == 200
+                late = ogx.Model("openai/listed-late", provider(url=upstream.url), "listed-late")
+                client.gateway.registry.learn("openai", [late])
+                client.gateway.discovery.done.set()
+                assert waiting.recv(65536).startswith(b"HTTP/1.1 200 ")
 
-            def noting(*arguments):
-                threads.append(threading.current_thread().name)
-                return known(*arguments)
+    def test_a_pipelined_request_keeps_no_one_busy(self, monkeypatch):
+        class Counting(selectors.DefaultSelector):
+            def select(self, timeout=None):
+                looks.append(timeout)
+                return super().select(timeout)
 
-            client.gateway._dialect_of = noting
-            client.gateway.discovery.done.clear()
-            client.gateway.registry.native = {}
-            assert client.post(request(model="vllm/gpt-x"))[0] == 200
-            client.gateway.discovery.done.set()
-        assert len(threads) == 2 and "relay" not in threads
-
-    def test_a_request_that_was_sent_early_keeps_no_one_busy(self):
-        def quiet(fake, connection):
+        def paced(fake, connection):
             begin_stream(connection)
-            send_chunk(connection, sse(delta(content="Hello"), done=False))
-            fake.client_left.wait(20)
+            for word in words:
+                send_chunk(connection, sse(delta(content=word), done=False))
+                words[word].wait(20)
+            send_chunk(connection, sse(delta("stop")))
+            connection.sendall(b"0\r\n\r\n")
 
-        with gateway_over(quiet) as (client, upstream), self.stream_of(client) as sock:
-            self.read_until(sock, b"Hello")
-            relay, looks = client.server.relay, []
-            ready = relay._ready
-            relay._ready = lambda: looks.append(1) or ready()
+        looks, words = [], {word: threading.Event() for word in ("one", "two", "three", "four")}
+        monkeypatch.setattr(selectors, "DefaultSelector", Counting)
+        with gateway_over(paced) as (client, _), self.stream_of(client) as sock:
+            self.read_until(sock, b"one")
             sock.sendall(b"GET /v1/health HTTP/1.1\r\nhost: localhost\r\n\r\n")
-            until(lambda: looks)
-            time.sleep(0.2)  # in which a busy thread looks some ten thousand times
-            assert len(looks) < 50
-            upstream.client_left.set()
+            looks.clear()
+            for word in words:
+                self.read_until(sock, word.encode()) if word != "one" else None
+                words[word].set()
+            assert b'"status":"OK"' in self.read_until(sock, b"OK")
+        assert len(looks) < 50  # a busy loop looks some ten thousand times meanwhile
 
     def test_who_sends_on_during_its_answer_fills_no_memory(self):
         def answer(fake, connection):
@@ -9943,8 +10290,8 @@ class TestServer:
     @contextlib.contextmanager
     def nobody_waiting(self, client):
         """Ask for /v1/health every 10 ms: for none may the loop's thread work for 100 ms."""
-        relay = next(thread for thread in threading.enumerate() if thread.name == "relay")
-        clock, done, waits = time.pthread_getcpuclockid(relay.ident), threading.Event(), []
+        loop = next(thread for thread in threading.enumerate() if thread.name == "loop")
+        clock, done, waits = time.pthread_getcpuclockid(loop.ident), threading.Event(), []
 
         def ask():
             probe = Client(client.server)
@@ -10047,32 +10394,6 @@ class TestServer:
                 self.nobody_waiting(client):  # fmt: skip
             assert client.post(request(model="vllm/gpt-x", stream=True))[0] == 200
 
-    def test_a_connection_that_was_not_begun_is_closed_at_the_end(self):
-        with gateway_over() as (client, _):
-            relay = client.server.relay
-            relay._admit = lambda: relay._ear.recv(1000)
-            with socket.create_connection(("127.0.0.1", client.port), timeout=5) as sock:
-                until(lambda: relay._new)
-                client.server.stop(drain=0.01)
-                assert sock.recv(1) == b""
-
-    def test_more_sockets_than_can_be_watched_cost_the_newest_alone(self):
-        with gateway_over() as (client, _):
-            assert client.post(request())[0] == 200
-            relay = client.server.relay
-            select, full = relay._selector.select, [1]
-
-            def limited(timeout):
-                if full and len(relay._handlers) > 1:
-                    full.pop()
-                    raise ValueError("too many file descriptors in select()")
-                return select(timeout)
-
-            relay._selector.select = limited
-            with socket.create_connection(("127.0.0.1", client.port), timeout=5) as newest:
-                assert newest.recv(1) == b""
-            assert client.post(request())[0] == 200
-
     def test_where_no_thread_is_left_it_says_so(self, monkeypatch):
         def none(thread):
             raise RuntimeError("can't start new thread")
@@ -10085,70 +10406,6 @@ class TestServer:
             assert client.post(request())[0] == 200  # by the connection that is there
             monkeypatch.undo()
             assert client.get("/v1/models")[0] == 200
-
-    def test_a_failure_in_one_step_ends_that_connection_alone(self, monkeypatch, caplog):
-        def late(fake, connection):
-            failed.wait(20)
-            send(connection, 200, said(), "text/event-stream")
-
-        failed, wait = threading.Event(), ogx.Relay._arrange
-
-        def once(relay, handler, step):
-            if step is ogx.ANSWER and not failed.is_set():
-                failed.set()
-                raise KeyError("registered already")
-            wait(relay, handler, step)
-
-        with gateway_over(said(), late) as (client, _):
-            assert client.post(request())[0] == 200
-
-            other = Client(client.server)
-            assert other.get("/v1/health")[0] == 200
-            monkeypatch.setattr(ogx.Relay, "_arrange", once)
-            until_closed = client.raw(self.HEAD + b"content-length: %d\r\n\r\n%b" % (
-                len(json.dumps(request())), json.dumps(request()).encode()))  # fmt: skip
-            assert until_closed == b"" and "a connection is lost" in caplog.text
-            assert other.post(request())[0] == 200
-            other.connection.close()
-
-    def test_running_answers_come_before_new_requests(self):
-        order = []
-
-        def paced(fake, connection):
-            begin_stream(connection)
-            send_chunk(connection, sse(delta(content="Hello"), done=False))
-            go_on.wait(20)
-            send_chunk(connection, sse(delta(content="again"), done=False))
-            fake.client_left.wait(20)
-
-        go_on = threading.Event()
-        with gateway_over(paced) as (client, upstream), self.stream_of(client) as sock:
-            self.read_until(sock, b"Hello")
-            relay, waiting = client.server.relay, Client(client.server)
-            assert waiting.get("/v1/health")[0] == 200
-            held = threading.Event()
-            go_on_with = relay._go_on
-
-            def noting(handler, *rest, **named):
-                order.append(handler.waits)
-                go_on_with(handler, *rest, **named)
-
-            def stop_the_relay():
-                held.set()
-                time.sleep(0.1)  # meanwhile both become ready
-
-            relay._go_on = noting
-            relay._admit = lambda: (relay._ear.recv(1000), stop_the_relay())
-            relay._ring()
-            assert held.wait(5)
-            waiting.connection.request("GET", "/v1/health")
-            go_on.set()
-            self.read_until(sock, b"again")
-            del relay._admit
-            assert waiting.connection.getresponse().status == 200
-            upstream.client_left.set()
-            waiting.connection.close()
-        assert order[:2] == [ogx.ANSWER, ogx.READS]
 
     @pytest.mark.parametrize("counts", [True, False])
     def test_upstream_connections_change_hands_among_many_clients(self, counts):
@@ -10691,7 +10948,7 @@ class TestConnect:
     def test_a_token_is_shown_to_a_server_that_asks_for_one(self, claude, capfd, monkeypatch):
         (claude / "token").write_text("s3cret\n")
         with gateway_over() as (client, _):
-            client.server.token = b"s3cret"
+            ask_for_token(client.server, "s3cret")
             assert ogx.main(["connect", "claude", "--port", str(client.port)]) == 1
             assert "set OGX_API_KEY, or use --api-key-file" in capfd.readouterr().err
             flag = ["--api-key-file", str(claude / "token")]
