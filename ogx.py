@@ -85,7 +85,7 @@ if sys.version_info < (3, 9):  # noqa: UP036
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Callable, ClassVar, Union
+from typing import Any, Callable, ClassVar, NamedTuple, Union
 
 __version__ = "0.1.0"
 
@@ -5357,30 +5357,41 @@ class Exchange:
         self.request = {name: self.request.get(name) for name in ("model", "stream")}
 
 
-class Answer:
-    """The answer to a client's request. `opening` are the steps that come before its first bytes;
-    they return the rest, another such source."""
+class Opened(NamedTuple):
+    """An answer whose first bytes are there; `rest` gives the others, or what to yield first."""
 
-    def __init__(self, opening: Generator[Step, Any, Any]) -> None:
+    first: bytes
+    rest: Iterator[Piece] = iter(())
+    reply: Reply | None = None
+
+
+class Answer:
+    """The answer to a client's request, from the steps that open it on."""
+
+    def __init__(self, opening: Generator[Step, Any, Opened]) -> None:
         self._opening = opening
-        self._rest: Any = None
+        self._opened: Opened | None = None
 
     def read(self) -> Piece:
         """The next bytes, b"" at the end; or what to yield before the next read(). Raises OgxError:
         before the first bytes it can still become an HTTP status."""
-        if self._rest is None:
+        if self._opened is None:
             try:
                 return next(self._opening)
             except StopIteration as end:
-                self._rest = end.value
-        piece: Piece = self._rest.read()
-        return piece
+                self._opened = end.value
+                return self._opened.first
+        try:
+            return next(self._opened.rest, b"")
+        except OgxError as error:
+            secrets = self._opened.reply.secrets() if self._opened.reply else ()
+            raise error.without(secrets) from None
 
     def close(self) -> None:
         """End it; a connection that still has some of it is closed."""
         self._opening.close()
-        if self._rest:
-            self._rest.close()
+        if self._opened and self._opened.reply:
+            self._opened.reply.release()
 
 
 @dataclass(eq=False)
@@ -5399,188 +5410,6 @@ class Attempt:
         """Whether the upstream would see no difference."""
         return other is not None and (self.path, self.headers, self.data) == (
             other.path, other.headers, other.data)
-
-
-class Source:
-    """An upstream's answer as bytes for the client: `_more()` gives those that are under way and
-    sets `_over`; then come those of `_end()`, or its error. `finish` is told the usage."""
-
-    def __init__(self, reply: Reply, finish: Callable[[Usage | None], None]) -> None:
-        self._reply, self._finish = reply, finish
-        self._first: bytes | None = None
-        self._over = False
-        self._ending: Iterator[Piece] = self._end()
-
-    def begin(self) -> Steps:
-        """Read on to the first bytes."""
-        piece = self.read()
-        while not isinstance(piece, bytes):
-            yield piece
-            piece = self.read()
-        self._first = piece
-
-    def read(self) -> Piece:
-        """As Answer.read()."""
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
-        try:
-            return next(self._ending, b"") if self._over else self._more()
-        except OgxError as error:
-            raise error.without(self._reply.secrets()) from None
-
-    def close(self) -> None:
-        self._reply.release()
-
-    def _more(self) -> Piece:
-        raise NotImplementedError
-
-    def _end(self) -> Iterator[Piece]:
-        raise NotImplementedError
-
-
-class Translated(Source):
-    """An answer in another dialect, as server-sent events or, at its end, as one message."""
-
-    def __init__(self, reply: Reply, finish: Callable[[Usage | None], None],
-                 translator: Translator, stream: bool) -> None:
-        super().__init__(reply, finish)
-        self._translator, self._writer = translator, translator.writer
-        self._reader = AnswerReader()
-        self._items: list[bytes] | None = None  # that were read, and not yet translated
-        self._at_end = False  # of what the upstream sends
-        self._folder = None if stream else MessageFolder()
-
-    def _more(self) -> Piece:
-        try:
-            if self._items is None:
-                data = self._reply.read()
-                if not isinstance(data, bytes):
-                    return data
-                self._at_end = not data
-                self._items = self._reader.feed(data) if data else self._reader.end()
-                if any(len(item) > LONG for item in self._items):
-                    return MAY_BLOCK
-            return self._translated() or OTHERS_FIRST
-        except OgxError as error:  # what came before it is the client's
-            self._writer.end_text()
-            events = self._taken()
-            if not events:
-                raise
-            self._over, self._ending = True, raised_next(error)
-            return events
-
-    def _translated(self) -> bytes:
-        """The bytes that the items come to."""
-        for item in self._items or ():
-            self._translator.feed(item)
-        self._items = None
-        if self._at_end:
-            self._translator.end()
-        self._over = self._translator.done
-        self._reply.complete = self._over and not self._writer.stopped
-        return self._taken()
-
-    def _taken(self) -> bytes:
-        """The events that were written since, as bytes where they are streamed."""
-        events = self._writer.take()
-        if self._folder is None:
-            return b"".join(map(sse_bytes, events))
-        for event in events:
-            assert isinstance(event, dict), "bytes are written for streams alone"
-            self._folder.add(event)
-        if self._folder.size > MAX_ANSWER:
-            raise OgxError(502, "the upstream's answer is too large")
-        return b""
-
-    def _end(self) -> Iterator[Piece]:
-        if self._folder:
-            if self._folder.size > LONG:
-                yield MAY_BLOCK
-            yield json_bytes(self._folder.message())
-        self._finish(self._translator.usage)
-
-
-class Native(Source):
-    """A stream of Anthropic's own events, as it is but for the model's id."""
-
-    def __init__(self, reply: Reply, finish: Callable[[Usage | None], None],
-                 exchange: Exchange) -> None:
-        super().__init__(reply, finish)
-        self._stream = NativeStream(exchange.request["model"])
-        self._served = exchange.served
-        self._begun = False
-
-    def _more(self) -> Piece:
-        data = self._reply.read()
-        if not isinstance(data, bytes):
-            return data
-        events = self._stream.feed(data)
-        if not self._begun and len(events) < LONG:
-            raise_if_error(b"".join(SseReader().feed(events)[:1]), self._served)
-        self._begun = self._begun or bool(events)
-        self._reply.complete = self._stream.ended
-        self._over = self._stream.ended or not data
-        return events or OTHERS_FIRST
-
-    def _end(self) -> Iterator[Piece]:
-        rest = self._stream.end()
-        if rest:
-            yield rest
-        self._finish(self._stream.usage)
-        raise_if_error(self._stream.error, self._served)
-        if self._stream.error or not self._stream.ended:
-            raise OgxError(502, f"{self._served} ended the answer before it was complete")
-
-
-class NativeWhole(Source):
-    """Anthropic's own message, as it is but for the model's id."""
-
-    def __init__(self, reply: Reply, finish: Callable[[Usage | None], None],
-                 exchange: Exchange) -> None:
-        super().__init__(reply, finish)
-        self._model_id, self._served = exchange.request["model"], exchange.served
-        self._reader, self._items = AnswerReader(), list[bytes]()
-
-    def _more(self) -> Piece:
-        data = self._reply.read()
-        if not isinstance(data, bytes):
-            return data
-        self._items = (self._reader.feed(data) if data else self._reader.end()) or self._items
-        self._over = not data
-        return OTHERS_FIRST
-
-    def _end(self) -> Iterator[Piece]:
-        whole = b"".join(self._items)
-        if len(whole) > LONG:
-            yield MAY_BLOCK
-        message = json_or_none(whole)
-        if not isinstance(message, dict) or "content" not in message:
-            raise_if_error(whole, self._served)
-            raise unknown_data(f"{self._served} sent no message but", whole)
-        usage = dict_or_empty(message.get("usage"))
-        self._finish(Usage(*(whole_number(usage.get(name)) for name in USAGE_FIELDS)))
-        yield json_bytes({**message, "model": self._model_id})
-
-
-def raised_next(error: OgxError) -> Iterator[Piece]:
-    """An iterator that raises an error."""
-    raise error
-    yield b""
-
-
-class Ready:
-    """An answer that is there as a whole."""
-
-    def __init__(self, value: Json) -> None:
-        self._data = json_bytes(value) + b"\n"
-
-    def read(self) -> bytes:
-        data, self._data = self._data, b""
-        return data
-
-    def close(self) -> None:
-        pass
 
 
 class Gateway:
@@ -5621,7 +5450,7 @@ class Gateway:
         """The answer: server-sent events, or one JSON object where no stream was asked for."""
         return Answer(self._open(exchange))
 
-    def _open(self, exchange: Exchange) -> Generator[Step, Any, Source]:
+    def _open(self, exchange: Exchange) -> Generator[Step, Any, Opened]:
         """Find a model that answers; its answer, once its first bytes are there."""
         exchange.requested = one_line(exchange.request["model"])
         chain = yield from self._chain(exchange.request["model"])
@@ -5655,7 +5484,7 @@ class Gateway:
             self.discovery.done.wait(LIST_TIMEOUT)
 
     def _try_model(self, model: Model, exchange: Exchange
-                   ) -> Generator[Step, Any, Source]:
+                   ) -> Generator[Step, Any, Opened]:
         """One model's answer, its refusals remedied and its failures retried."""
         exchange.served = model.served
         lessons = list(self.lessons.of(model))
@@ -5749,14 +5578,14 @@ class Gateway:
         return Attempt(model, dialect, {**body, **headers}, request_path(name, kind), headers, data)
 
     def _send(self, attempt: Attempt, exchange: Exchange
-              ) -> Generator[Step, Any, Source]:
+              ) -> Generator[Step, Any, Opened]:
         """Send a request; the answer to it, once its first bytes are there."""
         model = attempt.model
         reply = yield from self.upstream.send(model.provider, "POST", attempt.path, attempt.data,
                                               attempt.headers)
         try:
             # Estimating takes a while: it is done while the upstream works.
-            answer = self._answer(attempt, reply, exchange)
+            pieces = self._pieces(attempt, reply, exchange)
             yield from reply.head()
             if reply.status != 200:
                 words, _ = yield from reply.whole(*ERROR_BODY)
@@ -5764,14 +5593,16 @@ class Gateway:
                 native = words if attempt.dialect.native else b""
                 raise refused_error(refusal, model, reply.headers, native)
             attempt.begun = True
-            yield from answer.begin()
+            for piece in pieces:
+                if isinstance(piece, bytes):
+                    return Opened(piece, pieces, reply)
+                yield piece
+            raise OgxError(502, f"{model.origin} sent nothing")
         except BaseException:  # that the client left, too
             reply.release()
             raise
-        return answer
 
-    def _answer(self, attempt: Attempt, reply: Reply, exchange: Exchange
-                ) -> Source:
+    def _pieces(self, attempt: Attempt, reply: Reply, exchange: Exchange) -> Iterator[Piece]:
         """What will read the answer to a request."""
         model, prompt = attempt.model, prompt_tokens(exchange.request)
 
@@ -5780,10 +5611,12 @@ class Gateway:
             self.ratios.learn(model, prompt, usage)
 
         if attempt.dialect.native:
-            return (Native if exchange.stream else NativeWhole)(reply, finish, exchange)
-        translator = new_translator(attempt.dialect, exchange, model,
-                                    self.ratios.estimate(model, prompt), self.config.show_thinking)
-        return Translated(reply, finish, translator, exchange.stream)
+            read = passed_stream if exchange.stream else passed_message
+            return read(reply, exchange.request["model"], model.served, finish)
+        estimate = self.ratios.estimate(model, prompt)
+        translator = new_translator(attempt.dialect, exchange, model, estimate,
+                                    self.config.show_thinking)
+        return translated(reply, translator, exchange.stream, finish)
 
     def _learn(self, error: OgxError, attempt: Attempt, exchange: Exchange,
                lessons: list[Lesson]) -> bool:
@@ -5824,7 +5657,7 @@ class Gateway:
         """{"input_tokens": N}: by the upstream where it counts for free, else an estimate."""
         return Answer(self._count(exchange))
 
-    def _count(self, exchange: Exchange) -> Generator[Step, Any, Ready]:
+    def _count(self, exchange: Exchange) -> Generator[Step, Any, Opened]:
         request, count = exchange.request, 0
         chain = yield from self._chain(request["model"])
         model = taught_model(chain[0], self.lessons.of(chain[0]))
@@ -5834,8 +5667,8 @@ class Gateway:
             if count:
                 break
         count = count or self.ratios.estimate(model, prompt_tokens(request))
-        return Ready({"input_tokens": count,
-                      "context_management": {"original_input_tokens": count}})
+        counted = {"input_tokens": count, "context_management": {"original_input_tokens": count}}
+        return Opened(json_bytes(counted) + b"\n")
 
     def _count_upstream(self, provider: Provider, paths: Sequence[str], body: Json,
                         exchange: Exchange) -> Generator[Step, Any, int]:
@@ -5972,6 +5805,96 @@ def new_translator(dialect: Dialect, exchange: Exchange, model: Model, estimate:
     hides = not shows and (request.get("thinking") or {}).get("display") == "omitted"
     writer = MessageWriter(message, used, request.get("stop_sequences") or (), hides)
     return dialect.translator(writer, request, model)
+
+
+# What reads an answer: bytes for the client, never empty, or what to yield first. `finish` is told
+# the usage of a complete one.
+
+
+def translated(reply: Reply, translator: Translator, stream: bool,
+               finish: Callable[[Usage | None], None]) -> Iterator[Piece]:
+    """An answer in another dialect, as server-sent events or, at its end, as one message."""
+    reader, writer, folder = AnswerReader(), translator.writer, MessageFolder()
+    try:
+        while not translator.done:
+            data = reply.read()
+            if not isinstance(data, bytes):
+                yield data
+                continue
+            items = reader.feed(data) if data else reader.end()
+            if any(len(item) > LONG for item in items):
+                yield MAY_BLOCK
+            for item in items:
+                translator.feed(item)
+            if not data:
+                translator.end()
+            reply.complete = translator.done and not writer.stopped
+            if stream:
+                yield b"".join(map(sse_bytes, writer.take())) or OTHERS_FIRST
+            else:
+                fold(writer.take(), folder)
+                yield OTHERS_FIRST
+    except OgxError:  # what came before it is the client's
+        writer.end_text()
+        events = b"".join(map(sse_bytes, writer.take())) if stream else b""
+        if events:
+            yield events
+        raise
+    if not stream:
+        if folder.size > LONG:
+            yield MAY_BLOCK
+        yield json_bytes(folder.message())
+    finish(translator.usage)
+
+
+def fold(events: Iterable[Any], folder: MessageFolder) -> None:
+    """Add events to a message; OgxError(502) where it gets too large."""
+    for event in events:
+        folder.add(event)
+    if folder.size > MAX_ANSWER:
+        raise OgxError(502, "the upstream's answer is too large")
+
+
+def passed_stream(reply: Reply, model_id: str, origin: str,
+                  finish: Callable[[Usage | None], None]) -> Iterator[Piece]:
+    """A stream of Anthropic's own events, but for the model's id."""
+    stream, begun, data = NativeStream(model_id), False, reply.read()
+    while data != b"" and not stream.ended:
+        if isinstance(data, bytes):
+            events = stream.feed(data)
+            if not begun and len(events) < LONG:
+                raise_if_error(b"".join(SseReader().feed(events)[:1]), origin)
+            begun, reply.complete = begun or bool(events), stream.ended
+            yield events or OTHERS_FIRST
+        else:
+            yield data
+        data = b"" if stream.ended else reply.read()
+    yield stream.end() or OTHERS_FIRST
+    finish(stream.usage)
+    raise_if_error(stream.error, origin)
+    if stream.error or not stream.ended:
+        raise OgxError(502, f"{origin} ended the answer before it was complete")
+
+
+def passed_message(reply: Reply, model_id: str, origin: str,
+                   finish: Callable[[Usage | None], None]) -> Iterator[Piece]:
+    """Anthropic's own message, but for the model's id."""
+    reader, whole, data = AnswerReader(), b"", reply.read()
+    while data != b"":
+        if isinstance(data, bytes):
+            whole = b"".join(reader.feed(data)) or whole
+        yield OTHERS_FIRST if isinstance(data, bytes) else data
+        data = reply.read()
+    whole = b"".join(reader.end()) or whole
+    if len(whole) > LONG:
+        yield MAY_BLOCK
+    message = json_or_none(whole)
+    if not isinstance(message, dict) or "content" not in message:
+        raise_if_error(whole, origin)
+        raise unknown_data(f"{origin} sent no message but", whole)
+    usage = dict_or_empty(message.get("usage"))
+    finish(Usage(*(whole_number(usage.get(name)) for name in USAGE_FIELDS)))
+    yield json_bytes({**message, "model": model_id})
 
 
 def refused_error(refusal: Refusal, model: Model, headers: Headers, native: bytes) -> OgxError:
