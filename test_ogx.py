@@ -326,6 +326,9 @@ class FakeUpstream:
     of the connection, which then writes what it likes. Every GET lists `models`, or is answered
     by them when they are (status, body), unless a word of its path is in `lists`. An empty
     request to /messages is answered as a server does that has a Messages API, or has none.
+
+    Extend it by what a test of this file needs of a server. What real clients have to meet belongs
+    to .ci/clients/scripted_upstream.py, and what is measured to .ci/bench_upstream.py.
     """
 
     def __init__(self, *answers, models=("gpt-x",), native=False):
