@@ -48,7 +48,6 @@ import ogx
 
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "ogx.py").read_text(encoding="utf-8")
-README = (HERE / "README.md").read_text(encoding="utf-8")
 SECTIONS = re.findall(r"^# ======== (.+?) =+$", SOURCE, re.M)
 IO_LINE = "Above this line nothing does I/O"
 
@@ -88,6 +87,14 @@ def cases(names, rows):
     values = [getattr(row, "values", row) if isinstance(row, tuple) else row for row in rows]
     ids = ["-".join(map(name_of, row)) if several else name_of(row) for row in values]
     return pytest.mark.parametrize(names, rows, ids=[name[:90] for name in ids])
+
+
+def repository_file(name):
+    """The path of another file of the repository; a test that lacks it is skipped, and says so."""
+    path = HERE / name
+    if not path.exists():
+        pytest.skip(f"{name} of the repository is not beside test_ogx.py")
+    return path
 
 
 def provider(kind="openai", url="http://127.0.0.1:9/v1", name=None, key="sk-secret-1234"):
@@ -567,6 +574,15 @@ class TestTheFile:
         expected = ["Test" + "".join(w.title() for w in s.split()) for s in sections]
         assert [c for c in classes if c in expected] == expected
 
+    def test_these_tests_need_no_file_but_ogx_py(self, tmp_path):
+        for path in (HERE / "ogx.py", Path(__file__)):
+            shutil.copy(path, tmp_path)
+        program = [sys.executable, "-B", "-c", "import test_ogx"]
+        assert subprocess.run(program, cwd=tmp_path, capture_output=True).stderr == b""
+        elsewhere = {ast.unparse(node) for node in ast.walk(ast.parse(Path(__file__).read_text()))
+                     if isinstance(node, ast.BinOp) and ast.unparse(node).startswith("HERE /")}
+        assert elsewhere == {"HERE / 'ogx.py'", "HERE / name"}  # the rest by repository_file()
+
     def test_every_case_has_a_name(self, request):
         """Of printable ASCII, 120 characters at most, and not a number's: use cases(), or ids."""
         for item in request.session.items:
@@ -676,7 +692,7 @@ class TestTheFile:
 
     def test_mutations_break_no_reader(self):
         """A few hundred inputs of `make fuzz`, always the same."""
-        fuzz = script("fuzz")
+        fuzz = ci_module("fuzz")
         for target in fuzz.TARGETS:
             for number in range(60):
                 target(fuzz.random.Random(f"{target.__name__} {number}"))
@@ -684,9 +700,9 @@ class TestTheFile:
     def test_every_expression_is_linear(self):
         """Over text of any length no expression may take the square of it; those that would get
         text that was cut, and have to be quick for that much of it."""
-        found = script("expressions").expressions()
+        module = ci_module("expressions")
+        found, worst = module.expressions(), module.worst_input
         assert len(found) > 100
-        worst = script("expressions").worst_input
         slow = [(pattern, worst(method, pattern, most)) for method, pattern, most in found]
         assert not [row for row in slow if row[1]]
 
@@ -695,10 +711,11 @@ class TestTheFile:
         "qwen3(?!.*(instruct|coder))", rb'\s*([:,"])\s*', "(/messages)?/*$"],
         ids=["field", "around", "title", "ahead", "separator", "path"])  # fmt: skip
     def test_what_is_not_linear_is_found(self, pattern):
-        assert script("expressions").worst_input("sub", pattern, 0)
+        assert ci_module("expressions").worst_input("sub", pattern, 0)
 
     def test_make_alone_tells_what_there_is(self):
-        targets = re.search(r"\.PHONY: help (.+)", (HERE / "Makefile").read_text())[1].split()
+        makefile = repository_file("Makefile").read_text()
+        targets = re.search(r"\.PHONY: help (.+)", makefile)[1].split()
         assert re.findall(r"(?m)^make (\S+)  ", make()) == targets
 
     @pytest.mark.parametrize(("args", "command"), [
@@ -709,7 +726,8 @@ class TestTheFile:
                                                               *command.split()]  # fmt: skip
 
     def test_every_command_in_the_readme_parses(self):
-        lines = re.findall(r"^\s*python3? ogx\.py (.+)$", README, re.M)
+        readme = repository_file("README.md").read_text("utf-8")
+        lines = re.findall(r"^\s*python3? ogx\.py (.+)$", readme, re.M)
         assert len(lines) >= 5
         for line in lines:
             words = shlex.split(line, comments=True)
@@ -721,6 +739,7 @@ class TestTheFile:
 
 def make(*args):
     """What make prints; also in a test that make runs, which hands its own arguments down."""
+    repository_file("Makefile")
     if not shutil.which("make"):
         pytest.skip("there is no make here")
     environ = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "PYTHON", "ARGS")}
@@ -728,12 +747,14 @@ def make(*args):
                           text=True, check=True).stdout  # fmt: skip
 
 
-def script(name):
-    """A program of .ci as a module."""
-    spec = importlib.util.spec_from_file_location(name, HERE / ".ci" / f"{name}.py")
+def ci_module(name):
+    """A program of .ci as a module, for what it shares with these tests: fuzz.py its readers, and
+    expressions.py every regular expression of ogx.py."""
+    path = repository_file(f".ci/{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HERE / ".ci"))
+        patch.syspath_prepend(str(path.parent))
         spec.loader.exec_module(module)
     return module
 
@@ -1156,7 +1177,7 @@ class TestConfig:
         return ogx.config_from_json(tree, "my.json", environ or {})
 
     def test_starter_json_holds_the_built_in_default(self):
-        on_disk = json.loads((HERE / "starter.json").read_text(encoding="utf-8"))
+        on_disk = json.loads(repository_file("starter.json").read_text("utf-8"))
         assert on_disk == ogx.starter_config()
 
     def test_the_starter_without_variables_has_no_provider(self):
