@@ -441,6 +441,16 @@ def await_end(fake, connection):
         fake.client_left.set()
 
 
+def read_until(source, mark, times=1):
+    """What a socket, or an answer of http.client, brings until a mark was there so many times."""
+    data, read = b"", getattr(source, "recv", None) or source.read1
+    while data.count(mark) < times:
+        piece = read(65536)
+        assert piece, data[-300:]
+        data += piece
+    return data
+
+
 class Client:
     """A keep-alive HTTP client of a gateway."""
 
@@ -467,6 +477,12 @@ class Client:
 
     def get(self, path, **headers):
         return self.ask("GET", path, **headers)
+
+    def begin(self, body):
+        """The answer to a Messages request once its headers are there, to be read in pieces."""
+        headers = {"content-type": "application/json"}
+        self.connection.request("POST", "/v1/messages", json.dumps(body), headers)
+        return self.connection.getresponse()
 
     @contextlib.contextmanager
     def sending(self, body, path="/v1/messages"):
@@ -6876,15 +6892,11 @@ class TestGateway:
             connection.sendall(b"0\r\n\r\n")
 
         with gateway_over(answer) as (client, _):
-            client.connection.request("POST", "/v1/messages", json.dumps(request(stream=True)),
-                                      {"content-type": "application/json"})  # fmt: skip
             gates[0].set()
-            stream = client.connection.getresponse()
-            seen = b""
+            stream, seen = client.begin(request(stream=True)), b""
             for number, gate in enumerate(gates):
                 gate.set()
-                while f"<{number}>".encode() not in seen:
-                    seen += stream.read1(65536)
+                seen += read_until(stream, f"<{number}>".encode())
                 assert f"<{number + 1}>".encode() not in seen
             seen += stream.read()
         check_grammar(read_events(seen))
@@ -6904,32 +6916,37 @@ class TestGateway:
 
     def test_silence_is_bridged_by_comments_and_pings(self):
         def answer(fake, connection):
-            time.sleep(0.2)
+            begin.wait(10)
             begin_stream(connection)
             send_chunk(connection, sse(delta(content="a"), done=False))
-            time.sleep(0.2)
+            finish.wait(10)
             send_chunk(connection, sse(delta("stop")))
 
-        with gateway_over(answer, tick=0.05) as (client, _):
-            status, _, data = client.post(request(stream=True))
-        assert status == 200
-        before, after = data.split(b"event: message_start", 1)
-        assert before.count(ogx.SIGN_OF_LIFE) >= 2 and b"event:" not in before
-        assert after.count(b"event: ping") >= 2
-        check_grammar([e for e in read_events(data) if e["type"] != "ping"])
+        begin, finish = threading.Event(), threading.Event()
+        with gateway_over(answer, tick=0.01) as (client, _):
+            stream = client.begin(request(stream=True))
+            before = read_until(stream, ogx.SIGN_OF_LIFE, 2)
+            begin.set()
+            after = read_until(stream, b"event: ping", 2)
+            finish.set()
+            after += stream.read()
+        assert stream.status == 200 and b"event:" not in before
+        check_grammar([e for e in read_events(before + after) if e["type"] != "ping"])
 
     def test_an_error_after_the_first_sign_of_life_is_an_event(self):
         def answer(fake, connection):
-            time.sleep(0.15)
+            begun.wait(10)
             send(connection, 429, b'{"error":{"message":"slow down"}}', "application/json")
 
-        with gateway_over(answer, tick=0.05) as (client, _):
-            status, headers, data = client.post(request(stream=True))
-        (event,) = read_events(data)
-        assert status == 200 and event["type"] == "error"
+        begun = threading.Event()
+        with gateway_over(answer, tick=0.01) as (client, _):
+            stream = client.begin(request(stream=True))
+            begun.set()
+            (event,) = read_events(stream.read())
+        assert stream.status == 200 and event["type"] == "error"
         assert event["error"] == {"type": "rate_limit_error",
                                   "message": "slow down (from openai, model gpt-x)"}  # fmt: skip
-        assert event["request_id"] == headers["request-id"]
+        assert event["request_id"] == stream.headers["request-id"]
 
     @pytest.mark.parametrize("stream", [True, False])
     @cases(
@@ -6966,7 +6983,7 @@ class TestGateway:
             await_end(fake, connection)
 
         limits = ogx.Limits(first_byte_timeout=0.2, idle_timeout=0.2)
-        with gateway_over(answer, answer, tick=0.05, limits=limits) as (client, upstream):
+        with gateway_over(answer, answer, tick=0.01, limits=limits) as (client, upstream):
             data = client.post(request(stream=True))[2]
             assert upstream.client_left.wait(2)
             if not begun:
@@ -8314,14 +8331,16 @@ class TestGateway:
     def test_comments_of_an_upstream_are_no_reason_to_leave_the_client_waiting(self):
         def answer(fake, connection):
             begin_stream(connection)
-            for _ in range(20):
+            while not seen.wait(0.005):
                 send_chunk(connection, b": PROCESSING\n\n")
-                time.sleep(0.02)
             send_chunk(connection, sse(delta(content="a"), delta("stop")))
 
-        with gateway_over(answer, tick=0.1) as (client, _):
-            data = client.post(request(stream=True))[2]
-        assert data.count(ogx.SIGN_OF_LIFE) >= 2
+        seen = threading.Event()
+        with gateway_over(answer, tick=0.02) as (client, _):
+            stream = client.begin(request(stream=True))
+            read_until(stream, ogx.SIGN_OF_LIFE, 2)
+            seen.set()
+            assert b"event: message_stop" in stream.read()
 
     def test_a_model_that_appears_later_is_listed_without_a_restart(self, monkeypatch):
         monkeypatch.setattr(ogx, "REFRESH", 0.02)
@@ -9441,7 +9460,7 @@ class TestServer:
                 sock.recv(1)
             sent.set()
             sock.settimeout(10)
-            self.read_until(sock, b"One.")
+            read_until(sock, b"One.")
 
     def test_handshakes_take_no_threads(self, tmp_path):
         with self.over_tls(tmp_path, limits=ogx.Limits(max_idle=100)) as (server, _, connected):
@@ -9475,7 +9494,7 @@ class TestServer:
         ) as sock:
             until(lambda: upstream.seen)
             if begun and stream:
-                self.read_until(sock, b"One.")
+                read_until(sock, b"One.")
             sock.shutdown(socket.SHUT_WR)
             shut.set()
             client.get("/v1/health")
@@ -9632,14 +9651,6 @@ class TestServer:
                      b"content-length: %d\r\n\r\n%b" % (len(data), data))  # fmt: skip
         return sock
 
-    def read_until(self, sock, mark):
-        data = b""
-        while mark not in data:
-            piece = sock.recv(65536)
-            assert piece, data[-300:]
-            data += piece
-        return data
-
     def test_a_reader_that_stops_holds_up_its_own_upstream_alone(self):
         taken, hold = [], threading.Event()
 
@@ -9665,16 +9676,16 @@ class TestServer:
         go_on = {word: threading.Event() for word in ("one ", "two ", "three")}
         with gateway_over(endless, steady) as (client, upstream):
             with self.stream_of(client) as stuck:
-                self.read_until(stuck, b"xxx")
+                read_until(stuck, b"xxx")
                 amounts = []
                 while len(amounts) < 3 or amounts[-1] != amounts[-3]:  # until nothing moves
                     amounts.append(len(taken))
                     time.sleep(0.05)
                 with self.stream_of(client) as other:
                     for word in go_on:
-                        self.read_until(other, word.strip().encode())
+                        read_until(other, word.strip().encode())
                         go_on[word].set()
-                    self.read_until(other, b"0\r\n\r\n")
+                    read_until(other, b"0\r\n\r\n")
                 assert sum(taken) < 30_000_000, "what a client doesn't take must not be kept"
             assert upstream.client_left.wait(10), "the upstream of a client that left is closed"
             hold.set()
@@ -9696,7 +9707,7 @@ class TestServer:
 
             def ask():
                 with self.stream_of(client) as sock:
-                    data = self.read_until(sock, b"\r\n0\r\n\r\n")
+                    data = read_until(sock, b"\r\n0\r\n\r\n")
                 body = re.sub(rb"\r\n[0-9a-f]+\r\n", b"", data.split(b"\r\n\r\n", 1)[1])
                 answers.append(b"".join(re.findall(rb'"text_delta","text":"(.*?)"', body)))
 
@@ -9719,7 +9730,7 @@ class TestServer:
                 for _ in range(30):
                     held.enter_context(socket.create_connection(("127.0.0.1", client.port)))
                 for _ in range(10):
-                    self.read_until(held.enter_context(self.stream_of(client)), b"Hello")
+                    read_until(held.enter_context(self.stream_of(client)), b"Hello")
                 ours = {thread.name for thread in threading.enumerate()}
                 assert threading.active_count() - running <= 10 + 1, ours  # the fake upstream's
             upstream.client_left.set()
@@ -9795,7 +9806,7 @@ class TestServer:
             fake.client_left.wait(20)
 
         with gateway_over(quiet) as (client, upstream), self.stream_of(client) as sock:
-            self.read_until(sock, b"Hello")
+            read_until(sock, b"Hello")
             relay, looks = client.server.relay, []
             ready = relay._ready
             relay._ready = lambda: looks.append(1) or ready()
@@ -9815,7 +9826,7 @@ class TestServer:
             connection.sendall(b"0\r\n\r\n")
 
         with gateway_over(answer) as (client, _), self.stream_of(client) as sock:
-            self.read_until(sock, b"Hello")
+            read_until(sock, b"Hello")
             sock.setblocking(False)
             handler, held = next(iter(client.server.running)), 0
             while client.server.running:
@@ -9841,7 +9852,7 @@ class TestServer:
                 sock.sendall(self.HEAD + b"content-length: %d\r\n\r\n%b" % (len(data), data))
                 until(lambda: upstream.seen)
                 both.set()
-                self.read_until(sock, b"One.")
+                read_until(sock, b"One.")
                 until(lambda: len(upstream.seen) == 2)
             assert upstream.client_left.wait(5)
 
@@ -10053,7 +10064,7 @@ class TestServer:
 
         go_on = threading.Event()
         with gateway_over(paced) as (client, upstream), self.stream_of(client) as sock:
-            self.read_until(sock, b"Hello")
+            read_until(sock, b"Hello")
             relay, waiting = client.server.relay, Client(client.server)
             assert waiting.get("/v1/health")[0] == 200
             held = threading.Event()
@@ -10073,7 +10084,7 @@ class TestServer:
             assert held.wait(5)
             waiting.connection.request("GET", "/v1/health")
             go_on.set()
-            self.read_until(sock, b"again")
+            read_until(sock, b"again")
             del relay._admit
             assert waiting.connection.getresponse().status == 200
             upstream.client_left.set()
@@ -10110,9 +10121,9 @@ class TestServer:
 
         with gateway_over(forever) as (client, upstream):
             with self.stream_of(client) as sock:
-                self.read_until(sock, b"Hello")
+                read_until(sock, b"Hello")
                 client.server.stop(drain=0.01)
-                rest = self.read_until(sock, b"0\r\n\r\n")
+                rest = read_until(sock, b"0\r\n\r\n")
             upstream.client_left.set()
         assert b"event: error" in rest and b"overloaded_error" in rest
 
@@ -10123,9 +10134,9 @@ class TestServer:
             fake.client_left.wait(20)
 
         with gateway_over(dies) as (client, upstream), self.stream_of(client) as sock:
-            self.read_until(sock, b"Hello")
+            read_until(sock, b"Hello")
             upstream.client_left.set()
-            rest = self.read_until(sock, b"0\r\n\r\n")
+            rest = read_until(sock, b"0\r\n\r\n")
             assert b"content_block_stop" in rest and b"event: error" in rest
             assert client.post(request())[0] == 200, "the server goes on"
 
@@ -10141,17 +10152,17 @@ class TestServer:
         with gateway_over(quiet, quiet, tick=0.05) as (client, upstream), self.stream_of(
             client
         ) as other:
-            self.read_until(other, b"Hello")
+            read_until(other, b"Hello")
             gone = self.stream_of(client)
-            self.read_until(gone, b"Hello")
+            read_until(gone, b"Hello")
             gone.sendall(b"GET / HT")  # so that its end is not looked for any more
-            self.read_until(gone, b"ping")
+            read_until(gone, b"ping")
             gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             gone.close()  # by a reset
-            self.read_until(other, b"ping")
-            self.read_until(other, b"ping")
+            read_until(other, b"ping")
+            read_until(other, b"ping")
             upstream.client_left.set()
-            self.read_until(other, b"0\r\n\r\n")
+            read_until(other, b"0\r\n\r\n")
 
     def test_a_slow_reader_gets_all_from_an_upstream_that_closes(self):
         def large(fake, connection):
@@ -10162,7 +10173,7 @@ class TestServer:
 
         go_on = threading.Event()
         with gateway_over(large) as (client, _), self.stream_of(client) as sock:
-            self.read_until(sock, b'"x"')
+            read_until(sock, b'"x"')
             go_on.set()
             time.sleep(0.2)  # the server fills the buffers meanwhile
             data = b""
@@ -10179,7 +10190,7 @@ class TestServer:
                     send_chunk(connection, sse(*[delta(content="z" * 900)] * 50, done=False))
 
         with gateway_over(endless) as (client, upstream), self.stream_of(client) as sock:
-            self.read_until(sock, b"zzz")
+            read_until(sock, b"zzz")
             stop = threading.Thread(target=client.server.stop, args=(0.3,))
             stop.start()
             time.sleep(0.5)  # the client is behind when the time to finish is over
@@ -10199,11 +10210,11 @@ class TestServer:
             connection.sendall(b"0\r\n\r\n")
 
         with gateway_over(slow) as (client, upstream), self.stream_of(client) as sock:
-            self.read_until(sock, b"Hello")
+            read_until(sock, b"Hello")
             sock.sendall(b"GET /v1/health HTTP/1.1\r\nhost: localhost\r\n\r\n")
             time.sleep(0.05)
             upstream.client_left.set()
-            rest = self.read_until(sock, b'"status"')
+            rest = read_until(sock, b'"status"')
             assert rest.index(b"message_stop") < rest.index(b'"status"')
 
 
