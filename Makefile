@@ -27,7 +27,7 @@ test:
 
 test-clients:
 	@.ci/clients-install $(PYTHON)
-	@.clients/venv/bin/python -m pytest -m clients $(call files,.ci) $(ARGS)
+	@.clients/venv/bin/python -m pytest -m clients $(call files,.ci/clients) $(ARGS)
 
 test-servers:
 	@.ci/clients-install $(PYTHON)
@@ -56,4 +56,5 @@ starter:
 	$(PYTHON) .ci/starter.py > starter.json
 
 clean:
-	rm -rf $(TOOLS) .clients .servers .pytest_cache .ruff_cache __pycache__ .ci/__pycache__
+	rm -rf $(TOOLS) .clients .servers .pytest_cache .ruff_cache __pycache__ \
+		.ci/__pycache__ .ci/clients/__pycache__

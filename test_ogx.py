@@ -50,7 +50,6 @@ import ogx
 
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "ogx.py").read_text(encoding="utf-8")
-README = (HERE / "README.md").read_text(encoding="utf-8")
 SECTIONS = re.findall(r"^# ======== (.+?) =+$", SOURCE, re.M)
 IO_LINE = "Above this line nothing does I/O"
 
@@ -90,6 +89,14 @@ def cases(names, rows):
     values = [getattr(row, "values", row) if isinstance(row, tuple) else row for row in rows]
     ids = ["-".join(map(name_of, row)) if several else name_of(row) for row in values]
     return pytest.mark.parametrize(names, rows, ids=[name[:90] for name in ids])
+
+
+def repository_file(name):
+    """The path of another file of the repository; a test that lacks it is skipped, and says so."""
+    path = HERE / name
+    if not path.exists():
+        pytest.skip(f"{name} of the repository is not beside test_ogx.py")
+    return path
 
 
 def provider(kind="openai", url="http://127.0.0.1:9/v1", name=None, key="sk-secret-1234"):
@@ -328,6 +335,9 @@ class FakeUpstream:
     of the connection, which then writes what it likes. Every GET lists `models`, or is answered
     by them when they are (status, body), unless a word of its path is in `lists`. An empty
     request to /messages is answered as a server does that has a Messages API, or has none.
+
+    Extend it by what a test of this file needs of a server. What real clients have to meet belongs
+    to .ci/clients/scripted_upstream.py, and what is measured to .ci/bench_upstream.py.
     """
 
     def __init__(self, *answers, models=("gpt-x",), native=False):
@@ -433,6 +443,16 @@ def await_end(fake, connection):
         fake.client_left.set()
 
 
+def read_until(source, mark, times=1):
+    """What a socket, or an answer of http.client, brings until a mark was there so many times."""
+    data, read = b"", getattr(source, "recv", None) or source.read1
+    while data.count(mark) < times:
+        piece = read(65536)
+        assert piece, data[-300:]
+        data += piece
+    return data
+
+
 class Client:
     """A keep-alive HTTP client of a gateway."""
 
@@ -459,6 +479,12 @@ class Client:
 
     def get(self, path, **headers):
         return self.ask("GET", path, **headers)
+
+    def begin(self, body):
+        """The answer to a Messages request once its headers are there, to be read in pieces."""
+        headers = {"content-type": "application/json"}
+        self.connection.request("POST", "/v1/messages", json.dumps(body), headers)
+        return self.connection.getresponse()
 
     @contextlib.contextmanager
     def sending(self, body, path="/v1/messages"):
@@ -582,6 +608,15 @@ class TestTheFile:
         expected = ["Test" + "".join(w.title() for w in s.split()) for s in sections]
         assert [c for c in classes if c in expected] == expected
 
+    def test_these_tests_need_no_file_but_ogx_py(self, tmp_path):
+        for path in (HERE / "ogx.py", Path(__file__)):
+            shutil.copy(path, tmp_path)
+        program = [sys.executable, "-B", "-c", "import test_ogx"]
+        assert subprocess.run(program, cwd=tmp_path, capture_output=True).stderr == b""
+        elsewhere = {ast.unparse(node) for node in ast.walk(ast.parse(Path(__file__).read_text()))
+                     if isinstance(node, ast.BinOp) and ast.unparse(node).startswith("HERE /")}
+        assert elsewhere == {"HERE / 'ogx.py'", "HERE / name"}  # the rest by repository_file()
+
     def test_every_case_has_a_name(self, request):
         """Of printable ASCII, 120 characters at most, and not a number's: use cases(), or ids."""
         for item in request.session.items:
@@ -691,7 +726,7 @@ class TestTheFile:
 
     def test_mutations_break_no_reader(self):
         """A few hundred inputs of `make fuzz`, always the same."""
-        fuzz = script("fuzz")
+        fuzz = ci_module("fuzz")
         for target in fuzz.TARGETS:
             for number in range(60):
                 target(fuzz.random.Random(f"{target.__name__} {number}"))
@@ -699,9 +734,9 @@ class TestTheFile:
     def test_every_expression_is_linear(self):
         """Over text of any length no expression may take the square of it; those that would get
         text that was cut, and have to be quick for that much of it."""
-        found = script("expressions").expressions()
+        module = ci_module("expressions")
+        found, worst = module.expressions(), module.worst_input
         assert len(found) > 100
-        worst = script("expressions").worst_input
         slow = [(pattern, worst(method, pattern, most)) for method, pattern, most in found]
         assert not [row for row in slow if row[1]]
 
@@ -710,10 +745,11 @@ class TestTheFile:
         "qwen3(?!.*(instruct|coder))", rb'\s*([:,"])\s*', "(/messages)?/*$"],
         ids=["field", "around", "title", "ahead", "separator", "path"])  # fmt: skip
     def test_what_is_not_linear_is_found(self, pattern):
-        assert script("expressions").worst_input("sub", pattern, 0)
+        assert ci_module("expressions").worst_input("sub", pattern, 0)
 
     def test_make_alone_tells_what_there_is(self):
-        targets = re.search(r"\.PHONY: help (.+)", (HERE / "Makefile").read_text())[1].split()
+        makefile = repository_file("Makefile").read_text()
+        targets = re.search(r"\.PHONY: help (.+)", makefile)[1].split()
         assert re.findall(r"(?m)^make (\S+)  ", make()) == targets
 
     @pytest.mark.parametrize(("args", "command"), [
@@ -724,7 +760,8 @@ class TestTheFile:
                                                               *command.split()]  # fmt: skip
 
     def test_every_command_in_the_readme_parses(self):
-        lines = re.findall(r"^\s*python3? ogx\.py (.+)$", README, re.M)
+        readme = repository_file("README.md").read_text("utf-8")
+        lines = re.findall(r"^\s*python3? ogx\.py (.+)$", readme, re.M)
         assert len(lines) >= 5
         for line in lines:
             words = shlex.split(line, comments=True)
@@ -736,6 +773,7 @@ class TestTheFile:
 
 def make(*args):
     """What make prints; also in a test that make runs, which hands its own arguments down."""
+    repository_file("Makefile")
     if not shutil.which("make"):
         pytest.skip("there is no make here")
     environ = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "PYTHON", "ARGS")}
@@ -743,12 +781,14 @@ def make(*args):
                           text=True, check=True).stdout  # fmt: skip
 
 
-def script(name):
-    """A program of .ci as a module."""
-    spec = importlib.util.spec_from_file_location(name, HERE / ".ci" / f"{name}.py")
+def ci_module(name):
+    """A program of .ci as a module, for what it shares with these tests: fuzz.py its readers, and
+    expressions.py every regular expression of ogx.py."""
+    path = repository_file(f".ci/{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HERE / ".ci"))
+        patch.syspath_prepend(str(path.parent))
         spec.loader.exec_module(module)
     return module
 
@@ -1171,7 +1211,7 @@ class TestConfig:
         return ogx.config_from_json(tree, "my.json", environ or {})
 
     def test_starter_json_holds_the_built_in_default(self):
-        on_disk = json.loads((HERE / "starter.json").read_text(encoding="utf-8"))
+        on_disk = json.loads(repository_file("starter.json").read_text("utf-8"))
         assert on_disk == ogx.starter_config()
 
     def test_the_starter_without_variables_has_no_provider(self):
@@ -5425,7 +5465,8 @@ class TestHTTP:
                     (b"hello world", True, b"REST")),
         "chunked with line feeds": (ogx.ChunkedBody, b"5\nhello\n 6 \n world\n0\n\nREST",
                                     (b"hello world", True, b"REST")),
-        "chunked, cut off": (ogx.ChunkedBody, b"5\r\nhello\r\n6\r\n wor", (b"hello wor", False, b"")),
+        "chunked, cut off": (ogx.ChunkedBody, b"5\r\nhello\r\n6\r\n wor",
+                             (b"hello wor", False, b"")),
     }  # fmt: skip
 
     @pytest.mark.parametrize("reader", READERS)
@@ -6887,7 +6928,8 @@ class TestUpstream:
         words = "too many trailers"
         assert words in refused(trailers.feed, b"a: b\r\n" * 20_000).message
         bomb = gzip.compress(b"\n" * 50_000_000)
-        with FakeUpstream(flood(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n\r\n", bomb, 1)) as fake:
+        packed = flood(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n\r\n", bomb, 1)
+        with FakeUpstream(packed) as fake:
             error = refused(lambda: self.read_all(self.open(ogx.Upstream(), fake.url)))
         assert "unpacks to too much" in error.message
 
@@ -7366,15 +7408,11 @@ class TestGateway:
             connection.sendall(b"0\r\n\r\n")
 
         with gateway_over(answer) as (client, _):
-            client.connection.request("POST", "/v1/messages", json.dumps(request(stream=True)),
-                                      {"content-type": "application/json"})  # fmt: skip
             gates[0].set()
-            stream = client.connection.getresponse()
-            seen = b""
+            stream, seen = client.begin(request(stream=True)), b""
             for number, gate in enumerate(gates):
                 gate.set()
-                while f"<{number}>".encode() not in seen:
-                    seen += stream.read1(65536)
+                seen += read_until(stream, f"<{number}>".encode())
                 assert f"<{number + 1}>".encode() not in seen
             seen += stream.read()
         check_grammar(read_events(seen))
@@ -7394,32 +7432,37 @@ class TestGateway:
 
     def test_silence_is_bridged_by_comments_and_pings(self):
         def answer(fake, connection):
-            time.sleep(0.2)
+            begin.wait(10)
             begin_stream(connection)
             send_chunk(connection, sse(delta(content="a"), done=False))
-            time.sleep(0.2)
+            finish.wait(10)
             send_chunk(connection, sse(delta("stop")))
 
-        with gateway_over(answer, tick=0.05) as (client, _):
-            status, _, data = client.post(request(stream=True))
-        assert status == 200
-        before, after = data.split(b"event: message_start", 1)
-        assert before.count(ogx.SIGN_OF_LIFE) >= 2 and b"event:" not in before
-        assert after.count(b"event: ping") >= 2
-        check_grammar([e for e in read_events(data) if e["type"] != "ping"])
+        begin, finish = threading.Event(), threading.Event()
+        with gateway_over(answer, tick=0.01) as (client, _):
+            stream = client.begin(request(stream=True))
+            before = read_until(stream, ogx.SIGN_OF_LIFE, 2)
+            begin.set()
+            after = read_until(stream, b"event: ping", 2)
+            finish.set()
+            after += stream.read()
+        assert stream.status == 200 and b"event:" not in before
+        check_grammar([e for e in read_events(before + after) if e["type"] != "ping"])
 
     def test_an_error_after_the_first_sign_of_life_is_an_event(self):
         def answer(fake, connection):
-            time.sleep(0.15)
+            begun.wait(10)
             send(connection, 429, b'{"error":{"message":"slow down"}}', "application/json")
 
-        with gateway_over(answer, tick=0.05) as (client, _):
-            status, headers, data = client.post(request(stream=True))
-        (event,) = read_events(data)
-        assert status == 200 and event["type"] == "error"
+        begun = threading.Event()
+        with gateway_over(answer, tick=0.01) as (client, _):
+            stream = client.begin(request(stream=True))
+            begun.set()
+            (event,) = read_events(stream.read())
+        assert stream.status == 200 and event["type"] == "error"
         assert event["error"] == {"type": "rate_limit_error",
                                   "message": "slow down (from openai, model gpt-x)"}  # fmt: skip
-        assert event["request_id"] == headers["request-id"]
+        assert event["request_id"] == stream.headers["request-id"]
 
     @pytest.mark.parametrize("stream", [True, False])
     @cases(
@@ -7456,7 +7499,7 @@ class TestGateway:
             await_end(fake, connection)
 
         limits = ogx.Limits(first_byte_timeout=0.2, idle_timeout=0.2)
-        with gateway_over(answer, answer, tick=0.05, limits=limits) as (client, upstream):
+        with gateway_over(answer, answer, tick=0.01, limits=limits) as (client, upstream):
             data = client.post(request(stream=True))[2]
             assert upstream.client_left.wait(2)
             if not begun:
@@ -8804,14 +8847,16 @@ class TestGateway:
     def test_comments_of_an_upstream_are_no_reason_to_leave_the_client_waiting(self):
         def answer(fake, connection):
             begin_stream(connection)
-            for _ in range(20):
+            while not seen.wait(0.005):
                 send_chunk(connection, b": PROCESSING\n\n")
-                time.sleep(0.02)
             send_chunk(connection, sse(delta(content="a"), delta("stop")))
 
-        with gateway_over(answer, tick=0.1) as (client, _):
-            data = client.post(request(stream=True))[2]
-        assert data.count(ogx.SIGN_OF_LIFE) >= 2
+        seen = threading.Event()
+        with gateway_over(answer, tick=0.02) as (client, _):
+            stream = client.begin(request(stream=True))
+            read_until(stream, ogx.SIGN_OF_LIFE, 2)
+            seen.set()
+            assert b"event: message_stop" in stream.read()
 
     def test_a_provider_that_is_this_gateway_is_refused(self):
         with serving(discover=False) as client:
@@ -9858,7 +9903,7 @@ class TestServer:
                 sock.recv(1)
             sent.set()
             sock.settimeout(10)
-            self.read_until(sock, b"One.")
+            read_until(sock, b"One.")
 
     def test_handshakes_take_no_threads(self, tmp_path):
         with self.over_tls(tmp_path, limits=ogx.Limits(max_idle=100)) as (server, _, connected):
@@ -9892,7 +9937,7 @@ class TestServer:
         ) as sock:
             until(lambda: upstream.seen)
             if begun and stream:
-                self.read_until(sock, b"One.")
+                read_until(sock, b"One.")
             sock.shutdown(socket.SHUT_WR)
             shut.set()
             client.get("/v1/health")
@@ -10047,14 +10092,6 @@ class TestServer:
                      b"content-length: %d\r\n\r\n%b" % (len(data), data))  # fmt: skip
         return sock
 
-    def read_until(self, sock, mark):
-        data = b""
-        while mark not in data:
-            piece = sock.recv(65536)
-            assert piece, data[-300:]
-            data += piece
-        return data
-
     def test_a_reader_that_stops_holds_up_its_own_upstream_alone(self):
         taken, hold = [], threading.Event()
 
@@ -10080,16 +10117,16 @@ class TestServer:
         go_on = {word: threading.Event() for word in ("one ", "two ", "three")}
         with gateway_over(endless, steady) as (client, upstream):
             with self.stream_of(client) as stuck:
-                self.read_until(stuck, b"xxx")
+                read_until(stuck, b"xxx")
                 amounts = []
                 while len(amounts) < 3 or amounts[-1] != amounts[-3]:  # until nothing moves
                     amounts.append(len(taken))
                     time.sleep(0.05)
                 with self.stream_of(client) as other:
                     for word in go_on:
-                        self.read_until(other, word.strip().encode())
+                        read_until(other, word.strip().encode())
                         go_on[word].set()
-                    self.read_until(other, b"0\r\n\r\n")
+                    read_until(other, b"0\r\n\r\n")
                 assert sum(taken) < 30_000_000, "what a client doesn't take must not be kept"
             assert upstream.client_left.wait(10), "the upstream of a client that left is closed"
             hold.set()
@@ -10111,7 +10148,7 @@ class TestServer:
 
             def ask():
                 with self.stream_of(client) as sock:
-                    data = self.read_until(sock, b"\r\n0\r\n\r\n")
+                    data = read_until(sock, b"\r\n0\r\n\r\n")
                 body = re.sub(rb"\r\n[0-9a-f]+\r\n", b"", data.split(b"\r\n\r\n", 1)[1])
                 answers.append(b"".join(re.findall(rb'"text_delta","text":"(.*?)"', body)))
 
@@ -10134,7 +10171,7 @@ class TestServer:
                 for _ in range(30):
                     held.enter_context(socket.create_connection(("127.0.0.1", client.port)))
                 for _ in range(10):
-                    self.read_until(held.enter_context(self.stream_of(client)), b"Hello")
+                    read_until(held.enter_context(self.stream_of(client)), b"Hello")
                 ours = {thread.name for thread in threading.enumerate()}
                 assert threading.active_count() - running <= 10 + 1, ours  # the fake upstream's
             upstream.client_left.set()
@@ -10187,14 +10224,14 @@ class TestServer:
 
     @cases("path", ["/v1/messages", "/v1/messages/count_tokens"])
     def test_waiting_for_the_first_lists_holds_up_no_one(self, path):
-        with gateway_over(discover=False) as (client, upstream):
-            with client.sending(request(model="listed-late"), path) as waiting:
-                until(lambda: client.server.running)
-                assert client.get("/v1/health")[0] == 200
-                late = ogx.Model("openai/listed-late", provider(url=upstream.url), "listed-late")
-                client.gateway.registry.learn("openai", [late])
-                client.gateway.discovery.done.set()
-                assert waiting.recv(65536).startswith(b"HTTP/1.1 200 ")
+        body = request(model="listed-late")
+        with gateway_over(discover=False) as (client, upstream), client.sending(body, path) as sock:
+            until(lambda: client.server.running)
+            assert client.get("/v1/health")[0] == 200
+            late = ogx.Model("openai/listed-late", provider(url=upstream.url), "listed-late")
+            client.gateway.registry.learn("openai", [late])
+            client.gateway.discovery.done.set()
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
 
     def test_a_pipelined_request_keeps_no_one_busy(self, monkeypatch):
         class Counting(selectors.DefaultSelector):
@@ -10213,13 +10250,13 @@ class TestServer:
         looks, words = [], {word: threading.Event() for word in ("one", "two", "three", "four")}
         monkeypatch.setattr(selectors, "DefaultSelector", Counting)
         with gateway_over(paced) as (client, _), self.stream_of(client) as sock:
-            self.read_until(sock, b"one")
+            read_until(sock, b"one")
             sock.sendall(b"GET /v1/health HTTP/1.1\r\nhost: localhost\r\n\r\n")
             looks.clear()
             for word in words:
-                self.read_until(sock, word.encode()) if word != "one" else None
+                read_until(sock, word.encode()) if word != "one" else None
                 words[word].set()
-            assert b'"status":"OK"' in self.read_until(sock, b"OK")
+            assert b'"status":"OK"' in read_until(sock, b"OK")
         assert len(looks) < 50  # a busy loop looks some ten thousand times meanwhile
 
     def test_who_sends_on_during_its_answer_fills_no_memory(self):
@@ -10232,7 +10269,7 @@ class TestServer:
             connection.sendall(b"0\r\n\r\n")
 
         with gateway_over(answer) as (client, _), self.stream_of(client) as sock:
-            self.read_until(sock, b"Hello")
+            read_until(sock, b"Hello")
             sock.setblocking(False)
             handler, held = next(iter(client.server.running)), 0
             while client.server.running:
@@ -10258,7 +10295,7 @@ class TestServer:
                 sock.sendall(self.HEAD + b"content-length: %d\r\n\r\n%b" % (len(data), data))
                 until(lambda: upstream.seen)
                 both.set()
-                self.read_until(sock, b"One.")
+                read_until(sock, b"One.")
                 until(lambda: len(upstream.seen) == 2)
             assert upstream.client_left.wait(5)
 
@@ -10437,9 +10474,9 @@ class TestServer:
 
         with gateway_over(forever) as (client, upstream):
             with self.stream_of(client) as sock:
-                self.read_until(sock, b"Hello")
+                read_until(sock, b"Hello")
                 client.server.stop(drain=0.01)
-                rest = self.read_until(sock, b"0\r\n\r\n")
+                rest = read_until(sock, b"0\r\n\r\n")
             upstream.client_left.set()
         assert b"event: error" in rest and b"overloaded_error" in rest
 
@@ -10450,9 +10487,9 @@ class TestServer:
             fake.client_left.wait(20)
 
         with gateway_over(dies) as (client, upstream), self.stream_of(client) as sock:
-            self.read_until(sock, b"Hello")
+            read_until(sock, b"Hello")
             upstream.client_left.set()
-            rest = self.read_until(sock, b"0\r\n\r\n")
+            rest = read_until(sock, b"0\r\n\r\n")
             assert b"content_block_stop" in rest and b"event: error" in rest
             assert client.post(request())[0] == 200, "the server goes on"
 
@@ -10468,17 +10505,17 @@ class TestServer:
         with gateway_over(quiet, quiet, tick=0.05) as (client, upstream), self.stream_of(
             client
         ) as other:
-            self.read_until(other, b"Hello")
+            read_until(other, b"Hello")
             gone = self.stream_of(client)
-            self.read_until(gone, b"Hello")
+            read_until(gone, b"Hello")
             gone.sendall(b"GET / HT")  # so that its end is not looked for any more
-            self.read_until(gone, b"ping")
+            read_until(gone, b"ping")
             gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             gone.close()  # by a reset
-            self.read_until(other, b"ping")
-            self.read_until(other, b"ping")
+            read_until(other, b"ping")
+            read_until(other, b"ping")
             upstream.client_left.set()
-            self.read_until(other, b"0\r\n\r\n")
+            read_until(other, b"0\r\n\r\n")
 
     def test_a_slow_reader_gets_all_from_an_upstream_that_closes(self):
         def large(fake, connection):
@@ -10489,7 +10526,7 @@ class TestServer:
 
         go_on = threading.Event()
         with gateway_over(large) as (client, _), self.stream_of(client) as sock:
-            self.read_until(sock, b'"x"')
+            read_until(sock, b'"x"')
             go_on.set()
             time.sleep(0.2)  # the server fills the buffers meanwhile
             data = b""
@@ -10506,7 +10543,7 @@ class TestServer:
                     send_chunk(connection, sse(*[delta(content="z" * 900)] * 50, done=False))
 
         with gateway_over(endless) as (client, upstream), self.stream_of(client) as sock:
-            self.read_until(sock, b"zzz")
+            read_until(sock, b"zzz")
             stop = threading.Thread(target=client.server.stop, args=(0.3,))
             stop.start()
             time.sleep(0.5)  # the client is behind when the time to finish is over
@@ -10526,11 +10563,11 @@ class TestServer:
             connection.sendall(b"0\r\n\r\n")
 
         with gateway_over(slow) as (client, upstream), self.stream_of(client) as sock:
-            self.read_until(sock, b"Hello")
+            read_until(sock, b"Hello")
             sock.sendall(b"GET /v1/health HTTP/1.1\r\nhost: localhost\r\n\r\n")
             time.sleep(0.05)
             upstream.client_left.set()
-            rest = self.read_until(sock, b'"status"')
+            rest = read_until(sock, b'"status"')
             assert rest.index(b"message_stop") < rest.index(b'"status"')
 
 

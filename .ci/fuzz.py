@@ -5,7 +5,8 @@ an OgxError, must not grow, and must not care where its bytes are cut.
     make fuzz                                  about a minute, from a new seed
     python3 .ci/fuzz.py --seconds 5 --seed 7   the same inputs again, as many as fit into the time
 
-A failure prints its seed and the input, and the exit status is 1.
+A failure prints its seed and the input, and the exit status is 1. test_ogx.py gives some inputs to
+each of TARGETS too.
 """
 
 from __future__ import annotations
