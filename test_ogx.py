@@ -1,7 +1,18 @@
 """The specification of ogx.py: one class per section of the file, in the same order.
 
-Upstreams are real loopback sockets (FakeUpstream), gateways are real servers on free ports. No
-test depends on time but for the limits that keep a broken one from hanging.
+    make test ARGS=test_ogx.py::TestServer     the tests of one section
+    make test ARGS="-k pipelin"                those whose names hold a word
+
+Upstreams are real loopback sockets (FakeUpstream), gateways are real servers on free ports.
+
+    helpers         request(), user(), delta() and more build values; refused(), check_grammar()
+                    judge them; FakeUpstream, gateway_over(), serving() and Client are both sides
+    TestTheFile     what holds of the whole: imports, sections, names of tests, the README, make
+    TestErrors      and so on, by the index of ogx.py
+    TestGateway     one reply path, native, errors, redaction, remedies, retries, chains,
+                    disconnects, counting, models, discovery, bedrock, bounds
+    TestServer      routes, connection, framing, guard, limits, disconnects, TLS, stopping, loop,
+                    log
 """
 
 from __future__ import annotations
@@ -607,6 +618,12 @@ class TestTheFile:
                    if isinstance(n, ast.ClassDef) and n.name.startswith("Test")]  # fmt: skip
         expected = ["Test" + "".join(w.title() for w in s.split()) for s in sections]
         assert [c for c in classes if c in expected] == expected
+
+    @pytest.mark.parametrize("name", ["TestGateway", "TestServer"])
+    def test_the_map_of_this_file_is_true(self, name):
+        told = re.search(rf"    {name} +((?:.+\n)(?: {{20}}.+\n)*)", __doc__)[1]
+        code = Path(__file__).read_text("utf-8").split(f"\nclass {name}:")[1].split("\nclass ")[0]
+        assert re.findall(r"(?m)^    # -- (.+)$", code) == re.split(r",\s+", told.strip())
 
     def test_these_tests_need_no_file_but_ogx_py(self, tmp_path):
         for path in (HERE / "ogx.py", Path(__file__)):
