@@ -766,8 +766,9 @@ class TestTheFile:
 
     def test_make_alone_tells_what_there_is(self):
         makefile = repository_file("Makefile").read_text()
-        targets = re.search(r"\.PHONY: help (.+)", makefile)[1].split()
-        assert re.findall(r"(?m)^make (\S+)  ", make()) == targets
+        phony = re.findall(r"(?m)^\.PHONY: (.+)", makefile)
+        targets = {*" ".join(phony).split()} - {"help"}
+        assert {*re.findall(r"(?m)^make (\S+)  ", make())} == targets
 
     @pytest.mark.parametrize(("args", "command"), [
         ("", "test_ogx.py"), ("-x -k one", "test_ogx.py -x -k one"),
