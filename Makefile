@@ -1,4 +1,5 @@
 # make test           the tests; needs only Python and pytest, which it fetches when missing
+# make test-314       those of what does no I/O, on Python 3.14 in WebAssembly; needs Node.js
 # make test-clients   the real Claude Code, SDKs and agents' libraries against scripted upstreams
 # make test-servers   real upstream servers, compiled and given tiny models on the spot
 # make soak           load for two minutes: what is kept that should have been let go (Linux)
@@ -41,6 +42,19 @@ lint: $(TOOLS)/lint/done
 $(TOOLS)/lint/done:
 	$(PYTHON) -m venv $(TOOLS)/lint
 	$(TOOLS)/lint/bin/python -m pip install -q ruff mypy
+	@touch $@
+
+# Pyodide 314.x is CPython 3.14, 315.x is 3.15.
+PYODIDE = $(TOOLS)/pyodide-314.0.7
+
+.PHONY: test-314
+test-314: $(PYODIDE)/done
+	@ulimit -s 65000 && node --stack-size=60000 .ci/py314.mjs $(abspath $(PYODIDE)) $(ARGS)
+
+$(PYODIDE)/done:
+	npm install --prefix $(@D) --silent $(subst pyodide-,pyodide@,$(notdir $(@D)))
+	$(PYTHON) -m pip install -q --target $(@D)/site-packages --python-version 3.14 \
+		--only-binary=:all: pytest
 	@touch $@
 
 soak:

@@ -1413,6 +1413,7 @@ class TestConfig:
         "url", ["ftp://me:s3cret@h", "http://me:s3#cret@h", "http://me:s3/cret@h", "me:s3cret@h",
                 "http://me:s3cret@h:x/v1", "http://me:s3cr\u00e9t@h", "http://me:s3 cret@h"]
     )  # fmt: skip
+    @pytest.mark.needs_threads
     def test_a_password_in_a_wrong_url_is_not_quoted(self, url, capsys, monkeypatch):
         monkeypatch.setenv("OPENAI_API_KEY", "k")
         monkeypatch.setenv("OPENAI_BASE_URL", url)
@@ -1536,6 +1537,7 @@ class TestConfig:
         file.write_bytes(mark + b'{"server": {"port": 9000}}')
         assert ogx.config_from_name(str(file), {}).port == 9000
 
+    @pytest.mark.needs_threads
     def test_a_file_that_cannot_be_read_or_parsed_is_named(self, tmp_path, capsys):
         broken = tmp_path / "broken.json"
         broken.write_text('{"providers": ')
@@ -4362,6 +4364,7 @@ class TestResponses:
                               stops=["END"])  # fmt: skip
         assert [block["text"] for block in message["content"]] == ["a EN", "D b"]
 
+    @pytest.mark.needs_threads
     def test_what_was_held_is_the_clients_when_the_answer_fails(self):
         answer = sse(piece("output_text", 0, "a EN"), {"type": "error", "message": "x"}, done=False)
         with FakeUpstream(answer) as upstream, serving(
@@ -4372,6 +4375,7 @@ class TestResponses:
         told = [e["delta"]["text"] for e in events if e["type"] == "content_block_delta"]
         assert "".join(told) == "a EN" and events[-1]["type"] == "error"
 
+    @pytest.mark.needs_threads
     def test_what_was_held_of_an_answer_that_never_began_is_asked_for_again(self):
         broken = sse(piece("output_text", 0, "EN"), {"type": "error", "message": "x"}, done=False)
         whole = sse(piece("output_text", 0, "Hi."), completed(), done=False)
@@ -4467,6 +4471,7 @@ class TestResponses:
     def test_who_is_spoken_to_in_responses(self, kind, url, spoken):
         assert ogx.speaks_responses(provider(kind, url)) is spoken
 
+    @pytest.mark.needs_threads
     def test_a_model_that_demands_it_is_switched_once_and_for_all(self):
         refusal = (400, {"error": {"message": TestRemedies.CASES[16][0]}})
         answer = sse(piece("output_text", 0, "Hi."), completed(), done=False)
@@ -4481,6 +4486,7 @@ class TestResponses:
         (400, "The requested model 'gpt-x' is not supported with the Responses API."),
         (404, "This model is not supported in v1/responses."), (404, "404 page not found"),
     ])  # fmt: skip
+    @pytest.mark.needs_threads
     def test_a_model_that_lacks_it_is_switched_the_other_way(self, monkeypatch, status, words):
         kind = dataclasses.replace(ogx.PROVIDER_KINDS["azure"], responses_hosts=("127.0.0.1",))
         monkeypatch.setitem(ogx.PROVIDER_KINDS, "azure", kind)
@@ -4493,6 +4499,7 @@ class TestResponses:
         ]
         assert all(head["api-key"] == "sk-secret-1234" for _, head in upstream.heads)
 
+    @pytest.mark.needs_threads
     def test_the_user_can_force_it(self):
         answer = {"object": "response", "status": "completed", "output": []}
         with FakeUpstream(answer) as upstream, serving(
@@ -4501,6 +4508,7 @@ class TestResponses:
             assert client.post(request(model="groq/gpt-x"))[0] == 200
         assert upstream.heads[0][0] == "/v1/responses"
 
+    @pytest.mark.needs_threads
     def test_the_user_can_force_chat_too(self):
         kind = dataclasses.replace(ogx.PROVIDER_KINDS["openai"], responses_hosts=("127.0.0.1",))
         with FakeUpstream(said()) as upstream, serving(
@@ -4514,6 +4522,7 @@ class TestResponses:
         named = {name for kind in kinds for name in kind.dialects}
         assert named | {"responses"} == set(ogx.DIALECTS)
 
+    @pytest.mark.needs_threads
     def test_the_demo_model_answers_honestly(self):
         with serving(ogx.DEMO_PROVIDER) as client:
             body = request("hi", "there", model="demo/echo", tools=[tool()])
