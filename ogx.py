@@ -3666,9 +3666,9 @@ def address_of(url: str) -> tuple[str, str, str, str]:
     return parts.scheme, parts.hostname or "", parts.netloc, target
 
 
-def answer_head(status: int, headers: Headers) -> bytes:
-    """The head of an answer to a client."""
-    lines = [head_start(status, int(time.time())), *map(": ".join, headers.items()), "", ""]
+def answer_head(status: int, headers: Headers, now: float) -> bytes:
+    """The head of an answer to a client; `now` is in seconds since 1970."""
+    lines = [head_start(status, int(now)), *map(": ".join, headers.items()), "", ""]
     return "\r\n".join(lines).encode("ascii", "replace")
 
 
@@ -3680,7 +3680,7 @@ def head_start(status: int, seconds: int) -> str:
     return f"HTTP/1.1 {status} {reason}\r\ndate: {date}\r\nanthropic-version: {ANTHROPIC_VERSION}"
 
 
-def chunk(data: bytes) -> bytes:
+def http_chunk(data: bytes) -> bytes:
     """Data framed as one chunk; no data ends the body."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
@@ -6119,7 +6119,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._unread = False  # the client's body isn't, or not to its end
         self._probe_at = math.inf  # when to see whether a client that ended its side is there
         self._probe_after = 0.2  # seconds
-        self._waited: tuple[Any, Wait] = None, Wait(until=0.0)  # the last wait for an answer
+        self._waited: tuple[Any, Wait] = (None, Wait(until=0.0))  # the last wait for an answer
 
     def handle(self) -> None:
         """Leave the connection to the loop."""
@@ -6411,7 +6411,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _framed(self, data: bytes) -> bytes:
         """A piece of a stream, as a chunk for clients that know chunks; the head goes with the
         first."""
-        framed = chunk(data) if self.head.version == "1.1" else data
+        framed = http_chunk(data) if self.head.version == "1.1" else data
         if self.status:
             return framed
         headers = {"content-type": "text/event-stream", "cache-control": "no-cache"}
@@ -6483,7 +6483,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields["x-ogx-served"] = one_line(self.exchange.served)
         if self.close_connection:
             fields["connection"] = "close"
-        return answer_head(status, fields)
+        return answer_head(status, fields, time.time())
 
     # -- log
 
