@@ -4062,7 +4062,7 @@ class Loop:
 
     def _run_once(self) -> None:
         """Look at the sockets once, then serve the run queue for a time slice."""
-        for key in self._ready():
+        for key, _ in self._ready():
             task, sock = key.data, key.fileobj
             if task is None:
                 self._take_in()
@@ -4076,20 +4076,19 @@ class Loop:
         if now >= self._alarm:
             self._enqueue_late(now)
         while self._runnable and time.monotonic() < now + SLICE:
-            task, sock = next(iter(self._runnable.items()))
-            self._step(task, sock)
+            task = next(iter(self._runnable))
+            self._step(task, self._runnable.pop(task))
 
-    def _ready(self) -> list[selectors.SelectorKey]:
+    def _ready(self) -> list[tuple[selectors.SelectorKey, int]]:
         """What became ready, once something did or a task is late."""
         patience = 0.0 if self._runnable else max(0.0, self._alarm - time.monotonic())
         try:
-            ready = self._selector.select(None if patience == math.inf else patience)
+            return self._selector.select(None if patience == math.inf else patience)
         except ValueError:  # more sockets than select() takes, on Windows
             if not self._tasks:
                 raise
             self._end(next(reversed(self._tasks)))
             return []
-        return [key for key, _ in ready]
 
     def _take_in(self) -> None:
         """Take in what other threads left, and an interruption."""
@@ -4103,6 +4102,7 @@ class Loop:
         for task in [*self._tasks]:
             if interruption and not task.interrupted:
                 task.interrupted = True
+                self._runnable.pop(task, None)
                 self._step(task, None, interruption())
 
     def _enqueue(self, task: Task, sock: Any = None) -> None:
@@ -4120,7 +4120,6 @@ class Loop:
 
     def _step(self, task: Task, sock: Any, error: Exception | None = None) -> None:
         """Step a task and arrange what it needs next. No failure of one ends the others."""
-        self._runnable.pop(task, None)
         step = self._stepped(task, self, sock, error)
         if step is None:
             self._end(task)
@@ -4132,11 +4131,12 @@ class Loop:
         """What a task needs before its next step, once it has had its time slice; None when it is
         over."""
         assert task.owner is owner, "only its owner steps a task"
-        slice_end = time.monotonic() + SLICE
         try:
             step = task.steps.throw(error) if error else task.steps.send(sock)
-            while step is OTHERS_FIRST and time.monotonic() < slice_end:
-                step = next(task.steps)
+            if step is OTHERS_FIRST:
+                slice_end = time.monotonic() + SLICE
+                while step is OTHERS_FIRST and time.monotonic() < slice_end:
+                    step = next(task.steps)
             return step
         except StopIteration:
             return None
@@ -5822,7 +5822,7 @@ def translated(reply: Reply, translator: Translator, stream: bool,
                 yield data
                 continue
             items = reader.feed(data) if data else reader.end()
-            if any(len(item) > LONG for item in items):
+            if max(map(len, items), default=0) > LONG:
                 yield MAY_BLOCK
             for item in items:
                 translator.feed(item)
@@ -6341,19 +6341,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with closing(answer):
                 piece = answer.read()
                 while piece != b"":
-                    data = b""
-                    if isinstance(piece, bytes):
-                        exchange.first_event = exchange.first_event or time.monotonic()
-                        data = piece
-                    elif time.monotonic() >= written_at + tick:
+                    data = piece if isinstance(piece, bytes) else b""
+                    now = time.monotonic()
+                    if data:
+                        exchange.first_event = exchange.first_event or now
+                    elif now >= written_at + tick:
                         data = PING if exchange.first_event else SIGN_OF_LIFE
                     if data:
+                        written_at = now
                         if not self._send_now(self._framed(data)):
                             yield from self._write(b"")
-                        written_at = time.monotonic()
-                    sock = yield self._with_client(piece, written_at + tick)
-                    self._look_at_client(piece, sock)
-                    piece = answer.read()
+                    if data is piece:
+                        piece = answer.read()
+                        if isinstance(piece, bytes):  # there is more already
+                            yield OTHERS_FIRST
+                    else:
+                        sock = yield self._with_client(piece, written_at + tick)
+                        self._look_at_client(piece, sock)
+                        piece = answer.read()
         except OgxError as error:
             if not self.status or error.status == CLIENT_GONE:
                 raise
@@ -6384,7 +6389,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self._probe_at != math.inf:  # it may have left: that shows in a moment
                 time.sleep(0.05)
                 self._probe()
-        elif sock is self.connection or time.monotonic() >= self._probe_at:
+        elif sock is self.connection or sock is None and time.monotonic() >= self._probe_at:
             self._probe()
 
     def _probe(self) -> None:
