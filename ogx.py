@@ -4702,7 +4702,6 @@ class Signer:
 
 POOL_SECONDS = 50.0  # an idle connection is used no longer: many servers close them after 60
 POOL_SIZE = 64  # idle connections kept for one provider
-PROXY_SECONDS = 60.0  # after which the system is asked again whether a proxy is before a provider
 MAX_INTERIM = 500  # heads with a status of 1xx before an answer
 MAX_ASKED = 32 * 1024 * 1024  # bytes of a model list and the like
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -4734,6 +4733,13 @@ def proxy_of(scheme: str, host: str) -> urllib.parse.SplitResult | None:
     return proxy
 
 
+class Connection(NamedTuple):
+    """A connection to a provider; `proxy` is the one before it that reads the requests."""
+
+    socket: socket.socket
+    proxy: urllib.parse.SplitResult | None = None
+
+
 class Upstream:
     """A pool of connections, by where they lead. Safe for threads."""
 
@@ -4743,10 +4749,9 @@ class Upstream:
         self.signer = Signer()
         self.closed = False
         self._lock = threading.Lock()  # of the next two
-        self._idle: dict[str, list[tuple[float, socket.socket, Body]]] = {}
+        self._idle: dict[str, list[tuple[float, Connection, Body]]] = {}
         self._made: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._tls: dict[tuple[bool, str], ssl.SSLContext] = {}
-        self._proxies: dict[str, tuple[float, urllib.parse.SplitResult | None]] = {}
 
     def secrets(self, provider: Provider) -> list[str]:
         """What the provider knows and may quote, and no one else may see."""
@@ -4760,34 +4765,14 @@ class Upstream:
         is still to be read. OgxError 502 or 504 where the provider can't be reached."""
         if provider.kind.built_in_models:
             return DemoReply(self, provider, body or b"{}")
-        if self._may_block(provider):
-            yield MAY_BLOCK
         own = {"x-ogx-instance": self.instance, **headers}
         if provider.kind.signed and not provider.api_key:
+            yield MAY_BLOCK  # files, or a program
             own.update(self.signer.headers(provider.kind.signed, method, provider.url(path), body))
-        proxy = self.proxy(provider) if provider.base_url.startswith("http:") else None
-        data = request_bytes(provider, method, path, body, own, proxy)
-        reply = Reply(self, provider, data, timeout or self.limits.connect_timeout)
+        request = functools.partial(request_bytes, provider, method, path, body, own)
+        reply = Reply(self, provider, request, timeout or self.limits.connect_timeout)
         yield from reply.connect()
         return reply
-
-    def _may_block(self, provider: Provider) -> bool:
-        """Whether a request needs a file, a program or the system for what goes into it."""
-        if provider.kind.signed and not provider.api_key:
-            return True
-        asked = self._proxies.get(provider.connection, (0.0, None))[0] < time.monotonic()
-        return asked and provider.base_url.startswith("http:")
-
-    def proxy(self, provider: Provider) -> urllib.parse.SplitResult | None:
-        """The proxy before a provider. The system is asked once a minute: that takes as long as a
-        third of a request, and on a Mac waits for DNS."""
-        until, proxy = self._proxies.get(provider.connection, (0.0, None))
-        if until < time.monotonic():
-            scheme, host, _, _ = address_of(provider.base_url)
-            proxy = proxy_of(scheme, host)
-            until = math.inf if is_loopback(host) else time.monotonic() + PROXY_SECONDS
-            self._proxies[provider.connection] = until, proxy
-        return proxy
 
     def fetch(self, provider: Provider, path: str, timeout: float, body: bytes | None = None,
               headers: Mapping[str, str] = {}) -> Generator[Step, Any, tuple[Reply, bytes]]:
@@ -4823,50 +4808,51 @@ class Upstream:
             raise OgxError(502, words)
         return value
 
-    def idle_connection(self, provider: Provider) -> socket.socket | None:
+    def idle_connection(self, provider: Provider) -> Connection | None:
         """A connection to the provider that was used before and is still good."""
         while True:
             with self._lock:
                 idle = self._idle.get(provider.connection)
                 if not idle:
                     return None
-                since, sock, body = idle.pop()
+                since, connection, body = idle.pop()
             with suppress(OSError, OgxError):
                 # One that holds anything else was closed by the other side, or is out of step.
-                if time.monotonic() - since < POOL_SECONDS and is_spent(body, received(sock)):
-                    return sock
-            sock.close()
+                if time.monotonic() - since < POOL_SECONDS and is_spent(
+                    body, received(connection.socket)
+                ):
+                    return connection
+            connection.socket.close()
 
-    def give_back(self, provider: Provider, sock: socket.socket, body: Body) -> None:
+    def give_back(self, provider: Provider, connection: Connection, body: Body) -> None:
         """Keep a connection for another request."""
         with self._lock:
             idle, now = self._idle.setdefault(provider.connection, []), time.monotonic()
             while idle and now - idle[0][0] > POOL_SECONDS:
-                idle.pop(0)[1].close()
+                idle.pop(0)[1].socket.close()
             if len(idle) < POOL_SIZE:
-                idle.append((now, sock, body))
+                idle.append((now, connection, body))
                 return
-        sock.close()
+        connection.socket.close()
 
     def close(self) -> None:
         """Close what is idle, and end what runs."""
         self.closed = True
         with self._lock:
-            for idle in self._idle.values():
-                for _, sock, _ in idle:
-                    sock.close()
+            for _, connection, _ in itertools.chain(*self._idle.values()):
+                connection.socket.close()
             self._idle.clear()
             for sock in self._made:
                 with suppress(OSError):  # of TCP, not of TLS: its state is another thread's
                     socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-    def new_connection(self, provider: Provider, timeout: float) -> socket.socket:
+    def new_connection(self, provider: Provider, timeout: float) -> Connection:
         """A new connection, for which this waits; OgxError 502 or 504, told for the user, when the
         provider can't be reached."""
         parts = urllib.parse.urlsplit(provider.base_url)
         host, secure, proxy = parts.hostname or "", parts.scheme == "https", None
         try:
-            proxy = self.proxy(provider)
+            proxy = proxy_of(parts.scheme, host)
             at = proxy or parts
             name, port = at.hostname or "", at.port or (443 if secure and not proxy else 80)
             connection = http.client.HTTPConnection(name, port, timeout=timeout)
@@ -4877,7 +4863,6 @@ class Upstream:
                 connection.set_tunnel(host, parts.port or 443, proxy_headers(proxy))
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:  # UnicodeError too
-            self._proxies.pop(provider.connection, None)  # its proxy may be another one by now
             raise unreachable(provider, error, proxy) from None
         sock: socket.socket = connection.sock
         sock.setblocking(False)
@@ -4886,7 +4871,7 @@ class Upstream:
         if self.closed:  # meanwhile, and this one was not among those that were ended
             sock.close()
             raise stopping_error()
-        return sock
+        return Connection(sock, None if secure else proxy)
 
     def _context(self, provider: Provider) -> ssl.SSLContext:
         """The TLS settings for a provider; SSL_CERT_FILE is honoured by the ssl module."""
@@ -4935,23 +4920,24 @@ class Reply:
     """An upstream's answer while it comes in; headers by lower-case name. One that is `complete`
     has nothing to say any more, whatever its framing still waits for."""
 
-    def __init__(self, upstream: Upstream, provider: Provider, request: bytes,
+    def __init__(self, upstream: Upstream, provider: Provider,
+                 request: Callable[[urllib.parse.SplitResult | None], bytes],
                  timeout: float) -> None:
         self.status = 0
-        self.headers: Mapping[str, str] = {}
+        self.headers: Headers = {}
         self.complete = False
         self._upstream, self._provider, self._timeout = upstream, provider, timeout
-        self._socket: socket.socket | None = None
+        self._connection: Connection | None = None
         self._reused = False  # the connection, which may be dead
-        self._unsent = memoryview(request)
+        self._reusable = False  # once the body is done
+        self._request: Any = request  # until the head is there: it may have to be sent once more
+        self._unsent = memoryview(b"")  # of the request
         self._writable = True  # the upstream reads on, as far as is known
-        self._request = request  # while it may have to be sent once more
         self._buffer = b""  # what was received and not read
         self._would_block = False  # nothing more can be there yet
         self._interim = 0  # heads with a status of 1xx
         self._body: Body | None = None  # once the head is there
         self._unpacker: Any = None  # of its content-encoding
-        self._reusable = False  # the connection, once the body is done
         self._last_activity = time.monotonic()  # when it sent something, or took some
         self._deadline = math.inf  # of whole()
         self._wait = Wait(until=0.0)  # the last one, given again while it holds
@@ -4965,9 +4951,9 @@ class Reply:
         idle = None if self._reused else self._upstream.idle_connection(self._provider)
         if idle is None:
             yield MAY_BLOCK
-        self._socket = idle or self._upstream.new_connection(self._provider, self._timeout)
-        self._reused = idle is not None
-        self._unsent, self._writable = memoryview(self._request), True
+        connection = idle or self._upstream.new_connection(self._provider, self._timeout)
+        self._connection, self._reused = connection, idle is not None
+        self._unsent, self._writable = memoryview(self._request(connection.proxy)), True
         self._last_activity, self._wait = time.monotonic(), Wait(until=0.0)
         self._send()
 
@@ -4975,8 +4961,8 @@ class Reply:
         """Send what the upstream takes now, though it may have begun to answer. An error is no
         reason to stop reading: it may have said before that the body is too large."""
         try:
-            while self._unsent and self._socket:
-                self._unsent = self._unsent[self._socket.send(self._unsent) :]
+            while self._unsent and self._connection:
+                self._unsent = self._unsent[self._connection.socket.send(self._unsent) :]
                 self._last_activity = time.monotonic()
         except WOULD_BLOCK:
             pass
@@ -5028,7 +5014,7 @@ class Reply:
             self.status, self.headers = int(match[2]), headers_from_bytes(lines)
         except OgxError:
             raise OgxError(502, f"{self._provider.id} sent malformed headers") from None
-        self._body, self._request = answer_body(self.status, self.headers), b""
+        self._body, self._request = answer_body(self.status, self.headers), None
         if self.headers.get("content-encoding", "").lower() in ("gzip", "deflate"):
             self._unpacker = zlib.decompressobj(GZIP_OR_ZLIB)
         closes = "close" in self.headers.get("connection", "").lower() or match[1] == b"1.0"
@@ -5089,28 +5075,29 @@ class Reply:
     def _receive(self) -> Piece:
         """Bytes as they come, b"" at the end, or a Wait where there are none yet; OgxError(504)
         after too long a silence."""
-        assert self._socket is not None, "connect() comes before head()"
+        assert self._connection, "connect() comes before head()"
+        sock = self._connection.socket
         if self._upstream.closed:
             raise stopping_error()
         if self._unsent and self._writable:
             self._send()
         if self._would_block:
             self._would_block = False
-            return self._next_wait()
+            return self._next_wait(sock)
         try:
-            data = received(self._socket)
+            data = received(sock)
         except OSError as error:
             if self._reused and self._body is None and not self._buffer:
                 return b""
             raise self._lost_connection(error) from None
         if data is None:
-            return self._next_wait()
+            return self._next_wait(sock)
         self._last_activity = time.monotonic()
         # A piece that is not full was all there is; but TLS may keep some back.
-        self._would_block = len(data) < RECEIVE_SIZE and type(self._socket) is socket.socket
+        self._would_block = len(data) < RECEIVE_SIZE and type(sock) is socket.socket
         return data
 
-    def _next_wait(self) -> Wait:
+    def _next_wait(self, sock: socket.socket) -> Wait:
         """What to wait for: bytes and, while some are unsent, room for them."""
         now, limits = time.monotonic(), self._upstream.limits
         if now < self._wait.until and not self._unsent:
@@ -5123,9 +5110,8 @@ class Reply:
             did = f"sent nothing for {now - self._last_activity:.3g} s"
             did = "stopped reading the request" if self._unsent else did
             raise OgxError(504, f"{self._provider.id} {did}")
-        assert self._socket is not None
-        sockets = ((self._socket, READ | WRITE if sends else READ),)
-        self._wait = Wait(sockets, min(until, self._deadline))
+        events = READ | WRITE if sends else READ
+        self._wait = Wait(((sock, events),), min(until, self._deadline))
         return self._wait
 
     def _lost_connection(self, error: OSError | None) -> OgxError:
@@ -5135,21 +5121,21 @@ class Reply:
 
     def release(self) -> None:
         """Done with it: keep the connection where it is clean, else close it."""
-        body, sock, self._socket = self._body, self._socket, None
+        body, connection, self._connection = self._body, self._connection, None
         surplus = bool(self._buffer or self._unsent)
         ended = body and self._reusable and (self.complete or body.done)
-        if sock and body and ended and not (surplus or body.rest):
-            self._upstream.give_back(self._provider, sock, body)
-        elif sock:
-            sock.close()
+        if connection and body and ended and not (surplus or body.rest):
+            self._upstream.give_back(self._provider, connection, body)
+        elif connection:
+            connection.socket.close()
 
 
 class DemoReply(Reply):
     """The demo model's answer, which is made here."""
 
     def __init__(self, upstream: Upstream, provider: Provider, request: bytes) -> None:
-        super().__init__(upstream, provider, request, 0.0)
-        self.status, self._unsent = 200, memoryview(b"")
+        super().__init__(upstream, provider, lambda _: request, 0.0)
+        self.status = 200
         self._pieces = demo_stream(json.loads(request))
 
     def head(self) -> Steps:

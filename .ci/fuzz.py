@@ -210,7 +210,7 @@ def reply_reader(chance: random.Random) -> bytes:
         with here, there:
             here.setblocking(False)
             upstream = ogx.Upstream()
-            upstream.new_connection = lambda *_: here  # type: ignore[method-assign]
+            upstream.new_connection = lambda *_: ogx.Connection(here)  # type: ignore[method-assign]
             upstream.give_back = lambda *_: None  # type: ignore[method-assign]
             provider = ogx.Provider("p", ogx.ProviderKind("p"), "http://127.0.0.1:9")
             reply = ogx.drive(upstream.send(provider, "POST", "/x", b"{}"))
