@@ -5692,22 +5692,21 @@ class Gateway:
                 raise OgxError(400, f"{name}: no model has the id '{anchor[:200]}'")
         start = ids.index(after) + 1 if after else 0
         rest = entries[start : ids.index(before) if before else None]
-        told = query.get("limit", "")
-        if told and not re.fullmatch("[1-9][0-9]{0,2}|1000", told):
-            raise OgxError(400, f"limit: expected a number from 1 to 1000, got '{told[:40]}'")
-        limit = int(told or len(entries))
-        page = rest[max(0, len(rest) - limit) :] if before else rest[:limit]
+        size = query.get("limit") or str(len(entries))
+        if "limit" in query and not re.fullmatch("[1-9][0-9]{0,2}|1000", size):
+            raise OgxError(400, f"limit: expected a number from 1 to 1000, got '{size[:40]}'")
+        page = rest[-int(size) :] if before else rest[: int(size)]
         shown = [entry["id"] for entry in page] or [None]
         return {"object": "list", "data": page, "has_more": len(page) < len(rest),
                 "first_id": shown[0], "last_id": shown[-1], "tiers": self.tiers()}
 
     def tiers(self) -> dict[str, str]:
         """The provider's model behind each tier that has one: {"haiku": "openai/gpt-...", ...}."""
-        found = {}
+        tiers = {}
         for tier in TIERS:
             with suppress(OgxError):
-                found[tier] = self.registry.resolve(f"claude-{tier}").served
-        return found
+                tiers[tier] = self.registry.resolve(f"claude-{tier}").served
+        return tiers
 
     def model(self, model_id: str) -> Json:
         """The entry of a listed model, an alias or a tier's id. Other ids of a provider are routed
@@ -5808,7 +5807,7 @@ def translated(reply: Reply, translator: Translator, stream: bool,
                 yield data
                 continue
             items = reader.feed(data) if data else reader.end()
-            if max(map(len, items), default=0) > LONG:
+            if items and max(len(items[0]), len(data)) > LONG:
                 yield MAY_BLOCK
             for item in items:
                 translator.feed(item)
@@ -5925,10 +5924,10 @@ def retry_delay(error: OgxError, retries: int, backoff: float) -> float | None:
         return None
     if error.status == 504 and error.refusal is None:  # our own time limit: it was long enough
         return None
-    told = error.headers.get("retry-after", "")
-    if re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", told):
-        return float(told)
-    return None if told else backoff * 2**retries * random.uniform(0.8, 1.2)
+    retry_after = error.headers.get("retry-after", "")
+    if re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", retry_after):
+        return float(retry_after)
+    return None if retry_after else backoff * 2**retries * random.uniform(0.8, 1.2)
 
 
 def model_entry(model: Model, alias_of: str = "", learned: Sequence[str] = ()) -> Json:
