@@ -3958,8 +3958,8 @@ class AnswerReader:
 # The rules that all else relies on:
 # 1. A task has one owner, the loop or one thread, and only its owner steps it; each step asserts
 #    that. The loop gives a task away before the thread starts, and the thread gives it back.
-# 2. Code behind `yield MAY_BLOCK` runs in the task's own thread, until it yields anything else. All
-#    other code of tasks runs in the loop's thread: it must not wait, nor take long.
+# 2. Behind `yield MAY_BLOCK` a task runs in a thread of its own and may wait, until its next yield.
+#    All its other code may be in the loop's thread: it must neither wait nor take long.
 # 3. The loop's thread alone touches the selector, the run queue and what is noted about a task;
 #    other threads use what `_lock` guards.
 # 4. Tasks that were woken run at once, but for those whose Wait says `queued`. They run after the
