@@ -1371,6 +1371,13 @@ class TestConfig:
         assert self.build().show_thinking is True
         assert self.build(server={"show_thinking": "false"}).show_thinking is False
 
+    def test_failed_requests_are_retried_as_the_readme_promises(self):
+        built = self.build()
+        assert (built.retries, built.retry_seconds) == (3, 5)
+        assert built == ogx.Config("127.0.0.1", 8321, (), (), built.tiers)
+        built = self.build(server={"retries": 0, "retry_seconds": 0.5})
+        assert (built.retries, built.retry_seconds) == (0, 0.5)
+
     def test_ogx_port_goes_before_the_config(self):
         assert self.build({"OGX_PORT": "9000"}, server={"port": 9001}).port == 9000
         assert self.build({"OGX_PORT": ""}, server={"port": "9001"}).port == 9001
@@ -2470,6 +2477,9 @@ class TestChat:
             "temperature": 0.5, "top_p": 0.9, "stop": ["a"],
             "prompt_cache_key": ogx.conversation_key(request(metadata={"user_id": "u"})),
         }  # fmt: skip
+
+    def test_four_stop_sequences_are_sent_and_no_fifth(self):
+        assert chat(request(stop_sequences=[*"abcde"]))["stop"] == [*"abcd"]
 
     @pytest.mark.parametrize(
         ("user_id", "key"),
@@ -8723,6 +8733,12 @@ class TestServer:
                 headers = {"anthropic_beta": "brand-new-2030-01-01", "anthropic_version": "2030"}
                 assert client.post(request(), path, **headers)[0] == 200
 
+    def test_no_cache_on_the_way_keeps_a_stream(self):
+        with gateway_over() as (client, _):
+            _, headers, _ = client.post(request(stream=True))
+        assert (headers["content-type"], headers["cache-control"]) == (
+            "text/event-stream", "no-cache")
+
     def test_a_connection_lives_on_after_a_stream_and_after_an_error(self):
         with gateway_over() as (client, _):
             client.get("/")
@@ -10287,6 +10303,20 @@ class TestConnect:
     def test_a_small_window_gets_a_small_output(self):
         plan = self.plan(self.listing("a", max_input_tokens=32768))
         assert plan.variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "4096"
+
+    def test_models_of_several_sizes_get_the_smallest_window_and_output(self):
+        listing = {"data": [
+            {"id": "large", "max_input_tokens": 200_000, "max_tokens": 64_000},
+            {"id": "small", "max_input_tokens": 100_000, "max_tokens": 8_000},
+            {"id": "unknown"}, {"id": "in no tier", "max_input_tokens": 9_000, "max_tokens": 9},
+        ]}  # fmt: skip
+        plan = self.plan(listing, model="large", haiku_model="small", opus_model="unknown")
+        assert plan.variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "100000"
+        assert plan.variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "8000"
+        listing["data"][0].update(max_input_tokens=32_768, max_tokens=2_000)
+        plan = self.plan(listing, model="small", haiku_model="large")
+        assert plan.variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "32768"
+        assert plan.variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "2000"
 
     def test_an_unknown_window_is_not_made_up(self):
         plan = self.plan(self.listing("a"))
