@@ -936,8 +936,8 @@ class Registry:
     def learn(self, provider_id: str, models: list[Model] | None = None,
               problem: str | None = None, native: bool | None = None,
               uncounted_url: str = "") -> None:
-        """Take in what was found out about a provider, by whichever thread; what isn't given stays
-        as it was. Tables are replaced and never altered, so readers need no lock."""
+        """Take in what was found out about a provider; what isn't given stays as it was. Tables
+        are replaced and never altered, so readers need no lock."""
         with self._lock:
             if models is not None:
                 self.lists = {**self.lists, provider_id: models}
@@ -6300,9 +6300,7 @@ def not_served_words(path: str) -> str:
 # `connect claude`: ask the server for its models, plan the environment (pure), then print it or
 # launch Claude Code. What to set and unset was verified with the real client (2.1.332).
 
-TOKEN = "ogx"  # a Bearer token; unlike an API key it needs no approval in Claude Code
 SMALL_WINDOW = 48_000  # tokens; below, the usual output reserve would compact on every turn
-MAX_SETTINGS = 2 * 1024 * 1024  # bytes, as in Claude Code
 # Each of these would send requests elsewhere, change how they are sent, or choose another model.
 # Variables that the user's own tools need inside Claude Code (AWS_*, GOOGLE_*) stay.
 UNSET = (
@@ -6345,8 +6343,8 @@ class LaunchPlan:
         return self.variables[tier_variable(tier)]
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
-        rest = {name: value for name, value in environ.items() if name not in self.variables}
-        return {**rest, **{name: value for name, value in self.variables.items() if value}}
+        return {name: value for name, value in {**environ, **self.variables}.items()
+                if value or name not in self.variables}
 
 
 def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> int:
@@ -6354,7 +6352,8 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
     program = "" if options.print_env or options.check else claude_program(os.environ)
     token = server_token(options, os.environ)
     url = server_url(options, os.environ)
-    server = Provider("OGX", PROVIDER_KINDS["messages"], url, token or TOKEN)
+    # A Bearer token, unlike an API key, needs no approval in Claude Code.
+    server = Provider("OGX", PROVIDER_KINDS["messages"], url, token or "ogx")
     own_server = None
     try:
         listing = model_listing(server)
@@ -6362,10 +6361,8 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
         elsewhere = options.host != "localhost" or options.port is not None or options.url
         if not options.serve or elsewhere:
             raise
-        token = token or uuid.uuid4().hex  # every user here reaches the port
-        own_server, log_file = start_own_server(token)
-        server = replace(server, base_url=own_server.url, api_key=token)
-        tell(options, f"ogx.py serves {server.base_url} for this session; its log is {log_file}")
+        own_server = start_own_server(options, token)
+        server = replace(server, base_url=own_server.url, api_key=own_server.token.decode())
         listing = model_listing(server)
     try:
         plan = launch_plan(server, listing, options, os.environ)
@@ -6390,9 +6387,8 @@ def tell(options: argparse.Namespace, *lines: str) -> None:
 
 def claude_program(environ: Mapping[str, str]) -> str:
     """Claude Code's program, from PATH or where its installers put it."""
-    home = os.path.expanduser("~")
-    places = [*environ.get("PATH", "").split(os.pathsep), f"{home}/.local/bin",
-              f"{home}/.claude/local", f"{home}/.npm-global/bin", "/usr/local/bin",
+    homes = map(os.path.expanduser, ("~/.local/bin", "~/.claude/local", "~/.npm-global/bin"))
+    places = [*environ.get("PATH", "").split(os.pathsep), *homes, "/usr/local/bin",
               "/opt/homebrew/bin"]
     # Windows looks into the working directory as well.
     program = shutil.which("claude", path=os.pathsep.join(filter(os.path.isabs, places)))
@@ -6420,8 +6416,8 @@ def server_token(options: argparse.Namespace, environ: Mapping[str, str]) -> str
     return token
 
 
-def start_own_server(token: str) -> tuple[Server, str]:
-    """Start a server on a free port; it, and its log: a new file that the user alone can read."""
+def start_own_server(options: argparse.Namespace, token: str) -> Server:
+    """Start a server on a free port, which logs to a new file that the user alone can read."""
     state = state_path(None, os.environ)
     log_file = os.path.abspath(f"{state}.log")
     try:
@@ -6432,11 +6428,13 @@ def start_own_server(token: str) -> tuple[Server, str]:
         log.addHandler(logging.NullHandler())  # the terminal is Claude Code's
         log_file = f"lost, since {log_file} can't be written: {error.strerror}"
     config = config_from_json(starter_config(), "starter", with_aws_region(os.environ))
-    server = Server(Gateway(config, store=Store(state)), token=token)
+    gateway = Gateway(config, store=Store(state))
+    server = Server(gateway, token=token or uuid.uuid4().hex)  # every user here reaches the port
     server.start()
-    server.gateway.start()
-    server.gateway.discovery.done.wait(LIST_TIMEOUT)
-    return server, log_file
+    gateway.start()
+    gateway.discovery.done.wait(LIST_TIMEOUT)
+    tell(options, f"ogx.py serves {server.url} for this session; its log is {log_file}")
+    return server
 
 
 def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
@@ -6461,7 +6459,7 @@ def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
 
 
 def model_listing(server: Provider) -> Json:
-    """The server's GET /v1/models; raises OgxError in the launcher's words."""
+    """The server's GET /v1/models."""
     place = f"OGX server at {server.base_url}"
     with closing(Upstream()) as upstream:
         try:
@@ -6470,18 +6468,17 @@ def model_listing(server: Provider) -> Json:
             raise OgxError(502, f"Failed to connect to {place}: {error.reason or error.message}\n"
                                 f"Start the server first with: {command_name()} run") from None
     listing = dict_or_empty(json_or_none(body))
-    problem = f" (HTTP {reply.status})"
-    if reply.status == 200:
-        if isinstance(listing.get("data"), list):
-            return listing
-        problem = ": it doesn't answer with a model list"
-    if reply.status == 401:
-        problem += "\nIt asks for a token: set OGX_API_KEY, or use --api-key-file"
+    if reply.status == 200 and isinstance(listing.get("data"), list):
+        return listing
+    problem = {
+        200: ": it doesn't answer with a model list",
+        401: " (HTTP 401)\nIt asks for a token: set OGX_API_KEY, or use --api-key-file",
+    }.get(reply.status, f" (HTTP {reply.status})")
     raise OgxError(502, f"Failed to query models from {place}{problem}")
 
 
 def command_name() -> str:
-    """How this program was called, to be typed again."""
+    """How to call this program again."""
     path = sys.argv[0] if sys.argv else ""
     if path.endswith(".py"):
         return f"python3 {shlex.quote(path)}"
@@ -6512,8 +6509,8 @@ def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
         variables.update({name: model_id, f"{name}_NAME": model_id,
                           f"{name}_DESCRIPTION": f"{tier} tier, served by ogx.py"})
         entries.append(models.get(model_id, {}))
-    if any(re.search("claude|anthropic", model_id, re.I) for model_id, entry in models.items()
-           if not is_alias(entry)):
+    if any(re.search("claude|anthropic", model_id, re.I) and not is_alias(entry)
+           for model_id, entry in models.items()):
         variables["CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY"] = "1"  # it lists only such ids
     variables.update(limit_variables(entries))
     for name in ("NO_PROXY", "no_proxy"):  # it looks at the second first
@@ -6526,7 +6523,6 @@ def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
 
 
 def is_listed_llm(entry: Any) -> bool:
-    """Whether a list's entry is an LLM, by OGX's metadata, else by its id."""
     model_id = dict_or_empty(entry).get("id")
     if not isinstance(model_id, str) or not 0 < len(model_id) <= MAX_ID or BAD_ID.search(model_id):
         return False
@@ -6547,8 +6543,7 @@ def is_alias(entry: Json) -> bool:
 
 
 def limit_variables(entries: Sequence[Json]) -> dict[str, str]:
-    """Claude Code's window and output limit, in tokens: it knows one for all tiers, so the
-    smallest; nothing where the server doesn't know."""
+    """The window and output limit that hold for all tiers, where the server knows any."""
     window, output = (
         min(filter(None, (whole_number(entry.get(name)) for entry in entries)), default=0)
         for name in ("max_input_tokens", "max_tokens"))
@@ -6560,7 +6555,6 @@ def limit_variables(entries: Sequence[Json]) -> dict[str, str]:
 
 
 def plan_lines(plan: LaunchPlan) -> list[str]:
-    """Tiers, window and what to be warned of, for a person."""
     lines = [f"  {tier:<7} {plan.model_of(tier)}" for tier in TIERS]
     window = int(plan.variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] or 0)
     if window:
@@ -6572,15 +6566,15 @@ def plan_lines(plan: LaunchPlan) -> list[str]:
 
 
 def shell_lines(plan: LaunchPlan, shell: str = "sh") -> list[str]:
-    """Lines that set and unset the plan's variables, safe for the shell's `eval`."""
+    """Lines for the shell's `eval`."""
     export, unset, quoted = SHELLS[shell]
     return [export.format(name, quoted(value)) if value else unset.format(name)
             for name, value in plan.variables.items()]
 
 
 def run_claude(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str]) -> int:
-    """Run Claude Code; its exit code. Settings of our own go before whatever files it reads, in a
-    temporary file, since arguments show in the process list."""
+    """Run Claude Code; its exit code. --settings go before all files that it reads; they are in
+    a file, since arguments show in the process list."""
     import tempfile
 
     rest, source = without_settings_flag(argv)
@@ -6609,20 +6603,18 @@ def run_claude(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str
 
 def without_settings_flag(argv: Sequence[str]) -> tuple[list[str], str]:
     """The arguments without --settings, of which only the last counts, and its value."""
-    rest: list[str] = []
-    value, words = "", iter(argv)
+    rest, settings, words = list[str](), "", iter(argv)
     for word in words:
-        if word == "--settings":
-            value = next(words, "")
-        elif word.startswith("--settings="):
-            value = word.partition("=")[2]
+        flag, equals, value = word.partition("=")
+        if flag == "--settings":
+            settings = value if equals else next(words, "")
         else:
             rest.append(word)
-    return rest, value
+    return rest, settings
 
 
 def settings_files(environ: Mapping[str, str]) -> list[str]:
-    """Where Claude Code reads settings: the user's, the project's, the administrator's."""
+    """Where Claude Code reads settings of the user, the project and the administrator."""
     chosen, home = environ.get("CLAUDE_CONFIG_DIR"), os.path.expanduser("~")
     managed = {"darwin": "/Library/Application Support/ClaudeCode",
                "win32": "C:/ProgramData/ClaudeCode"}.get(sys.platform, "/etc/claude-code")
@@ -6632,15 +6624,15 @@ def settings_files(environ: Mapping[str, str]) -> list[str]:
 
 
 def read_settings(source: str) -> Json | None:
-    """Settings from a file or, as Claude Code's --settings takes them, from JSON text, or None. A
-    project's may link to a device, or to /proc, where sizes are 0."""
+    """Settings from a file or, as Claude Code's --settings takes them, from JSON text, or None."""
     data: str | bytes = source
     if not source.lstrip().startswith("{"):
         data = b""
+        # A project's may link to a device, or to /proc, where sizes are 0.
         with suppress(OSError):
-            if os.path.isfile(source) and 0 < os.path.getsize(source) <= MAX_SETTINGS:
+            if os.path.isfile(source) and os.path.getsize(source):
                 with open(source, "rb") as file:
-                    data = file.read(MAX_SETTINGS)
+                    data = file.read(2 * 1024 * 1024)  # as much as Claude Code reads
     tree = json_or_none(data)
     return tree if isinstance(tree, dict) else None
 
@@ -6648,9 +6640,9 @@ def read_settings(source: str) -> Json | None:
 def overrides(settings: Json, plan: LaunchPlan) -> bool:
     """Whether settings would beat the plan: they go before the environment."""
     names = map(str.upper, dict_or_empty(settings.get("env")))  # Windows ignores case
-    known = {name.upper() for name in plan.variables}.intersection(names)
+    planned = {name.upper() for name in plan.variables}.intersection(names)
     other_model = plan.model and settings.get("model") not in (None, plan.model)
-    return bool(known or settings.get("apiKeyHelper") or other_model)
+    return bool(planned or settings.get("apiKeyHelper") or other_model)
 
 
 def overriding_files(plan: LaunchPlan) -> list[str]:
@@ -6659,21 +6651,21 @@ def overriding_files(plan: LaunchPlan) -> list[str]:
 
 
 def merged_settings(given: Json, plan: LaunchPlan) -> Json:
-    """The user's own --settings with the plan's variables on top; "" counts as unset."""
+    """The user's own --settings with the plan on top; "" counts as unset there too."""
     env = {**dict_or_empty(given.get("env")), **plan.variables}
     model = {"model": plan.model} if plan.model else {}
     return {**given, "env": env, "apiKeyHelper": "", **model}
 
 
 def permission_mode(given: Json) -> str:
-    """The mode that the user's settings choose, given ones or those in files, if any."""
+    """The mode that the user's settings choose, or ""."""
     files = (read_settings(path) or {} for path in settings_files(os.environ))
     modes = (dict_or_empty(tree.get("permissions")).get("defaultMode") for tree in (given, *files))
     return next((str(mode) for mode in modes if mode), "")
 
 
 def is_interactive(argv: Sequence[str]) -> bool:
-    """Whether the arguments start a session at the terminal and leave its permission mode open."""
+    """Whether the arguments start a session that is to ask for permissions as settings say."""
     flags = {word.partition("=")[0] for word in argv[1:]}
     chosen = flags & {"-p", "--print", "--permission-mode", "--dangerously-skip-permissions",
                       "-v", "--version", "-h", "--help"}
@@ -6709,7 +6701,7 @@ def run_program(argv: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def print_check(server: Provider, plan: LaunchPlan) -> int:
-    """Try each tier's model with a real message and a tool, and print a table; 0 when all work."""
+    """Try each tier's model with a message and a tool, and print a table; 0 when all work."""
     tiers_of: dict[str, list[str]] = {}
     for tier in TIERS:
         tiers_of.setdefault(plan.model_of(tier), []).append(tier)
@@ -6771,7 +6763,7 @@ def checked_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[fl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code."""
+    """Run a command; its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
     forwarded = words[split + 1 :]
@@ -6788,7 +6780,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("--serve starts a server for a session of Claude Code alone")
         return connect_claude(options, forwarded)
     except SystemExit as stop:  # argparse, after its own words
-        return stop.code if isinstance(stop.code, int) else 1
+        return int(stop.code or 0)
     except OgxError as error:
         say(error.message, to="stderr")
         return 1
@@ -6800,8 +6792,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    purpose = "Run Claude Code, and every Anthropic SDK program, on any model."
-    parser = argparse.ArgumentParser(prog=command_name(), description=purpose)
+    parser = argparse.ArgumentParser(command_name(), description="Run Claude Code, and every "
+                                     "Anthropic SDK program, on any model.")
     parser.add_argument("--version", action="version", version=f"ogx.py {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_run(commands)
@@ -6882,11 +6874,11 @@ def run(options: argparse.Namespace) -> int:
     server.start()
     gateway.start()
     discovered = gateway.discovery.done
-    discovered.wait(1.0)
+    if not discovered.wait(1.0):
+        say(*summary_lines(gateway, server))
+        while not stopped.is_set() and not discovered.wait(0.2):
+            pass
     say(*summary_lines(gateway, server))
-    while not stopped.is_set() and not discovered.is_set():
-        if discovered.wait(0.2):
-            say(*summary_lines(gateway, server))
     while not stopped.wait(3600):  # a timeout lets Windows deliver Ctrl-C
         pass
     log.info("stopping; running answers have %g s to finish", server.limits.drain_timeout)
@@ -6899,20 +6891,19 @@ def allow_many_files() -> None:
     with suppress(ImportError, OSError, ValueError):  # Windows has no such limit
         import resource
 
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = 10_240 if hard == resource.RLIM_INFINITY else min(10_240, hard)
-        if soft != resource.RLIM_INFINITY and soft < most:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # below 0: none
+        if 0 <= soft < 10_240:
+            most = 10_240 if hard < 0 else min(10_240, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def server_tls(cert: str, key: str | None) -> ssl.SSLContext:
-    """TLS for clients; OgxError names a file that can't be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(cert, key)
     except OSError as error:
-        words = error.strerror or str(error)
-        raise OgxError(400, f"--tls-cert {cert}, --tls-key {key or cert}: {words}") from None
+        files = f"--tls-cert {cert}, --tls-key {key or cert}"
+        raise OgxError(400, f"{files}: {error.strerror or error}") from None
     return context
 
 
@@ -6932,24 +6923,25 @@ def config_from_name(name: str, environ: Mapping[str, str]) -> Config:
 
 
 def summary_lines(gateway: Gateway, server: Server) -> list[str]:
-    """What a person wants to know after the start: URL, providers, tiers, what to type next."""
+    """What `run` prints: URL, providers, tiers, what to type next."""
     registry = gateway.registry
     lines = [f"ogx.py {__version__} serves {server.url}", ""]
     width = max(map(len, [*registry.providers, "sonnet"]))
     for provider_id in registry.providers:
         models, problem = registry.lists.get(provider_id), registry.problems.get(provider_id)
-        words = f"{len(models)} model{'s' * (len(models) != 1)}" if models else "no models"
-        if models is None and not problem:
-            words = "still asking for its models"
-        lines.append(f"  {provider_id:<{width}}  {words}{': ' + problem if problem else ''}")
+        state = f"{len(models)} model{'s' * (len(models) != 1)}" if models else "no models"
+        if problem:
+            state += f": {problem}"
+        elif models is None:
+            state = "still asking for its models"
+        lines.append(f"  {provider_id:<{width}}  {state}")
         lines += [f"  {'':<{width}}  {model.upstream_id}: {model.warning}"
                   for model in models or () if model.warning]
-    if DEMO_PROVIDER.id in registry.providers:
-        variables = [kind.switches[0] for kind in PROVIDER_KINDS.values() if kind.switches]
+    if DEMO_PROVIDER in registry.providers.values():
+        variables = ", ".join(kind.switches[0] for kind in PROVIDER_KINDS.values() if kind.switches)
         lines += ["", "No provider is configured: only the built-in demo model answers.",
                   "For real models set one of these variables and start again:",
-                  *textwrap.wrap(", ".join(variables), 76, initial_indent="  ",
-                                 subsequent_indent="  ")]
+                  *(f"  {line}" for line in textwrap.wrap(variables, 74))]
     tiers = gateway.tiers()
     lines += ["", *(f"  {tier:<{width}}  {tiers.get(tier, 'no model')}" for tier in TIERS), ""]
     where = "" if server.server_port == DEFAULT_PORT else f" --port {server.server_port}"
