@@ -6350,7 +6350,7 @@ class LaunchPlan:
 def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> int:
     """Launch Claude Code on the server's models, or print the environment; its exit code."""
     program = "" if options.print_env or options.check else claude_program(os.environ)
-    token = server_token(options, os.environ)
+    token = server_token(options)
     url = server_url(options, os.environ)
     # A Bearer token, unlike an API key, needs no approval in Claude Code.
     server = Provider("OGX", PROVIDER_KINDS["messages"], url, token or "ogx")
@@ -6398,10 +6398,10 @@ def claude_program(environ: Mapping[str, str]) -> str:
     return program
 
 
-def server_token(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
+def server_token(options: argparse.Namespace) -> str:
     """The token of the server: from --api-key-file (arguments show in the process list, so there
     is no flag for the token itself), else OGX_API_KEY, else ""."""
-    source, token = "OGX_API_KEY", environ.get("OGX_API_KEY", "")
+    source, token = "OGX_API_KEY", os.environ.get("OGX_API_KEY", "")
     if options.api_key_file:
         source = f"--api-key-file {options.api_key_file}"
         try:
@@ -6613,9 +6613,9 @@ def without_settings_flag(argv: Sequence[str]) -> tuple[list[str], str]:
     return rest, settings
 
 
-def settings_files(environ: Mapping[str, str]) -> list[str]:
+def settings_files() -> list[str]:
     """Where Claude Code reads settings of the user, the project and the administrator."""
-    chosen, home = environ.get("CLAUDE_CONFIG_DIR"), os.path.expanduser("~")
+    chosen, home = os.environ.get("CLAUDE_CONFIG_DIR"), os.path.expanduser("~")
     managed = {"darwin": "/Library/Application Support/ClaudeCode",
                "win32": "C:/ProgramData/ClaudeCode"}.get(sys.platform, "/etc/claude-code")
     return [f"{chosen or home}/.claude.json", f"{chosen or home + '/.claude'}/settings.json",
@@ -6646,8 +6646,7 @@ def overrides(settings: Json, plan: LaunchPlan) -> bool:
 
 
 def overriding_files(plan: LaunchPlan) -> list[str]:
-    return [path for path in settings_files(os.environ)
-            if overrides(read_settings(path) or {}, plan)]
+    return [path for path in settings_files() if overrides(read_settings(path) or {}, plan)]
 
 
 def merged_settings(given: Json, plan: LaunchPlan) -> Json:
@@ -6659,7 +6658,7 @@ def merged_settings(given: Json, plan: LaunchPlan) -> Json:
 
 def permission_mode(given: Json) -> str:
     """The mode that the user's settings choose, or ""."""
-    files = (read_settings(path) or {} for path in settings_files(os.environ))
+    files = (read_settings(path) or {} for path in settings_files())
     modes = (dict_or_empty(tree.get("permissions")).get("defaultMode") for tree in (given, *files))
     return next((str(mode) for mode in modes if mode), "")
 
@@ -6857,7 +6856,7 @@ def run(options: argparse.Namespace) -> int:
     start_log(options.log_file, options.log_level)
     allow_many_files()
     config = config_from_name(options.config, with_aws_region(os.environ))
-    token = server_token(options, os.environ)
+    token = server_token(options)
     gateway = Gateway(config, store=Store(state_path(options.state, os.environ)))
     port = config.port if options.port is None else options.port
     tls = server_tls(options.tls_cert, options.tls_key) if options.tls_cert else None
