@@ -1,28 +1,39 @@
 # make test           the tests; needs only Python and pytest, which it fetches when missing
+# make test-314       those of what does no I/O, on Python 3.14 in WebAssembly; needs Node.js
 # make test-clients   the real Claude Code, SDKs and agents' libraries against scripted upstreams
 # make test-servers   real upstream servers, compiled and given tiny models on the spot
-# make soak           load for two minutes: what is kept that should have been let go
+# make soak           load for two minutes: what is kept that should have been let go (Linux)
 # make fuzz           mutated input for a minute, for every reader
 # make lint           ruff and mypy
 # make bench          speed and memory, side by side with nginx and the upstream itself
 # make starter        write starter.json from the built-in configuration
+# make clean          remove what these installed
+#
+# ARGS go on to the program: make fuzz ARGS="--seconds 600"; make test ARGS="-x -k aliases";
+# make test ARGS=test_ogx.py::TestConfig for one class, and with ::test_a_name for one test
 
 PYTHON ?= python3
 TOOLS = .dev
 
-.PHONY: test test-clients test-servers soak fuzz lint bench starter clean
+.PHONY: help test test-clients test-servers soak fuzz lint bench starter clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
+
+# What to test, unless ARGS name a file themselves
+files = $(if $(findstring .py,$(ARGS)),,$(1))
 
 test:
-	@.ci/pytest $(PYTHON) test_ogx.py $(ARGS)
+	@.ci/pytest $(PYTHON) $(call files,test_ogx.py) $(ARGS)
 
 test-clients:
 	@.ci/clients-install $(PYTHON)
-	@.clients/venv/bin/python -m pytest -m clients .ci $(ARGS)
+	@.clients/venv/bin/python -m pytest -m clients $(call files,.ci/clients) $(ARGS)
 
 test-servers:
 	@.ci/clients-install $(PYTHON)
 	@.ci/servers-install $(PYTHON)
-	@.clients/venv/bin/python -m pytest -m servers .ci/test_servers.py $(ARGS)
+	@.clients/venv/bin/python -m pytest -m servers $(call files,.ci/test_servers.py) $(ARGS)
 
 lint: $(TOOLS)/lint/done
 	$(TOOLS)/lint/bin/ruff check ogx.py test_ogx.py .ci
@@ -31,6 +42,19 @@ lint: $(TOOLS)/lint/done
 $(TOOLS)/lint/done:
 	$(PYTHON) -m venv $(TOOLS)/lint
 	$(TOOLS)/lint/bin/python -m pip install -q ruff mypy
+	@touch $@
+
+# Pyodide 314.x is CPython 3.14, 315.x is 3.15.
+PYODIDE = $(TOOLS)/pyodide-314.0.7
+
+.PHONY: test-314
+test-314: $(PYODIDE)/done
+	@ulimit -s 65000 && node --stack-size=60000 .ci/py314.mjs $(abspath $(PYODIDE)) $(ARGS)
+
+$(PYODIDE)/done:
+	npm install --prefix $(@D) --silent $(subst pyodide-,pyodide@,$(notdir $(@D)))
+	$(PYTHON) -m pip install -q --target $(@D)/site-packages --python-version 3.14 \
+		--only-binary=:all: pytest
 	@touch $@
 
 soak:
@@ -46,4 +70,5 @@ starter:
 	$(PYTHON) .ci/starter.py > starter.json
 
 clean:
-	rm -rf $(TOOLS) .clients .servers .pytest_cache .ruff_cache __pycache__ .ci/__pycache__
+	rm -rf $(TOOLS) .clients .servers .pytest_cache .ruff_cache __pycache__ \
+		.ci/__pycache__ .ci/clients/__pycache__

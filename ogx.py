@@ -29,6 +29,8 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
     Messages       Anthropic's own format, for upstreams that speak it
     Responses      OpenAI's Responses, and the table of dialects
     Remedies       what an upstream's refusal teaches
+    HTTP           heads, bodies and their framing, and the guard, for both sides
+    Loop           tasks, what they wait for, and the one thread that runs them
     Log            what people read: the log, and lines at a terminal
     Store          what must outlive a request, or the process
     Signing        AWS's credentials, and the signatures made with them
@@ -46,6 +48,7 @@ import argparse
 import binascii
 import collections
 import email.utils
+import enum
 import errno
 import functools
 import http.client
@@ -82,7 +85,7 @@ if sys.version_info < (3, 9):  # noqa: UP036
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Callable, ClassVar, Literal, Union
+from typing import Any, Callable, ClassVar, NamedTuple, Union
 
 __version__ = "0.1.0"
 
@@ -3569,7 +3572,667 @@ def overflow_error(refusal: Refusal, estimate: int, limit: int | None,
     return OgxError(400, message, refusal=refusal)
 
 
+# ======== HTTP ===============================================================================
+# HTTP/1.1 for both sides, clients and upstreams, without I/O: heads, bodies and their framing, and
+# the guard that keeps browsers out. Values in, values out.
+
+Headers = Mapping[str, str]  # by lower-case name
+RECEIVE_SIZE = 64 * 1024  # bytes taken from a socket at once
+HEAD_END = re.compile(rb"\n\r?\n")  # the \r before it is left to the last line
+HEADER_LINE = re.compile(
+    r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r?$", re.M)
+REQUEST_LINE = re.compile(rb"([A-Z]+) ([\x21-\x7e]+) HTTP/(1\.[01])\r?")
+STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])\b")
+LENGTH = re.compile("([0-9]{1,18})(?: *,|$)")  # of a body; some servers send it twice
+WHOLE_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
+MAX_ANSWER = 64 * 1024 * 1024  # bytes of an answer that isn't streamed
+BROKEN_OFF = "the upstream closed the connection in the middle of its answer"
+GZIP_OR_ZLIB = 47  # of zlib's wbits: the data tell which
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+ANTHROPIC_VERSION = "2023-06-01"
+
+
+@dataclass
+class RequestHead:
+    """The request line and the headers of a client's request."""
+
+    method: str = ""
+    target: str = ""  # path and query
+    version: str = ""  # 1.0 or 1.1
+    headers: Headers = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> list[str]:
+        """The connection header's: close, keep-alive, and names of headers for us alone."""
+        return [word.strip() for word in self.headers.get("connection", "").lower().split(",")]
+
+    @property
+    def has_body(self) -> bool:
+        return "content-length" in self.headers or "transfer-encoding" in self.headers
+
+    @property
+    def closes(self) -> bool:
+        """Whether the connection ends with the answer (RFC 9112, 9.3)."""
+        keeps = "keep-alive" in self.tokens and "transfer-encoding" not in self.headers
+        return "close" in self.tokens or (self.version == "1.0" and not keeps)
+
+
+def request_head(data: bytes) -> RequestHead:
+    """Parse a request's head, its end left out; OgxError(400) for anything malformed."""
+    first, _, lines = data.partition(b"\n")
+    match = REQUEST_LINE.fullmatch(first)
+    if not match:
+        raise OgxError(400, "malformed request line")
+    method, target, version = (part.decode() for part in match.groups())
+    return RequestHead(method, target, version, headers_from_bytes(lines))
+
+
+def headers_from_bytes(lines: bytes) -> dict[str, str]:
+    """Header fields by lower-case name; fields that come twice are joined by a comma.
+    Raises OgxError(400) for what smuggles: continued lines, control characters, bad names."""
+    matches = HEADER_LINE.findall(lines.decode("latin-1"))
+    if len(matches) != lines.count(b"\n") + bool(lines):
+        raise OgxError(400, "malformed header line")
+    headers: dict[str, list[str]] = {}
+    for name, value in matches:
+        headers.setdefault(name.lower(), []).append(value.strip(" \t"))
+    return {name: ", ".join(values) for name, values in headers.items()}
+
+
+def request_bytes(provider: Provider, method: str, path: str, body: bytes | None, extra: Headers,
+                  proxy: urllib.parse.SplitResult | None) -> bytes:
+    """A whole request for the provider, or for the proxy that reads it."""
+    _, _, address, target = address_of(provider.url(path))
+    headers = {"Host": address, **provider.headers, **extra}
+    if proxy:
+        target = f"http://{address}{target}"
+        headers.update(proxy_headers(proxy))
+    if body is not None:
+        headers["Content-Type"] = "application/json"
+        headers["Content-Length"] = str(len(body))
+    lines = [f"{method} {target} HTTP/1.1", *map(": ".join, headers.items()), "", ""]
+    return "\r\n".join(lines).encode("latin-1") + (body or b"")
+
+
+def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
+    """The proxy's credentials, from its URL."""
+    return {"Proxy-Authorization": basic_auth(proxy)} if proxy.username else {}
+
+
+@functools.lru_cache(maxsize=256)
+def address_of(url: str) -> tuple[str, str, str, str]:
+    """A URL's scheme, host, host with port, and what a request to it asks for."""
+    parts = urllib.parse.urlsplit(url)
+    target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    return parts.scheme, parts.hostname or "", parts.netloc, target
+
+
+def answer_head(status: int, headers: Headers, now: float) -> bytes:
+    """The head of an answer to a client; `now` is in seconds since 1970."""
+    lines = [head_start(status, int(now)), *map(": ".join, headers.items()), "", ""]
+    return "\r\n".join(lines).encode("ascii", "replace")
+
+
+@functools.lru_cache(maxsize=8)
+def head_start(status: int, seconds: int) -> str:
+    """What the heads of all answers of one second begin with."""
+    reason = http.client.responses.get(status, "Overloaded" if status == 529 else "Error")
+    date = email.utils.formatdate(seconds, usegmt=True)
+    return f"HTTP/1.1 {status} {reason}\r\ndate: {date}\r\nanthropic-version: {ANTHROPIC_VERSION}"
+
+
+def http_chunk(data: bytes) -> bytes:
+    """Data framed as one chunk; no data ends the body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+# -- bodies. A reader's feed() takes raw bytes, cut anywhere, and gives the payload in them; `done`
+# tells that the body is complete, `rest` is what came after it. end() is for a connection's end.
+
+
+class SizedBody:
+    """A body of known length (RFC 9112, 6.3, rule 6), or none at all."""
+
+    def __init__(self, length: int) -> None:
+        self.rest = b""
+        self.done = not length
+        self._missing = length
+
+    def feed(self, data: bytes) -> bytes:
+        payload, self.rest = data[: self._missing], data[self._missing :]
+        self._missing -= len(payload)
+        self.done = not self._missing
+        return payload
+
+    def end(self) -> None:
+        if not self.done:
+            raise OgxError(502, BROKEN_OFF)
+
+
+class EndlessBody:
+    """A body that only the connection's end ends (rule 8)."""
+
+    rest = b""
+    done = False
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+    def end(self) -> None:
+        self.done = True
+
+
+class ChunkedBody:
+    """A body in chunks (RFC 9112, 7.1); trailers are read, and dropped."""
+
+    def __init__(self) -> None:
+        self.rest = b""
+        self.done = False
+        self._next = "size"  # what comes next: size, data, end (of a chunk) or trailer
+        self._missing = 0  # bytes of the chunk's data
+        self._trailers = 0  # bytes of them
+        self._buffer = b""
+
+    def feed(self, data: bytes) -> bytes:
+        # An index moves over the buffer: slicing it for every chunk would be quadratic.
+        buffer, at = self._buffer + data, 0
+        payload: list[bytes] = []
+        while not self.done and at < len(buffer):
+            # Nearly all chunks are there as a whole: the same as below, three times as fast.
+            size = WHOLE_CHUNK_SIZE.match(buffer, at) if self._next == "size" else None
+            if size:
+                start, end = size.end(), size.end() + int(size[1], 16)
+                if start < end < len(buffer) and buffer.startswith(b"\r\n", end):
+                    payload.append(buffer[start:end])
+                    at = end + 2
+                    continue
+            if self._next == "data":
+                piece = buffer[at : at + self._missing]
+                payload.append(piece)
+                at += len(piece)
+                self._missing -= len(piece)
+                if self._missing:
+                    break
+                self._next = "end"
+            end = buffer.find(b"\n", at)
+            if end < 0:
+                if len(buffer) - at > MAX_HEAD:
+                    raise OgxError(400, "malformed chunked body: a line is too long")
+                break
+            line, at = buffer[at:end], end + 1
+            self._read_line(line[:-1] if line.endswith(b"\r") else line)
+        self._buffer, self.rest = (b"", buffer[at:]) if self.done else (buffer[at:], b"")
+        return b"".join(payload)
+
+    def _read_line(self, line: bytes) -> None:
+        if self._next == "end":
+            if line:
+                raise OgxError(400, "malformed chunked body: a chunk is longer than it said")
+            self._next = "size"
+        elif self._next == "trailer":
+            self.done = not line
+            self._trailers += len(line) + 1
+            if self._trailers > MAX_HEAD:
+                raise OgxError(400, "malformed chunked body: too many trailers")
+        else:
+            digits = line.split(b";")[0].strip()
+            if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", digits):
+                raise OgxError(400, "malformed chunked body: a chunk size isn't hexadecimal")
+            self._missing = int(digits, 16)
+            self._next = "data" if self._missing else "trailer"
+
+    def end(self) -> None:
+        if not self.done:
+            raise OgxError(502, BROKEN_OFF)
+
+
+Body = Union[SizedBody, EndlessBody, ChunkedBody]
+
+
+def answer_body(status: int, headers: Headers) -> Body:
+    """The reader for the body of an upstream's answer."""
+    length = LENGTH.match(headers.get("content-length", ""))
+    if status in (204, 304):
+        return SizedBody(0)
+    if headers.get("transfer-encoding", "").lower().endswith("chunked"):
+        return ChunkedBody()
+    return SizedBody(int(length[1])) if length else EndlessBody()
+
+
+def is_spent(body: Body, data: bytes | None) -> bool:
+    """Whether a body is over, and nothing else came, after these last bytes, None for none: the
+    end of a chunked one often comes a moment after the last event."""
+    if body.done or not data:
+        return body.done and data is None
+    return isinstance(body, ChunkedBody) and not body.feed(data) and body.done and not body.rest
+
+
+def request_body(headers: Headers, limit: int) -> Body:
+    """The reader for the body of a client's request. Both lengths at once, or two, are how
+    requests are smuggled past a proxy: OgxError(400); OgxError(413) above `limit` bytes."""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if coding is not None:
+        if length is not None or coding.lower() != "chunked":
+            raise OgxError(400, "transfer-encoding: expected chunked alone, without a length")
+        return ChunkedBody()
+    if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+        raise OgxError(400, "content-length: expected one whole number")
+    check_size(int(length or 0), limit)
+    return SizedBody(int(length or 0))
+
+
+def check_size(size: int, limit: int) -> None:
+    if size > limit:
+        words = f"the request is larger than {limit / 1024 / 1024:g} MB (see OGX_MAX_BODY)"
+        raise OgxError(413, words)
+
+
+def unpacked(data: bytes, coding: str, limit: int) -> bytes:
+    """A body of at most `limit` bytes without its content-encoding; gzip and deflate are known."""
+    if coding in ("", "identity"):
+        return data
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise OgxError(415, f"content-encoding: expected gzip or identity, got {coding[:40]}")
+    unpacker = zlib.decompressobj(GZIP_OR_ZLIB)
+    try:
+        plain = unpacker.decompress(data, limit + 1)
+    except zlib.error:
+        raise OgxError(400, f"the body is not {coding}, as its content-encoding says") from None
+    check_size(len(plain), limit)
+    if not unpacker.eof:
+        raise OgxError(400, f"the {coding} body is cut off")
+    return plain
+
+
+# -- the guard
+
+
+@functools.lru_cache(maxsize=64)
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine by its spelling, without asking DNS."""
+    host = host.strip("[]").lower().rstrip(".")
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Who may come in. A page that a user visits must not be able to spend their keys, by its own
+    name for 127.0.0.1 (DNS rebinding), across origins, or by a form."""
+
+    bound: str  # the host that the server listens on
+    scheme: str  # http or https
+    token: bytes = b""  # which clients must show; empty: none is needed
+    names: tuple[str, ...] = ()  # that the server is called by, besides its own and loopback's
+    instance: str = ""  # of this gateway, which must not be its own upstream
+
+    def check(self, head: RequestHead) -> None:
+        """Raise OgxError 400, 401 or 403 for a request that is kept out."""
+        headers = head.headers
+        host = headers.get("host", "")
+        if "," in host or ("host" not in headers and head.version == "1.1"):
+            raise OgxError(400, "host: expected one")
+        open_to_names = bool(self.token) and not is_loopback(self.bound)
+        if not open_to_names and not self.knows_host(host):
+            raise OgxError(403, f"host '{host[:100]}' is not a name of this server; if it should "
+                                "be, add it to server.host_names in the configuration")
+        if self.instance and headers.get("x-ogx-instance") == self.instance:
+            raise OgxError(400, "a provider's base_url points back at ogx.py itself",
+                           headers={"x-should-retry": "false"})
+        if self.token and not self.is_shown_by(headers):
+            raise OgxError(401, "this server asks for its token, as Authorization: Bearer or "
+                                "x-api-key", headers={"x-should-retry": "false"})
+        foreign = headers.get("origin", f"{self.scheme}://{host}") != f"{self.scheme}://{host}"
+        # Without an Origin: images and the like, and links, which may lead to the plain page.
+        linked = headers.get("sec-fetch-mode") == "navigate" and head.target == "/"
+        if foreign or (headers.get("sec-fetch-site") in ("cross-site", "same-site") and not linked):
+            raise OgxError(403, "requests from web pages of another origin are refused")
+
+    def knows_host(self, host: str) -> bool:
+        """Whether a Host header may come in: configured names, those of loopback and, bound
+        elsewhere, addresses, which no foreign page can point here."""
+        name = re.sub(r":[0-9]*$", "", host).strip("[]").lower()
+        if not host or is_loopback(name) or name in (self.bound.lower(), *self.names):
+            return True  # browsers send a Host
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return not is_loopback(self.bound)
+
+    def is_shown_by(self, headers: Headers) -> bool:
+        """Whether a request shows the token; takes the same time whatever it shows."""
+        import hmac  # only where there is a token, to start smaller
+
+        bearer = re.sub("(?i)^bearer +", "", headers.get("authorization", ""))
+        shown = (headers.get("x-api-key", "").encode(), bearer.encode())
+        return any([hmac.compare_digest(self.token, key) for key in shown])
+
+
+class AnswerReader:
+    """What an upstream answers, as items: the data of each server-sent event, or a whole body as
+    one. An answer larger than MAX_ANSWER raises OgxError(502)."""
+
+    def __init__(self) -> None:
+        self._events = SseReader()
+        self._whole = bytearray()
+        self._is_stream: bool | None = None  # told by the data, since content types lie
+
+    def feed(self, data: bytes) -> list[bytes]:
+        if self._is_stream is None and data.strip():  # DeepSeek sends empty lines at first
+            self._is_stream = data.lstrip()[:1] not in (b"{", b"[", b"<")
+        if self._is_stream:
+            return self._events.feed(data)
+        self._whole += data
+        if len(self._whole) > MAX_ANSWER:
+            raise OgxError(502, "the upstream's answer is too large")
+        return []
+
+    def end(self) -> list[bytes]:
+        return [bytes(self._whole)] if self._is_stream is False else self._events.end()
+
+
 # ======== Above this line nothing does I/O ===================================================
+
+# ======== Loop ===============================================================================
+# One thread serves all connections. What runs in it are tasks: generators that go as far as they
+# can without waiting, and then yield what they need before their next step:
+#
+#     Wait(sockets, until)   one of these sockets ready, or that time; the yield gives the socket
+#                            that is ready, or None when it is late
+#     OTHERS_FIRST           nothing, but where the time slice is over it is the others' turn
+#     MAY_BLOCK              a thread: what comes next asks a disk, DNS or a program, or takes long
+#
+#                                a socket is ready, or it is late
+#                      +------------------------------------------------+
+#                      v                                                |
+#     start() --> runnable --> running, in the loop's thread -- Wait --> waiting
+#                    ^  ^        |            |
+#                    |  +--------+            | MAY_BLOCK
+#                    |   OTHERS_FIRST         v
+#                    +----------- running, in a thread of its own      (it can end in any of them)
+#
+# The rules that all else relies on:
+# 1. A task has one owner, the loop or one thread, and only its owner steps it; each step asserts
+#    that. The loop gives a task away before the thread starts, and the thread gives it back.
+# 2. Code behind `yield MAY_BLOCK` runs in the task's own thread, until it yields anything else. All
+#    other code of tasks runs in the loop's thread: it must not wait, nor take long.
+# 3. The loop's thread alone touches the selector, the run queue and what is noted about a task;
+#    other threads use what `_lock` guards.
+# 4. Tasks that were woken run at once, but for those whose Wait says `queued`. They run after the
+#    others, in one time slice between two looks at the sockets: so answers that are under way come
+#    before new requests.
+#
+# The loop knows nothing of HTTP. For callers that may wait, drive() runs the same generators.
+
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+SLICE = 0.002  # seconds for which one task, or the run queue, may hold up the others
+
+
+@dataclass(frozen=True, eq=False)
+class Wait:
+    """What a task waits for: sockets that become ready for READ or WRITE, and until when. To yield
+    the same object again costs least; so one that may end too early is renewed only then."""
+
+    sockets: tuple[tuple[socket.socket, int], ...] = ()
+    until: float = math.inf  # of time.monotonic()
+    queued: bool = False  # what comes next takes a while: others that were woken come first
+
+
+class Pause(enum.Enum):
+    OTHERS_FIRST = "others first"
+    MAY_BLOCK = "may block"
+
+
+OTHERS_FIRST, MAY_BLOCK = Pause
+Step = Union[Wait, Pause]
+Steps = Generator[Step, Any, Any]
+
+
+class Task:
+    """A generator, and what the loop notes about it."""
+
+    def __init__(self, steps: Steps, end: Callable[[], None]) -> None:
+        self.steps = steps
+        self.end = end  # to be called once it is over, even if it never began
+        self.owner: object = None  # who may step it, the loop or a thread
+        self.wait: Wait | None = None  # while it waits
+        self.watched: dict[socket.socket, int] = {}  # what the selector watches for it
+        self.interrupted = False
+
+
+class Loop:
+    def __init__(self) -> None:
+        self._tasks: dict[Task, None] = {}  # those that the loop owns, the newest last
+        self._runnable: dict[Task, Any] = {}  # the run queue, with the socket that each is told
+        self._alarm = math.inf  # when the first of those that wait may be late
+        self._selector = selectors.DefaultSelector()
+        self._waker, self._wakeups = socket.socketpair()
+        self._waker.setblocking(False)
+        self._selector.register(self._wakeups, READ)
+        self._lock = threading.Lock()  # of what follows
+        self._added: list[tuple[Task, Step]] = []
+        self._interruption: Callable[[], Exception] | None = None
+        self._closed = False
+
+    def start(self, steps: Steps, end: Callable[[], None]) -> None:
+        """Take in a new task, from any thread. `end` is called once it is over."""
+        self._add(Task(steps, end), OTHERS_FIRST)
+
+    def interrupt(self, error: Callable[[], Exception]) -> None:
+        """Raise an error in every task; in one that a thread has, once it comes back."""
+        with self._lock:
+            self._interruption = error
+            self._wake()
+
+    def close(self) -> None:
+        """End every task that no thread has, and take in no more."""
+        with self._lock:
+            self._closed = True
+            self._wake()
+
+    def run(self) -> None:
+        """Serve until close()."""
+        try:
+            while not self._closed:
+                self._run_once()
+        finally:
+            self.close()
+            for task in [*self._tasks, *(task for task, _ in self._added)]:
+                self._end(task)
+            for closable in (self._selector, self._waker, self._wakeups):
+                closable.close()
+
+    def _add(self, task: Task, step: Step) -> None:
+        """Make the loop a task's owner; `step` is what it needs next."""
+        task.owner = self
+        with self._lock:
+            if not self._closed:
+                self._added.append((task, step))
+                return self._wake()
+        self._end(task)
+        return None
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # it was woken so often that it will be; or it has ended
+            self._waker.send(b"!")
+
+    def _run_once(self) -> None:
+        """Look at the sockets once, then serve the run queue for a time slice."""
+        for key, _ in self._ready():
+            task, sock = key.data, key.fileobj
+            if task is None:
+                self._take_in()
+            elif task.wait is None or sock not in task.watched:
+                continue  # something before has made it go on
+            elif task.wait.queued:
+                self._enqueue(task, sock)
+            else:
+                self._step(task, sock)
+        now = time.monotonic()
+        if now >= self._alarm:
+            self._enqueue_late(now)
+        while self._runnable and time.monotonic() < now + SLICE:
+            task = next(iter(self._runnable))
+            self._step(task, self._runnable.pop(task))
+
+    def _ready(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """What became ready, once something did or a task is late."""
+        patience = 0.0 if self._runnable else max(0.0, self._alarm - time.monotonic())
+        try:
+            return self._selector.select(None if patience == math.inf else patience)
+        except ValueError:  # more sockets than select() takes, on Windows
+            if not self._tasks:
+                raise
+            self._end(next(reversed(self._tasks)))
+            return []
+
+    def _take_in(self) -> None:
+        """Take in what other threads left, and an interruption."""
+        self._wakeups.recv(1000)
+        with self._lock:
+            added, self._added = self._added, []
+            interruption = self._interruption
+        for task, step in added:
+            self._tasks[task] = None
+            self._arrange(task, step)
+        for task in [*self._tasks]:
+            if interruption and not task.interrupted:
+                task.interrupted = True
+                self._runnable.pop(task, None)
+                self._step(task, None, interruption())
+
+    def _enqueue(self, task: Task, sock: Any = None) -> None:
+        task.wait = None
+        self._runnable[task] = sock
+
+    def _enqueue_late(self, now: float) -> None:
+        """Let those go on that are late, and find out who will be next."""
+        self._alarm = math.inf
+        for task in self._tasks:
+            if task.wait and task.wait.until <= now:
+                self._enqueue(task)
+            elif task.wait:
+                self._alarm = min(self._alarm, task.wait.until)
+
+    def _step(self, task: Task, sock: Any, error: Exception | None = None) -> None:
+        """Step a task and arrange what it needs next. No failure of one ends the others."""
+        step = self._stepped(task, self, sock, error)
+        if step is None:
+            self._end(task)
+        elif step is not task.wait:
+            self._arrange(task, step)
+
+    def _stepped(self, task: Task, owner: object, sock: Any = None,
+                 error: Exception | None = None) -> Step | None:
+        """What a task needs before its next step, once it has had its time slice; None when it is
+        over."""
+        assert task.owner is owner, "only its owner steps a task"
+        try:
+            step = task.steps.throw(error) if error else task.steps.send(sock)
+            if step is OTHERS_FIRST:
+                slice_end = time.monotonic() + SLICE
+                while step is OTHERS_FIRST and time.monotonic() < slice_end:
+                    step = next(task.steps)
+            return step
+        except StopIteration:
+            return None
+        except Exception as failure:
+            if failure is not error:  # which it is where the task had not begun
+                log.exception("a connection failed unexpectedly")
+            return None
+
+    def _arrange(self, task: Task, step: Step) -> None:
+        """Have a task wait for what it needs."""
+        task.wait = step if isinstance(step, Wait) else None
+        try:
+            self._watch(task, dict(task.wait.sockets) if task.wait else {})
+        except Exception:
+            log.exception("a connection is lost")
+            return self._end(task)
+        if task.wait:
+            self._alarm = min(self._alarm, task.wait.until)
+        elif step is OTHERS_FIRST:
+            self._enqueue(task)
+        else:
+            self._give_away(task)
+
+    def _watch(self, task: Task, wanted: dict[socket.socket, int]) -> None:
+        """Have the selector watch these sockets for a task, and no others."""
+        for sock, events in [*task.watched.items()]:
+            if wanted.get(sock) != events:
+                del task.watched[sock]
+                with suppress(KeyError, ValueError):  # it is closed
+                    self._selector.unregister(sock)
+        for sock, events in wanted.items():
+            if sock not in task.watched:
+                self._selector.register(sock, events, task)
+                task.watched[sock] = events
+
+    def _give_away(self, task: Task) -> None:
+        """Have a thread of its own step a task, until it comes back."""
+        del self._tasks[task]
+        thread = threading.Thread(target=self._run_apart, args=(task,), daemon=True)
+        task.owner = thread
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more
+            task.owner, self._tasks[task] = self, None
+            self._step(task, None, OgxError(529, "no thread is left for this"))
+
+    def _run_apart(self, task: Task) -> None:
+        step: Step | None = MAY_BLOCK
+        while step is MAY_BLOCK:
+            step = self._stepped(task, threading.current_thread())
+        if step is None:
+            self._end(task)
+        else:
+            self._add(task, step)
+
+    def _end(self, task: Task) -> None:
+        """Forget a task that is over, or that nobody will step again."""
+        self._tasks.pop(task, None)
+        self._runnable.pop(task, None)
+        try:
+            self._watch(task, {})
+            task.steps.close()
+        except Exception:
+            log.exception("a connection failed unexpectedly")
+        task.end()
+
+
+def sleep(seconds: float) -> Steps:
+    """Wait, while others go on."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        yield Wait(until=until)
+
+
+def drive(steps: Steps) -> Any:
+    """Run a task to its end in this thread, which may wait; what it returns."""
+    try:
+        step = next(steps)
+        while True:
+            sock = ready_socket(step) if isinstance(step, Wait) else None
+            step = steps.send(sock)
+    except StopIteration as end:
+        return end.value
+    finally:
+        steps.close()
+
+
+def ready_socket(wait: Wait) -> Any:
+    """The first of a Wait's sockets to be ready; None when it is late. This waits."""
+    with selectors.DefaultSelector() as selector:
+        for sock, events in wait.sockets:
+            selector.register(sock, events)
+        late = None if wait.until == math.inf else max(0.0, wait.until - time.monotonic())
+        return next((key.fileobj for key, _ in selector.select(late)), None)
+
 
 # ======== Log ================================================================================
 # What people read: the log, and lines at a terminal. Nothing else in this file writes to either:
@@ -4041,128 +4704,10 @@ class Signer:
 POOL_SECONDS = 50.0  # an idle connection is used no longer: many servers close them after 60
 POOL_SIZE = 64  # idle connections kept for one provider
 PROXY_SECONDS = 60.0  # after which the system is asked again whether a proxy is before a provider
-RECEIVE_SIZE = 64 * 1024
 MAX_INTERIM = 500  # heads with a status of 1xx before an answer
 MAX_ASKED = 32 * 1024 * 1024  # bytes of a model list and the like
-HEAD_END = re.compile(rb"\n\r?\n")  # the \r before it is left to the last line
-HEADER_LINE = re.compile(
-    r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r?$", re.M)
-REQUEST_LINE = re.compile(rb"([A-Z]+) ([\x21-\x7e]+) HTTP/(1\.[01])\r?")
-STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b")
-LENGTH = re.compile("([0-9]{1,18})(?: *,|$)")  # of a body; some servers send it twice
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-Headers = Mapping[str, str]  # by lower-case name
-BLOCKING: Literal[False] = False  # is yielded before a step that may block or takes long
-Piece = Union[bytes, Literal[False], None]  # of an answer; None: nothing is there yet; or BLOCKING
-Pieces = Generator[Piece, None, None]
-
-
-def headers_from_bytes(lines: bytes) -> dict[str, str]:
-    """Header fields by lower-case name; fields that come twice are joined by a comma.
-    Raises OgxError(400) for what smuggles: continued lines, control characters, bad names."""
-    found = HEADER_LINE.findall(lines.decode("latin-1"))
-    if len(found) != lines.count(b"\n") + bool(lines):
-        raise OgxError(400, "malformed header line")
-    headers: dict[str, list[str]] = {}
-    for name, value in found:
-        headers.setdefault(name.lower(), []).append(value.strip(" \t"))
-    return {name: ", ".join(values) for name, values in headers.items()}
-
-
-WHOLE_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")  # its size, that is
-
-
-class BodyReader:
-    """The payload of an HTTP message from raw bytes cut anywhere: chunked, of known length or up
-    to the end; `rest` is what came after it."""
-
-    def __init__(self, status: int, headers: Headers) -> None:
-        length = LENGTH.match(headers.get("content-length", ""))
-        self._chunked = headers.get("transfer-encoding", "").lower().endswith("chunked")
-        self._sized = bool(length) and not self._chunked
-        # Bytes that are left of a chunk or of the body.
-        self._left = int(length[1]) if length and self._sized else 0
-        self._state = "size"  # what comes next of a chunked body
-        self._buffer = self.rest = b""
-        self._unpacker = None
-        if headers.get("content-encoding", "").lower() in ("gzip", "deflate"):
-            self._unpacker = zlib.decompressobj(47)  # zlib or gzip, told by the data itself
-        self.done = status in (204, 304) or (self._sized and not self._left)
-        self.reusable = headers.get("connection", "").lower() != "close"
-
-    def feed(self, data: bytes) -> bytes:
-        if self._chunked:
-            data = self._payload(data)
-        elif self._sized:
-            data, self.rest = data[: self._left], data[self._left :]
-            self._left -= len(data)
-            self.done = not self._left
-        if self._unpacker:
-            data = self._unpacker.decompress(data, 128 * RECEIVE_SIZE)
-            if self._unpacker.unconsumed_tail:
-                raise OgxError(400, "packed data that unpacks to too much")
-        return data
-
-    def _payload(self, data: bytes) -> bytes:
-        # An index moves over the buffer: slicing it for every chunk would be quadratic.
-        buffer, at = self._buffer + data, 0
-        payload: list[bytes] = []
-        while not self.done and at < len(buffer):
-            # Nearly all chunks are there as a whole: the same as below, three times as fast.
-            head = WHOLE_CHUNK.match(buffer, at) if self._state == "size" else None
-            if head:
-                start, end = head.end(), head.end() + int(head[1], 16)
-                if start < end < len(buffer) and buffer.startswith(b"\r\n", end):
-                    payload.append(buffer[start:end])
-                    at = end + 2
-                    continue
-            if self._state == "data":
-                piece = buffer[at : at + self._left]
-                payload.append(piece)
-                at += len(piece)
-                self._left -= len(piece)
-                if self._left:
-                    break
-                self._state = "end"
-            end = buffer.find(b"\n", at)
-            if end < 0:
-                if len(buffer) - at > MAX_HEAD:
-                    raise OgxError(400, "malformed chunked body: a line is too long")
-                break
-            line, at = buffer[at:end], end + 1
-            self._read_line(line[:-1] if line.endswith(b"\r") else line)
-        self._buffer, self.rest = (b"", buffer[at:]) if self.done else (buffer[at:], b"")
-        return b"".join(payload)
-
-    def _read_line(self, line: bytes) -> None:
-        if self._state == "end":  # of a chunk
-            if line:
-                raise OgxError(400, "malformed chunked body: a chunk is longer than it said")
-            self._state = "size"
-        elif self._state == "trailer":
-            self.done = not line
-            self._left += len(line) + 1
-            if self._left > MAX_HEAD:
-                raise OgxError(400, "malformed chunked body: too many trailers")
-        else:
-            digits = line.split(b";")[0].strip()
-            if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", digits):
-                raise OgxError(400, "malformed chunked body: a chunk size isn't hexadecimal")
-            self._left = int(digits, 16)
-            self._state = "data" if self._left else "trailer"
-
-    def ended_by(self, data: bytes | None) -> bool:
-        """Whether its last bytes, None for none, end the body and nothing else: the end of a
-        chunked one often comes a moment after the last event."""
-        if self.done or not data or not self._chunked:
-            return self.done and data is None
-        return not self._payload(data) and self.done and not self.rest
-
-    def end(self) -> None:
-        """The connection ended: fine only for a body that has no other end."""
-        if not self.done and (self._chunked or self._left):
-            raise OgxError(502, "the upstream closed the connection in the middle of its answer")
-        self.done, self.reusable = True, False
+Piece = Union[bytes, Step]  # of a body, b"" at its end; or what to yield before the next read()
 
 
 def received(sock: socket.socket, size: int = RECEIVE_SIZE) -> bytes | None:
@@ -4172,25 +4717,6 @@ def received(sock: socket.socket, size: int = RECEIVE_SIZE) -> bytes | None:
         return sock.recv(size)
     except WOULD_BLOCK:
         return None
-
-
-def wait_ready(sock: socket.socket, seconds: float, events: int) -> bool:
-    """Whether a socket can be read or written, as `events` ask, within so many seconds."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, events)
-        return bool(selector.select(max(0.0, seconds)))
-
-
-@functools.lru_cache(maxsize=64)
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine by its spelling, without asking DNS."""
-    host = host.strip("[]").lower().rstrip(".")
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return False
 
 
 def proxy_of(scheme: str, host: str) -> urllib.parse.SplitResult | None:
@@ -4215,13 +4741,13 @@ class Upstream:
     def __init__(self, limits: Limits = Limits()) -> None:
         self.limits = limits
         self.instance = uuid.uuid4().hex  # goes with every request, to recognise our own
-        self._lock = threading.Lock()
-        self._idle: dict[str, list[tuple[float, socket.socket, BodyReader]]] = {}
-        self._tls: dict[tuple[bool, str], ssl.SSLContext] = {}
         self.signer = Signer()
-        self._made: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-        self._proxies: dict[str, tuple[float, urllib.parse.SplitResult | None]] = {}
         self.closed = False
+        self._lock = threading.Lock()  # of the next two
+        self._idle: dict[str, list[tuple[float, socket.socket, Body]]] = {}
+        self._made: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._tls: dict[tuple[bool, str], ssl.SSLContext] = {}
+        self._proxies: dict[str, tuple[float, urllib.parse.SplitResult | None]] = {}
 
     def secrets(self, provider: Provider) -> list[str]:
         """What the provider knows and may quote, and no one else may see."""
@@ -4229,19 +4755,29 @@ class Upstream:
         return [secret for secret in known if len(secret) >= MIN_SECRET]
 
     def send(self, provider: Provider, method: str, path: str, body: bytes | None = None,
-             headers: Headers | None = None, timeout: float | None = None) -> Reply:
+             headers: Mapping[str, str] = {}, timeout: float | None = None,
+             ) -> Generator[Step, Any, Reply]:
         """Send a request to one of the provider's paths, as far as goes without waiting; the reply
-        is still to be read."""
-        if self.closed:
-            raise stopping_error()
-        if provider.kind is DEMO_KIND:
-            return DemoReply(json.loads(body or b"{}"))
-        own = {"x-ogx-instance": self.instance, **(headers or {})}
+        is still to be read. OgxError 502 or 504 where the provider can't be reached."""
+        if provider.kind.built_in_models:
+            return DemoReply(self, provider, body or b"{}")
+        if self._may_block(provider):
+            yield MAY_BLOCK
+        own = {"x-ogx-instance": self.instance, **headers}
         if provider.kind.signed and not provider.api_key:
             own.update(self.signer.headers(provider.kind.signed, method, provider.url(path), body))
         proxy = self.proxy(provider) if provider.base_url.startswith("http:") else None
         data = request_bytes(provider, method, path, body, own, proxy)
-        return Reply(self, provider, data, timeout or self.limits.connect_timeout)
+        reply = Reply(self, provider, data, timeout or self.limits.connect_timeout)
+        yield from reply.connect()
+        return reply
+
+    def _may_block(self, provider: Provider) -> bool:
+        """Whether a request needs a file, a program or the system for what goes into it."""
+        if provider.kind.signed and not provider.api_key:
+            return True
+        asked = self._proxies.get(provider.connection, (0.0, None))[0] < time.monotonic()
+        return asked and provider.base_url.startswith("http:")
 
     def proxy(self, provider: Provider) -> urllib.parse.SplitResult | None:
         """The proxy before a provider. The system is asked once a minute: that takes as long as a
@@ -4254,43 +4790,39 @@ class Upstream:
             self._proxies[provider.connection] = until, proxy
         return proxy
 
-    def sends_at_once(self, provider: Provider) -> bool:
-        """Whether send() needs no file, no program and no system for what goes into the request."""
-        if provider.kind.signed and not provider.api_key:
-            return False
-        known = self._proxies.get(provider.connection, (0.0, None))[0] > time.monotonic()
-        return known or not provider.base_url.startswith("http:") or provider.kind is DEMO_KIND
-
-    def ask(self, provider: Provider, path: str, timeout: float, body: bytes | None = None,
-            headers: Headers | None = None) -> tuple[Reply, bytes]:
-        """The reply to a GET, or to a POST where there is a body, and what it holds; OgxError
-        when that takes longer than `timeout` seconds, for which this waits."""
-        reply = self.send(provider, "POST" if body else "GET", path, body, headers, timeout)
+    def fetch(self, provider: Provider, path: str, timeout: float, body: bytes | None = None,
+              headers: Mapping[str, str] = {}) -> Generator[Step, Any, tuple[Reply, bytes]]:
+        """The reply to a GET, or to a POST where there is a body, and what it holds; OgxError 502,
+        or 504 where that takes longer than `timeout` seconds."""
+        method = "GET" if body is None else "POST"
+        patience = min(timeout, self.limits.connect_timeout)
+        reply = yield from self.send(provider, method, path, body, headers, patience)
         try:
-            steps = reply.whole(timeout, MAX_ASKED)
-            while True:
-                if next(steps) is None:
-                    reply.wait()
-        except StopIteration as end:
-            answer, complete = end.value
+            answer, complete = yield from reply.whole(timeout, MAX_ASKED)
         finally:
             reply.release()
         if complete:
             return reply, answer
         raise OgxError(504, f"no complete answer from {provider.base_url} within {timeout:g} s")
 
+    def ask(self, provider: Provider, path: str, timeout: float,
+            body: bytes | None = None) -> tuple[Reply, bytes]:
+        """As fetch(), for callers that may wait."""
+        asked: tuple[Reply, bytes] = drive(self.fetch(provider, path, timeout, body))
+        return asked
+
     def json(self, provider: Provider, path: str, timeout: float) -> Any:
-        """The JSON that a GET answers with status 200; OgxError otherwise."""
+        """The JSON that a GET answers with status 200; OgxError otherwise. This waits."""
         reply, body = self.ask(provider, path, timeout)
         if reply.status != 200:
             refusal = refusal_from_body(reply.status, body)
             origin = f"{provider.url(path)}, HTTP {reply.status}"
             raise upstream_error(refusal, origin, reply.headers)
-        told = json_or_none(body)
-        if told is None:
+        value = json_or_none(body)
+        if value is None:
             words = f"expected JSON from {provider.url(path)}, got {cut(beginning(body), 120)}"
             raise OgxError(502, words)
-        return told
+        return value
 
     def idle_connection(self, provider: Provider) -> socket.socket | None:
         """A connection to the provider that was used before and is still good."""
@@ -4302,11 +4834,12 @@ class Upstream:
                 since, sock, body = idle.pop()
             with suppress(OSError, OgxError):
                 # One that holds anything else was closed by the other side, or is out of step.
-                if time.monotonic() - since < POOL_SECONDS and body.ended_by(received(sock)):
+                if time.monotonic() - since < POOL_SECONDS and is_spent(body, received(sock)):
                     return sock
             sock.close()
 
-    def give_back(self, provider: Provider, sock: socket.socket, body: BodyReader) -> None:
+    def give_back(self, provider: Provider, sock: socket.socket, body: Body) -> None:
+        """Keep a connection for another request."""
         with self._lock:
             idle, now = self._idle.setdefault(provider.connection, []), time.monotonic()
             while idle and now - idle[0][0] > POOL_SECONDS:
@@ -4376,11 +4909,6 @@ def stopping_error() -> OgxError:
     return OgxError(503, "ogx.py is stopping; ask again in a moment", "overloaded_error")
 
 
-def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
-    """The proxy's credentials, from its URL."""
-    return {"Proxy-Authorization": basic_auth(proxy)} if proxy.username else {}
-
-
 UNREACHABLE = {  # the first that fits
     ssl.SSLCertVerificationError: "its TLS certificate was not accepted ({0.verify_message})",
     ssl.SSLError: "TLS failed ({0}); is the URL's https right?",
@@ -4394,7 +4922,7 @@ def unreachable(provider: Provider, error: Exception,
     """Why a provider, or the proxy before it, can't be reached, and what to look at."""
     if provider.kind.signed and ".." in provider.base_url:
         return OgxError(400, f"{provider.id}: You must specify a region: set AWS_REGION")
-    words = next((words for kind, words in UNREACHABLE.items() if isinstance(error, kind)), "{0}")
+    words = next((words for cls, words in UNREACHABLE.items() if isinstance(error, cls)), "{0}")
     why = words.format(error) or type(error).__name__
     status = 504 if isinstance(error, socket.timeout) else 502
     where = f"{provider.id} at {provider.base_url}"
@@ -4404,229 +4932,213 @@ def unreachable(provider: Provider, error: Exception,
     return OgxError(status, f"can't reach {where}: {why}", reason=why)
 
 
-@functools.lru_cache(maxsize=256)
-def address_of(url: str) -> tuple[str, str, str, str]:
-    """A URL's scheme, host, host with port, and what a request to it asks for."""
-    parts = urllib.parse.urlsplit(url)
-    target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-    return parts.scheme, parts.hostname or "", parts.netloc, target
-
-
-def request_bytes(provider: Provider, method: str, path: str, body: bytes | None,
-                  extra: Mapping[str, str],
-                  proxy: urllib.parse.SplitResult | None) -> bytes:
-    """A whole HTTP/1.1 request for the provider, or for the proxy that reads it."""
-    _, _, address, target = address_of(provider.url(path))
-    headers = {"Host": address, **provider.headers, **extra}
-    if proxy:
-        target = f"http://{address}{target}"
-        headers.update(proxy_headers(proxy))
-    if body is not None:
-        headers["Content-Type"] = "application/json"
-        headers["Content-Length"] = str(len(body))
-    lines = [f"{method} {target} HTTP/1.1", *map(": ".join, headers.items()), "", ""]
-    return "\r\n".join(lines).encode("latin-1") + (body or b"")
-
-
 class Reply:
-    """An upstream's answer while it comes in; headers by lower-case name. Nothing here waits but
-    connect(), which is due where `socket` is None: at first, where no connection was left of
-    requests before, and when the one that was left turns out to be dead. One that is `complete`
-    has nothing to say any more."""
+    """An upstream's answer while it comes in; headers by lower-case name. One that is `complete`
+    has nothing to say any more, whatever its framing still waits for."""
 
     def __init__(self, upstream: Upstream, provider: Provider, request: bytes,
                  timeout: float) -> None:
         self.status = 0
-        self.headers: Headers = {}
+        self.headers: Mapping[str, str] = {}
         self.complete = False
-        self._upstream, self._provider, self._limits = upstream, provider, upstream.limits
-        self._request, self._timeout = request, timeout
-        self._buffer = b""
-        self._body: BodyReader | None = None
-        self._unsent, self._takes = memoryview(request), True  # the upstream, as far as is known
+        self._upstream, self._provider, self._timeout = upstream, provider, timeout
+        self._socket: socket.socket | None = None
+        self._reused = False  # the connection, which may be dead
+        self._unsent = memoryview(request)
+        self._writable = True  # the upstream reads on, as far as is known
+        self._request = request  # while it may have to be sent once more
+        self._buffer = b""  # what was received and not read
+        self._would_block = False  # nothing more can be there yet
         self._interim = 0  # heads with a status of 1xx
-        self._emptied = False  # its socket held no more, and need not be asked before it is ready
-        self._heard_at = time.monotonic()  # or when it took some of the request
-        self._deadline = math.inf
-        self.socket = upstream.idle_connection(provider)
-        self._reused = self.socket is not None
-        if self._reused:
-            self._send()
+        self._body: Body | None = None  # once the head is there
+        self._unpacker: Any = None  # of its content-encoding
+        self._reusable = False  # the connection, once the body is done
+        self._last_activity = time.monotonic()  # when it sent something, or took some
+        self._deadline = math.inf  # of whole()
+        self._wait = Wait(until=0.0)  # the last one, given again while it holds
 
-    def connect(self) -> None:
-        """Make a connection and send as much as goes; OgxError 502 or 504."""
-        self.socket = self._upstream.new_connection(self._provider, self._timeout)
-        self._unsent, self._heard_at = memoryview(self._request), time.monotonic()
-        self._takes = True
+    def secrets(self) -> list[str]:
+        """What its errors may quote, and no one may see."""
+        return self._upstream.secrets(self._provider)
+
+    def connect(self) -> Steps:
+        """Take an idle connection, or make one, and send as much as goes; OgxError 502 or 504."""
+        idle = None if self._reused else self._upstream.idle_connection(self._provider)
+        if idle is None:
+            yield MAY_BLOCK
+        self._socket = idle or self._upstream.new_connection(self._provider, self._timeout)
+        self._reused = idle is not None
+        self._unsent, self._writable = memoryview(self._request), True
+        self._last_activity, self._wait = time.monotonic(), Wait(until=0.0)
         self._send()
-
-    def wait(self) -> None:
-        """Connect where that is due, else wait for more to read or to send, and not too long."""
-        if self.socket is None:
-            self.connect()
-        else:
-            wait_ready(self.socket, self.until - time.monotonic(), self.events)
-
-    def more(self) -> Pieces:
-        """The same without waiting: in steps."""
-        yield None if self.socket else BLOCKING
-        if self.socket is None:
-            self.connect()
-
-    @property
-    def events(self) -> int:
-        """What the socket is waited for: bytes and, while some are unsent, room for them."""
-        sends = self._unsent and self._takes
-        return selectors.EVENT_READ | (selectors.EVENT_WRITE if sends else 0)
-
-    @property
-    def until(self) -> float:
-        """When the upstream's silence will have been too long, or what whole() may take."""
-        waits = self._body is None and not self._unsent
-        limits = self._limits
-        silence = limits.first_byte_timeout if waits else limits.idle_timeout
-        return min(self._heard_at + silence, self._deadline)
 
     def _send(self) -> None:
         """Send what the upstream takes now, though it may have begun to answer. An error is no
         reason to stop reading: it may have said before that the body is too large."""
         try:
-            while self._unsent and self.socket:
-                self._unsent = self._unsent[self.socket.send(self._unsent) :]
-                self._heard_at = time.monotonic()
+            while self._unsent and self._socket:
+                self._unsent = self._unsent[self._socket.send(self._unsent) :]
+                self._last_activity = time.monotonic()
         except WOULD_BLOCK:
             pass
         except OSError:
-            self._takes = False
+            self._writable = False
 
-    def head(self) -> bool:
-        """Go on to the end of status and headers; whether they are all there."""
-        while self._body is None and self.socket:
+    def head(self) -> Steps:
+        """Read on to the end of status and headers."""
+        while self._body is None:
             data = self._receive()
-            if data is None:
-                return False
-            if not data:
-                self._lose()
-            self._buffer += data
-            while self._body is None and self._parse_head():
-                self._interim += 1
-                if self._interim > MAX_INTERIM:
-                    raise OgxError(502, f"{self._provider.id} sent {MAX_INTERIM} heads, no answer")
-        return self._body is not None
+            if not isinstance(data, bytes):
+                yield data
+            elif data:
+                self._buffer += data
+                self._parse_heads()
+            elif self._is_dead():
+                self.release()
+                yield from self.connect()
+            else:
+                raise self._lost_connection(None)
 
-    def _lose(self) -> None:
-        """The connection ended before an answer: fine only for one that may have been dead."""
-        at_once = time.monotonic() - self._heard_at < 1.0
-        if not self._reused or self._buffer or not at_once:
-            raise self._broken(None)
-        self.release()
-        self._reused = False
+    def _is_dead(self) -> bool:
+        """Whether the connection, which has ended, may have been dead before this request."""
+        at_once = time.monotonic() - self._last_activity < 1.0
+        return self._reused and not self._buffer and at_once
 
-    def _parse_head(self) -> bool:
-        """Take a complete head off the buffer; whether there was one. 1xx heads are skipped."""
+    def _parse_heads(self) -> None:
+        """Take complete heads off the buffer; those with a status of 1xx are skipped."""
         end = HEAD_END.search(self._buffer)
-        if end is None:
-            if len(self._buffer) > MAX_HEAD:
-                raise OgxError(502, f"{self._provider.id} sent headers that are too large")
-            return False
-        first, _, lines = self._buffer[: end.start()].partition(b"\n")
-        status = STATUS_LINE.match(first)
-        if not status:
+        while end and self._body is None:
+            head, self._buffer = self._buffer[: end.start()], self._buffer[end.end() :]
+            self._parse_head(head)
+            self._interim += 1
+            if self._interim > MAX_INTERIM:
+                raise OgxError(502, f"{self._provider.id} sent {MAX_INTERIM} heads, no answer")
+            end = HEAD_END.search(self._buffer)
+        if self._body is None and len(self._buffer) > MAX_HEAD:
+            raise OgxError(502, f"{self._provider.id} sent headers that are too large")
+
+    def _parse_head(self, head: bytes) -> None:
+        first, _, lines = head.partition(b"\n")
+        match = STATUS_LINE.match(first)
+        if not match:
             raise OgxError(502, f"{self._provider.id} at {self._provider.base_url} doesn't answer "
                                 "in HTTP")
-        self._buffer = self._buffer[end.end():]
-        if status.group(1).startswith(b"1"):
-            return True
-        self.status = int(status.group(1))
+        if match[2].startswith(b"1"):
+            return
         try:
-            self.headers = headers_from_bytes(lines)
+            self.status, self.headers = int(match[2]), headers_from_bytes(lines)
         except OgxError:
             raise OgxError(502, f"{self._provider.id} sent malformed headers") from None
-        self._body, self._request = BodyReader(self.status, self.headers), b""
-        if first.startswith(b"HTTP/1.0"):
-            self._body.reusable = False
-        return True
+        self._body, self._request = answer_body(self.status, self.headers), b""
+        if self.headers.get("content-encoding", "").lower() in ("gzip", "deflate"):
+            self._unpacker = zlib.decompressobj(GZIP_OR_ZLIB)
+        closes = "close" in self.headers.get("connection", "").lower() or match[1] == b"1.0"
+        self._reusable = not closes
 
-    def read(self) -> bytes | None:
-        """The next piece of the body, b"" at its end, None where there is none yet."""
+    def read(self) -> Piece:
+        """The next piece of the body, b"" at its end; or what is needed to go on."""
         body = self._body
         assert body is not None, "head() comes before read()"
-        for _ in range(100):  # what brings nothing, such as empty lines, must not hold up others
-            if body.done:
+        if body.done:
+            return b""
+        data, self._buffer = self._buffer, b""
+        raw: Piece = data or self._receive()
+        if not isinstance(raw, bytes):
+            return raw
+        try:
+            if not raw:
+                body.end()
+                self._reusable = False
                 return b""
-            data, self._buffer = self._buffer, b""
-            raw = data or self._receive()
-            if raw is None:
-                return None
-            try:
-                if not raw:
-                    body.end()
-                    return b""
-                payload = body.feed(raw)
-            except zlib.error:
-                raise OgxError(502, f"{self._provider.id} sent broken gzip data") from None
-            except OgxError as error:
-                raise OgxError(502, f"{error.message} ({self._provider.id})") from None
-            if payload:
-                return payload
-        return None
+            payload = body.feed(raw)
+            if self._unpacker:
+                payload = self._unpacker.decompress(payload, 128 * RECEIVE_SIZE)
+                if self._unpacker.unconsumed_tail:
+                    raise OgxError(400, "packed data that unpacks to too much")
+        except zlib.error:
+            raise OgxError(502, f"{self._provider.id} sent broken gzip data") from None
+        except OgxError as error:
+            raise OgxError(502, f"{error.message} ({self._provider.id})") from None
+        # What brings nothing, such as empty lines, must not hold up others.
+        return payload or (b"" if body.done else OTHERS_FIRST)
 
-    def drained(self) -> bool:
-        """Whether the body goes on and nothing of it is there yet, as read() would tell by None."""
-        emptied, self._emptied = self._emptied, False
-        return emptied and self._body is not None and not self._body.done
-
-    def whole(self, seconds: float, size: int) -> Generator[Piece, None, tuple[bytes, bool]]:
+    def whole(self, seconds: float, size: int) -> Generator[Step, Any, tuple[bytes, bool]]:
         """The body as far as it comes in time and holds `size` bytes; whether that is all."""
-        self._deadline, answer = time.monotonic() + seconds, bytearray()
+        self._deadline, self._wait = time.monotonic() + seconds, Wait(until=0.0)
+        answer, head = bytearray(), self.head()
         while len(answer) < size and time.monotonic() < self._deadline:
-            piece = self.read() if self.head() else None
+            piece = next(head, None) or self.read()
             if piece == b"":
                 return bytes(answer), True
-            if piece is None:
-                yield from self.more()
-            else:
+            if isinstance(piece, bytes):
                 answer += piece
-                yield b""
+                piece = OTHERS_FIRST
+            yield piece
         return bytes(answer), False
 
-    def _receive(self) -> bytes | None:
-        """Bytes as they come, b"" at the end, None where there are none yet; OgxError(504) after
-        too long a silence."""
-        assert self.socket is not None
+    def items(self) -> Iterator[list[bytes]]:
+        """The body's items as they come; see AnswerReader. This waits."""
+        reader, piece = AnswerReader(), self.read()
+        while piece != b"":
+            if isinstance(piece, bytes):
+                yield reader.feed(piece)
+            elif isinstance(piece, Wait):
+                ready_socket(piece)
+            piece = self.read()
+        yield reader.end()
+
+    def _receive(self) -> Piece:
+        """Bytes as they come, b"" at the end, or a Wait where there are none yet; OgxError(504)
+        after too long a silence."""
+        assert self._socket is not None, "connect() comes before head()"
         if self._upstream.closed:
             raise stopping_error()
-        if self._unsent and self._takes:
+        if self._unsent and self._writable:
             self._send()
-        if self._emptied:
-            self._emptied = False
-            return None
+        if self._would_block:
+            self._would_block = False
+            return self._next_wait()
         try:
-            data = received(self.socket)
+            data = received(self._socket)
         except OSError as error:
             if self._reused and self._body is None and not self._buffer:
                 return b""
-            raise self._broken(error) from None
-        if data:
-            self._heard_at = time.monotonic()
-            # TLS may keep some back.
-            self._emptied = len(data) < RECEIVE_SIZE and type(self.socket) is socket.socket
-        elif data is None and self.until <= time.monotonic() < self._deadline:
-            did = f"sent nothing for {time.monotonic() - self._heard_at:.3g} s"
-            did = "stopped reading the request" if self._unsent else did
-            raise OgxError(504, f"{self._provider.id} {did}")
+            raise self._lost_connection(error) from None
+        if data is None:
+            return self._next_wait()
+        self._last_activity = time.monotonic()
+        # A piece that is not full was all there is; but TLS may keep some back.
+        self._would_block = len(data) < RECEIVE_SIZE and type(self._socket) is socket.socket
         return data
 
-    def _broken(self, error: OSError | None) -> OgxError:
+    def _next_wait(self) -> Wait:
+        """What to wait for: bytes and, while some are unsent, room for them."""
+        now, limits = time.monotonic(), self._upstream.limits
+        if now < self._wait.until and not self._unsent:
+            return self._wait
+        sends = bool(self._unsent) and self._writable
+        begins = self._body is None and not self._unsent
+        silence = limits.first_byte_timeout if begins else limits.idle_timeout
+        until = self._last_activity + silence
+        if until <= now < self._deadline:
+            did = f"sent nothing for {now - self._last_activity:.3g} s"
+            did = "stopped reading the request" if self._unsent else did
+            raise OgxError(504, f"{self._provider.id} {did}")
+        assert self._socket is not None
+        sockets = ((self._socket, READ | WRITE if sends else READ),)
+        self._wait = Wait(sockets, min(until, self._deadline))
+        return self._wait
+
+    def _lost_connection(self, error: OSError | None) -> OgxError:
         why = (error and error.strerror) or "it closed the connection"
         return OgxError(502, f"lost the connection to {self._provider.id} at "
                              f"{self._provider.base_url}: {why}")
 
     def release(self) -> None:
         """Done with it: keep the connection where it is clean, else close it."""
-        body, surplus = self._body, bool(self._buffer or self._unsent)
-        ended = body and body.reusable and (self.complete or body.done)
-        sock, self.socket = self.socket, None
+        body, sock, self._socket = self._body, self._socket, None
+        surplus = bool(self._buffer or self._unsent)
+        ended = body and self._reusable and (self.complete or body.done)
         if sock and body and ended and not (surplus or body.rest):
             self._upstream.give_back(self._provider, sock, body)
         elif sock:
@@ -4634,21 +5146,18 @@ class Reply:
 
 
 class DemoReply(Reply):
-    def __init__(self, body: Json) -> None:
-        self.status, self.headers = 200, {"content-type": "text/event-stream"}
-        self.socket, self._pieces = None, demo_stream(body)
+    """The demo model's answer, which is made here."""
 
-    def head(self) -> bool:
-        return True
+    def __init__(self, upstream: Upstream, provider: Provider, request: bytes) -> None:
+        super().__init__(upstream, provider, request, 0.0)
+        self.status, self._unsent = 200, memoryview(b"")
+        self._pieces = demo_stream(json.loads(request))
 
-    def read(self) -> bytes | None:
+    def head(self) -> Steps:
+        yield from ()
+
+    def read(self) -> Piece:
         return next(self._pieces, b"")
-
-    def drained(self) -> bool:
-        return False
-
-    def release(self) -> None:
-        pass
 
 
 # ======== Discovery ==========================================================================
@@ -4802,14 +5311,13 @@ def with_loaded_context(model: Model, loaded: Any) -> Model:
 
 MAX_REQUESTS = 5  # to one upstream for one request of a client: remedies and retries together
 BACKOFF = 0.3  # seconds before the first retry, doubled for each further one
-REST = 30.0  # seconds for which a failed target of a chain is tried last
-KEPT = 64  # such targets
-PASSING = (408, 429, 500, 502, 503, 504, 529)  # statuses of failures that another try may not meet
+COOLDOWN = 30.0  # seconds for which a failed target of a chain is tried last
+MAX_COOLING = 64  # such targets
+RETRYABLE = (408, 429, 500, 502, 503, 504, 529)  # statuses of failures that pass
 TICK = 10.0  # seconds of silence after which the client gets a sign of life
-MAX_ANSWER = 64 * 1024 * 1024  # bytes of an answer that isn't streamed
 ERROR_BODY = (10.0, 1024 * 1024)  # seconds and bytes that an upstream has for its words
-LONG = 256 * 1024  # bytes of a request that takes so long to translate that it gets a thread
-Batches = Generator[Union[list[Any], Piece], None, None]  # of events, or bytes of some, or likewise
+COUNT_SECONDS = 30.0  # that it has to count tokens
+LONG = 256 * 1024  # bytes that take so long to translate that they get a thread
 
 
 @dataclass
@@ -4820,37 +5328,84 @@ class Exchange:
     request: Json = field(default_factory=dict)
     raw: bytes = b""  # the request as the client wrote it
     headers: Headers = field(default_factory=dict)  # for upstreams that speak Messages
-    sent: Headers = field(default_factory=dict)  # of them, to the present one
-    asked: str = ""
-    answered: bool = False  # a part of the answer is with the client: there is no second try
-    served: str = ""
+    session: str = ""  # Claude Code's
+    requested: str = ""  # the model's id, as the client wrote it
+    served: str = ""  # the model that answers
     dialect: str = ""
-    retries: int = 0  # of the present model
-    waited: float = 0.0  # seconds between them
-    session: str = ""
+    dropped: str = ""  # names of what the upstream has no word for
     started: float = field(default_factory=time.monotonic)
     first_event: float | None = None
-    reply: Reply | None = None  # that is waited for
-    begun: bool = False  # the present model's reply began with status 200
-    pause: float = math.inf  # when to go on, whatever has come by then
-    drained: bool = False  # after this piece there is nothing yet, as None would tell
     usage: Usage | None = None
-    dropped: str = ""  # names of what the upstream has no word for
     error: str = ""
 
     @property
     def stream(self) -> bool:
         return bool(self.request.get("stream"))
 
-    def note_answer(self) -> None:
-        """The answer begins; the request, a megabyte with all its objects, isn't needed again."""
-        self.answered, self.raw = True, b""
+    def free_request(self) -> None:
+        """Let go of the request, a megabyte with all its objects: its answer begins."""
+        self.raw = b""
         self.request = {name: self.request.get(name) for name in ("model", "stream")}
+
+
+class Opened(NamedTuple):
+    """An answer whose first bytes are there; `rest` gives the others, or what to yield first."""
+
+    first: bytes
+    rest: Iterator[Piece] = iter(())
+    reply: Reply | None = None
+
+
+class Answer:
+    """The answer to a client's request, from the steps that open it on."""
+
+    def __init__(self, opening: Generator[Step, Any, Opened]) -> None:
+        self._opening = opening
+        self._opened: Opened | None = None
+
+    def read(self) -> Piece:
+        """The next bytes, b"" at the end; or what to yield before the next read(). Raises OgxError:
+        before the first bytes it can still become an HTTP status."""
+        if self._opened is None:
+            try:
+                return next(self._opening)
+            except StopIteration as end:
+                self._opened = end.value
+                return self._opened.first
+        try:
+            return next(self._opened.rest, b"")
+        except OgxError as error:
+            secrets = self._opened.reply.secrets() if self._opened.reply else ()
+            raise error.without(secrets) from None
+
+    def close(self) -> None:
+        """End it; a connection that still has some of it is closed."""
+        self._opening.close()
+        if self._opened and self._opened.reply:
+            self._opened.reply.release()
+
+
+@dataclass(eq=False)
+class Attempt:
+    """A request to an upstream, as remedies look at it and as it goes out."""
+
+    model: Model  # as it was learned to be
+    dialect: Dialect
+    body: Json  # with the headers that lessons may change
+    path: str
+    headers: Headers
+    data: bytes
+    begun: bool = False  # the upstream answered with status 200
+
+    def is_like(self, other: Attempt | None) -> bool:
+        """Whether the upstream would see no difference."""
+        return other is not None and (self.path, self.headers, self.data) == (
+            other.path, other.headers, other.data)
 
 
 class Gateway:
     """The service behind the server. `tick` is the silence before a sign of life, in seconds. What
-    answers /v1/messages never waits but after BLOCKING; other methods may."""
+    answers /v1/messages never waits but after MAY_BLOCK; other methods may."""
 
     def __init__(self, config: Config, upstream: Upstream | None = None, tick: float = TICK,
                  store: Store | None = None) -> None:
@@ -4858,121 +5413,206 @@ class Gateway:
         self.store = store or Store()
         self.registry = Registry(config)
         self.upstream = upstream or Upstream(config.limits)
+        self.discovery = Discovery(config, self.registry, self.upstream)
         self.lessons = Lessons(self.store)
         self.ratios = Ratios()
         self.backoff = BACKOFF
-        self._resting: dict[str, float] = {}  # model that failed -> until when it is tried last
         self.tick = tick
-        self.discovery = Discovery(config, self.registry, self.upstream)
+        self._cooling: dict[str, float] = {}  # model that failed -> until when it is tried last
         self._stopped = threading.Event()
         self._loading = threading.Lock()
         self._load()
 
+    def start(self) -> None:
+        """Begin what goes on in the background."""
+        self.discovery.start()
+        threading.Thread(target=self._keep_in_step, name="state", daemon=True).start()
+
+    def close(self) -> None:
+        self._stopped.set()
+        self.discovery.close()
+        self.upstream.close()
+        self.upstream.signer.close()
+        self.store.close()
+
     # -- messages
 
-    def messages(self, exchange: Exchange) -> Pieces:
-        """The answer's bytes as they come: server-sent events, or one JSON object where no stream
-        was asked for. None where nothing is there yet: exchange.reply and .pause tell until when.
-        Raises OgxError: before the first bytes it can still become an HTTP status. Closing the
-        iterator closes the upstream's connection."""
-        exchange.asked = one_line(exchange.request["model"])
-        if not self.discovery.done.is_set():
-            yield BLOCKING
-        chain = self._chain(exchange.request["model"])
-        for place, model in enumerate(chain, 1):
+    def messages(self, exchange: Exchange) -> Answer:
+        """The answer: server-sent events, or one JSON object where no stream was asked for."""
+        return Answer(self._open(exchange))
+
+    def _open(self, exchange: Exchange) -> Generator[Step, Any, Opened]:
+        """Find a model that answers; its answer, once its first bytes are there."""
+        exchange.requested = one_line(exchange.request["model"])
+        chain = yield from self._chain(exchange.request["model"])
+        for model, following in zip(chain, [*chain[1:], None]):
             try:
-                yield from self._tried(model, exchange)
-                return
+                return (yield from self._try_model(model, exchange))
             except OgxError as error:
-                if len(chain) > 1 and is_passing(error):
-                    kept = dict([*self._resting.items()][1 - KEPT :])
-                    self._resting = {**kept, model.served: time.monotonic() + REST}
-                if exchange.answered or place == len(chain) or not is_passing(error):
+                if len(chain) > 1 and is_retryable(error):
+                    cooling = dict([*self._cooling.items()][1 - MAX_COOLING :])
+                    self._cooling = {**cooling, model.served: time.monotonic() + COOLDOWN}
+                if following is None or not is_retryable(error):
                     raise
                 log.warning("%s: %s failed: %s; trying %s", exchange.request_id, model.served,
-                            one_line(error.message), chain[place].served)
+                            one_line(error.message), following.served)
+        raise AssertionError("no chain is empty")
 
-    def _chain(self, model_id: str) -> list[Model]:
+    def _chain(self, model_id: str) -> Generator[Step, Any, list[Model]]:
         """The models to try, those that failed lately at the end; while the first lists are still
         on their way, wait for them."""
         try:
             chain = self.registry.chain(model_id)
         except OgxError:
-            self.discovery.done.wait(LIST_TIMEOUT)
+            yield from self._until_discovered()
             chain = self.registry.chain(model_id)
-        if len(chain) == 1:
-            return chain
         now = time.monotonic()
-        return sorted(chain, key=lambda model: self._resting.get(model.served, 0.0) > now)
+        return sorted(chain, key=lambda model: self._cooling.get(model.served, 0.0) > now)
 
-    def _tried(self, model: Model, exchange: Exchange) -> Pieces:
+    def _until_discovered(self) -> Steps:
+        if not self.discovery.done.is_set():
+            yield MAY_BLOCK
+            self.discovery.done.wait(LIST_TIMEOUT)
+
+    def _try_model(self, model: Model, exchange: Exchange
+                   ) -> Generator[Step, Any, Opened]:
         """One model's answer, its refusals remedied and its failures retried."""
-        exchange.served, exchange.begun, exchange.retries = model.served, False, 0
-        exchange.waited, lessons = 0.0, list(self.lessons.of(model))
-        known = len(lessons)
-        failed, refused = None, None  # what the last lesson was learned from, and which request
-        for attempt in range(1, MAX_REQUESTS + 1):
-            taught = taught_model(model, lessons)
-            plainer = taught.provider.kind.refused_keywords  # of schemas, which takes long
-            long = len(exchange.raw) > (LONG // 4 if plainer else LONG)
-            if long or not self.discovery.done.is_set():
-                yield BLOCKING
-            name = exchange.dialect = self._dialect_of(taught, exchange.request)
-            body, data = self._request(taught, name, exchange, lessons)
-            if len(exchange.raw) > LONG:
-                yield BLOCKING  # before it is sent: the client may have left
-            made: Any = (request_path(name, taught.provider.kind), exchange.sent, data)
-            if failed and made == refused and lessons[-1].action != "again":  # it changes nothing
+        exchange.served = model.served
+        lessons = list(self.lessons.of(model))
+        known, retries, waited = len(lessons), 0, 0.0
+        refused: Attempt | None = None  # that the last lesson was learned from
+        error = OgxError(500, "")  # by which it was refused
+        for number in range(1, MAX_REQUESTS + 1):
+            attempt = yield from self._prepare(taught_model(model, lessons), exchange, lessons)
+            in_vain = attempt.is_like(refused) and lessons[-1].action != "again"
+            if in_vain:  # the lesson changes nothing: the answer would be the same
                 lessons[-1] = replace(lessons[-1], keep=False)
-                if self._learned(failed, body, taught, exchange, lessons):
-                    continue
-                raise told_error(failed, exchange, model, body)
-            failed, refused = None, None
-            try:
-                for piece in self._answer(taught, name, data, exchange):
-                    if piece and not exchange.answered:  # what was changed has helped
-                        body, data, made = {}, b"", None
-                        exchange.note_answer()
-                        if lessons[known:]:
-                            yield BLOCKING  # a disk
-                            self.lessons.add(model, lessons[known:])
-                    yield piece
-                return
-            except OgxError as error:
-                if len(exchange.raw) > LONG:
-                    yield BLOCKING
-                error.without(self.upstream.secrets(model.provider))
-                last = exchange.answered or attempt == MAX_REQUESTS
-                if not last and self._learned(error, body, taught, exchange, lessons):
-                    failed, refused = replace(error), made
-                    continue
-                error = error if exchange.answered else told_error(error, exchange, model, body)
-                pause = None if last else self._pause(error, exchange)
-                if pause is None:
-                    raise error from None
-                yield from self._paused(pause, error, exchange)
+            else:
+                try:
+                    answer = yield from self._send(attempt, exchange)
+                except OgxError as failure:
+                    error = replace(failure.without(self.upstream.secrets(model.provider)))
+                else:
+                    yield from self._keep(model, lessons[known:], exchange)
+                    return answer
+            if len(exchange.raw) > LONG:
+                yield MAY_BLOCK
+            if number < MAX_REQUESTS and self._learn(error, attempt, exchange, lessons):
+                refused = attempt
+                continue
+            refused = None
+            error = client_error(error, exchange, model, attempt.body)
+            delay = None if in_vain or number == MAX_REQUESTS else self._delay(
+                error, attempt, retries, waited)
+            if delay is None:
+                raise error
+            retries, waited = retries + 1, waited + delay
+            log.info("%s: %s failed: %s; trying again in %.1f s", exchange.request_id,
+                     exchange.served, one_line(error.message), delay)
+            yield from sleep(delay)
+        raise AssertionError("the last attempt returns or raises")
 
-    def _request(self, model: Model, name: str, exchange: Exchange,
-                 lessons: Sequence[Lesson]) -> tuple[Json, bytes]:
-        """The request in the dialect's words, for remedies to look at, and its bytes."""
+    def _keep(self, model: Model, lessons: Sequence[Lesson], exchange: Exchange) -> Steps:
+        """The answer begins: what was changed has helped, and the request isn't needed again."""
+        exchange.free_request()
+        if lessons:
+            yield MAY_BLOCK  # a disk
+            self.lessons.add(model, lessons)
+
+    def _prepare(self, model: Model, exchange: Exchange, lessons: Sequence[Lesson]
+                 ) -> Generator[Step, Any, Attempt]:
+        """What to send. A long request is translated in a thread, and before it is sent, since
+        the client may have left meanwhile, that is looked at once more."""
+        plainer = model.provider.kind.refused_keywords  # of schemas, which takes long
+        if len(exchange.raw) > (LONG // 4 if plainer else LONG):
+            yield MAY_BLOCK
+        exchange.dialect = yield from self._dialect_of(model, exchange.request)
+        attempt = self._attempt(model, exchange, lessons)
+        if len(exchange.raw) > LONG:
+            yield MAY_BLOCK
+        return attempt
+
+    def _dialect_of(self, model: Model, request: Json) -> Generator[Step, Any, str]:
+        """The dialect for a request: the configured one, else Messages where the server has it
+        and loses nothing of this request, else the other one of its kind."""
+        provider, names = model.provider, model.provider.kind.dialects
+        if provider.dialect == "auto" and speaks_responses(provider):
+            return "responses"
+        if provider.dialect != "auto" or len(names) == 1:
+            return names[0] if provider.dialect == "auto" else provider.dialect
+        if provider.kind.native_models:
+            is_native = re.search(provider.kind.native_models, model.upstream_id)
+            return "messages" if is_native else "chat"
+        if provider.id not in self.registry.native:
+            yield from self._until_discovered()
+        native = self.registry.native.get(provider.id, False)
+        return "messages" if native and not lost_natively(request, provider.kind) else names[-1]
+
+    def _attempt(self, model: Model, exchange: Exchange, lessons: Sequence[Lesson]) -> Attempt:
+        """The request in the dialect's words, after the lessons."""
+        name, kind = exchange.dialect, model.provider.kind
         dialect = DIALECTS[name]
-        if not model.provider.kind.is_anthropic:
+        if not kind.is_anthropic:
             refuse_untranslatable(exchange.request, dialect.native)
         own = [lesson for lesson in lessons if lesson.dialect in ("", name)]
         body = with_lessons(dialect.request(exchange.request, model), own)
         sent = dialect.finished(dict(body))
-        if not dialect.native:
-            told = log.isEnabledFor(logging.DEBUG)
-            exchange.dropped = dropped_names(exchange.request, sent, told)
-        data = with_model(exchange.raw, exchange.request, sent) if dialect.native else None
-        headers = with_lessons({**exchange.headers}, own) if dialect.native else {}
-        exchange.sent = {name: value for name, value in headers.items() if value}
-        return {**body, **exchange.sent}, without_halves(data or json_bytes(sent))
+        data, headers = None, {}
+        if dialect.native:
+            data = with_model(exchange.raw, exchange.request, sent)
+            headers = with_lessons({**exchange.headers}, own)
+            headers = {name: value for name, value in headers.items() if value}
+        else:
+            everything = log.isEnabledFor(logging.DEBUG)
+            exchange.dropped = dropped_names(exchange.request, sent, everything)
+        data = without_halves(data or json_bytes(sent))
+        return Attempt(model, dialect, {**body, **headers}, request_path(name, kind), headers, data)
 
-    def _learned(self, error: OgxError, body: Json, model: Model, exchange: Exchange,
-                 lessons: list[Lesson]) -> bool:
-        """Whether a refusal taught something that makes another request worthwhile."""
-        refusal, provider = error.refusal, model.provider
+    def _send(self, attempt: Attempt, exchange: Exchange
+              ) -> Generator[Step, Any, Opened]:
+        """Send a request; the answer to it, once its first bytes are there."""
+        model = attempt.model
+        reply = yield from self.upstream.send(model.provider, "POST", attempt.path, attempt.data,
+                                              attempt.headers)
+        try:
+            # Estimating takes a while: it is done while the upstream works.
+            pieces = self._pieces(attempt, reply, exchange)
+            yield from reply.head()
+            if reply.status != 200:
+                words, _ = yield from reply.whole(*ERROR_BODY)
+                refusal = refusal_from_body(reply.status, words)
+                native = words if attempt.dialect.native else b""
+                raise refused_error(refusal, model, reply.headers, native)
+            attempt.begun = True
+            for piece in pieces:
+                if isinstance(piece, bytes):
+                    return Opened(piece, pieces, reply)
+                yield piece
+            raise OgxError(502, f"{model.origin} sent nothing")
+        except BaseException:  # that the client left, too
+            reply.release()
+            raise
+
+    def _pieces(self, attempt: Attempt, reply: Reply, exchange: Exchange) -> Iterator[Piece]:
+        """What will read the answer to a request."""
+        model, prompt = attempt.model, prompt_tokens(exchange.request)
+
+        def finish(usage: Usage | None) -> None:
+            exchange.usage = usage
+            self.ratios.learn(model, prompt, usage)
+
+        if attempt.dialect.native:
+            read = passed_stream if exchange.stream else passed_message
+            return read(reply, exchange.request["model"], model.served, finish)
+        estimate = self.ratios.estimate(model, prompt)
+        translator = new_translator(attempt.dialect, exchange, model, estimate,
+                                    self.config.show_thinking)
+        return translated(reply, translator, exchange.stream, finish)
+
+    def _learn(self, error: OgxError, attempt: Attempt, exchange: Exchange,
+               lessons: list[Lesson]) -> bool:
+        """Learn from a refusal; whether that makes another request worthwhile."""
+        refusal, provider = error.refusal, attempt.model.provider
         if refusal is None:
             return False
         if exchange.dialect == "messages" and refusal.status in (404, 405) and (
@@ -4982,185 +5622,60 @@ class Gateway:
             self.registry.learn(provider.id, native=False)
             log.info("%s: %s has no Messages API; translating", exchange.request_id, provider.id)
             return True
-        lesson = lesson_from_refusal(refusal, body, model, lessons)
+        lesson = lesson_from_refusal(refusal, attempt.body, attempt.model, lessons)
         if lesson is None:
             return False
         about = "" if lesson.action == "row" else exchange.dialect
         lessons.append(replace(lesson, dialect=about, at=time.time()))
-        log.info("%s: %s refused: %s; sent again after: %s", exchange.request_id, model.served,
-                 one_line(error.message), lesson)
+        log.info("%s: %s refused: %s; sent again after: %s", exchange.request_id,
+                 attempt.model.served, one_line(error.message), lesson)
         return True
 
-    def _pause(self, error: OgxError, exchange: Exchange) -> float | None:
+    def _delay(self, error: OgxError, attempt: Attempt, retries: int, waited: float
+               ) -> float | None:
         """Seconds before a failed request is sent again; None when it is not. What was begun to
         be answered is never asked for twice, unless the upstream said itself that it failed."""
-        if (exchange.begun and error.refusal is None) or self._stopped.is_set():
+        if (attempt.begun and error.refusal is None) or self._stopped.is_set():
             return None
-        pause = pause_before(error, exchange.retries, self.backoff)
-        if pause is None or exchange.retries == self.config.retries or (
-            exchange.waited + pause > self.config.retry_seconds
+        delay = retry_delay(error, retries, self.backoff)
+        if delay is None or retries == self.config.retries or (
+            waited + delay > self.config.retry_seconds
         ):
             return None
-        exchange.retries, exchange.waited = exchange.retries + 1, exchange.waited + pause
-        return pause
+        return delay
 
-    def _paused(self, seconds: float, error: OgxError, exchange: Exchange) -> Pieces:
-        log.info("%s: %s failed: %s; trying again in %.1f s", exchange.request_id,
-                 exchange.served, one_line(error.message), seconds)
-        exchange.pause = time.monotonic() + seconds
-        while time.monotonic() < exchange.pause:
-            yield None
-        exchange.pause = math.inf
-
-    def _answer(self, model: Model, name: str, data: bytes, exchange: Exchange) -> Pieces:
-        """What one request to the upstream brings."""
-        dialect = DIALECTS[name]
-        path = request_path(name, model.provider.kind)
-        reply = yield from self._sent(model.provider, path, data, exchange.sent, exchange)
-        data = b""
-        try:
-            prompt = prompt_tokens(exchange.request)  # while the upstream works: it takes a while
-            if not dialect.native:
-                estimate = self.ratios.estimate(model, prompt)
-                translator = new_translator(dialect, exchange, model, estimate,
-                                            self.config.show_thinking)
-            while not reply.head():
-                yield from reply.more()
-            if reply.status != 200:
-                words, _ = yield from reply.whole(*ERROR_BODY)
-                refusal = refusal_from_body(reply.status, words)
-                native = words if dialect.native else b""
-                raise refused_error(refusal, model, reply.headers, native)
-            exchange.begun = True
-            if dialect.native and exchange.stream:
-                yield from self._handed_on(reply, exchange)
-            elif dialect.native:
-                yield from self._handed_on_whole(reply, exchange)
-            else:
-                events = self._translated(reply, translator, exchange)
-                yield from answer_bytes(events, exchange.stream)
-                exchange.usage = translator.usage
-            self.ratios.learn(model, prompt, exchange.usage)
-        finally:
-            reply.release()
-            exchange.reply, exchange.drained = None, False
-
-    def _sent(self, provider: Provider, path: str, data: bytes, headers: Headers,
-              exchange: Exchange) -> Generator[Piece, None, Reply]:
-        if not self.upstream.sends_at_once(provider):
-            yield BLOCKING
-        exchange.reply = self.upstream.send(provider, "POST", path, data, headers)
-        return exchange.reply
-
-    def _translated(self, reply: Reply, translator: Translator, exchange: Exchange) -> Batches:
-        """The answer's events in batches, each what came together; None where none came yet."""
-        try:
-            for items in upstream_items(reply):
-                if items and max(map(len, items)) > LONG:
-                    yield BLOCKING
-                for item in items or ():
-                    translator.feed(item)
-                reply.complete = translator.done and not translator.writer.stopped
-                exchange.drained = exchange.stream and not translator.done and reply.drained()
-                yield translator.writer.take() if items is not None else None
-                if translator.done:
-                    return
-            translator.end()
-            yield translator.writer.take()
-        except OgxError:  # what came before the error is the client's
-            translator.writer.end_text()
-            yield translator.writer.take()
-            raise
-
-    def _dialect_of(self, model: Model, request: Json) -> str:
-        """The dialect for a request: the configured one, else Messages where the server has it
-        and loses nothing of this request, else the other one of its kind."""
-        provider, kinds = model.provider, model.provider.kind.dialects
-        if provider.dialect == "auto" and speaks_responses(provider):
-            return "responses"
-        if provider.dialect != "auto" or len(kinds) == 1:
-            return kinds[0] if provider.dialect == "auto" else provider.dialect
-        if provider.kind.native_models:
-            found = re.search(provider.kind.native_models, model.upstream_id)
-            return "messages" if found else "chat"
-        if provider.id not in self.registry.native:
-            self.discovery.done.wait(LIST_TIMEOUT)
-        native = self.registry.native.get(provider.id, False)
-        return "messages" if native and not lost_natively(request, provider.kind) else kinds[-1]
-
-    def _handed_on(self, reply: Reply, exchange: Exchange) -> Pieces:
-        """A native stream's bytes, but for the model's id."""
-        stream, begun = NativeStream(exchange.request["model"]), False
-        while not stream.ended:
-            data = reply.read()
-            if data is None:
-                yield None
-                continue
-            if not data:
-                break
-            events = stream.feed(data)
-            if not begun and len(events) < LONG:
-                raise_if_error(b"".join(SseReader().feed(events)[:1]), exchange.served)
-            begun, reply.complete = begun or bool(events), stream.ended
-            exchange.drained = not stream.ended and reply.drained()
-            yield events
-        yield stream.end()
-        exchange.usage = stream.usage
-        raise_if_error(stream.error, exchange.served)
-        if stream.error or not stream.ended:
-            raise OgxError(502, f"{exchange.served} ended the answer before it was complete")
-
-    def _handed_on_whole(self, reply: Reply, exchange: Exchange) -> Pieces:
-        """A native message, but for the model's id."""
-        whole = b""
-        for items in upstream_items(reply):
-            whole = b"".join(items or ()) or whole
-            if items is None:
-                yield None
-        if len(whole) > LONG:
-            yield BLOCKING
-        message = json_or_none(whole)
-        if not isinstance(message, dict) or "content" not in message:
-            raise_if_error(whole, exchange.served)
-            raise unknown_data(f"{exchange.served} sent no message but", whole)
-        usage = dict_or_empty(message.get("usage"))
-        exchange.usage = Usage(*(whole_number(usage.get(name)) for name in USAGE_FIELDS))
-        yield json_bytes({**message, "model": exchange.request["model"]})
-
-    def count_tokens(self, exchange: Exchange) -> Pieces:
+    def count_tokens(self, exchange: Exchange) -> Answer:
         """{"input_tokens": N}: by the upstream where it counts for free, else an estimate."""
-        if not self.discovery.done.is_set():
-            yield BLOCKING
+        return Answer(self._count(exchange))
+
+    def _count(self, exchange: Exchange) -> Generator[Step, Any, Opened]:
         request, count = exchange.request, 0
-        model = self._chain(request["model"])[0]
-        model = taught_model(model, self.lessons.of(model))
-        for paths, body in ways_to_count(self._dialect_of(model, request), request, model):
-            count = yield from self._counted(model.provider, paths, body, exchange)
+        chain = yield from self._chain(request["model"])
+        model = taught_model(chain[0], self.lessons.of(chain[0]))
+        name = yield from self._dialect_of(model, request)
+        for paths, body in ways_to_count(name, request, model):
+            count = yield from self._count_upstream(model.provider, paths, body, exchange)
             if count:
                 break
         count = count or self.ratios.estimate(model, prompt_tokens(request))
         counted = {"input_tokens": count, "context_management": {"original_input_tokens": count}}
-        yield json_bytes(counted) + b"\n"
+        return Opened(json_bytes(counted) + b"\n")
 
-    def _counted(self, provider: Provider, paths: Sequence[str], body: Json,
-                 exchange: Exchange) -> Generator[Piece, None, int]:
+    def _count_upstream(self, provider: Provider, paths: Sequence[str], body: Json,
+                        exchange: Exchange) -> Generator[Step, Any, int]:
         """What the upstream counts; 0 where it doesn't, and that it has no such path is kept."""
         url, answer = provider.url(paths[0]), {}
         for path in () if (provider.id, url) in self.registry.uncounted else paths:
             try:
-                reply = yield from self._sent(provider, path, json_bytes(body), exchange.headers,
-                                              exchange)
-                try:
-                    told, _ = yield from reply.whole(30.0, MAX_ASKED)
-                finally:
-                    reply.release()
+                reply, data = yield from self.upstream.fetch(
+                    provider, path, COUNT_SECONDS, json_bytes(body), exchange.headers)
             except OgxError:
                 return 0
             if reply.status != 200:
                 if reply.status in (404, 405, 501):
                     self.registry.learn(provider.id, uncounted_url=url)
                 return 0
-            answer = dict_or_empty(json_or_none(told))
+            answer = dict_or_empty(json_or_none(data))
             body = {"content": answer.get("prompt") or "", "add_special": True}
         count = answer.get("input_tokens") or answer.get("count") or answer.get("tokens")
         return len(count) if isinstance(count, list) else whole_number(count)
@@ -5202,7 +5717,10 @@ class Gateway:
     def model(self, model_id: str) -> Json:
         """The entry of a listed model, an alias or a tier's id. Other ids of a provider are routed
         when asked, but whether they exist only the provider knows."""
-        return self._entry(self._chain(model_id)[0])
+        with suppress(OgxError):
+            return self._entry(self.registry.resolve(model_id))
+        self.discovery.done.wait(LIST_TIMEOUT)
+        return self._entry(self.registry.resolve(model_id))
 
     def register(self, body: Any) -> Json:
         """Register a model id of the user's own, or register it anew; its entry."""
@@ -5260,18 +5778,6 @@ class Gateway:
         alias_of = "" if model.id == known.id else known.id
         return model_entry(model, alias_of, [str(lesson) for lesson in self.lessons.of(model)])
 
-    def start(self) -> None:
-        """Begin what goes on in the background."""
-        self.discovery.start()
-        threading.Thread(target=self._keep_in_step, name="state", daemon=True).start()
-
-    def close(self) -> None:
-        self._stopped.set()
-        self.discovery.close()
-        self.upstream.close()
-        self.upstream.signer.close()
-        self.store.close()
-
 
 def speaks_responses(provider: Provider) -> bool:
     """Whether requests go to the Responses API: known from the host, or learned."""
@@ -5292,24 +5798,94 @@ def new_translator(dialect: Dialect, exchange: Exchange, model: Model, estimate:
     return dialect.translator(writer, request, model)
 
 
-def answer_bytes(batches: Batches, stream: bool) -> Pieces:
-    """Batches of events as server-sent events or, at the end, as one message."""
-    folder = MessageFolder()
-    for batch in batches:
-        if not isinstance(batch, list):
-            yield batch
-        elif stream:
-            yield b"".join(map(sse_bytes, batch))
-        else:
-            for event in batch:
-                folder.add(event)
-            if folder.size > MAX_ANSWER:
-                raise OgxError(502, "the upstream's answer is too large")
-            yield b""  # others may have their turn
+# What reads an answer: bytes for the client, never empty, or what to yield first. `finish` is told
+# the usage of a complete one.
+
+
+def translated(reply: Reply, translator: Translator, stream: bool,
+               finish: Callable[[Usage | None], None]) -> Iterator[Piece]:
+    """An answer in another dialect, as server-sent events or, at its end, as one message."""
+    reader, writer, folder = AnswerReader(), translator.writer, MessageFolder()
+    try:
+        while not translator.done:
+            data = reply.read()
+            if not isinstance(data, bytes):
+                yield data
+                continue
+            items = reader.feed(data) if data else reader.end()
+            if max(map(len, items), default=0) > LONG:
+                yield MAY_BLOCK
+            for item in items:
+                translator.feed(item)
+            if not data:
+                translator.end()
+            reply.complete = translator.done and not writer.stopped
+            if stream:
+                yield b"".join(map(sse_bytes, writer.take())) or OTHERS_FIRST
+            else:
+                fold(writer.take(), folder)
+                yield OTHERS_FIRST
+    except OgxError:  # what came before it is the client's
+        writer.end_text()
+        events = b"".join(map(sse_bytes, writer.take())) if stream else b""
+        if events:
+            yield events
+        raise
     if not stream:
         if folder.size > LONG:
-            yield BLOCKING
+            yield MAY_BLOCK
         yield json_bytes(folder.message())
+    finish(translator.usage)
+
+
+def fold(events: Iterable[Any], folder: MessageFolder) -> None:
+    """Add events to a message; OgxError(502) where it gets too large."""
+    for event in events:
+        folder.add(event)
+    if folder.size > MAX_ANSWER:
+        raise OgxError(502, "the upstream's answer is too large")
+
+
+def passed_stream(reply: Reply, model_id: str, origin: str,
+                  finish: Callable[[Usage | None], None]) -> Iterator[Piece]:
+    """A stream of Anthropic's own events, but for the model's id."""
+    stream, begun, data = NativeStream(model_id), False, reply.read()
+    while data != b"" and not stream.ended:
+        if isinstance(data, bytes):
+            events = stream.feed(data)
+            if not begun and len(events) < LONG:
+                raise_if_error(b"".join(SseReader().feed(events)[:1]), origin)
+            begun, reply.complete = begun or bool(events), stream.ended
+            yield events or OTHERS_FIRST
+        else:
+            yield data
+        data = b"" if stream.ended else reply.read()
+    yield stream.end() or OTHERS_FIRST
+    finish(stream.usage)
+    raise_if_error(stream.error, origin)
+    if stream.error or not stream.ended:
+        raise OgxError(502, f"{origin} ended the answer before it was complete")
+
+
+def passed_message(reply: Reply, model_id: str, origin: str,
+                   finish: Callable[[Usage | None], None]) -> Iterator[Piece]:
+    """Anthropic's own message, but for the model's id."""
+    reader, whole, data = AnswerReader(), b"", reply.read()
+    while data != b"":
+        if isinstance(data, bytes):
+            whole = b"".join(reader.feed(data)) or whole
+        yield OTHERS_FIRST if isinstance(data, bytes) else data
+        data = reply.read()
+    whole = b"".join(reader.end()) or whole
+    if len(whole) > LONG:
+        yield MAY_BLOCK
+    message = json_or_none(whole)
+    if not isinstance(message, dict) or "content" not in message:
+        raise_if_error(whole, origin)
+        raise unknown_data(f"{origin} sent no message but", whole)
+    usage = dict_or_empty(message.get("usage"))
+    finish(Usage(*(whole_number(usage.get(name)) for name in USAGE_FIELDS)))
+    yield json_bytes({**message, "model": model_id})
 
 
 def refused_error(refusal: Refusal, model: Model, headers: Headers, native: bytes) -> OgxError:
@@ -5327,7 +5903,7 @@ def refused_error(refusal: Refusal, model: Model, headers: Headers, native: byte
     return error
 
 
-def told_error(error: OgxError, exchange: Exchange, model: Model, body: Json) -> OgxError:
+def client_error(error: OgxError, exchange: Exchange, model: Model, body: Json) -> OgxError:
     """The error as the client understands it best: a prompt that is too long in those words."""
     if error.refusal is None or "prompt is too long" in error.message:
         return error
@@ -5343,14 +5919,14 @@ def raise_if_error(answer: bytes, origin: str) -> None:
         raise upstream_error(refusal_from_body(200, answer), origin, {})
 
 
-def is_passing(error: OgxError) -> bool:
+def is_retryable(error: OgxError) -> bool:
     """Whether another upstream, or the same one later, may do better."""
-    return error.status in PASSING or error.status == 402 or error.type == "billing_error"
+    return error.status in RETRYABLE or error.status == 402 or error.type == "billing_error"
 
 
-def pause_before(error: OgxError, retries: int, backoff: float) -> float | None:
+def retry_delay(error: OgxError, retries: int, backoff: float) -> float | None:
     """Seconds before a request is sent again; None when that is no use, or up to the client."""
-    if error.status not in PASSING or error.headers.get("x-should-retry") == "false":
+    if error.status not in RETRYABLE or error.headers.get("x-should-retry") == "false":
         return None
     if error.status == 504 and error.refusal is None:  # our own time limit: it was long enough
         return None
@@ -5358,32 +5934,6 @@ def pause_before(error: OgxError, retries: int, backoff: float) -> float | None:
     if re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", told):
         return float(told)
     return None if told else backoff * 2**retries * random.uniform(0.8, 1.2)
-
-
-def upstream_items(reply: Reply) -> Iterator[list[bytes] | None]:
-    """The data of the server-sent events that came together, or a whole body as one; None where
-    nothing is there yet."""
-    reader, whole = SseReader(), bytearray()
-    is_whole: bool | None = None
-    while True:
-        data = reply.read()
-        if data is None:
-            yield None
-            continue
-        if not data:
-            break
-        if is_whole is None:  # told by the data, since content types lie; no stream begins so
-            if not data.strip():  # DeepSeek sends empty lines to keep the connection
-                yield []
-                continue
-            is_whole = data.lstrip()[:1] in (b"{", b"[", b"<")
-        if not is_whole:
-            yield reader.feed(data)
-            continue
-        whole += data
-        if len(whole) > MAX_ANSWER:
-            raise OgxError(502, "the upstream's answer is too large")
-    yield [bytes(whole)] if whole else reader.end()
 
 
 def model_entry(model: Model, alias_of: str = "", learned: Sequence[str] = ()) -> Json:
@@ -5402,29 +5952,24 @@ def model_entry(model: Model, alias_of: str = "", learned: Sequence[str] = ()) -
 
 # ======== Server =============================================================================
 # HTTP for the clients: guard, read, route, write, log. Everything that can be wrong with a
-# request ends as one error in Anthropic's shape. A connection is served in steps, each as far as
-# goes without waiting, by one thread for all; what may block gets a thread of its own.
+# request ends as one error in Anthropic's shape. Each connection is a task of the loop.
 
 KEEP_ALIVE = 300.0  # seconds an idle connection stays open
-ANTHROPIC_VERSION = "2023-06-01"
 PASSED_HEADERS = ("anthropic-beta", "anthropic-version")  # to upstreams that speak Messages
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 SIGN_OF_LIFE = b": waiting for the model\n\n"  # before message_start only comments may come
 LOGGED_BODY = LOG_LINE - 200  # characters; the line is cut at so many bytes
 FILE_OR_KEY = re.compile(r"[A-Za-z0-9+/=]{200,}|\b(?<=sk-)[\w-]{8,}")
 ABOUT = {"service": "ogx.py", "version": __version__, "status": "OK"}
-SHARE = 0.002  # seconds for which a connection, or new requests, may hold up the others at a time
-# What a connection waits for, besides BLOCKING.
-READS, WRITES, ANSWER = "the client writes", "the client reads", "the upstream answers"
-AGAIN = "the others"  # it could go on, but they come first
-Step = Union[str, Literal[False]]
-Steps = Generator[Step, None, Any]  # of a connection: what each waits for
 UNSERVED = ("/v1/messages/batches", "/v1/files", "/v1/skills")
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A gateway on a listening socket; port 0 takes a free one. `url` tells where it listens."""
+    """Takes from ThreadingHTTPServer the listening socket, serve_forever(), which accepts in a
+    thread, and shutdown(). Connections get no threads: each is a task of one loop, since switching
+    between threads would take most of the time, and an idle connection a stack.
+
+    A gateway on a listening socket; port 0 takes a free one. `url` tells where it listens."""
 
     daemon_threads = True
     request_queue_size = 1024  # with fewer, a burst of clients loses SYNs and waits a second
@@ -5432,15 +5977,16 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, gateway: Gateway, host: str = DEFAULT_HOST, port: int = 0,
                  token: str = "", tls: ssl.SSLContext | None = None) -> None:
-        self.tls, self.log_bodies = tls, False
         self.gateway, self.limits = gateway, gateway.config.limits
-        self.token = token.encode()  # which clients must show; empty: everyone may come in
-        self.stopping = False
-        self.relay = Relay()
-        self.running: set[Handler] = set()  # those with a request
-        self._done = threading.Condition()
-        self._idle: dict[socket.socket, None] = {}  # connections without a request, oldest first
+        self.tls, self.log_bodies = tls, False
         self.host = host.strip("[]")
+        self.guard = Guard(self.host, "https" if tls else "http", token.encode(),
+                           gateway.config.host_names, gateway.upstream.instance)
+        self.loop = Loop()
+        self.stopping = False
+        self.running: set[Handler] = set()  # those with a request
+        self._ended = threading.Condition()  # one of them has ended, while stopping
+        self._idle: dict[socket.socket, None] = {}  # connections without a request, oldest first
         if ":" in self.host:
             self.address_family = socket.AF_INET6
         try:
@@ -5456,11 +6002,11 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.tls else 'http'}://{host}:{self.server_port}"
+        return f"{self.guard.scheme}://{host}:{self.server_port}"
 
     def start(self, poll: float = 0.1) -> None:
-        """Serve in a thread of its own until stop(), which it notices within `poll` seconds."""
-        threading.Thread(target=self.relay.run, name="relay", daemon=True).start()
+        """Serve in threads of its own until stop(), which it notices within `poll` seconds."""
+        threading.Thread(target=self.loop.run, name="loop", daemon=True).start()
         threading.Thread(target=self.serve_forever, args=(poll,), daemon=True).start()
 
     def stop(self, drain: float | None = None) -> None:
@@ -5470,22 +6016,26 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
         self._close_idle(0)
-        with self._done:
+        with self._ended:
             patience = self.limits.drain_timeout if drain is None else drain
-            self._done.wait_for(lambda: not self.running, patience)
-            self.relay.interrupt()
+            self._ended.wait_for(lambda: not self.running, patience)
+            self.loop.interrupt(stopping_error)
             self.gateway.close()
-            self._done.wait_for(lambda: not self.running, 2.0)
-        self.relay.close()
+            self._ended.wait_for(lambda: not self.running, 2.0)
+        self.loop.close()
 
-    def ended(self, handler: Handler) -> None:
-        """A connection's request runs no more."""
+    def begin(self, handler: Handler) -> None:
+        """A connection has a request."""
+        self.running.add(handler)
+
+    def end(self, handler: Handler) -> None:
+        """Its request runs no more."""
         self.running.discard(handler)
         if self.stopping:
-            with self._done:
-                self._done.notify_all()
+            with self._ended:
+                self._ended.notify_all()
 
-    def idle(self, connection: socket.socket, waits: bool) -> None:
+    def note_idle(self, connection: socket.socket, waits: bool) -> None:
         """Note that a connection waits for a request, or no more; too many close the oldest."""
         self._idle.pop(connection, None)
         if waits:
@@ -5496,7 +6046,7 @@ class Server(http.server.ThreadingHTTPServer):
         surplus = len(self._idle) - kept
         for connection in list(self._idle)[:surplus] if surplus > 0 else ():
             self._idle.pop(connection, None)
-            with suppress(OSError):  # the relay sees its end and closes it
+            with suppress(OSError):  # its task sees the end and closes it
                 socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -5509,19 +6059,13 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A new connection goes to the relay, and gets no thread."""
-        self.process_request_thread(request, client_address)
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Make a task of a new connection, where ThreadingMixIn would start a thread."""
         try:
             if self.tls:
                 request = self.tls.wrap_socket(request, True, do_handshake_on_connect=False)
-            super().finish_request(request, client_address)
+            self.finish_request(request, client_address)
         except OSError:  # it has gone already
             request.close()
-
-    def shutdown_request(self, request: Any) -> None:
-        """Not yet: the relay has the connection."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection failed unexpectedly")
@@ -5543,199 +6087,8 @@ def client_gone() -> OgxError:
     return OgxError(CLIENT_GONE, "the client closed the connection")
 
 
-class Relay:
-    """One thread that goes on with every connection that can go on: with a thread for each, most
-    of the time would go into switching between them. What may block, or takes long, runs in a
-    thread of its own, and comes back."""
-
-    def __init__(self) -> None:
-        self._handlers: dict[Handler, None] = {}  # those that no thread has, the newest last
-        self._turns: dict[Handler, None] = {}  # those that can go on, the next one first
-        self._new: list[tuple[Handler, str]] = []
-        self._alarm = math.inf  # when the first of them may have waited for too long
-        self._selector = selectors.DefaultSelector()
-        self._bell, self._ear = socket.socketpair()
-        self._bell.setblocking(False)
-        self._selector.register(self._ear, selectors.EVENT_READ)
-        self._lock = threading.Lock()
-        self._interrupted = self._closed = False
-
-    def add(self, handler: Handler, step: str = AGAIN) -> None:
-        """Take in a connection, a new one or one that a thread is done with for now."""
-        with self._lock:
-            if not self._closed:
-                self._new.append((handler, step))
-                return self._ring()
-        handler.end()
-
-    def _ring(self) -> None:
-        with suppress(OSError):  # it is full of rings, heard soon anyway; or it has ended
-            self._bell.send(b"!")
-
-    def interrupt(self) -> None:
-        """Have what runs end with an error."""
-        self._interrupted = True
-        self._ring()
-
-    def close(self) -> None:
-        """End at once."""
-        with self._lock:
-            self._closed = True
-            self._ring()
-
-    def run(self) -> None:
-        """Serve until close(). Answers that run come first: a request that comes in may have to
-        wait for its turn, and is then read and translated."""
-        try:
-            while not self._closed:
-                for key in self._ready():
-                    handler = key.data
-                    if handler is None:
-                        self._admit()
-                    elif handler.waits is READS:
-                        self._turns[handler] = None
-                    elif handler in self._handlers and handler.waits is not AGAIN:
-                        self._go_on(handler, key.fileobj)
-                now = time.monotonic()
-                if now >= self._alarm:
-                    self._wake(now)
-                while self._turns and time.monotonic() - now < SHARE:
-                    handler = next(iter(self._turns))
-                    del self._turns[handler]
-                    self._go_on(handler)
-        finally:
-            self.close()
-            for handler in [*self._handlers, *(handler for handler, _ in self._new)]:
-                handler.end()
-            for closable in (self._selector, self._bell, self._ear):
-                closable.close()
-
-    def _ready(self) -> list[selectors.SelectorKey]:
-        """What happened, once something has."""
-        patience = 0.0 if self._turns else max(0.0, self._alarm - time.monotonic())
-        try:
-            ready = self._selector.select(None if patience == math.inf else patience)
-        except ValueError:  # more sockets than select() takes, on Windows
-            if not self._handlers:
-                raise
-            self._drop(next(reversed(self._handlers)))
-            return []
-        return [key for key, _ in ready]
-
-    def _admit(self) -> None:
-        self._ear.recv(1000)
-        for _ in range(len(self._new)):
-            handler, step = self._new.pop(0)
-            self._handlers[handler] = None
-            self._wait(handler, step)
-        if self._interrupted:
-            for handler in list(self._handlers):
-                if not handler.interrupted:
-                    handler.interrupted = True
-                    self._go_on(handler, error=stopping_error())
-
-    def _wake(self, now: float) -> None:
-        """Let those go on that have waited for too long, and set the alarm for the others."""
-        self._alarm = math.inf
-        for handler in self._handlers:
-            if handler.until <= now:
-                self._turns[handler] = None
-            else:
-                self._alarm = min(self._alarm, handler.until)
-
-    def _go_on(self, handler: Handler, ready: Any = None, error: OgxError | None = None) -> None:
-        if handler not in self._handlers:
-            return  # it ended a moment ago
-        if ready is handler.connection and handler.waits is ANSWER:
-            gone = handler.is_gone()
-            if not gone:
-                if gone is False:
-                    self._watch(handler, 0, *handler.watched[1:])
-                    self._alarm = min(self._alarm, handler.until)
-                return
-            error = client_gone()
-        self._wait(handler, handler.next_step(error))
-
-    def _wait(self, handler: Handler, step: Step | None) -> None:
-        """Have a connection wait for what its step says; None is its end."""
-        try:
-            self._arrange(handler, step)
-        except Exception:  # nothing of one connection may end the others
-            log.exception("a connection is lost")
-            self._drop(handler)
-
-    def _drop(self, handler: Handler) -> None:
-        self._handlers.pop(handler, None)
-        self._turns.pop(handler, None)
-        for sock in filter(None, (handler.connection, handler.watched[1])):
-            with suppress(Exception):
-                self._selector.unregister(sock)
-        handler.end()
-
-    def _arrange(self, handler: Handler, step: Step | None) -> None:
-        handler.waits = step
-        reply = handler.exchange.reply
-        source = reply.socket if reply else None
-        if step is AGAIN:
-            self._turns[handler] = None
-            if source is not handler.watched[1]:  # which another connection may have by now
-                self._watch(handler, handler.watched[0])
-        elif step is None or step is BLOCKING:
-            self._watch(handler, 0)
-            self._handlers.pop(handler, None)
-            self._turns.pop(handler, None)
-            if step is BLOCKING:
-                self._start_thread(handler)
-        else:
-            events = selectors.EVENT_WRITE if step is WRITES else selectors.EVENT_READ
-            source = source if step is ANSWER else None
-            self._watch(handler, events, source, reply.events if reply and source else 0)
-            self._alarm = min(self._alarm, handler.until)
-
-    def _start_thread(self, handler: Handler) -> None:
-        try:
-            threading.Thread(target=self._block, args=(handler,), daemon=True).start()
-        except RuntimeError:  # the system has no more
-            self._handlers[handler] = None
-            self._wait(handler, handler.next_step(OgxError(529, "no thread is left for this")))
-
-    def _block(self, handler: Handler) -> None:
-        """Do what may block, in a thread of its own."""
-        step: Any = BLOCKING
-        while step is BLOCKING:
-            gone = handler.is_gone()
-            if gone is False:  # it may have left: that shows in a moment
-                time.sleep(0.05)
-                gone = handler.is_gone()
-            step = handler.next_step(client_gone() if gone else None)
-        if step is not None:
-            self.add(handler, step)
-
-    def _watch(self, handler: Handler, events: int, source: socket.socket | None = None,
-               source_events: int = 0) -> None:
-        """Watch a connection and the upstream's for these events, and nothing else any more."""
-        wanted, old = (events, source, source_events), handler.watched
-        if wanted == old:
-            return
-        handler.watched = wanted
-        self._register(handler, handler.connection, old[0], events)
-        if old[1] is not source and old[1] is not None:
-            self._register(handler, old[1], old[2], 0)
-        if source is not None:
-            known = old[2] if old[1] is source else 0
-            self._register(handler, source, known, source_events)
-
-    def _register(self, handler: Handler, sock: socket.socket, old: int, events: int) -> None:
-        if old != events:
-            with suppress(ValueError):  # it is closed
-                if old:
-                    self._selector.unregister(sock)
-                if events:
-                    self._selector.register(sock, events, handler)
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One client connection."""
+    """One client connection: its task serves one request after the other."""
 
     server: Server
 
@@ -5743,133 +6096,90 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection: socket.socket = self.request
         self.connection.setblocking(False)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.limits = self.server.limits
         self._received = b""  # and not yet read
         self._unsent: bytes | memoryview = b""  # what the client was too slow to take
-        self._resumed = 0.0  # when its step began
-        self.steps, self.exchange, self.status = self._requests(), Exchange(""), 0
-        # The relay's: what is waited for and until when, what is watched for that.
-        self.waits: Step | None = None
-        self.until = math.inf
-        self.watched: tuple[int, socket.socket | None, int] = (0, None, 0)
-        self.interrupted = False
+        self._deadline = math.inf  # for more of a request
+        self.close_connection = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin a request."""
+        self.exchange, self.head = Exchange(fresh_id("req")), RequestHead()
+        self.status = 0  # that was sent
+        self._unread = False  # the client's body isn't, or not to its end
+        self._probe_at = math.inf  # when to see whether a client that ended its side is there
+        self._probe_after = 0.2  # seconds
+        self._waited: tuple[Any, Wait] = (None, Wait(until=0.0))  # the last wait for an answer
 
     def handle(self) -> None:
-        """Leave the connection to the relay."""
-        self.server.relay.add(self)
+        """Leave the connection to the loop."""
+        self.server.loop.start(self._serve(), self.connection.close)
 
     def finish(self) -> None:
         pass
 
-    def end(self) -> None:
-        """Close the connection now; steps that had not begun would not."""
-        self.steps.close()
-        self.connection.close()
-
-    def next_step(self, error: OgxError | None = None) -> Step | None:
-        """Go on as far as goes without waiting; what is waited for then, None at the end."""
-        self._resumed = time.monotonic()
+    def _serve(self) -> Steps:
+        """Serve one request after the other."""
         try:
-            return self.steps.throw(error) if error else next(self.steps)
-        except StopIteration:
-            return None
-        except OgxError:  # it was interrupted before it began
-            self.end()
-            return None
-        except Exception:
-            log.exception("a connection failed unexpectedly")
-            return None
+            yield from self._shake_hands()
+            while not self.close_connection:
+                self.close_connection = True
+                self._begin()
+                head = yield from self._read_head()
+                if head:
+                    self.exchange.started = time.monotonic()
+                    self.server.begin(self)
+                    try:
+                        yield from self._answer(head)
+                    finally:
+                        self.server.end(self)
+                yield OTHERS_FIRST
+        except (OSError, EOFError, OgxError) as error:  # the client left or was too slow
+            log.debug("%s: connection lost: %s", self.exchange.request_id, error)
+        finally:
+            self.server.note_idle(self.connection, False)
 
-    def is_gone(self) -> bool | None:
-        """Whether the client left while it waits for an answer; None where it did nothing. It may
-        have sent its next request, or closed its own side alone: what is then written to it tells,
-        since who left refuses that in a moment."""
-        if len(self._received) > MAX_HEAD:  # of requests to come: the rest can wait
-            return False
-        try:
-            data = received(self.connection)
-            if data:
-                self._received += data
-            elif data == b"":
-                if self.server.tls or not (self.status or self.request_version == "HTTP/1.1"):
-                    return True
-                self.connection.send(self.framed(SIGN_OF_LIFE) if self.status else CONTINUE)
-                self.until = min(self.until, time.monotonic() + 0.2)
-        except OSError:
-            return True
-        return None if data is None else False
-
-    def _shaken(self) -> Steps:
+    def _shake_hands(self) -> Steps:
         """TLS's handshake."""
-        self.server.idle(self.connection, True)
-        self.until = time.monotonic() + self.server.limits.client_timeout
+        self.server.note_idle(self.connection, True)
+        until = time.monotonic() + self.limits.client_timeout
         while isinstance(self.connection, ssl.SSLSocket):
             try:
                 return self.connection.do_handshake()
             except ssl.SSLWantReadError:
-                yield READS
+                events = READ
             except ssl.SSLWantWriteError:
-                yield WRITES
-            if time.monotonic() >= self.until:
+                events = WRITE
+            if time.monotonic() >= until:
                 raise socket.timeout("the handshake took too long")
+            yield Wait(((self.connection, events),), until)
 
-    def _requests(self) -> Steps:
-        """Serve one request after the other."""
-        self.close_connection = False
-        try:
-            yield from self._shaken()
-            while not self.close_connection:
-                yield from self._one_request()
-                if self._gives_way():
-                    yield AGAIN
-        except (OSError, EOFError, OgxError) as error:  # the client left or was too slow
-            log.debug("%s: connection lost: %s", self.exchange.request_id, error)
-        finally:
-            self.server.idle(self.connection, False)
-            self.connection.close()
+    # -- reading
 
-    def _one_request(self) -> Steps:
-        self.close_connection = True
-        self.exchange = Exchange(fresh_id("req"))
-        self.status, self._unread = 0, False
-        self.command = self.path = ""
-        head = yield from self._read_head()
-        if head:
-            self.exchange.started = time.monotonic()
-            self.server.running.add(self)
-            try:
-                yield from self._answer(head)
-            finally:
-                self.server.ended(self)
-
-    def _receive(self, size: int = RECEIVE_SIZE) -> Generator[Step, None, bytes]:
+    def _receive(self, size: int = RECEIVE_SIZE) -> Generator[Step, Any, bytes]:
         """Bytes from the client, b"" at its end; socket.timeout after the time for a request, to
         which 50 KB add a second."""
         data = received(self.connection, size)
         while data is None:
             if time.monotonic() >= self._deadline:
                 raise socket.timeout("the client was too slow")
-            self.until = self._deadline
-            yield READS
+            yield Wait(((self.connection, READ),), self._deadline, queued=True)
             data = received(self.connection, size)
         self._deadline += len(data) / 50_000
-        if self._gives_way():
-            yield AGAIN
+        yield OTHERS_FIRST
         return data
 
-    def _gives_way(self) -> bool:
-        """Whether it is the others' turn."""
-        return time.monotonic() - self._resumed > SHARE
-
-    def _read_head(self) -> Generator[Step, None, bytes]:
+    def _read_head(self) -> Generator[Step, Any, bytes]:
         """A request's head without its last line break, too long if it has no end; b"" when the
         client closed."""
         self._received = self._received.lstrip(b"\r\n")
         if not self._received:
-            self.server.idle(self.connection, True)
+            self.server.note_idle(self.connection, True)
             self._deadline = time.monotonic() + KEEP_ALIVE
             self._received = (yield from self._receive()).lstrip(b"\r\n")
-            self.server.idle(self.connection, False)
-        self._deadline = time.monotonic() + self.server.limits.client_timeout
+            self.server.note_idle(self.connection, False)
+        self._deadline = time.monotonic() + self.limits.client_timeout
         end, looked = HEAD_END.search(self._received), 0
         while not end and len(self._received) <= MAX_HEAD:
             data = yield from self._receive()
@@ -5883,11 +6193,54 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head, self._received = self._received[: end.start()], self._received[end.end() :]
         return head
 
+    def _take_head(self, head: bytes) -> None:
+        """Take in a request's head; OgxError for what is malformed or kept out."""
+        self._unread = len(head) > MAX_HEAD
+        if self._unread:
+            raise OgxError(431, "the request's headers are too large")
+        self.head = request_head(head)
+        self.close_connection = self.server.stopping or self.head.closes
+        self._unread = self.head.has_body
+        headers = self.head.headers
+        self.exchange.session = headers.get("x-claude-code-session-id", "")[:64]
+        self.exchange.headers = {name: headers[name] for name in PASSED_HEADERS
+                                 if name in headers and name not in self.head.tokens}
+        self.server.guard.check(self.head)
+
+    def _read_body(self) -> Generator[Step, Any, bytes]:
+        """The request's body, unpacked."""
+        headers = self.head.headers
+        if not self.head.has_body:
+            return b""
+        if len(self.server.running) > self.limits.max_requests:
+            words = "too many requests are running already (see OGX_MAX_REQUESTS)"
+            raise OgxError(529, words, headers={"retry-after": "1"})
+        limit = int(self.limits.max_body * 1024 * 1024)
+        body = request_body(headers, limit)
+        if headers.get("expect", "").lower() == "100-continue":
+            yield from self._write(CONTINUE)
+        pieces = [body.feed(self._received)]
+        size = len(pieces[0])
+        while not body.done:
+            data = yield from self._receive(4 * RECEIVE_SIZE)
+            if not data:
+                raise ConnectionResetError("the client closed in the middle of its request")
+            pieces.append(body.feed(data))
+            size += len(pieces[-1])
+            check_size(size, limit)
+        self._received = body.rest
+        self._unread, coding = False, headers.get("content-encoding", "identity").lower()
+        if size > LONG or coding != "identity":
+            yield MAY_BLOCK
+        return unpacked(b"".join(pieces), coding, limit)
+
+    # -- answering
+
     def _answer(self, head: bytes) -> Steps:
         try:
             self._take_head(head)
             self.exchange.raw = yield from self._read_body()
-            yield from self._route()
+            yield from self._endpoint()
         except OgxError as error:
             yield from self._send_error(error)
         except socket.timeout:
@@ -5903,117 +6256,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             yield from self._send_error(OgxError(500, words))
         self._log()
 
-    def _take_head(self, head: bytes) -> None:
-        """Take in a request's head; OgxError for what is malformed or kept out."""
-        self._unread = len(head) > MAX_HEAD
-        if self._unread:
-            raise OgxError(431, "the request's headers are too large")
-        self._parse_head(head)
-        headers = self.request_headers
-        self.close_connection = self.server.stopping or self._closes
-        self._unread = "content-length" in headers or "transfer-encoding" in headers
-        self.exchange.session = headers.get("x-claude-code-session-id", "")[:64]
-        self.exchange.headers = self._passed
-        self._guard()
-
-    def _parse_head(self, head: bytes) -> None:
-        """Read the request line and headers; OgxError(400) for anything malformed."""
-        first, _, lines = head.partition(b"\n")
-        match = REQUEST_LINE.fullmatch(first)
-        if not match:
-            raise OgxError(400, "malformed request line")
-        self.command = match.group(1).decode()
-        self.path = match.group(2).decode()
-        self.request_version = "HTTP/" + match.group(3).decode()
-        headers = self.request_headers = headers_from_bytes(lines)
-        connection = headers.get("connection", "").lower()  # may name headers for us alone
-        self._passed = {name: headers[name] for name in PASSED_HEADERS
-                        if name in headers and name not in connection}
-        old = self.request_version == "HTTP/1.0" and (
-            "keep-alive" not in connection or "transfer-encoding" in headers)
-        self._closes = "close" in connection or old
-
-    def _read_body(self) -> Generator[Step, None, bytes]:
-        """The request's body, unpacked. Both lengths at once, or two, are how requests are
-        smuggled past a proxy: refused, and the connection closed."""
-        headers = self.request_headers
-        length, coding = headers.get("content-length"), headers.get("transfer-encoding")
-        if length is None and coding is None:
-            return b""
-        if len(self.server.running) > self.server.limits.max_requests:
-            words = "too many requests are running already (see OGX_MAX_REQUESTS)"
-            raise OgxError(529, words, headers={"retry-after": "1"})
-        limit = int(self.server.limits.max_body * 1024 * 1024)
-        if coding is not None:
-            if length is not None or coding.lower() != "chunked":
-                raise OgxError(400, "transfer-encoding: expected chunked alone, without a length")
-        elif not re.fullmatch("[0-9]{1,18}", length or ""):
-            raise OgxError(400, "content-length: expected one whole number")
-        check_size(int(length or 0), limit)
-        if headers.get("expect", "").lower() == "100-continue":
-            yield from self._write(CONTINUE)
-        data = yield from self._sized(int(length)) if length else self._chunked(limit)
-        self._unread, coding = False, headers.get("content-encoding", "identity").lower()
-        if len(data) > LONG or coding != "identity":
-            yield BLOCKING
-        return unpacked(data, coding, limit)
-
-    def _sized(self, length: int) -> Generator[Step, None, bytes]:
-        """A body of known length."""
-        pieces, missing = [self._received], length - len(self._received)
-        while missing > 0:
-            pieces.append((yield from self._more_body(4 * RECEIVE_SIZE)))
-            missing -= len(pieces[-1])
-        data = b"".join(pieces)
-        self._received = data[length:]
-        return data[:length]
-
-    def _chunked(self, limit: int) -> Generator[Step, None, bytes]:
-        """A body in chunks, which can be so small that many take a while to read."""
-        reader = BodyReader(200, {"transfer-encoding": "chunked"})
-        pieces = [reader.feed(self._received)]
-        size = len(pieces[0])
-        while not reader.done:
-            pieces.append(reader.feed((yield from self._more_body(RECEIVE_SIZE))))
-            size += len(pieces[-1])
-            check_size(size, limit)
-        self._received = reader.rest
-        return b"".join(pieces)
-
-    def _more_body(self, size: int) -> Generator[Step, None, bytes]:
-        data = yield from self._receive(size)
-        if not data:
-            raise ConnectionResetError("the client closed in the middle of its request")
-        return data
-
-    def _guard(self) -> None:
-        """Keep browsers out: a page that a user visits must not be able to spend their keys, by
-        its own name for 127.0.0.1 (DNS rebinding), across origins, or by a form."""
-        headers = self.request_headers
-        host = headers.get("host", "")
-        if "," in host or ("host" not in headers and self.request_version == "HTTP/1.1"):
-            raise OgxError(400, "host: expected one")
-        open_to_names = bool(self.server.token) and not is_loopback(self.server.host)
-        names = self.server.gateway.config.host_names
-        if not open_to_names and not host_allowed(host, self.server.host, names):
-            raise OgxError(403, f"host '{host[:100]}' is not a name of this server; if it should "
-                                "be, add it to server.host_names in the configuration")
-        if headers.get("x-ogx-instance") == self.server.gateway.upstream.instance:
-            raise OgxError(400, "a provider's base_url points back at ogx.py itself",
-                           headers={"x-should-retry": "false"})
-        if self.server.token and not shows_token(headers, self.server.token):
-            raise OgxError(401, "this server asks for its token, as Authorization: Bearer or "
-                                "x-api-key", headers={"x-should-retry": "false"})
-        origin = headers.get("origin")
-        foreign = origin is not None and origin != (
-            f"{'https' if self.server.tls else 'http'}://{host}")
-        # Without an Origin: images and the like, and links, which may lead to the plain page.
-        linked = headers.get("sec-fetch-mode") == "navigate" and self.path == "/"
-        if foreign or (headers.get("sec-fetch-site") in ("cross-site", "same-site") and not linked):
-            raise OgxError(403, "requests from web pages of another origin are refused")
-
-    def _route(self) -> Steps:
-        path, _, query = self.path.partition("?")
+    def _endpoint(self) -> Steps:
+        """The steps of answering a request, by its path and method."""
+        path, _, query = self.head.target.partition("?")
         if path.startswith("/"):
             path = re.sub("//+", "/", path)  # as after a base URL that ends in one
         else:
@@ -6024,51 +6269,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
             argument = urllib.parse.unquote(path[len("/v1/models/") :])
         if routes is None:
             raise OgxError(404, not_served_words(path))
-        method = "GET" if self.command == "HEAD" else self.command
-        content_type = self.request_headers.get("content-type", "").partition(";")[0].strip(" \t")
+        method = "GET" if self.head.method == "HEAD" else self.head.method
+        content_type = self.head.headers.get("content-type", "").partition(";")[0].strip(" \t")
         if method == "POST" and content_type.lower() not in ("", "application/json"):
             raise OgxError(415, f"content-type: expected application/json, got {content_type}")
         if method not in routes:
             allowed = ", ".join([*routes, *["HEAD"] * ("GET" in routes)])
-            raise OgxError(405, f"{self.command} is not possible on {path}, only {allowed}",
+            raise OgxError(405, f"{self.head.method} is not possible on {path}, only {allowed}",
                            headers={"allow": allowed})
-        answer = routes[method](self, argument)
-        if isinstance(answer, dict):
-            yield from self._send(200, json_bytes(answer) + b"\n")
-        else:
-            yield from answer
-
-    # -- endpoints: each gives the JSON to answer, or the steps of answering
+        return routes[method](self, argument)
 
     def _post_messages(self, query: str) -> Steps:
         self.exchange.request = checked_json(self.exchange.raw)
-        with closing(self.server.gateway.messages(self.exchange)) as pieces:
-            kept = self._kept(pieces) if self.server.log_bodies else pieces
-            yield from (self._stream(kept) if self.exchange.stream else self._whole(kept))
-
-    def _kept(self, pieces: Pieces) -> Pieces:
-        """The answer's pieces; the request and they are logged."""
-        self._log_body("request", self.exchange.raw)
-        answer = bytearray()
-        try:
-            for piece in pieces:
-                answer += piece if piece and len(answer) < 100 * LOGGED_BODY else b""
-                yield piece
-        finally:
-            pieces.close()
-            self._log_body("answer", answer)
+        answer: Any = self.server.gateway.messages(self.exchange)
+        if self.server.log_bodies:
+            self._log_body("request", self.exchange.raw)
+            answer = LoggedAnswer(answer, self._log_body)
+        return self._stream(answer) if self.exchange.stream else self._whole(answer)
 
     def _post_count_tokens(self, query: str) -> Steps:
         self.exchange.request = checked_json(self.exchange.raw, counting=True)
-        with closing(self.server.gateway.count_tokens(self.exchange)) as pieces:
-            yield from self._whole(pieces)
+        return self._whole(self.server.gateway.count_tokens(self.exchange))
 
-    def _in_thread(self, answer: Callable[[Any], Json], asked: Any) -> Steps:
-        """What a method of the gateway gives that may wait, for lists or a disk."""
-        yield BLOCKING
-        yield from self._send(200, json_bytes(answer(asked)) + b"\n")
+    def _in_thread(self, function: Callable[[Any], Json], argument: Any) -> Steps:
+        """Answer what a method of the gateway gives that may wait, for lists or a disk."""
+        yield MAY_BLOCK
+        yield from self._send_json(function(argument))
 
-    ROUTES: ClassVar[dict[str, dict[str, Callable[[Handler, str], Json | Steps]]]] = {
+    ROUTES: ClassVar[dict[str, dict[str, Callable[[Handler, str], Steps]]]] = {
         "/v1/messages": {"POST": _post_messages},
         "/v1/messages/count_tokens": {"POST": _post_count_tokens},
         "/v1/models": {
@@ -6078,95 +6306,149 @@ class Handler(http.server.BaseHTTPRequestHandler):
         "/v1/models/{id}": {
             "GET": lambda self, known: self._in_thread(self.server.gateway.model, known),
             "DELETE": lambda self, known: self._in_thread(self.server.gateway.unregister, known)},
-        **dict.fromkeys(("/v1/health", "/api/hello", "/"), {"GET": lambda self, query: ABOUT}),
+        **dict.fromkeys(("/v1/health", "/api/hello", "/"),
+                        {"GET": lambda self, _: self._send_json(ABOUT)}),
     }
 
-    # -- answers
-
-    def _whole(self, pieces: Pieces) -> Steps:
-        """Write an answer that isn't streamed."""
-        whole = []
-        for piece in pieces:
-            if piece:
-                whole.append(piece)
-            step = self._step_after(piece)
-            if step is not None:
-                yield step
+    def _whole(self, answer: Answer) -> Steps:
+        """Write an answer once all of it is there."""
+        whole: list[bytes] = []
+        with closing(answer):
+            piece = answer.read()
+            while piece != b"":
+                if isinstance(piece, bytes):
+                    whole.append(piece)
+                sock = yield self._with_client(piece)
+                self._look_at_client(piece, sock)
+                piece = answer.read()
         yield from self._send(200, b"".join(whole))
 
-    def _stream(self, pieces: Pieces) -> Steps:
-        """Write a stream as it comes; an error before its first piece is the caller's to answer."""
-        done, tick, written_at = self.exchange, self.server.gateway.tick, time.monotonic()
+    def _stream(self, answer: Answer) -> Steps:
+        """Write an answer as it comes, with signs of life while nothing does. An error before its
+        first bytes is the caller's to answer."""
+        exchange, tick = self.exchange, self.server.gateway.tick
+        written_at = time.monotonic()
         try:
-            for piece in pieces:
-                now, data = time.monotonic(), piece or b""
-                if data:
-                    done.first_event = done.first_event or now
-                elif now - written_at >= tick:
-                    data = PING if done.first_event else SIGN_OF_LIFE
-                if data:
-                    yield from self._send_piece(data)
-                    written_at = now
-                step = self._step_after(piece, written_at + tick)
-                if step is not None:
-                    yield step
+            with closing(answer):
+                piece = answer.read()
+                while piece != b"":
+                    data = piece if isinstance(piece, bytes) else b""
+                    now = time.monotonic()
+                    if data:
+                        exchange.first_event = exchange.first_event or now
+                    elif now >= written_at + tick:
+                        data = PING if exchange.first_event else SIGN_OF_LIFE
+                    if data:
+                        written_at = now
+                        if not self._send_now(self._framed(data)):
+                            yield from self._write(b"")
+                    if data is piece:
+                        piece = answer.read()
+                        if isinstance(piece, bytes):  # there is more already
+                            yield OTHERS_FIRST
+                    else:
+                        sock = yield self._with_client(piece, written_at + tick)
+                        self._look_at_client(piece, sock)
+                        piece = answer.read()
         except OgxError as error:
             if not self.status or error.status == CLIENT_GONE:
                 raise
-            self.exchange.error = f"the stream broke: {error.message}"
-            yield from self._send_piece(sse_bytes(error.body(self.exchange.request_id)))
-        yield from self._write(self.framed(b""))
+            exchange.error = f"the stream broke: {error.message}"
+            yield from self._write(self._framed(sse_bytes(error.body(exchange.request_id))))
+        yield from self._write(self._framed(b""))
 
-    def _step_after(self, piece: Piece, until: float = math.inf) -> Step | None:
-        """What an empty piece stands for; after others now and then the other connections' turn."""
-        done = self.exchange
-        if piece is BLOCKING:
-            return BLOCKING
-        if piece is None or done.drained:
-            done.drained = False
-            self.until = min(until, done.pause, done.reply.until if done.reply else math.inf)
-            return ANSWER
-        return AGAIN if self._gives_way() else None
+    def _with_client(self, piece: Piece, until: float = math.inf) -> Step:
+        """What to yield after a piece: a Wait for the upstream ends, too, when the client says
+        something or leaves, and at a time. As long as it holds it is the same object."""
+        if not isinstance(piece, Wait):
+            return OTHERS_FIRST if isinstance(piece, bytes) else piece
+        inner, wait = self._waited
+        if inner is piece and time.monotonic() < wait.until:
+            return wait
+        sockets = piece.sockets
+        if self._probe_at == math.inf and len(self._received) <= MAX_HEAD:
+            sockets += ((self.connection, READ),)
+        wait = Wait(sockets, min(piece.until, until, self._probe_at))
+        self._waited = piece, wait
+        return wait
 
-    def _send_piece(self, data: bytes) -> Steps:
-        """One piece of a stream; the head goes with the first."""
-        data = self.framed(data)
-        if not self.status:
-            headers = {"content-type": "text/event-stream", "cache-control": "no-cache"}
-            if self.request_version == "HTTP/1.1":
-                headers["transfer-encoding"] = "chunked"
-            else:
-                self.close_connection = True
-            data = self._head(200, headers) + data
-        yield from self._write(data)
+    def _look_at_client(self, piece: Piece, sock: Any) -> None:
+        """Raise an OgxError where the client left while it waits for an answer, which is looked at
+        when it did something, before its upstream is asked for long, and ..."""
+        if piece is MAY_BLOCK:
+            self._probe()
+            if self._probe_at != math.inf:  # it may have left: that shows in a moment
+                time.sleep(0.05)
+                self._probe()
+        elif sock is self.connection or sock is None and time.monotonic() >= self._probe_at:
+            self._probe()
 
-    def framed(self, data: bytes) -> bytes:
-        """A piece of a stream as one chunk, for clients that know chunks."""
-        if self.request_version != "HTTP/1.1":
-            return data
-        return b"%x\r\n%b\r\n" % (len(data), data)
+    def _probe(self) -> None:
+        """Raise an OgxError where the client left while it waits for an answer. It may have sent
+        its next request, or closed its own side alone: what is then written to it tells, since
+        who left refuses that in a moment."""
+        self._waited = None, Wait(until=0.0)
+        if len(self._received) > MAX_HEAD:  # of requests to come: the rest can wait
+            return
+        try:
+            data = received(self.connection)
+            if data == b"":
+                if self.server.tls or not (self.status or self.head.version == "1.1"):
+                    raise client_gone()
+                self._send_now(self._framed(SIGN_OF_LIFE) if self.status else CONTINUE)
+                self._probe_at = time.monotonic() + self._probe_after
+                self._probe_after *= 2
+        except OSError:
+            raise client_gone() from None
+        self._received += data or b""
+
+    # -- writing
+
+    def _framed(self, data: bytes) -> bytes:
+        """A piece of a stream, as a chunk for clients that know chunks; the head goes with the
+        first."""
+        framed = http_chunk(data) if self.head.version == "1.1" else data
+        if self.status:
+            return framed
+        headers = {"content-type": "text/event-stream", "cache-control": "no-cache"}
+        if self.head.version == "1.1":
+            headers["transfer-encoding"] = "chunked"
+        else:
+            self.close_connection = True
+        return self._head(200, headers) + framed
+
+    def _send_now(self, data: bytes) -> bool:
+        """Send what the client takes by now, after what is still unsent; whether that is all."""
+        if not self._unsent:
+            self._unsent = data
+        elif data:
+            self._unsent = bytes(self._unsent) + data
+        try:
+            sent = self.connection.send(self._unsent) if self._unsent else 0
+        except WOULD_BLOCK:
+            return False
+        self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
+        return not self._unsent
 
     def _write(self, data: bytes) -> Steps:
-        """Send it all, after what is still unsent; socket.timeout once the client took nothing for
-        too long."""
-        self._unsent = bytes(self._unsent) + data
-        until = time.monotonic() + self.server.limits.client_timeout
-        while self._unsent:
-            try:
-                sent = self.connection.send(self._unsent)
-            except WOULD_BLOCK:
-                if time.monotonic() >= until:
-                    raise socket.timeout("the client reads nothing") from None
-                self.until = until
-                yield WRITES
-                continue
-            until = time.monotonic() + self.server.limits.client_timeout
-            self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
+        """Send it all; socket.timeout once the client took nothing for too long."""
+        until = time.monotonic() + self.limits.client_timeout
+        done, left = self._send_now(data), len(self._unsent)
+        while not done:
+            if time.monotonic() >= until:
+                raise socket.timeout("the client reads nothing")
+            yield Wait(((self.connection, WRITE),), until)
+            done = self._send_now(b"")
+            if len(self._unsent) < left:
+                until, left = time.monotonic() + self.limits.client_timeout, len(self._unsent)
+
+    def _send_json(self, value: Json) -> Steps:
+        yield from self._send(200, json_bytes(value) + b"\n")
 
     def _send(self, status: int, data: bytes, headers: Mapping[str, str] = {}) -> Steps:
         fields = {"content-type": "application/json", "content-length": str(len(data)), **headers}
         head = self._head(status, fields)
-        yield from self._write(head if self.command == "HEAD" else head + data)
+        yield from self._write(head if self.head.method == "HEAD" else head + data)
 
     def _send_error(self, error: OgxError) -> Steps:
         """Answer with an error where an answer is still possible."""
@@ -6174,7 +6456,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             self.status = self.status or error.status
             return
-        self.close_connection = self.close_connection or self._unread or not self.command
+        self.close_connection = self.close_connection or self._unread or not self.head.method
         self.exchange.error = error.message
         body = error.raw or json_bytes(error.body(self.exchange.request_id)) + b"\n"
         yield from self._send(error.status, body, error.headers)
@@ -6185,103 +6467,70 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Read on for a moment: closing at once on unread data would reset the connection, and
         the client would never see the answer."""
         self.connection.shutdown(socket.SHUT_WR)
-        self.until = time.monotonic() + 2.0
-        while received(self.connection) != b"" and time.monotonic() < self.until:
-            yield READS
+        wait = Wait(((self.connection, READ),), time.monotonic() + 2.0, queued=True)
+        while received(self.connection) != b"" and time.monotonic() < wait.until:
+            yield wait
 
     def _head(self, status: int, headers: Headers) -> bytes:
-        """The head of an answer, as bytes; from here on the answer counts as sent."""
+        """The head of an answer; from here on the answer counts as sent."""
         self.status = status
         fields = {"request-id": self.exchange.request_id, **headers}
         if self.exchange.served:
             fields["x-ogx-served"] = one_line(self.exchange.served)
         if self.close_connection:
             fields["connection"] = "close"
-        lines = [head_start(status, int(time.time())), *map(": ".join, fields.items()), "", ""]
-        return "\r\n".join(lines).encode("ascii", "replace")
+        return answer_head(status, fields, time.time())
+
+    # -- log
 
     def _log(self) -> None:
         """One line per request; what clients and monitors ask all the time only at DEBUG."""
-        done, usage = self.exchange, self.exchange.usage
-        served = f"{done.served} by {done.dialect}" if done.served else "nothing"
-        path = cut(self.path.partition("?")[0], 200)
+        exchange, usage = self.exchange, self.exchange.usage
+        served = f"{exchange.served} by {exchange.dialect}" if exchange.served else "nothing"
+        path = cut(self.head.target.partition("?")[0], 200)
+        first = exchange.first_event and exchange.first_event - exchange.started
         parts: list[Any] = [
-            f"{done.request_id} {self.command} {path} {self.status}",
-            done.asked and f"{done.asked} -> {served}",
-            done.first_event and f"first {done.first_event - done.started:.3f}s",
-            f"total {time.monotonic() - done.started:.3f}s",
+            f"{exchange.request_id} {self.head.method} {path} {self.status}",
+            exchange.requested and f"{exchange.requested} -> {served}",
+            first and f"first {first:.3f}s",
+            f"total {time.monotonic() - exchange.started:.3f}s",
             usage and f"in {usage.input} cached {usage.cache_read} out {usage.output}",
-            done.session and f"session {done.session}",
-            done.dropped and f"dropped: {done.dropped}",
-            done.error and f"error: {one_line(done.error)}",
+            exchange.session and f"session {exchange.session}",
+            exchange.dropped and f"dropped: {exchange.dropped}",
+            exchange.error and f"error: {one_line(exchange.error)}",
         ]
-        quiet = not done.error and path in ("/v1/health", "/api/hello")
-        level = logging.DEBUG if quiet else logging.INFO
-        log.log(level, " ".join(filter(None, parts)))
+        quiet = not exchange.error and path in ("/v1/health", "/api/hello")
+        log.log(logging.DEBUG if quiet else logging.INFO, " ".join(filter(None, parts)))
 
     def _log_body(self, name: str, body: bytes | bytearray) -> None:
         """A body on one line, without keys and files, not too long."""
         gateway = self.server.gateway
-        keys = [gateway.upstream.secrets(p) for p in gateway.registry.providers.values()]
+        secrets = [self.server.guard.token.decode()] if self.server.guard.token else []
+        for provider in gateway.registry.providers.values():
+            secrets += gateway.upstream.secrets(provider)
         text = cut(body[: 8 * LOGGED_BODY].decode("utf-8", "replace"), 2 * LOGGED_BODY)
-        for secret in sum(keys, [self.server.token.decode()] * bool(self.server.token)):
+        for secret in secrets:
             text = text.replace(secret, "***")
         shown = cut(" ".join(FILE_OR_KEY.sub("***", text).split()), LOGGED_BODY)
         log.info("%s %s %s", self.exchange.request_id, name, shown)
 
 
-@functools.lru_cache(maxsize=8)
-def head_start(status: int, seconds: int) -> str:
-    """What the heads of all answers of one second begin with."""
-    reason = http.client.responses.get(status, "Overloaded" if status == 529 else "Error")
-    date = email.utils.formatdate(seconds, usegmt=True)
-    return f"HTTP/1.1 {status} {reason}\r\ndate: {date}\r\nanthropic-version: {ANTHROPIC_VERSION}"
+class LoggedAnswer:
+    """An answer whose bytes are logged when it ends."""
 
+    def __init__(self, answer: Answer, log_body: Callable[[str, bytearray], None]) -> None:
+        self._answer, self._log_body = answer, log_body
+        self._data = bytearray()
 
-def check_size(size: int, limit: int) -> None:
-    if size > limit:
-        words = f"the request is larger than {limit / 1024 / 1024:g} MB (see OGX_MAX_BODY)"
-        raise OgxError(413, words)
+    def read(self) -> Piece:
+        piece = self._answer.read()
+        if isinstance(piece, bytes) and len(self._data) < 100 * LOGGED_BODY:
+            self._data += piece
+        return piece
 
-
-def unpacked(data: bytes, coding: str, limit: int) -> bytes:
-    """A body of at most `limit` bytes without its content-encoding; gzip and deflate are known."""
-    if coding in ("", "identity"):
-        return data
-    if coding not in ("gzip", "x-gzip", "deflate"):
-        raise OgxError(415, f"content-encoding: expected gzip or identity, got {coding[:40]}")
-    unpacker = zlib.decompressobj(47)
-    try:
-        plain = unpacker.decompress(data, limit + 1)
-    except zlib.error:
-        raise OgxError(400, f"the body is not {coding}, as its content-encoding says") from None
-    check_size(len(plain), limit)
-    if not unpacker.eof:
-        raise OgxError(400, f"the {coding} body is cut off")
-    return plain
-
-
-def shows_token(headers: Headers, token: bytes) -> bool:
-    """Whether a request shows the server's token; takes the same time whatever it shows."""
-    import hmac  # only where there is a token, to start smaller
-
-    bearer = re.sub("(?i)^bearer +", "", headers.get("authorization", ""))
-    shown = (headers.get("x-api-key", "").encode(), bearer.encode())
-    return any([hmac.compare_digest(token, key) for key in shown])
-
-
-@functools.lru_cache(maxsize=256)
-def host_allowed(host: str, bound: str, names: tuple[str, ...] = ()) -> bool:
-    """Whether a Host header may come in: configured `names`, those of loopback and, bound
-    elsewhere, addresses, which no foreign page can point here."""
-    name = re.sub(r":[0-9]*$", "", host).strip("[]").lower()
-    if not host or is_loopback(name) or name in (bound.lower(), *names):  # browsers send a Host
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return not is_loopback(bound)
+    def close(self) -> None:
+        self._answer.close()
+        self._log_body("answer", self._data)
 
 
 def not_served_words(path: str) -> str:
@@ -6361,8 +6610,9 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
         elsewhere = options.host != "localhost" or options.port is not None or options.url
         if not options.serve or elsewhere:
             raise
+        token = token or uuid.uuid4().hex  # every user here reaches the port
         own_server = start_own_server(options, token)
-        server = replace(server, base_url=own_server.url, api_key=own_server.token.decode())
+        server = replace(server, base_url=own_server.url, api_key=token)
         listing = model_listing(server)
     try:
         plan = launch_plan(server, listing, options, os.environ)
@@ -6429,7 +6679,7 @@ def start_own_server(options: argparse.Namespace, token: str) -> Server:
         log_file = f"lost, since {log_file} can't be written: {error.strerror}"
     config = config_from_json(starter_config(), "starter", with_aws_region(os.environ))
     gateway = Gateway(config, store=Store(state))
-    server = Server(gateway, token=token or uuid.uuid4().hex)  # every user here reaches the port
+    server = Server(gateway, token=token)
     server.start()
     gateway.start()
     gateway.discovery.done.wait(LIST_TIMEOUT)
@@ -6734,15 +6984,12 @@ def check_call(message: Json) -> None:
 
 def checked_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[float, Json]:
     """When the first event of a streamed answer came, and the message; OgxError if it failed."""
-    reply = upstream.send(server, "POST", "/v1/messages", json_bytes(body))
+    reply = drive(upstream.send(server, "POST", "/v1/messages", json_bytes(body)))
     first, told = 0.0, list[bytes]()
     try:
-        while not reply.head():
-            reply.wait()
-        for items in upstream_items(reply):
-            if items is None:
-                reply.wait()
-            told += items or ()
+        drive(reply.head())
+        for items in reply.items():
+            told += items
             first = first or (time.monotonic() if told else 0.0)
             if len(told) > 20_000:
                 raise OgxError(502, "an answer without end")

@@ -4,7 +4,9 @@
     python3 .ci/bench_upstream.py FD        serve on the listening socket that FD inherits
 
 A prompt with "Answer in 20 chunks, 5 ms apart" says how to answer. Chunks that are not 0 ms apart
-begin with the time of their sending, so that the client knows how late each of them comes.
+begin with the time of their sending, so that the client knows how late each of them comes. It is
+for measuring alone: what an upstream may say or refuse belongs to FakeUpstream in test_ogx.py, and
+for real clients to .ci/clients/scripted_upstream.py.
 """
 import asyncio
 import functools

@@ -1,4 +1,4 @@
-"""The regular expressions of ogx.py, and what makes them slow: for the tests and for fuzz.py."""
+"""The regular expressions of ogx.py, and what makes them slow: for test_ogx.py and for fuzz.py."""
 
 from __future__ import annotations
 

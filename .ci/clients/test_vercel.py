@@ -3,13 +3,12 @@ natively."""
 
 import json
 import threading
-from typing import Any
 
 import pytest
-from gateways import DIALECTS, javascript, results_in, told_by
+from gateways import every_dialect, javascript, results_in
 from scripted_upstream import Json, Reply
 
-pytestmark = pytest.mark.clients
+pytestmark = [pytest.mark.clients, every_dialect]
 
 SETUP = """
 import {generateObject, generateText, streamObject, streamText, isStepCount, Output, tool}
@@ -26,16 +25,6 @@ const city = z.object({name: z.string(), people: z.number()});
 const failure = (error) => [error.name, error.statusCode ?? null, error.message];
 """
 OSLO, BERGEN = ("weather", {"city": "Oslo"}), ("weather", {"city": 'Bergen "\U0001f600"'})
-
-
-@pytest.fixture(params=DIALECTS)
-def dialect(request) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def told(gateway, model) -> Any:
-    return lambda code: told_by(gateway, model, SETUP + code)
 
 
 class TestText:

@@ -1,6 +1,8 @@
 """An OpenAI server that answers by a script, refuses what OpenAI refuses and keeps every request.
 
-It needs the package jsonschema, which .ci/clients-install installs beside the clients.
+Extend it by what a real client has to meet: fields of Reply for what a model says, `demand` for
+what a server refuses, a subclass for another API. It needs the package jsonschema, which
+.ci/clients-install installs beside the clients.
 """
 
 import json

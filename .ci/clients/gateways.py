@@ -13,16 +13,18 @@ import subprocess
 import sys
 import time
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+import pytest
 from scripted_messages import CLAUDE, ScriptedMessages
-from scripted_responses import REASONS, ResponsesUpstream
+from scripted_responses import REASONS, ScriptedResponses
 from scripted_upstream import KEY, Json, ScriptedUpstream, text_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OGX = os.environ.get("OGX_FILE", str(ROOT / "ogx.py"))
 PYTHON = os.environ.get("OGX_PYTHON", sys.executable)
 NPM = ROOT / ".clients/npm"
@@ -30,8 +32,9 @@ CLAUDE_BIN = NPM / "node_modules/.bin"
 MODEL = "openai/scripted"
 # Keeps Claude Code from talking to anyone but the gateway: updates, telemetry, feature flags.
 OFFLINE = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1"}
-UPSTREAMS = {"chat": ScriptedUpstream, "responses": ResponsesUpstream, "messages": ScriptedMessages}
+UPSTREAMS = {"chat": ScriptedUpstream, "responses": ScriptedResponses, "messages": ScriptedMessages}
 DIALECTS = list(UPSTREAMS)
+every_dialect = pytest.mark.parametrize("dialect", DIALECTS)
 MODELS = {"chat": MODEL, "responses": f"openai/{REASONS}", "messages": f"anthropic/{CLAUDE}"}
 
 
@@ -120,6 +123,38 @@ def written_config(
     file = folder / "config.json"
     file.write_text(json.dumps({"providers": {"inference": [entry]}, "server": settings or {}}))
     return str(file)
+
+
+# ======== Files ===============================================================================
+
+
+def png(width: int, height: int, pixel: bytes) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return len(data).to_bytes(4, "big") + kind + data + checksum.to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
+    rows = zlib.compress((b"\x00" + pixel * width) * height)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def pdf(text: str) -> bytes:
+    drawing = f"BT /F1 24 Tf 72 700 Td ({text}) Tj ET"
+    font = "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
+        f"/Resources << /Font << /F1 {font} >> >> >>",
+        f"<< /Length {len(drawing)} >>\nstream\n{drawing}\nendstream",
+    ]
+    out, table = "%PDF-1.4\n", "0000000000 65535 f \n"
+    for number, content in enumerate(objects, 1):
+        table += f"{len(out):010} 00000 n \n"
+        out += f"{number} 0 obj\n{content}\nendobj\n"
+    trailer = f"trailer\n<< /Size 5 /Root 1 0 R >>\nstartxref\n{len(out)}\n%%EOF\n"
+    return f"{out}xref\n0 5\n{table}{trailer}".encode()
 
 
 # ======== Programs in JavaScript ==============================================================

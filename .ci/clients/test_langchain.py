@@ -9,14 +9,14 @@ from typing import Any
 import anthropic
 import pydantic
 import pytest
-from gateways import DIALECTS, results_in
+from gateways import every_dialect, results_in
 from langchain_anthropic import ChatAnthropic
 from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from scripted_messages import COUNTED
 from scripted_upstream import Json, Reply
 
-pytestmark = pytest.mark.clients
+pytestmark = [pytest.mark.clients, every_dialect]
 
 OSLO, BERGEN = ("weather", {"city": "Oslo"}), ("weather", {"city": 'Bergen "\U0001f600"'})
 THINKS = {"type": "enabled", "budget_tokens": 1024}
@@ -33,11 +33,6 @@ class City(pydantic.BaseModel):
 
     name: str
     people: int
-
-
-@pytest.fixture(params=DIALECTS)
-def dialect(request) -> str:
-    return str(request.param)
 
 
 @pytest.fixture

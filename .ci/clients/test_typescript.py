@@ -2,14 +2,13 @@
 
 import json
 import threading
-from typing import Any
 
 import pytest
-from gateways import DIALECTS, javascript, results_in, told_by
+from gateways import every_dialect, javascript, results_in
 from scripted_messages import COUNTED
 from scripted_upstream import Json, Reply
 
-pytestmark = pytest.mark.clients
+pytestmark = [pytest.mark.clients, every_dialect]
 
 SETUP = """
 import Anthropic from "@anthropic-ai/sdk";
@@ -24,16 +23,6 @@ const weather = {name: "weather", description: "The weather in a city.", input_s
     type: "object", properties: {city: {type: "string"}}, required: ["city"]}};
 """
 OSLO = ("weather", {"city": "Oslo"})
-
-
-@pytest.fixture(params=DIALECTS)
-def dialect(request) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def told(gateway, model) -> Any:
-    return lambda code: told_by(gateway, model, SETUP + code)
 
 
 class TestMessages:

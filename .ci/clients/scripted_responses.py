@@ -331,7 +331,7 @@ def identity(item: Json) -> Any:
 # ======== The server ========================================================================
 
 
-class ResponsesUpstream(ScriptedUpstream):
+class ScriptedResponses(ScriptedUpstream):
     """An OpenAI server whose models are to be had over Responses alone. `knocks` are the requests
     that came to Chat Completions, `moved` is how those are refused."""
 
@@ -359,7 +359,7 @@ class ResponsesUpstream(ScriptedUpstream):
 
 
 class ResponsesHandler(UpstreamHandler):
-    server: ResponsesUpstream
+    server: ScriptedResponses
 
     def answer_post(self, body: Json) -> None:
         if self.path != "/v1/responses":

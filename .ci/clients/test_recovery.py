@@ -191,7 +191,7 @@ class TestToolsThatAreRefused:
     def post(self, gateway) -> list[str]:
         """The flags that give Claude Code the MCP server, all of its tools at once."""
         gateway.environment["ENABLE_TOOL_SEARCH"] = "false"
-        server = {"command": sys.executable, "args": [str(ROOT / ".ci/scripted_mcp.py")]}
+        server = {"command": sys.executable, "args": [str(ROOT / ".ci/clients/scripted_mcp.py")]}
         (gateway.project / "mcp.json").write_text(json.dumps({"mcpServers": {"post": server}}))
         return ["--mcp-config", "mcp.json", "--strict-mcp-config", "--allowedTools",
                 "mcp__post__send"]

@@ -1,6 +1,6 @@
 """Print the signatures that botocore makes, as the table SIGNATURES of test_ogx.py.
 
-    .clients/venv/bin/python .ci/signatures.py
+    .clients/venv/bin/python .ci/clients/signatures.py
 """
 
 import datetime
