@@ -5175,7 +5175,9 @@ class Discovery:
     """Asks providers, in threads of its own. `done` is set when each answered or failed once."""
 
     def __init__(self, config: Config, registry: Registry, upstream: Upstream) -> None:
-        self.config, self.registry, self.upstream = config, registry, upstream
+        self.config = config
+        self.registry = registry
+        self.upstream = upstream
         self.refresh = REFRESH
         self.done = threading.Event()
         self._closed = threading.Event()
@@ -5202,7 +5204,8 @@ class Discovery:
 
     def _ask(self, provider: Provider) -> None:
         """Ask one provider; a failure keeps the old list and is noted."""
-        models, before = None, self.registry.problems.get(provider.id, "")
+        before = self.registry.problems.get(provider.id, "")
+        models = None
         try:
             models = self._models_of(provider)
             problem = "" if models else "its list holds no LLM"
@@ -6853,7 +6856,9 @@ def run_claude(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str
 
 def without_settings_flag(argv: Sequence[str]) -> tuple[list[str], str]:
     """The arguments without --settings, of which only the last counts, and its value."""
-    rest, settings, words = list[str](), "", iter(argv)
+    rest: list[str] = []
+    settings = ""
+    words = iter(argv)
     for word in words:
         flag, equals, value = word.partition("=")
         if flag == "--settings":
@@ -6959,7 +6964,8 @@ def print_check(server: Provider, plan: LaunchPlan) -> int:
         for model_id, tiers in tiers_of.items():
             body = {"model": model_id, "max_tokens": 1000, "stream": True, "tools": [CHECK_TOOL],
                     "messages": [{"role": "user", "content": "Call the tool add with 2 and 3."}]}
-            began, first, verdict = time.monotonic(), 0.0, "works, tools too"
+            began, first = time.monotonic(), 0.0
+            verdict = "works, tools too"
             try:
                 first, message = checked_answer(upstream, server, body)
                 check_call(message)
@@ -7077,7 +7083,7 @@ def add_connect(commands: Any) -> None:
     claude = clients.add_parser("claude", help="Claude Code",
                                 usage="%(prog)s [options] [-- CLAUDE_ARGS...]")
     flag = claude.add_argument
-    flag("--model", metavar="MODEL", help="model for all tiers (default: the server's choice)")
+    flag("--model", help="model for all tiers (default: the server's choice)")
     for tier in TIERS:
         flag(f"--{tier}-model", metavar="MODEL", help=f"model for the {tier} tier")
     flag("--host", default="localhost", help="server host, or its whole URL (default localhost)")
