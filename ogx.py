@@ -141,6 +141,7 @@ class OgxError(Exception):
     raw: bytes = b""  # the body as an upstream that speaks Messages wrote it
     refusal: Refusal | None = None  # the upstream's own words, where it said some
     quote: str = ""  # more of the message for the client alone: what a model said is in no log
+    reason: str = ""  # why a connection failed, without to what
 
     def __post_init__(self) -> None:
         super().__init__(self.message)
@@ -938,8 +939,8 @@ class Registry:
     def learn(self, provider_id: str, models: list[Model] | None = None,
               problem: str | None = None, native: bool | None = None,
               uncounted_url: str = "") -> None:
-        """Take in what was found out about a provider, by whichever thread; what isn't given stays
-        as it was. Tables are replaced and never altered, so readers need no lock."""
+        """Take in what was found out about a provider; what isn't given stays as it was. Tables
+        are replaced and never altered, so readers need no lock."""
         with self._lock:
             if models is not None:
                 self.lists = {**self.lists, provider_id: models}
@@ -4913,7 +4914,7 @@ def unreachable(provider: Provider, error: Exception,
     if proxy:
         scheme = provider.base_url.partition(":")[0].upper()
         where += f" through {scheme}_PROXY, {proxy.netloc.rpartition('@')[2]}"
-    return OgxError(status, f"can't reach {where}: {why}")
+    return OgxError(status, f"can't reach {where}: {why}", reason=why)
 
 
 class Reply:
@@ -5146,99 +5147,93 @@ class DemoReply(Reply):
 
 
 # ======== Discovery ==========================================================================
-# What the providers serve: asked at the start and again from time to time, in threads of its own.
-# What they say goes into the registry by its one door, learn().
+# What the providers serve, asked at the start and again from time to time. Answers go into the
+# registry by its one door, learn().
 
 LIST_TIMEOUT = 5.0  # seconds for a provider's model list
 MAX_PAGES = 20  # of a model list
 MIN_CONTEXT = 32_000  # tokens; Claude Code's own prompt and tools take 15,000 of them
-REFRESH = 300.0  # seconds between model lists; a 20th for local servers and after a problem
+REFRESH = 15.0  # seconds between two lists of local servers, and after a problem
+SELDOM = 20  # times as long for all others
 
 
 class Discovery:
-    """Asks every provider for its models, and whether it has a Messages API. `done` is set when
-    each has answered or failed once."""
+    """Asks providers, in threads of its own. `done` is set when each answered or failed once."""
 
     def __init__(self, config: Config, registry: Registry, upstream: Upstream) -> None:
-        self.done = threading.Event()
+        self.config = config
+        self.registry = registry
+        self.upstream = upstream
         self.refresh = REFRESH
-        self._search_local = config.discover_local
-        self._registry, self._upstream = registry, upstream
+        self.done = threading.Event()
         self._closed = threading.Event()
 
     def start(self) -> None:
         """Look for local servers where no provider is configured, and begin to ask."""
-        if not self._registry.providers:
-            kinds = PROVIDER_KINDS.values() if self._search_local else ()
-            self._registry.adopt(local_providers(self._upstream, kinds))
+        if not self.registry.providers:
+            kinds = PROVIDER_KINDS.values() if self.config.discover_local else ()
+            self.registry.adopt(local_providers(self.upstream, kinds))
         threading.Thread(target=self._run, name="discovery", daemon=True).start()
 
     def close(self) -> None:
         self._closed.set()
 
     def _run(self) -> None:
-        """Ask each provider when it is due."""
-        due = dict.fromkeys(self._registry.providers, 0.0)  # provider id -> time.monotonic()
-        while not self._closed.is_set():
-            asked = [pid for pid, when in due.items() if when <= time.monotonic()]
-            call_in_threads(self._ask, asked, 3 * LIST_TIMEOUT)
+        for number in itertools.count():
+            due = [provider for provider in self.registry.providers.values()
+                   if number % SELDOM == 0 or provider.id in self.registry.problems
+                   or is_loopback(address_of(provider.base_url)[1])]
+            call_in_threads(self._ask, due, 3 * LIST_TIMEOUT)
             self.done.set()
-            for pid in asked:
-                host = address_of(self._registry.providers[pid].base_url)[1]
-                soon = is_loopback(host) or pid in self._registry.problems
-                due[pid] = time.monotonic() + (self.refresh / 20 if soon else self.refresh)
-            self._closed.wait(min(due.values()) - time.monotonic())
+            if self._closed.wait(self.refresh):
+                return
 
-    def _ask(self, provider_id: str) -> None:
+    def _ask(self, provider: Provider) -> None:
         """Ask one provider; a failure keeps the old list and is noted."""
-        provider = self._registry.providers[provider_id]
-        models, before = None, self._registry.problems.get(provider_id, "")
+        before = self.registry.problems.get(provider.id, "")
+        models = None
         try:
             models = self._models_of(provider)
             problem = "" if models else "its list holds no LLM"
-            if before or provider_id not in self._registry.native:  # may be another version now
+            if before or provider.id not in self.registry.native:  # may be another version now
                 self._probe(provider)
         except OgxError as error:
-            problem = error.without(self._upstream.secrets(provider)).message
+            problem = error.without(self.upstream.secrets(provider)).message
         except Exception:  # a list that no one foresaw must not take the others down
-            log.exception("reading the model list of %s", provider_id)
+            log.exception("reading the model list of %s", provider.id)
             problem = "its model list could not be read"
         if problem != before and self.done.is_set():
-            log.warning("%s: %s", provider_id, problem or "its models are listed again")
-        self._registry.learn(provider_id, models, problem)
+            log.warning("%s: %s", provider.id, problem or "its models are listed again")
+        self.registry.learn(provider.id, models, problem)
 
     def _models_of(self, provider: Provider) -> list[Model]:
-        """The LLMs of all its lists. OgxError where its one list, or each of several, failed."""
+        """The LLMs of its lists. OgxError where its one list, or each of several, failed."""
         kind, models, failure = provider.kind, list[Model](), None
         if kind.built_in_models:
             return [Model(f"{provider.id}/{name}", provider, name) for name in kind.built_in_models]
-        for path, id_pattern in ((kind.list_path, ""), *kind.more_lists):
+        lists = [(kind.list_path, ""), *kind.more_lists]
+        for path, id_pattern in lists:
             try:
-                for page in self._pages(provider, path):
+                for page in self._pages(provider.at(path), path):
                     models += [model for model in models_from_list(provider, page)
                                if re.search(id_pattern, model.upstream_id)]
             except OgxError as error:
-                failure = failure or error
+                if error.status in (404, 405) and path == kind.list_path != "/models":
+                    lists.append(("/models", ""))  # where all others have it
+                else:
+                    failure = failure or error
         if failure and not (models and kind.more_lists):
             raise failure
-        with suppress(OgxError):  # what it tells is welcome, not needed
-            if kind.loaded_path:
-                loaded = self._upstream.json(provider, kind.loaded_path, LIST_TIMEOUT)
+        if kind.loaded_path:
+            with suppress(OgxError):  # welcome, not needed
+                loaded = self.upstream.json(provider, kind.loaded_path, LIST_TIMEOUT)
                 models = [with_loaded_context(model, loaded) for model in models]
         return models
 
-    def _pages(self, provider: Provider, path: str) -> Iterator[Any]:
-        """A list's pages as they come; OgxError when one can't be read."""
-        server, query = provider.at(path), ""
+    def _pages(self, server: Provider, path: str) -> Iterator[Any]:
+        query = ""
         for _ in range(MAX_PAGES):
-            try:
-                page = self._upstream.json(server, path + query, LIST_TIMEOUT)
-            except OgxError as error:
-                own_list = path == provider.kind.list_path != "/models"
-                if query or not own_list or error.status not in (404, 405):
-                    raise
-                path = "/models"  # where all others have it
-                page = self._upstream.json(server, path, LIST_TIMEOUT)
+            page = self.upstream.json(server, path + query, LIST_TIMEOUT)
             yield page
             last_id = dict_or_empty(page).get("has_more") and page.get("last_id")  # Anthropic's
             if not last_id:
@@ -5252,34 +5247,34 @@ class Discovery:
         if kind.dialects != BOTH or provider.dialect != "auto" or kind.native_models:
             return
         with suppress(OgxError):
-            reply, _ = self._upstream.ask(provider, kind.messages_path, LIST_TIMEOUT, b"{}")
+            reply, _ = self.upstream.ask(provider, kind.messages_path, LIST_TIMEOUT, b"{}")
             if reply.status in (400, 404, 405, 422, 500, 501):
-                self._registry.learn(provider.id, native=reply.status in (400, 422, 500))
+                self.registry.learn(provider.id, native=reply.status in (400, 422, 500))
 
 
 def local_providers(upstream: Upstream, kinds: Iterable[ProviderKind],
                     timeout: float = 0.2) -> list[Provider]:
     """Servers at their usual loopback ports that identify themselves as what belongs there."""
-    found: dict[str, Provider] = {}
+    candidates = [Provider(kind.name, kind, f"http://127.0.0.1:{kind.local_port}/v1")
+                  for kind in kinds if kind.local_port]
+    identified = set()
 
-    def look_for(kind: ProviderKind) -> None:
-        provider = Provider(kind.name, kind, f"http://127.0.0.1:{kind.local_port}/v1")
-        path, mark = kind.identity
+    def identify(provider: Provider) -> None:
+        path, mark = provider.kind.identity
         with suppress(OgxError):
             reply, body = upstream.ask(provider, path, timeout)
             if reply.status == 200 and "".join(mark.split()).encode() in b"".join(body.split()):
-                found[kind.name] = provider
+                identified.add(provider.id)
 
-    kinds = [kind for kind in kinds if kind.local_port]
-    call_in_threads(look_for, kinds, 3 * timeout)
-    return [found[kind.name] for kind in kinds if kind.name in found]
+    call_in_threads(identify, candidates, 3 * timeout)
+    return [provider for provider in candidates if provider.id in identified]
 
 
-def call_in_threads(function: Callable[[Any], None], arguments: Iterable[Any],
+def call_in_threads(function: Callable[[Provider], None], providers: Iterable[Provider],
                     timeout: float) -> None:
-    """Call a function with each argument, all at once; wait so many seconds for each."""
-    threads = [threading.Thread(target=function, args=(argument,), daemon=True)
-               for argument in arguments]
+    """Call a function with each provider, all at once; wait so many seconds for each."""
+    threads = [threading.Thread(target=function, args=(provider,), daemon=True)
+               for provider in providers]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -5291,12 +5286,11 @@ def with_loaded_context(model: Model, loaded: Any) -> Model:
     Ollama cuts prompts that are longer than it in silence, from the front."""
     entries = dict_or_empty(loaded).get("models")
     for entry in map(dict_or_empty, entries if isinstance(entries, list) else ()):
-        context = first_number(entry, ("context_length",))
+        context = whole_number(entry.get("context_length"))
         if context and model.upstream_id in (entry.get("name"), entry.get("model")):
-            hint = model.provider.kind.context_hint
-            words = f"a context of {context:,} tokens is too small for Claude Code; {hint}"
-            warning = words if context < MIN_CONTEXT else ""
-            return replace(model, context=context, warning=warning)
+            small = (f"a context of {context:,} tokens is too small for Claude Code; "
+                     f"{model.provider.kind.context_hint}")
+            return replace(model, context=context, warning=small if context < MIN_CONTEXT else "")
     return model
 
 
@@ -6543,10 +6537,7 @@ def not_served_words(path: str) -> str:
 # `connect claude`: ask the server for its models, plan the environment (pure), then print it or
 # launch Claude Code. What to set and unset was verified with the real client (2.1.332).
 
-INSTALL_WORDS = "Failed to find 'claude' in PATH. Install it from https://claude.com/download"
-TOKEN = "ogx"  # a Bearer token; unlike an API key it needs no approval in Claude Code
 SMALL_WINDOW = 48_000  # tokens; below, the usual output reserve would compact on every turn
-MAX_SETTINGS = 2 * 1024 * 1024  # bytes, as in Claude Code
 # Each of these would send requests elsewhere, change how they are sent, or choose another model.
 # Variables that the user's own tools need inside Claude Code (AWS_*, GOOGLE_*) stay.
 UNSET = (
@@ -6575,27 +6566,31 @@ CHECK_TOOL = {"name": "add", "description": "Add two numbers.", "input_schema": 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """The environment for Claude Code: variables to set, and to unset."""
+    """The environment for Claude Code."""
 
-    set: Mapping[str, str]
-    unset: tuple[str, ...]
+    variables: Mapping[str, str]  # "" for those to unset
     model: str = ""  # for all tiers, if the user chose one
 
     def __post_init__(self) -> None:
-        for name, value in self.set.items():
+        for name, value in self.variables.items():
             if BAD_ID.search(value):
                 raise OgxError(400, f"{name}: no variable can be {ascii(value)[:200]}")
 
+    def model_of(self, tier: str) -> str:
+        return self.variables[tier_variable(tier)]
+
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
-        kept = {k: v for k, v in environ.items() if k not in self.unset}
-        return {**kept, **self.set}
+        return {name: value for name, value in {**environ, **self.variables}.items()
+                if value or name not in self.variables}
 
 
 def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> int:
     """Launch Claude Code on the server's models, or print the environment; its exit code."""
-    claude = None if options.print_env or options.check else claude_program(os.environ)
-    token = server_token(options, os.environ)
-    server = Provider("OGX", ProviderKind("OGX"), server_url(options, os.environ), token or TOKEN)
+    program = "" if options.print_env or options.check else claude_program(os.environ)
+    token = server_token(options)
+    url = server_url(options, os.environ)
+    # A Bearer token, unlike an API key, needs no approval in Claude Code.
+    server = Provider("OGX", PROVIDER_KINDS["messages"], url, token or "ogx")
     own_server = None
     try:
         listing = model_listing(server)
@@ -6604,22 +6599,20 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
         if not options.serve or elsewhere:
             raise
         token = token or uuid.uuid4().hex  # every user here reaches the port
-        own_server, log_file = served_for_session(token)
+        own_server = start_own_server(options, token)
         server = replace(server, base_url=own_server.url, api_key=token)
-        tell(options, f"ogx.py serves {server.base_url} for this session; its log is {log_file}")
         listing = model_listing(server)
     try:
-        plan = launch_plan(server.base_url, server.api_key, listing, options, os.environ)
+        plan = launch_plan(server, listing, options, os.environ)
         if options.print_env:
-            for path in settings_files(os.environ):
-                if overrides(read_settings(path) or {}, plan):
-                    tell(options, f"{path} goes before these lines, and leads elsewhere")
+            for path in overriding_files(plan):
+                tell(options, f"{path} goes before these lines, and leads elsewhere")
             say(*shell_lines(plan, options.shell))
             return 0
         if options.check:
             return print_check(server, plan)
         tell(options, f"Claude Code on {server.base_url}", *plan_lines(plan))
-        return launched(options, plan, [claude or "claude", *claude_args])
+        return run_claude(options, plan, [program, *claude_args])
     finally:
         if own_server:
             own_server.stop(drain=0)
@@ -6632,37 +6625,37 @@ def tell(options: argparse.Namespace, *lines: str) -> None:
 
 def claude_program(environ: Mapping[str, str]) -> str:
     """Claude Code's program, from PATH or where its installers put it."""
-    home = os.path.expanduser("~")
-    places = [*environ.get("PATH", "").split(os.pathsep), f"{home}/.local/bin",
-              f"{home}/.claude/local", f"{home}/.npm-global/bin", "/usr/local/bin",
+    homes = map(os.path.expanduser, ("~/.local/bin", "~/.claude/local", "~/.npm-global/bin"))
+    places = [*environ.get("PATH", "").split(os.pathsep), *homes, "/usr/local/bin",
               "/opt/homebrew/bin"]
     # Windows looks into the working directory as well.
-    found = shutil.which("claude", path=os.pathsep.join(filter(os.path.isabs, places)))
-    if not found or not os.path.isabs(found):
-        raise OgxError(400, INSTALL_WORDS)
-    return found
+    program = shutil.which("claude", path=os.pathsep.join(filter(os.path.isabs, places)))
+    if not program or not os.path.isabs(program):
+        raise OgxError(400, "Failed to find 'claude' in PATH. Install it from "
+                            "https://claude.com/download")
+    return program
 
 
-def server_token(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
+def server_token(options: argparse.Namespace) -> str:
     """The token of the server: from --api-key-file (arguments show in the process list, so there
     is no flag for the token itself), else OGX_API_KEY, else ""."""
-    key = environ.get("OGX_API_KEY", "")
+    source, token = "OGX_API_KEY", os.environ.get("OGX_API_KEY", "")
     if options.api_key_file:
+        source = f"--api-key-file {options.api_key_file}"
         try:
-            with open(options.api_key_file, encoding="utf-8") as file:
-                key = file.read().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            words = getattr(error, "strerror", None) or "not text"
-            raise OgxError(400, f"--api-key-file {options.api_key_file}: {words}") from None
-        if not key:
-            raise OgxError(400, f"--api-key-file {options.api_key_file}: the file is empty")
-    if re.search(r"[^\x21-\x7e]", key):
-        raise OgxError(400, "OGX_API_KEY: expected printable ASCII without spaces")
-    return key
+            with open(options.api_key_file, encoding="utf-8", errors="replace") as file:
+                token = file.read().strip()
+        except OSError as error:
+            raise OgxError(400, f"{source}: {error.strerror}") from None
+        if not token:
+            raise OgxError(400, f"{source}: the file is empty")
+    if re.search(r"[^\x21-\x7e]", token):
+        raise OgxError(400, f"{source}: expected printable ASCII without spaces")
+    return token
 
 
-def served_for_session(token: str) -> tuple[Server, str]:
-    """A server of our own on a free port, and its log: a file begun anew, the user's alone."""
+def start_own_server(options: argparse.Namespace, token: str) -> Server:
+    """Start a server on a free port, which logs to a new file that the user alone can read."""
     state = state_path(None, os.environ)
     log_file = os.path.abspath(f"{state}.log")
     try:
@@ -6673,11 +6666,13 @@ def served_for_session(token: str) -> tuple[Server, str]:
         log.addHandler(logging.NullHandler())  # the terminal is Claude Code's
         log_file = f"lost, since {log_file} can't be written: {error.strerror}"
     config = config_from_json(starter_config(), "starter", with_aws_region(os.environ))
-    server = Server(Gateway(config, store=Store(state)), token=token)
+    gateway = Gateway(config, store=Store(state))
+    server = Server(gateway, token=token)
     server.start()
-    server.gateway.start()
-    server.gateway.discovery.done.wait(LIST_TIMEOUT)
-    return server, log_file
+    gateway.start()
+    gateway.discovery.done.wait(LIST_TIMEOUT)
+    tell(options, f"ogx.py serves {server.url} for this session; its log is {log_file}")
+    return server
 
 
 def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
@@ -6702,87 +6697,83 @@ def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
 
 
 def model_listing(server: Provider) -> Json:
-    """The server's GET /v1/models; raises OgxError in the launcher's words."""
-    upstream, at = Upstream(), f"OGX server at {server.base_url}"
-    try:
-        reply, body = upstream.ask(server, "/v1/models", 10.0)
-    except OgxError as error:
-        why = error.message.partition(": ")[2] or error.message
-        hint = f"Start the server first with: {command_name()} run"
-        raise OgxError(502, f"Failed to connect to {at}: {why}\n{hint}") from None
-    finally:
-        upstream.close()
+    """The server's GET /v1/models."""
+    place = f"OGX server at {server.base_url}"
+    with closing(Upstream()) as upstream:
+        try:
+            reply, body = upstream.ask(server, "/v1/models", 10.0)
+        except OgxError as error:
+            raise OgxError(502, f"Failed to connect to {place}: {error.reason or error.message}\n"
+                                f"Start the server first with: {command_name()} run") from None
     listing = dict_or_empty(json_or_none(body))
     if reply.status == 200 and isinstance(listing.get("data"), list):
         return listing
-    why = ": it doesn't answer with a model list"
-    if reply.status != 200:
-        why = f" (HTTP {reply.status})"
-    if reply.status == 401:
-        why += "\nIt asks for a token: set OGX_API_KEY, or use --api-key-file"
-    raise OgxError(502, f"Failed to query models from {at}{why}")
+    problem = {
+        200: ": it doesn't answer with a model list",
+        401: " (HTTP 401)\nIt asks for a token: set OGX_API_KEY, or use --api-key-file",
+    }.get(reply.status, f" (HTTP {reply.status})")
+    raise OgxError(502, f"Failed to query models from {place}{problem}")
 
 
 def command_name() -> str:
-    """How this program was called, to be typed again."""
+    """How to call this program again."""
     path = sys.argv[0] if sys.argv else ""
     if path.endswith(".py"):
         return f"python3 {shlex.quote(path)}"
     return os.path.basename(path) or "ogx"
 
 
-def launch_plan(base_url: str, token: str, listing: Json, options: argparse.Namespace,
+def tier_variable(tier: str) -> str:
+    return f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL"
+
+
+def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
                 environ: Mapping[str, str]) -> LaunchPlan:
     """What to set and unset so that Claude Code talks to the server and knows its models."""
     models = {entry["id"]: entry for entry in listing["data"] if is_listed_llm(entry)}
     if not models:
         raise OgxError(404, "Failed to find any LLM models on the OGX server.")
-    tiers = {tier: tier_choice(tier, options, models, listing) for tier in TIERS}
-    variables = {"ANTHROPIC_BASE_URL": base_url, "ANTHROPIC_AUTH_TOKEN": token}
-    for tier, model_id in tiers.items():
-        name = f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL"
+    variables = {**dict.fromkeys(UNSET, ""),
+                 "ANTHROPIC_BASE_URL": server.base_url, "ANTHROPIC_AUTH_TOKEN": server.api_key,
+                 "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",
+                 "CLAUDE_CODE_ATTRIBUTION_HEADER": "0"}  # it would defeat prefix caches
+    ids = sorted(models, key=lambda model_id: is_alias(models[model_id]))  # the others first
+    server_choices = dict_or_empty(listing.get("tiers"))
+    entries = []
+    for tier in TIERS:
+        wanted = getattr(options, f"{tier}_model") or options.model
+        model_id = tier_choice(wanted, server_choices.get(tier), ids)
+        name = tier_variable(tier)
         variables.update({name: model_id, f"{name}_NAME": model_id,
                           f"{name}_DESCRIPTION": f"{tier} tier, served by ogx.py"})
-    real = [m for m, e in models.items() if not is_alias(e)]
-    if any(re.search("claude|anthropic", model_id, re.I) for model_id in real):
+        entries.append(models.get(model_id, {}))
+    if any(re.search("claude|anthropic", model_id, re.I) and not is_alias(entry)
+           for model_id, entry in models.items()):
         variables["CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY"] = "1"  # it lists only such ids
-    variables["CLAUDE_CODE_DISABLE_1M_CONTEXT"] = "1"
-    variables["CLAUDE_CODE_ATTRIBUTION_HEADER"] = "0"  # it would defeat prefix caches
-    variables.update(limit_variables([models.get(model_id, {}) for model_id in tiers.values()]))
-    host = urllib.parse.urlsplit(base_url).hostname or ""
+    variables.update(limit_variables(entries))
     for name in ("NO_PROXY", "no_proxy"):  # it looks at the second first
-        known = environ.get(name) or environ.get("no_proxy") or environ.get("NO_PROXY") or ""
-        hosts = known.replace(",", " ").split()
-        hosts += [host, "localhost", "127.0.0.1"] if hosts != ["*"] else []
+        value = environ.get(name) or environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+        hosts = value.replace(",", " ").split()
+        if hosts != ["*"]:
+            hosts += [address_of(server.base_url)[1], "localhost", "127.0.0.1"]
         variables[name] = ",".join(dict.fromkeys(hosts))
-    unset = tuple(name for name in UNSET if name not in variables)
-    return LaunchPlan(variables, unset, options.model or "")
+    return LaunchPlan(variables, options.model or "")
 
 
 def is_listed_llm(entry: Any) -> bool:
-    """Whether a list's entry is an LLM, by OGX's metadata, else by its id."""
     model_id = dict_or_empty(entry).get("id")
-    if not isinstance(model_id, str) or not 0 < len(model_id) <= 256 or BAD_ID.search(model_id):
+    if not isinstance(model_id, str) or not 0 < len(model_id) <= MAX_ID or BAD_ID.search(model_id):
         return False
-    kind = dict_or_empty(entry.get("custom_metadata")).get("model_type", "llm")
-    return kind == "llm" and not NOT_LLM.search(model_id)
+    model_type = dict_or_empty(entry.get("custom_metadata")).get("model_type", "llm")
+    return model_type == "llm" and not NOT_LLM.search(model_id)
 
 
-def tier_choice(tier: str, options: argparse.Namespace, models: Mapping[str, Json],
-                listing: Json) -> str:
-    """A tier's model: its flag, else --model, else the server's choice, else the first LLM in the
-    list that is no alias."""
-    wanted = getattr(options, f"{tier}_model") or options.model
-    if wanted:
-        if wanted not in models:
-            hint = near_miss(wanted, models)
-            raise OgxError(404, f"Failed to find model '{wanted}' on the OGX server.{hint}\n"
-                                f"Available models: {', '.join(models)}")
-        return str(wanted)
-    chosen = dict_or_empty(listing.get("tiers")).get(tier)
-    if chosen and isinstance(chosen, str):
-        return chosen
-    return next((m for m, e in models.items() if not is_alias(e)), next(iter(models)))
+def tier_choice(wanted: str | None, server_choice: Any, ids: Sequence[str]) -> str:
+    """A tier's model: that of the flags, else the server's choice, else the first in the list."""
+    if wanted and wanted not in ids:
+        raise OgxError(404, f"Failed to find model '{wanted}' on the OGX server."
+                            f"{near_miss(wanted, ids)}\nAvailable models: {', '.join(ids)}")
+    return wanted or (isinstance(server_choice, str) and server_choice) or ids[0]
 
 
 def is_alias(entry: Json) -> bool:
@@ -6790,26 +6781,20 @@ def is_alias(entry: Json) -> bool:
 
 
 def limit_variables(entries: Sequence[Json]) -> dict[str, str]:
-    """Claude Code's window and output limit, in tokens: it knows one for all tiers, so the
-    smallest; nothing where the server doesn't know."""
-    contexts, outputs = (
-        list(filter(None, (first_number(entry, [name]) for entry in entries)))
-        for name in ("max_input_tokens", "max_tokens")
-    )
-    limits = {}
-    if contexts:
-        limits["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(min(contexts))
-        if min(contexts) < SMALL_WINDOW:
-            outputs.append(max(1024, min(contexts) // 8))
-    if outputs:
-        limits["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(min(outputs))
-    return limits
+    """The window and output limit that hold for all tiers, where the server knows any."""
+    window, output = (
+        min(filter(None, (whole_number(entry.get(name)) for entry in entries)), default=0)
+        for name in ("max_input_tokens", "max_tokens"))
+    if 0 < window < SMALL_WINDOW:
+        most = max(1024, window // 8)
+        output = min(output or most, most)
+    limits = {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": window, "CLAUDE_CODE_MAX_OUTPUT_TOKENS": output}
+    return {name: str(tokens) for name, tokens in limits.items() if tokens}
 
 
 def plan_lines(plan: LaunchPlan) -> list[str]:
-    """Tiers, window and what to be warned of, for a person."""
-    lines = [f"  {tier:<7} {plan.set[f'ANTHROPIC_DEFAULT_{tier.upper()}_MODEL']}" for tier in TIERS]
-    window = int(plan.set.get("CLAUDE_CODE_MAX_CONTEXT_TOKENS", 0))
+    lines = [f"  {tier:<7} {plan.model_of(tier)}" for tier in TIERS]
+    window = int(plan.variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] or 0)
     if window:
         lines.append(f"  window  {window:,} tokens")
     if 0 < window < SMALL_WINDOW:
@@ -6819,29 +6804,27 @@ def plan_lines(plan: LaunchPlan) -> list[str]:
 
 
 def shell_lines(plan: LaunchPlan, shell: str = "sh") -> list[str]:
-    """Lines that set and unset the plan's variables, safe for the shell's `eval`."""
+    """Lines for the shell's `eval`."""
     export, unset, quoted = SHELLS[shell]
-    lines = [export.format(name, quoted(value)) for name, value in plan.set.items()]
-    return lines + [unset.format(name) for name in plan.unset]
+    return [export.format(name, quoted(value)) if value else unset.format(name)
+            for name, value in plan.variables.items()]
 
 
-def launched(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str]) -> int:
-    """Run Claude Code; its exit code. Settings of our own go before whatever files it reads, in a
-    temporary file, since arguments show in the process list."""
+def run_claude(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str]) -> int:
+    """Run Claude Code; its exit code. --settings go before all files that it reads; they are in
+    a file, since arguments show in the process list."""
     import tempfile
 
     rest, source = without_settings_flag(argv)
     given = read_settings(source) if source else {}
     if given is None:  # Claude Code says best what is wrong with them
-        return exit_code_of(argv, plan.environment(os.environ))
-    argv = rest
-    files = {path: read_settings(path) or {} for path in settings_files(os.environ)}
-    for path, tree in files.items():
-        if "managed" in os.path.basename(path) and overrides(tree, plan):
+        return run_program(argv, plan.environment(os.environ))
+    for path in overriding_files(plan):
+        if "managed" in os.path.basename(path):
             tell(options, f"  warning: {path} can't be overridden, and names another server or key")
-    if is_interactive(argv) and not permission_mode({**files, "": given}):
+    if is_interactive(rest) and not permission_mode(given):
         # Auto mode asks the model's provider for verdicts on tool calls, which only Anthropic has.
-        argv = [argv[0], "--permission-mode", "default", *argv[1:]]
+        rest[1:1] = ["--permission-mode", "default"]
     try:
         handle, path = tempfile.mkstemp(prefix="ogx-", suffix=".json")  # mode 0600
     except OSError as error:
@@ -6849,7 +6832,8 @@ def launched(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str])
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(merged_settings(given, plan), file)
-        return exit_code_of([argv[0], "--settings", path, *argv[1:]], plan.environment(os.environ))
+        rest[1:1] = ["--settings", path]
+        return run_program(rest, plan.environment(os.environ))
     finally:
         with suppress(OSError):
             os.unlink(path)
@@ -6858,20 +6842,20 @@ def launched(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str])
 def without_settings_flag(argv: Sequence[str]) -> tuple[list[str], str]:
     """The arguments without --settings, of which only the last counts, and its value."""
     rest: list[str] = []
-    value, words = "", iter(argv)
+    settings = ""
+    words = iter(argv)
     for word in words:
-        if word == "--settings":
-            value = next(words, "")
-        elif word.startswith("--settings="):
-            value = word.partition("=")[2]
+        flag, equals, value = word.partition("=")
+        if flag == "--settings":
+            settings = value if equals else next(words, "")
         else:
             rest.append(word)
-    return rest, value
+    return rest, settings
 
 
-def settings_files(environ: Mapping[str, str]) -> list[str]:
-    """Where Claude Code reads settings: the user's, the project's, the administrator's."""
-    chosen, home = environ.get("CLAUDE_CONFIG_DIR"), os.path.expanduser("~")
+def settings_files() -> list[str]:
+    """Where Claude Code reads settings of the user, the project and the administrator."""
+    chosen, home = os.environ.get("CLAUDE_CONFIG_DIR"), os.path.expanduser("~")
     managed = {"darwin": "/Library/Application Support/ClaudeCode",
                "win32": "C:/ProgramData/ClaudeCode"}.get(sys.platform, "/etc/claude-code")
     return [f"{chosen or home}/.claude.json", f"{chosen or home + '/.claude'}/settings.json",
@@ -6880,50 +6864,55 @@ def settings_files(environ: Mapping[str, str]) -> list[str]:
 
 
 def read_settings(source: str) -> Json | None:
-    """Settings from a file or, as Claude Code's --settings takes them, from JSON text, or None. A
-    project's may link to a device, or to /proc, where sizes are 0."""
+    """Settings from a file or, as Claude Code's --settings takes them, from JSON text, or None."""
     data: str | bytes = source
     if not source.lstrip().startswith("{"):
         data = b""
+        # A project's may link to a device, or to /proc, where sizes are 0.
         with suppress(OSError):
-            if os.path.isfile(source) and 0 < os.path.getsize(source) <= MAX_SETTINGS:
+            if os.path.isfile(source) and os.path.getsize(source):
                 with open(source, "rb") as file:
-                    data = file.read(MAX_SETTINGS)
+                    data = file.read(2 * 1024 * 1024)  # as much as Claude Code reads
     tree = json_or_none(data)
     return tree if isinstance(tree, dict) else None
 
 
 def overrides(settings: Json, plan: LaunchPlan) -> bool:
     """Whether settings would beat the plan: they go before the environment."""
-    names = set(map(str.upper, dict_or_empty(settings.get("env"))))  # Windows ignores case
-    known = names.intersection(map(str.upper, [*plan.set, *plan.unset]))
+    names = map(str.upper, dict_or_empty(settings.get("env")))  # Windows ignores case
+    planned = {name.upper() for name in plan.variables}.intersection(names)
     other_model = plan.model and settings.get("model") not in (None, plan.model)
-    return bool(known or settings.get("apiKeyHelper") or other_model)
+    return bool(planned or settings.get("apiKeyHelper") or other_model)
+
+
+def overriding_files(plan: LaunchPlan) -> list[str]:
+    return [path for path in settings_files() if overrides(read_settings(path) or {}, plan)]
 
 
 def merged_settings(given: Json, plan: LaunchPlan) -> Json:
-    """The user's own --settings with the plan's variables on top; "" counts as unset."""
-    env = {**dict_or_empty(given.get("env")), **dict.fromkeys(plan.unset, ""), **plan.set}
+    """The user's own --settings with the plan on top; "" counts as unset there too."""
+    env = {**dict_or_empty(given.get("env")), **plan.variables}
     model = {"model": plan.model} if plan.model else {}
     return {**given, "env": env, "apiKeyHelper": "", **model}
 
 
-def permission_mode(files: Mapping[str, Json]) -> str:
-    """The mode that the user's settings choose, if any."""
-    modes = (dict_or_empty(tree.get("permissions")).get("defaultMode") for tree in files.values())
+def permission_mode(given: Json) -> str:
+    """The mode that the user's settings choose, or ""."""
+    files = (read_settings(path) or {} for path in settings_files())
+    modes = (dict_or_empty(tree.get("permissions")).get("defaultMode") for tree in (given, *files))
     return next((str(mode) for mode in modes if mode), "")
 
 
 def is_interactive(argv: Sequence[str]) -> bool:
-    """Whether the arguments start a session at the terminal and leave its permission mode open."""
+    """Whether the arguments start a session that is to ask for permissions as settings say."""
     flags = {word.partition("=")[0] for word in argv[1:]}
     chosen = flags & {"-p", "--print", "--permission-mode", "--dangerously-skip-permissions",
                       "-v", "--version", "-h", "--help"}
     return not chosen and not set(argv[1:2]) & CLAUDE_COMMANDS
 
 
-def exit_code_of(argv: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a program in this terminal and give its exit code, as a shell would."""
+def run_program(argv: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a program in this terminal; its exit code, as a shell has it."""
     import subprocess
 
     child: subprocess.Popen[bytes] | None = None
@@ -6937,8 +6926,8 @@ def exit_code_of(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         ends = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")  # Windows has only the first two
-        numbers = [getattr(signal, name) for name in ends if hasattr(signal, name)]
-        handlers = {number: signal.signal(number, pass_on) for number in numbers}
+        handlers = {number: signal.signal(number, pass_on)
+                    for number in signal.Signals if number.name in ends}
     try:
         child = subprocess.Popen(argv, env=environment)
         code = child.wait()
@@ -6951,34 +6940,37 @@ def exit_code_of(argv: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def print_check(server: Provider, plan: LaunchPlan) -> int:
-    """Try each tier's model with a real message and a tool, and print a table; 0 when all work."""
-    upstream = Upstream()
-    models: dict[str, list[str]] = {}
+    """Try each tier's model with a message and a tool, and print a table; 0 when all work."""
+    tiers_of: dict[str, list[str]] = {}
     for tier in TIERS:
-        models.setdefault(plan.set[f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL"], []).append(tier)
-    width, failed = max(map(len, models)), False
-    for model_id, tiers in models.items():
-        body = {"model": model_id, "max_tokens": 1000, "stream": True, "tools": [CHECK_TOOL],
-                "messages": [{"role": "user", "content": "Call the tool add with 2 and 3."}]}
-        began = time.monotonic()
-        first, verdict = 0.0, ""
-        try:
-            first, message = checked_answer(upstream, server, body)
-            calls = [block for block in message["content"] if block["type"] == "tool_use"]
-            if not calls:
-                verdict = "answers, but called no tool: does the model, and its server, do tools?"
-            elif not {"a", "b"} <= set(calls[0]["input"]):
-                verdict = f"called the tool wrongly, with {json.dumps(calls[0]['input'])[:80]}"
-        except OgxError as error:
-            verdict = without_controls(one_line(error.message)) or "failed"
-        except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
-            verdict = "answers in another format than Anthropic's"
-        failed = failed or bool(verdict)
-        seconds = f"{first - began if first else 0:6.2f} {time.monotonic() - began:6.2f} s"
-        verdict = verdict or "works, tools too"
-        say(f"{model_id:<{width}}  {seconds}  {verdict} ({', '.join(tiers)})")
-    upstream.close()
+        tiers_of.setdefault(plan.model_of(tier), []).append(tier)
+    width, failed = max(map(len, tiers_of)), False
+    with closing(Upstream()) as upstream:
+        for model_id, tiers in tiers_of.items():
+            body = {"model": model_id, "max_tokens": 1000, "stream": True, "tools": [CHECK_TOOL],
+                    "messages": [{"role": "user", "content": "Call the tool add with 2 and 3."}]}
+            began, first = time.monotonic(), 0.0
+            verdict = "works, tools too"
+            try:
+                first, message = checked_answer(upstream, server, body)
+                check_call(message)
+            except OgxError as error:
+                verdict, failed = without_controls(one_line(error.message)) or "failed", True
+            except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+                verdict, failed = "answers in another format than Anthropic's", True
+            seconds = f"{first - began if first else 0:6.2f} {time.monotonic() - began:6.2f} s"
+            say(f"{model_id:<{width}}  {seconds}  {verdict} ({', '.join(tiers)})")
     return int(failed)
+
+
+def check_call(message: Json) -> None:
+    """Raise OgxError unless a message calls CHECK_TOOL as it wants to be called."""
+    calls = [block for block in message["content"] if block["type"] == "tool_use"]
+    if not calls:
+        hint = "does the model, and its server, do tools?"
+        raise OgxError(502, f"answers, but called no tool: {hint}")
+    if not {"a", "b"} <= set(calls[0]["input"]):
+        raise OgxError(502, f"called the tool wrongly, with {json.dumps(calls[0]['input'])[:80]}")
 
 
 def checked_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[float, Json]:
@@ -7008,23 +7000,24 @@ def checked_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[fl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code."""
+    """Run a command; its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
-    own, forwarded = words[:split], words[split + 1 :]
+    forwarded = words[split + 1 :]
     parser = argument_parser()
     try:
-        options, extra = parser.parse_known_args(own)
-        if extra or (forwarded and options.command != "connect"):
-            hint = "; arguments for Claude Code go after --" if options.command == "connect" else ""
+        options, extra = parser.parse_known_args(words[:split])
+        connects = options.command == "connect"
+        if extra or (forwarded and not connects):
+            hint = "; arguments for Claude Code go after --" if connects else ""
             parser.error(f"unrecognized arguments: {' '.join(extra or forwarded)}{hint}")
-        if options.command == "connect":
-            if options.serve and (options.print_env or options.check):
-                parser.error("--serve starts a server for a session of Claude Code alone")
-            return connect_claude(options, forwarded)
-        return run(options)
+        if not connects:
+            return run(options)
+        if options.serve and (options.print_env or options.check):
+            parser.error("--serve starts a server for a session of Claude Code alone")
+        return connect_claude(options, forwarded)
     except SystemExit as stop:  # argparse, after its own words
-        return stop.code if isinstance(stop.code, int) else 1
+        return int(stop.code or 0)
     except OgxError as error:
         say(error.message, to="stderr")
         return 1
@@ -7036,8 +7029,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    purpose = "Run Claude Code, and every Anthropic SDK program, on any model."
-    parser = argparse.ArgumentParser(prog=command_name(), description=purpose)
+    parser = argparse.ArgumentParser(command_name(), description="Run Claude Code, and every "
+                                     "Anthropic SDK program, on any model.")
     parser.add_argument("--version", action="version", version=f"ogx.py {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_run(commands)
@@ -7075,7 +7068,7 @@ def add_connect(commands: Any) -> None:
     claude = clients.add_parser("claude", help="Claude Code",
                                 usage="%(prog)s [options] [-- CLAUDE_ARGS...]")
     flag = claude.add_argument
-    flag("--model", metavar="MODEL", help="model for all tiers (default: the server's choice)")
+    flag("--model", help="model for all tiers (default: the server's choice)")
     for tier in TIERS:
         flag(f"--{tier}-model", metavar="MODEL", help=f"model for the {tier} tier")
     flag("--host", default="localhost", help="server host, or its whole URL (default localhost)")
@@ -7092,9 +7085,8 @@ def add_connect(commands: Any) -> None:
 def port_argument(text: str) -> int:
     try:
         return port_number(text, "port")
-    except OgxError:
-        message = f"expected a port from 0 to 65535, got '{text}'"
-        raise argparse.ArgumentTypeError(message) from None
+    except OgxError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -7102,7 +7094,7 @@ def run(options: argparse.Namespace) -> int:
     start_log(options.log_file, options.log_level)
     allow_many_files()
     config = config_from_name(options.config, with_aws_region(os.environ))
-    token = server_token(options, os.environ)
+    token = server_token(options)
     gateway = Gateway(config, store=Store(state_path(options.state, os.environ)))
     port = config.port if options.port is None else options.port
     tls = server_tls(options.tls_cert, options.tls_key) if options.tls_cert else None
@@ -7118,11 +7110,12 @@ def run(options: argparse.Namespace) -> int:
                     server.host)
     server.start()
     gateway.start()
-    gateway.discovery.done.wait(1.0)
+    discovered = gateway.discovery.done
+    if not discovered.wait(1.0):
+        say(*summary_lines(gateway, server))
+        while not stopped.is_set() and not discovered.wait(0.2):
+            pass
     say(*summary_lines(gateway, server))
-    while not stopped.is_set() and not gateway.discovery.done.is_set():
-        if gateway.discovery.done.wait(0.2):
-            say(*summary_lines(gateway, server))
     while not stopped.wait(3600):  # a timeout lets Windows deliver Ctrl-C
         pass
     log.info("stopping; running answers have %g s to finish", server.limits.drain_timeout)
@@ -7135,57 +7128,57 @@ def allow_many_files() -> None:
     with suppress(ImportError, OSError, ValueError):  # Windows has no such limit
         import resource
 
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = 10_240 if hard == resource.RLIM_INFINITY else min(10_240, hard)
-        if soft != resource.RLIM_INFINITY and soft < most:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # below 0: none
+        if 0 <= soft < 10_240:
+            most = 10_240 if hard < 0 else min(10_240, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def server_tls(cert: str, key: str | None) -> ssl.SSLContext:
-    """TLS for clients; OgxError names a file that can't be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(cert, key)
     except OSError as error:
-        words = error.strerror or str(error)
-        raise OgxError(400, f"--tls-cert {cert}, --tls-key {key or cert}: {words}") from None
+        files = f"--tls-cert {cert}, --tls-key {key or cert}"
+        raise OgxError(400, f"{files}: {error.strerror or error}") from None
     return context
 
 
 def config_from_name(name: str, environ: Mapping[str, str]) -> Config:
     """The built-in configuration for `starter`, else that of a JSON file."""
-    if name == "starter":
-        return config_from_json(starter_config(), "starter", environ)
-    try:
-        with open(name, encoding="utf-8-sig") as file:
-            tree = json.load(file)
-    except OSError as error:
-        expected = "'starter' or a JSON file"
-        raise OgxError(400, f"{name}: {error.strerror}; expected {expected}") from None
-    except (ValueError, RecursionError) as error:
-        raise OgxError(400, f"{name}: not JSON: {error}") from None
+    tree: Any = starter_config()
+    if name != "starter":
+        try:
+            with open(name, encoding="utf-8-sig") as file:
+                tree = json.load(file)
+        except OSError as error:
+            problem = f"{error.strerror}; expected 'starter' or a JSON file"
+            raise OgxError(400, f"{name}: {problem}") from None
+        except (ValueError, RecursionError) as error:
+            raise OgxError(400, f"{name}: not JSON: {error}") from None
     return config_from_json(tree, name, environ)
 
 
 def summary_lines(gateway: Gateway, server: Server) -> list[str]:
-    """What a person wants to know after the start: URL, providers, tiers, what to type next."""
+    """What `run` prints: URL, providers, tiers, what to type next."""
     registry = gateway.registry
     lines = [f"ogx.py {__version__} serves {server.url}", ""]
     width = max(map(len, [*registry.providers, "sonnet"]))
     for provider_id in registry.providers:
         models, problem = registry.lists.get(provider_id), registry.problems.get(provider_id)
-        words = f"{len(models)} model{'s' * (len(models) != 1)}" if models else "no models"
-        if models is None and not problem:
-            words = "still asking for its models"
-        lines.append(f"  {provider_id:<{width}}  {words}{': ' + problem if problem else ''}")
+        state = f"{len(models)} model{'s' * (len(models) != 1)}" if models else "no models"
+        if problem:
+            state += f": {problem}"
+        elif models is None:
+            state = "still asking for its models"
+        lines.append(f"  {provider_id:<{width}}  {state}")
         lines += [f"  {'':<{width}}  {model.upstream_id}: {model.warning}"
                   for model in models or () if model.warning]
-    if DEMO_PROVIDER.id in registry.providers:
-        variables = [kind.switches[0] for kind in PROVIDER_KINDS.values() if kind.switches]
+    if DEMO_PROVIDER in registry.providers.values():
+        variables = ", ".join(kind.switches[0] for kind in PROVIDER_KINDS.values() if kind.switches)
         lines += ["", "No provider is configured: only the built-in demo model answers.",
                   "For real models set one of these variables and start again:",
-                  *textwrap.wrap(", ".join(variables), 76, initial_indent="  ",
-                                 subsequent_indent="  ")]
+                  *(f"  {line}" for line in textwrap.wrap(variables, 74))]
     tiers = gateway.tiers()
     lines += ["", *(f"  {tier:<{width}}  {tiers.get(tier, 'no model')}" for tier in TIERS), ""]
     where = "" if server.server_port == DEFAULT_PORT else f" --port {server.server_port}"
@@ -7193,17 +7186,18 @@ def summary_lines(gateway: Gateway, server: Server) -> list[str]:
     return [*lines, f"Next, in another terminal:  {command_name()} connect claude{where}", ""]
 
 
-def main_after_parsing(*_: Any) -> None:
-    """Run main() when the script's last line is over: until then Python holds what it took to
-    parse the file, 15 MB, and glibc would hold it after that."""
+def exit_with_main(*_: Any) -> None:
+    """Run main() once nothing holds on to what it took to parse this file, 15 MB."""
     sys.excepthook = sys.__excepthook__
     with suppress(Exception):  # another C library
         import ctypes
 
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)  # glibc would keep it
     sys.exit(main())
 
 
 if __name__ == "__main__":
-    sys.excepthook = main_after_parsing
+    if sys.flags.inspect or sys._getframe().f_back:  # -i, or a debugger or profiler runs this
+        exit_with_main()
+    sys.excepthook = exit_with_main  # Python holds on to it until the script is over
     raise RuntimeError("main() runs where errors of the script are told")

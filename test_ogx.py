@@ -1546,6 +1546,13 @@ class TestConfig:
         assert self.build().show_thinking is True
         assert self.build(server={"show_thinking": "false"}).show_thinking is False
 
+    def test_failed_requests_are_retried_as_the_readme_promises(self):
+        built = self.build()
+        assert (built.retries, built.retry_seconds) == (3, 5)
+        assert built == ogx.Config("127.0.0.1", 8321, (), (), built.tiers)
+        built = self.build(server={"retries": 0, "retry_seconds": 0.5})
+        assert (built.retries, built.retry_seconds) == (0, 0.5)
+
     def test_ogx_port_goes_before_the_config(self):
         assert self.build({"OGX_PORT": "9000"}, server={"port": 9001}).port == 9000
         assert self.build({"OGX_PORT": ""}, server={"port": "9001"}).port == 9001
@@ -2646,6 +2653,9 @@ class TestChat:
             "temperature": 0.5, "top_p": 0.9, "stop": ["a"],
             "prompt_cache_key": ogx.conversation_key(request(metadata={"user_id": "u"})),
         }  # fmt: skip
+
+    def test_four_stop_sequences_are_sent_and_no_fifth(self):
+        assert chat(request(stop_sequences=[*"abcde"]))["stop"] == [*"abcd"]
 
     @cases(
         ("user_id", "key"),
@@ -7313,8 +7323,8 @@ class TestDiscovery:
 
         upstream.ask, upstream.json = answer, lambda *_: {"data": [{"id": "a"}]}
         discovery = ogx.Discovery(config(owner), registry, upstream)
-        discovery._ask("vllm")
-        discovery._ask("vllm")
+        discovery._ask(owner)
+        discovery._ask(owner)
         assert registry.native.get("vllm") is native
         assert asked == [("/messages", b"{}")] * (2 if native is None else 1)
         assert bool(registry.uncounted) == (native is None)  # another server may count
@@ -9341,6 +9351,12 @@ class TestServer:
 
     # -- connection
 
+    def test_no_cache_on_the_way_keeps_a_stream(self):
+        with gateway_over() as (client, _):
+            _, headers, _ = client.post(request(stream=True))
+        assert (headers["content-type"], headers["cache-control"]) == (
+            "text/event-stream", "no-cache")
+
     def test_keep_alive_outlives_a_stream_and_an_error(self):
         with gateway_over() as (client, _):
             client.get("/")
@@ -10702,19 +10718,22 @@ class TestConnect:
         return {"data": entries, "tiers": tiers or {}}
 
     def plan(self, listing, environ=None, **given):
-        server = "http://localhost:8321"
-        return ogx.launch_plan(server, "ogx", listing, options(**given), environ or {})
+        server = ogx.Provider("OGX", ogx.ProviderKind("x"), "http://localhost:8321", "ogx")
+        return ogx.launch_plan(server, listing, options(**given), environ or {})
 
     def tiers(self, plan):
-        return [plan.set[f"ANTHROPIC_DEFAULT_{t.upper()}_MODEL"] for t in ogx.TIERS]
+        return [plan.variables[f"ANTHROPIC_DEFAULT_{t.upper()}_MODEL"] for t in ogx.TIERS]
+
+    def unset(self, plan):
+        return {name for name, value in plan.variables.items() if not value}
 
     def test_the_variables_of_the_design_document(self):
         plan = self.plan(self.listing("openai/a", "openai/b"))
-        assert plan.set["ANTHROPIC_BASE_URL"] == "http://localhost:8321"
-        assert plan.set["ANTHROPIC_AUTH_TOKEN"] == "ogx"
+        assert plan.variables["ANTHROPIC_BASE_URL"] == "http://localhost:8321"
+        assert plan.variables["ANTHROPIC_AUTH_TOKEN"] == "ogx"
         assert self.tiers(plan) == ["openai/a"] * 4
         assert {"CLAUDE_CODE_USE_VERTEX", "ANTHROPIC_VERTEX_PROJECT_ID", "CLAUDE_CODE_USE_BEDROCK",
-                "ANTHROPIC_BEDROCK_SESSION_TOKEN"} <= set(plan.unset)  # fmt: skip
+                "ANTHROPIC_BEDROCK_SESSION_TOKEN"} <= self.unset(plan)  # fmt: skip
 
     def test_a_tier_is_its_flag_else_model_else_the_servers_choice_else_the_first(self):
         listing = self.listing("a", "b", "c", "d", tiers={"haiku": "b", "opus": "b"})
@@ -10746,17 +10765,31 @@ class TestConnect:
 
     def test_claude_code_learns_the_true_window(self):
         plan = self.plan(self.listing("a", max_input_tokens=131072, max_tokens=8192))
-        assert plan.set["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "131072"
-        assert plan.set["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "8192"
-        assert plan.set["CLAUDE_CODE_DISABLE_1M_CONTEXT"] == "1"
+        assert plan.variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "131072"
+        assert plan.variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "8192"
+        assert plan.variables["CLAUDE_CODE_DISABLE_1M_CONTEXT"] == "1"
 
     def test_a_small_window_gets_a_small_output(self):
         plan = self.plan(self.listing("a", max_input_tokens=32768))
-        assert plan.set["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "4096"
+        assert plan.variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "4096"
+
+    def test_models_of_several_sizes_get_the_smallest_window_and_output(self):
+        listing = {"data": [
+            {"id": "large", "max_input_tokens": 200_000, "max_tokens": 64_000},
+            {"id": "small", "max_input_tokens": 100_000, "max_tokens": 8_000},
+            {"id": "unknown"}, {"id": "in no tier", "max_input_tokens": 9_000, "max_tokens": 9},
+        ]}  # fmt: skip
+        plan = self.plan(listing, model="large", haiku_model="small", opus_model="unknown")
+        assert plan.variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "100000"
+        assert plan.variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "8000"
+        listing["data"][0].update(max_input_tokens=32_768, max_tokens=2_000)
+        plan = self.plan(listing, model="small", haiku_model="large")
+        assert plan.variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "32768"
+        assert plan.variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "2000"
 
     def test_an_unknown_window_is_not_made_up(self):
         plan = self.plan(self.listing("a"))
-        assert "CLAUDE_CODE_MAX_CONTEXT_TOKENS" in plan.unset
+        assert "CLAUDE_CODE_MAX_CONTEXT_TOKENS" in self.unset(plan)
 
     def test_the_users_environment_stays_but_for_what_would_lead_elsewhere(self):
         environ = {"PATH": "/bin", "AWS_REGION": "eu", "CLAUDE_CODE_USE_BEDROCK": "1",
@@ -10818,8 +10851,8 @@ class TestConnect:
     def test_powershell_reads_each_value_as_one_string(self, odd):
         plan = self.plan(self.listing(odd))
         lines = ogx.shell_lines(plan, "powershell")
-        for (name, value), line in zip(plan.set.items(), lines):
-            assert self.powershell_strings(line) == ([value], f"$env:{name} = ")
+        for (name, value), line in zip(plan.variables.items(), lines):
+            assert not value or self.powershell_strings(line) == ([value], f"$env:{name} = ")
 
     @cases("odd", ["\0", "a\0b", "a\nb", "a\rb", "\ud800", "a\udfffb", "\x1b[J"])  # fmt: skip
     def test_what_no_environment_can_hold_is_told_and_not_printed(self, odd, claude, capfd):
@@ -10832,7 +10865,7 @@ class TestConnect:
                 out, err = capfd.readouterr()
                 assert (out, err) == (
                     "", f"ANTHROPIC_DEFAULT_OPUS_MODEL: no variable can be {ascii(odd)}\n")
-        assert refused(ogx.LaunchPlan, {"A": odd}, ()).message.startswith("A: ")
+        assert refused(ogx.LaunchPlan, {"A": odd}).message.startswith("A: ")
         plan = self.plan({"data": [{"id": odd}, good]})
         assert self.tiers(plan) == ["good"] * 4
 
@@ -10864,7 +10897,7 @@ class TestConnect:
         assert ogx.server_url(options(port=1), {"OGX_PORT": "9000"}) == "http://localhost:1"
 
     def test_lines_for_other_shells(self):
-        plan = ogx.LaunchPlan({"A": "it's \\ $x"}, ("B",))
+        plan = ogx.LaunchPlan({"A": "it's \\ $x", "B": ""})
         assert ogx.shell_lines(plan, "fish") == [r"set -gx A 'it\'s \\ $x'", "set -e B"]
         assert ogx.shell_lines(plan, "powershell") == [
             "$env:A = 'it''s \\ $x'", "Remove-Item Env:B -ErrorAction SilentlyContinue"
@@ -10878,10 +10911,10 @@ class TestConnect:
 
     def test_discovery_is_on_where_claude_code_would_list_something(self):
         name = "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY"
-        assert name not in self.plan(self.listing("a")).set
-        assert self.plan(self.listing("a", "anthropic/claude-x")).set[name] == "1"
+        assert name not in self.plan(self.listing("a")).variables
+        assert self.plan(self.listing("a", "anthropic/claude-x")).variables[name] == "1"
         alias = {"id": "claude-haiku-4-5", "custom_metadata": {"alias_of": "a"}}
-        assert name not in self.plan({"data": [{"id": "a"}, alias]}).set
+        assert name not in self.plan({"data": [{"id": "a"}, alias]}).variables
 
     @cases(
         ("arguments", "interactive"),
@@ -11093,7 +11126,7 @@ class TestConnect:
     )  # fmt: skip
     def test_no_proxy_in_both_spellings(self, environ, capitals, small):
         plan = self.plan(self.listing("a"), environ)
-        assert (plan.set["NO_PROXY"], plan.set["no_proxy"]) == (capitals, small)
+        assert (plan.variables["NO_PROXY"], plan.variables["no_proxy"]) == (capitals, small)
 
     def test_quiet(self, claude, capfd):
         with gateway_over() as (client, _):
@@ -11266,7 +11299,8 @@ class TestConnect:
 
     def test_a_program_that_the_system_finds_in_the_working_directory_is_none(self, monkeypatch):
         monkeypatch.setattr(shutil, "which", lambda *_, **__: ".\\claude.EXE")  # as on Windows
-        assert refused(ogx.claude_program, {"PATH": "/bin"}).message == ogx.INSTALL_WORDS
+        error = refused(ogx.claude_program, {"PATH": "/bin"})
+        assert error.message.startswith("Failed to find 'claude' in PATH.")
 
     # -- a server for the session
 
@@ -11721,3 +11755,30 @@ class TestCommandLine:
         assert ogx.main(["connect"]) == 2
         assert ogx.main(["serve"]) == 2
         assert "choose from" in capsys.readouterr().err
+
+    # -- it can be debugged
+
+    def under(self, *words, given=""):
+        """What a debugger or the like prints that runs ogx.py; `given` is typed."""
+        done = subprocess.run([sys.executable, "-B", *words], input=given, capture_output=True,
+                              text=True, timeout=60, cwd=HERE)  # fmt: skip
+        return done.stdout + done.stderr
+
+    def test_a_debugger_reaches_a_breakpoint_in_run(self, bare):
+        line = ogx.run.__code__.co_firstlineno + 2
+        typed = f"break ogx.py:{line}\ncontinue\np 'reached', options.config\nquit\n"
+        assert f"('reached', '{bare}')" in self.under("-m", "pdb", "ogx.py", "run", bare,
+                                                      given=typed)  # fmt: skip
+
+    def test_a_debugger_without_breakpoints_sees_the_program_end(self):
+        told = self.under("-m", "pdb", "ogx.py", "run", "/no/such.json", given="continue\nquit\n")
+        assert "expected 'starter' or a JSON file" in told and "sys.exit(). Exit status: 1" in told
+
+    def test_a_profiler_and_a_tracer_see_main(self):
+        told = self.under("-m", "cProfile", "ogx.py", "--version")
+        assert re.search(r"ogx\.py:\d+\(main\)", told)
+        assert "funcname: main" in self.under("-m", "trace", "--listfuncs", "ogx.py", "--version")
+
+    def test_an_interactive_prompt_comes_after_main(self):
+        told = self.under("-i", "ogx.py", "--version", given="print(main.__name__, 6 * 7)\n")
+        assert f"ogx.py {ogx.__version__}" in told and "main 42" in told

@@ -276,7 +276,7 @@ def json_or_bytes(tree: Any, chance: random.Random) -> bytes:
 
 def settings_reader(chance: random.Random) -> bytes:
     """Settings of any shape: Claude Code still gets ours on top of them."""
-    plan = ogx.LaunchPlan({"ANTHROPIC_BASE_URL": "http://ours"}, ("ANTHROPIC_API_KEY",), "m")
+    plan = ogx.LaunchPlan({"ANTHROPIC_BASE_URL": "http://ours", "ANTHROPIC_API_KEY": ""}, "m")
     data = json_or_bytes(SETTINGS, chance)
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
@@ -284,11 +284,11 @@ def settings_reader(chance: random.Random) -> bytes:
         tree = ogx.read_settings(file.name)
     assert tree is None or isinstance(tree, dict)
     assert isinstance(ogx.overrides(tree or {}, plan), bool)
-    assert isinstance(ogx.permission_mode({"a": tree or {}, "b": SETTINGS}), str)
+    assert isinstance(ogx.permission_mode(tree or {}), str)
     kind, text = outcome(lambda: json.dumps(ogx.merged_settings(tree or {}, plan)))
     if kind == "result":
         made = json.loads(text)
-        assert made["env"].items() >= plan.set.items() and made["apiKeyHelper"] == ""
+        assert made["env"].items() >= plan.variables.items() and made["apiKeyHelper"] == ""
         assert made["model"] == "m" and made["env"]["ANTHROPIC_API_KEY"] == ""
     ogx.read_settings(data.decode("latin-1"))
     return data
@@ -315,13 +315,13 @@ def plan_reader(chance: random.Random) -> bytes:
         options = argparse.Namespace(**dict.fromkeys([f"{tier}_model" for tier in ogx.TIERS]),
                                      model=chance.choice((None, "openai/gpt-x")))  # fmt: skip
         kind, plan = outcome(
-            lambda: ogx.launch_plan("http://127.0.0.1:9", "t", listing, options, environ))
+            lambda: ogx.launch_plan(server, listing, options, environ))
     if kind == "result":
-        for value in plan.set.values():
+        for value in plan.variables.values():
             assert b"\0" not in value.encode() and "\n" not in value
         for shell in ogx.SHELLS:
             lines = ogx.shell_lines(plan, shell)
-            assert len(lines) == len(plan.set) + len(plan.unset)
+            assert len(lines) == len(plan.variables)
         assert ogx.plan_lines(plan)
     return data
 
@@ -354,7 +354,7 @@ def check_reader(chance: random.Random) -> bytes:
 
     upstream, ogx.Upstream = ogx.Upstream, Answers  # type: ignore[assignment, misc]
     names = [f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL" for tier in ogx.TIERS]
-    plan = ogx.LaunchPlan(dict.fromkeys(names, "m"), ())
+    plan = ogx.LaunchPlan(dict.fromkeys(names, "m"))
     server = ogx.Provider("OGX", ogx.ProviderKind("OGX"), "http://127.0.0.1:9")
     told = io.StringIO()
     try:
