@@ -22,7 +22,8 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
     Providers      one row of data per kind of provider
     Config         starter.json, or a file like it, and ${env.VAR:=default}
     Registry       models, aliases and tiers: which provider serves an id
-    Requests       check a Messages request; what all dialects share
+    Requests       check a Messages request
+    History        turns, words for blocks, documents and signatures for other dialects
     Tokens         estimate token counts
     Events         build, write, read and fold Anthropic events
     Chat           OpenAI Chat Completions: request there, chunks back
@@ -1051,8 +1052,7 @@ def tier_of(model_id: str) -> str | None:
 
 
 # ======== Requests ===========================================================================
-# What holds for a Messages request whatever the upstream speaks: its shape is checked once, its
-# history becomes turns that every provider accepts, odd blocks become text. Pure.
+# The checks of a Messages request, whatever the upstream speaks. Pure.
 
 # Block types of Anthropic's OpenAPI and of its SDK 2.12 (messages and their betas, November 2026).
 BLOCK_TYPES = frozenset((
@@ -1062,11 +1062,8 @@ BLOCK_TYPES = frozenset((
     "bash_code_execution_tool_result", "text_editor_code_execution_tool_result",
     "tool_search_tool_result", "advisor_tool_result", "mcp_tool_use", "mcp_tool_result",
     "mcp_tool_listing", "container_upload", "compaction", "fallback"))
-UNSEEN_BLOCKS = ("thinking", "redacted_thinking", "mcp_tool_listing", "fallback")
-SIGNATURE_MARK = '{"ogx":'  # begins the signatures that we made: JSON with what goes back upstream
 MEDIA_TYPES = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"),
                "document": ("application/pdf",)}
-MAX_STOPS = 4000  # characters of all stop sequences
 MAX_IMAGE = 5 * 1024 * 1024  # characters of base64, as at Anthropic
 # What JSON schemas are made of (other keywords constrain, and the client checks them itself), what
 # holds schemas by names that are no keywords, and what holds any values.
@@ -1077,7 +1074,6 @@ VALUES = ("enum", "const", "default", "examples", "input")
 ANSWER_NOTE = "Your last answer must be JSON alone, valid against this JSON schema: "
 ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_format is taken
 CONTENT, NUMBER = (str, list), (int, float)
-MESSAGE_FIELDS = {"role": ("user", "assistant", "system"), "content": CONTENT}
 BLOCK_FIELDS: dict[str, dict[str, type]] = {  # what translation relies on
     "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict},
     "thinking": {"thinking": str}, "tool_use": {"id": str, "name": str, "input": dict},
@@ -1085,22 +1081,14 @@ BLOCK_FIELDS: dict[str, dict[str, type]] = {  # what translation relies on
 SOURCE_FIELDS: dict[str, Json] = {
     "base64": {"media_type": str, "data": str}, "url": {"url": str}, "text": {"data": str},
     "file": {"file_id": str}, "content": {"content": CONTENT}}
-TOOL_FIELDS = {"input_schema": dict, "type": str, "description": str}
 OPTIONS = {"tools": list, "tool_choice": dict, "stop_sequences": list, "stream": bool,
            "temperature": NUMBER, "top_p": NUMBER, "top_k": int, "thinking": dict,
-           "output_config": dict, "output_format": dict, "metadata": dict,
-           "system": CONTENT}
-KEEP_THOUGHTS = ("context_management", {"edits": [
-    {"type": "clear_thinking_20251015", "keep": "all"}]})
+           "output_config": dict, "output_format": dict, "metadata": dict, "system": CONTENT}
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 KIND_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
               float: "a number", bool: "true or false", type(None): "null", NUMBER: "a number",
               CONTENT: "a string or a list of content blocks"}
 PLACEHOLDER = "DeferredToolPlaceholder"  # Claude Code's; stands for tools that may be found later
-BILLING_HEADER = "x-anthropic-billing-header:"  # varies per prompt and would spoil prefix caches
-NO_RESULT = "[No result: the tool call was interrupted before it answered.]"
-TOOL_ERROR = "[The tool reported an error]\n"
-GO_ON = "[Go on from the very end of your last message, and repeat nothing of it.]"
 
 
 def finite_number(text: str) -> float:
@@ -1130,9 +1118,15 @@ def parsed_json(body: bytes) -> Any:
 
 
 def checked_json(body: bytes, counting: bool = False) -> Json:
-    """The Messages request in a body."""
+    """Return the Messages request in a body, checked and in the form that the rest relies on."""
     request: Json = parsed_json(body)
     check_request(request, counting)
+    for message in request["messages"]:
+        if message.get("content") is None:  # a system message with nothing but an output_config
+            message["content"] = []
+    if request.get("output_format"):  # the older name
+        config = request.get("output_config") or {}
+        request["output_config"] = {"format": request["output_format"], **config}
     return request
 
 
@@ -1155,46 +1149,42 @@ def without_halves(data: bytes) -> bytes:
     return HALF_PAIR.sub(rb"\\ufffd", marked).replace(b"\0", b"\\\\")
 
 
-def check_request(body: Any, counting: bool = False) -> None:
+def check_request(request: Any, counting: bool = False) -> None:
     """Raise OgxError(400) with one sentence about the first wrong field of a Messages request.
-    Unknown fields are accepted. `counting` is for count_tokens, which has no max_tokens."""
-    expect(body, "", {"model": str})
-    if not body["model"].strip() or len(body["model"]) > MAX_ID or BAD_ID.search(body["model"]):
-        raise OgxError(400, f"model: expected 1 to {MAX_ID} characters, none of them a control "
-                            "character")
-    expect(body, "", {"messages": list} if counting else {"messages": list, "max_tokens": int})
-    if not counting and body["max_tokens"] < 1:
-        raise OgxError(400, f"max_tokens: expected at least 1, got {body['max_tokens']}")
-    if not body["messages"]:
+    Unknown fields are accepted; `counting` needs no max_tokens."""
+    expect(request, "", {"model": str})
+    model_id = request["model"]
+    if not model_id.strip() or len(model_id) > MAX_ID or BAD_ID.search(model_id):
+        raise OgxError(400, f"model: expected 1 to {MAX_ID} characters, no control characters")
+    expect(request, "", {"messages": list} if counting else {"messages": list, "max_tokens": int})
+    if not counting and request["max_tokens"] < 1:
+        raise OgxError(400, f"max_tokens: expected at least 1, got {request['max_tokens']}")
+    if not request["messages"]:
         raise OgxError(400, "messages: expected at least one message")
-    for index, message in enumerate(body["messages"]):
+    for index, message in enumerate(request["messages"]):
         where = f"messages.{index}"
-        if isinstance(message, dict) and message.get("role") == "system":
-            message.setdefault("content", [])  # it may hold nothing but an output_config
-        expect(message, where, MESSAGE_FIELDS)
-        if "output_config" in message:
-            expect(message, where, {"output_config": dict}, required=False)
-        check_blocks(message["content"], f"{where}.content")
-    check_options(body)
-    check_blocks(body.get("system"), "system")
+        expect(message, where, {"role": ("user", "assistant", "system")})
+        expect(message, where, {"content": CONTENT}, required=message["role"] != "system")
+        expect(message, where, {"output_config": dict}, required=False)
+        check_blocks(message.get("content"), f"{where}.content")
+    check_options(request)
+    check_blocks(request.get("system"), "system")
 
 
 def check_blocks(content: Any, where: str) -> None:
-    """The blocks of a content that isn't a string; tool results with their own included."""
     for index, block in enumerate(content if isinstance(content, list) else ()):
         here = f"{where}.{index}"
         if not isinstance(block, dict):
             raise wrong(here, "a content block", block)
-        kind = block.get("type")
-        if not isinstance(kind, str):
-            shown = json.dumps(kind)[:80]
+        block_type = block.get("type")
+        if not isinstance(block_type, str):
+            shown = json.dumps(block_type)[:80]
             raise OgxError(400, f"{here}.type: expected the type of a content block, got {shown}")
-        if kind in BLOCK_FIELDS:
-            expect(block, here, BLOCK_FIELDS[kind])
-        if kind in ("tool_result", "search_result"):
+        expect(block, here, BLOCK_FIELDS.get(block_type, {}))
+        if block_type in ("tool_result", "search_result"):
             expect(block, here, {"content": CONTENT}, required=False)
             check_blocks(block.get("content"), f"{here}.content")
-        elif kind in ("image", "document"):
+        elif block_type in ("image", "document"):
             here, source = f"{here}.source", block["source"]
             expect(source, here, {"type": tuple(SOURCE_FIELDS)})
             expect(source, here, SOURCE_FIELDS[source["type"]])
@@ -1202,29 +1192,27 @@ def check_blocks(content: Any, where: str) -> None:
                 check_blocks(source["content"], f"{here}.content")
 
 
-def check_options(body: Json) -> None:
-    expect(body, "", OPTIONS, required=False)
-    for index, tool in enumerate(body.get("tools") or ()):
+def check_options(request: Json) -> None:
+    expect(request, "", OPTIONS, required=False)
+    for index, tool in enumerate(request.get("tools") or ()):
         where = f"tools.{index}"
-        expect(tool, where, TOOL_FIELDS, required=False)
+        expect(tool, where, {"input_schema": dict, "type": str, "description": str}, required=False)
         expect(tool, where, {"name": str}, required=is_client_tool(tool))
-    for index, sequence in enumerate(body.get("stop_sequences") or ()):
-        if not isinstance(sequence, str) or not sequence:
+    stops = request.get("stop_sequences") or ()
+    for index, stop in enumerate(stops):
+        if not isinstance(stop, str) or not stop:
             raise OgxError(400, f"stop_sequences.{index}: expected a string that isn't empty")
-    if sum(map(len, body.get("stop_sequences") or ())) > MAX_STOPS:  # each piece is searched
-        raise OgxError(400, f"stop_sequences: expected at most {MAX_STOPS} characters in all")
-    if body.get("output_format"):  # the older name
-        config = {"format": body["output_format"], **(body.get("output_config") or {})}
-        body["output_config"] = config
-    choice, config = body.get("tool_choice"), body.get("output_config") or {}
+    if sum(map(len, stops)) > 4000:  # all text is searched for them
+        raise OgxError(400, "stop_sequences: expected at most 4000 characters in all")
+    choice = request.get("tool_choice")
     if choice:
         expect(choice, "tool_choice", {"type": ("auto", "any", "tool", "none")})
         expect(choice, "tool_choice", {"name": str}, required=choice["type"] == "tool")
-    if config:
-        expect(config, "output_config", {"effort": str, "format": dict}, required=False)
-    output_format = config.get("format") or {}
-    if output_format.get("type") == "json_schema":
-        expect(output_format, "output_config.format", {"schema": dict})
+    config = request.get("output_config") or {}
+    expect(config, "output_config", {"effort": str, "format": dict}, required=False)
+    answer_format = config.get("format") or request.get("output_format") or {}
+    if answer_format.get("type") == "json_schema":
+        expect(answer_format, "output_config.format", {"schema": dict})
 
 
 def search_notice(request: Json) -> str:
@@ -1268,36 +1256,38 @@ def wrong(where: str, expected: str, value: Any) -> OgxError:
     return OgxError(400, f"{where}: expected {expected}, got {KIND_NAMES[type(value)]}")
 
 
-def refuse_untranslatable(body: Json, native: bool = False) -> None:
-    """Refuse what only Anthropic can honour, in the words that the clients' recovery looks for.
-    The SDK's tool runner goes on without server-side threads when it reads this error code;
-    Claude Code checks tool calls by ordinary requests when a 400 names `safeguards`. A verdict
-    must never be made up, so ignoring the field is no option."""
-    if body.get("thread"):
-        words = "thread: server-side threads are not supported here; send the whole conversation"
-        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
-        raise OgxError(400, words, details=details)
+def refuse_untranslatable(request: Json, native: bool = False) -> None:
+    """Raise OgxError(400) for what only Anthropic can do. The SDK's tool runner reads this error
+    code and goes on without server-side threads. Where a 400 names `safeguards`, whose verdicts
+    must never be made up, Claude Code checks tool calls by ordinary requests."""
+    if request.get("thread"):
+        raise OgxError(400, "thread: server-side threads are not supported here; send the whole "
+                            "conversation", details={"error_code": "thread_unsupported_request",
+                                                     "unsupported": ["thread"]})
     for name in ("safeguards", *(() if native else ("mcp_servers", "container"))):
-        if body.get(name):
+        if request.get(name):
             raise OgxError(400, f"{name}: not supported by translated models")
-    config = body.get("output_config") or {}
+    config = request.get("output_config") or {}
     if config.get("effort"):
         expect(config, "output_config", {"effort": EFFORTS})
     if config.get("format"):
         expect(config["format"], "output_config.format", {"type": ("json_schema",)})
-    for index, message in enumerate(body["messages"]):
-        for place, block in enumerate(blocks_of(message["content"])):
+    for index, message in enumerate(request["messages"]):
+        content = message["content"]
+        for place, block in enumerate(content if isinstance(content, list) else ()):
             if block["type"] not in BLOCK_TYPES:
-                where, shown = f"messages.{index}.content.{place}", json.dumps(block["type"])[:80]
-                raise OgxError(400, f"{where}.type: {shown} is not a known type of content block")
+                raise OgxError(400, f"messages.{index}.content.{place}.type: "
+                    f"{json.dumps(block['type'])[:80]} is not a known type of content block")
 
 
 def dropped_names(request: Json, sent: Json, all_of_them: bool) -> str:
-    """What a translated request leaves out, for the log; Claude Code's usual only on demand."""
-    usual = () if all_of_them else (("betas", request.get("betas")), KEEP_THOUGHTS)
-    known = {*OPTIONS, "model", "messages", "max_tokens"} - ({"top_k"} - sent.keys())
+    """Name for the log what a translated request leaves out; Claude Code's usual only on demand."""
+    usual = {} if all_of_them else {
+        "betas": request.get("betas"),
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}}
+    translated = {*OPTIONS, "model", "messages", "max_tokens"} - ({"top_k"} - sent.keys())
     names = [name for name, value in request.items()
-             if not (name in known or value is None or (name, value) in usual)]
+             if not (name in translated or value in (None, usual.get(name)))]
     return ", ".join(BAD_ID.sub("?", name[:40]) for name in names[:10])
 
 
@@ -1321,11 +1311,22 @@ def registered_alias(body: Any, registry: Registry) -> Alias:
     return alias
 
 
+# ======== History ============================================================================
+# A conversation for other dialects: turns in an order that all upstreams accept, words for blocks
+# that they don't have, signatures that hold what must go back to them. Pure.
+
+UNSEEN_BLOCKS = ("thinking", "redacted_thinking", "mcp_tool_listing", "fallback")
+SIGNATURE_MARK = '{"ogx":'  # begins those of signature_of()
+BILLING_HEADER = "x-anthropic-billing-header:"  # varies per prompt and would spoil prefix caches
+TOOL_ERROR = "[The tool reported an error]\n"
+UNICODE_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False)
+
+
 def blocks_of(content: Any) -> list[Json]:
-    """Content as a list of blocks, without empty texts, which most providers refuse; a document's
-    images follow it."""
+    """Return content as blocks, without empty texts, which most providers refuse; the images of
+    documents come last."""
     if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
+        return [text_part(content)] if content else []
     blocks = [b for b in content or () if b["type"] != "text" or b["text"]]
     for source in [b["source"] for b in blocks if b["type"] == "document"]:
         if source["type"] == "content" and isinstance(source["content"], list):
@@ -1334,8 +1335,8 @@ def blocks_of(content: Any) -> list[Json]:
 
 
 def system_text(request: Json) -> str:
-    """The system prompt as one text, without Claude Code's billing header."""
-    texts = [block_text(b) for b in blocks_of(request.get("system"))]
+    """Return the system prompt as one text, without Claude Code's billing header."""
+    texts = map(block_text, blocks_of(request.get("system")))
     return "\n\n".join(t for t in texts if not t.startswith(BILLING_HEADER))
 
 
@@ -1345,108 +1346,102 @@ def text_part(text: str) -> Json:
 
 @dataclass
 class Turn:
-    """A step of the repaired history. `results` holds tool_result blocks, one for each tool_use
-    of the assistant turn before it and in that order."""
+    """A step of the history. Results are one tool_result block for each tool_use of the
+    assistant's turn before them, in that order."""
 
     role: str  # assistant, results, user or system
     blocks: list[Json]
 
 
 def turns_from_messages(messages: Sequence[Json], system_anywhere: bool = True) -> list[Turn]:
-    """The history as turns in which every tool call is answered directly after it.
-    Results that come late (behind a system message, say) move up, missing ones are made up in
-    words, those without a call become text; messages of one role are merged, the last is never
-    the assistant's. Where templates refuse system messages in their place, they stay there as
-    marked text of the user, since moving them would spoil prefix caches."""
+    """Return the history as turns in which every tool call is answered directly after it: late
+    results (behind a system message, say) move up, missing ones are made up in words, those without
+    a call become text. Messages of one role are merged; the last is never the assistant's. Unless
+    system messages may stand anywhere, they become marked text of the user: to move them would
+    spoil prefix caches."""
     turns: list[Turn] = []
-    rest: list[Turn] = []  # what came after the last assistant turn
-    results: dict[str, Json] = {}
-
-    def flush() -> None:
-        calls = turns[-1].blocks if turns and turns[-1].role == "assistant" else []
-        ids = [b["id"] for b in calls if b["type"] == "tool_use"]
-        if ids:
-            missing = {"type": "tool_result", "content": NO_RESULT}
-            answered = [results.pop(i, {**missing, "tool_use_id": i}) for i in ids]
-            turns.append(Turn("results", answered))
-        orphans = [inner for result in results.values() for inner in loose_result(result)]
-        for turn in (Turn("user", orphans), *rest):
-            marked = turn.role == "system" and not system_anywhere
-            add_turn(turns, Turn("user", [reminder_part(turn.blocks)]) if marked else turn)
-        rest.clear()
-        results.clear()
-
+    missing: dict[str, Json] = {}  # results of the last calls, made up until they come
     last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
     for index, message in enumerate(messages):
-        blocks = blocks_of(message["content"])
+        role, blocks = message["role"], blocks_of(message["content"])
         if message.get("clear_at") == "next_user_message" and index < last_user:
             continue
-        if message["role"] == "assistant":
-            if rest or results:
-                flush()
-            add_turn(turns, Turn("assistant", blocks))
+        if role == "assistant":
+            add_turn(turns, role, blocks)
             continue
+        if role == "system" and blocks and not system_anywhere:
+            text = "\n\n".join(map(block_text, blocks))
+            role, blocks = "user", [text_part(f"<system-reminder>\n{text}\n</system-reminder>")]
         for block in blocks:
-            if block["type"] == "tool_result" and block["tool_use_id"] not in results:
-                results[block["tool_use_id"]] = block
-            elif block["type"] not in UNSEEN_BLOCKS:
-                loose = loose_result(block) if block["type"] == "tool_result" else [block]
-                add_turn(rest, Turn(message["role"], loose))
-    flush()
+            if block["type"] in UNSEEN_BLOCKS:
+                continue
+            if turns and turns[-1].role == "assistant":
+                missing = add_results(turns)
+            if block["type"] != "tool_result":
+                add_turn(turns, role, [block])
+            elif block["tool_use_id"] in missing:
+                missing.pop(block["tool_use_id"]).update({"content": None, **block})
+            else:
+                add_turn(turns, role, orphaned_result(block))
+    if turns and turns[-1].role == "assistant":
+        add_results(turns)
     if turns and turns[-1].role == "assistant" and any(map(block_text, turns[-1].blocks)):
-        turns.append(Turn("user", [text_part(GO_ON)]))
+        text = "[Go on from the very end of your last message, and repeat nothing of it.]"
+        add_turn(turns, "user", [text_part(text)])
     return turns
 
 
-def reminder_part(blocks: Sequence[Json]) -> Json:
-    """A system message as text that the model knows not to be the user's."""
-    text = "\n\n".join(map(block_text, blocks))
-    return text_part(f"<system-reminder>\n{text}\n</system-reminder>")
+def add_results(turns: list[Turn]) -> dict[str, Json]:
+    """Append made-up results of the last turn's calls, and return them by id."""
+    content = "[No result: the tool call was interrupted before it answered.]"
+    results = [{"type": "tool_result", "tool_use_id": block["id"], "content": content}
+               for block in turns[-1].blocks if block["type"] == "tool_use"]
+    add_turn(turns, "results", results)
+    return {result["tool_use_id"]: result for result in results}
 
 
-def loose_result(block: Json) -> list[Json]:
-    """A tool result that answers no call as blocks of any message."""
-    told = TOOL_ERROR if block.get("is_error") else ""
-    words = text_part(f"[Result of tool call {block['tool_use_id']}]\n{told}".strip())
-    return [words, *blocks_of(block.get("content"))]
+def add_turn(turns: list[Turn], role: str, blocks: list[Json]) -> None:
+    if blocks and turns and turns[-1].role == role:
+        turns[-1].blocks += blocks
+    elif blocks:
+        turns.append(Turn(role, blocks))
 
 
-def add_turn(turns: list[Turn], turn: Turn) -> None:
-    """Append a turn; one of the same role as the last is merged into it, an empty one left out."""
-    if not turn.blocks:
-        return
-    if turns and turns[-1].role == turn.role:
-        turns[-1].blocks += turn.blocks
-    else:
-        turns.append(turn)
+def orphaned_result(block: Json) -> list[Json]:
+    """Return a tool result that answers no call as blocks for any message."""
+    title = f"[Result of tool call {block['tool_use_id']}]"
+    if block.get("is_error"):
+        title += f"\n{TOOL_ERROR}".rstrip()
+    return [text_part(title), *blocks_of(block.get("content"))]
 
 
 def block_text(block: Json) -> str:
-    """A block in words, for upstreams that have no such block; "" for what only models read."""
-    kind = block["type"]
-    if kind == "text":
+    """Return a block in words, for upstreams that have no such block; "" for thinking."""
+    block_type = block["type"]
+    if block_type == "text":
         return str(block["text"])
-    if kind in UNSEEN_BLOCKS:
+    if block_type in UNSEEN_BLOCKS:
         return ""
-    if kind == "tool_result":
-        return "\n".join(filter(None, map(block_text, loose_result(block))))
-    if kind == "document":
+    if block_type == "tool_result":
+        return "\n".join(filter(None, map(block_text, orphaned_result(block))))
+    if block_type == "document":
         return document_text(block)
-    if kind == "image":
+    if block_type == "image":
         return f"[An image was here: {source_words(block['source'])}]"
-    if kind in ("tool_reference", "tool_addition", "tool_removal"):
+    if block_type in ("tool_reference", "tool_addition", "tool_removal"):
         tool = dict_or_empty(block.get("tool"))
         name = block.get("tool_name") or tool.get("name") or json.dumps(tool.get("definition"))
-        told = {"tool_removal": "no longer"}.get(kind, "not" if "definition" in tool else "now")
-        return f"[The tool {name} is {told} available.]"
-    if kind == "compaction":
+        state = "not" if "definition" in tool else "now"
+        state = "no longer" if block_type == "tool_removal" else state
+        return f"[The tool {name} is {state} available.]"
+    if block_type == "compaction":
         return str(block.get("content") or "[The summary of what was said is missing.]")
-    if kind == "search_result":
+    if block_type == "search_result":
         text = "\n".join(map(block_text, blocks_of(block.get("content"))))
         return f"[Search result: {block.get('title')} <{block.get('source')}>]\n{text}"
     content = {k: v for k, v in block.items() if k not in ("type", "cache_control", "id")}
     content = without_keywords(content, ["encrypted_content"], [])  # Anthropic's alone
-    return f"[{kind}] {json.dumps(content, ensure_ascii=False)}"
+    return f"[{block_type}] {UNICODE_JSON.encode(content)}"
 
 
 def without_keywords(tree: Any, gone: Collection[str], lost: list[Any], path: str = "input") -> Any:
@@ -1470,16 +1465,16 @@ def without_keywords(tree: Any, gone: Collection[str], lost: list[Any], path: st
     return kept
 
 
-def signature_of(dialect: str, owner: str, kept: Json) -> str:
-    """What `owner` needs back, as a signature that the client returns: nothing is kept here."""
-    return COMPACT_JSON.encode({"ogx": dialect, "by": owner, **kept})
+def signature_of(dialect: str, owner: str, state: Json) -> str:
+    """Return what must go back to `owner`, a model, as a signature that the client keeps for us."""
+    return COMPACT_JSON.encode({"ogx": dialect, "by": owner, **state})
 
 
 def kept_in(block: Json, dialect: str, owner: str) -> Json:
-    """What signature_of() put into a block for this dialect and owner; {} for any other block."""
+    """Return what a block's signature holds for this dialect and owner; {} for nothing."""
     signature = str(block.get("signature") or block.get("data"))
-    kept = dict_or_empty(json_or_none(signature if signature.startswith(SIGNATURE_MARK) else ""))
-    return kept if (kept.get("ogx"), kept.get("by")) == (dialect, owner) else {}
+    state = dict_or_empty(json_or_none(signature if signature.startswith(SIGNATURE_MARK) else ""))
+    return state if (state.get("ogx"), state.get("by")) == (dialect, owner) else {}
 
 
 def answer_way(request: Json, kind: ProviderKind) -> tuple[str, Json]:
@@ -1510,20 +1505,18 @@ def json_answer(text: str, schema: Json) -> str:
 
 
 def document_text(block: Json) -> str:
-    """A document's text, or words that say which document could not be shown."""
-    source = block["source"]
-    title = str(block.get("title") or "document")
+    source, title = block["source"], str(block.get("title") or "document")
     context = f"{block['context']}\n" if block.get("context") else ""
     if source["type"] not in ("text", "content"):
-        return f"{context}[The document '{title}' could not be passed on to this model: " \
-               f"{source_words(source)}]"
+        return (f"{context}[The document '{title}' could not be passed on to this model: "
+                f"{source_words(source)}]")
     content = source["data"] if source["type"] == "text" else source["content"]
     text = "\n".join(map(block_text, blocks_of(content)))
-    return f"<document title={json.dumps(title, ensure_ascii=False)}>\n{context}{text}\n</document>"
+    return f"<document title={UNICODE_JSON.encode(title)}>\n{context}{text}\n</document>"
 
 
 def source_words(source: Json) -> str:
-    """What a source is: `image/png, 12 kB`, a URL, a file id."""
+    """Return "image/png, 12 kB", a URL or a file's id."""
     if source["type"] == "base64":
         return f"{source['media_type']}, {len(source['data']) * 3 // 4000 + 1} kB"
     return str(source.get("url") or source.get("file_id") or source["type"])

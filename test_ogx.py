@@ -1723,8 +1723,7 @@ class TestRequests:
                                       {"output_config": {"effort": "low"}}])  # fmt: skip
     def test_the_older_output_format_is_that_of_output_config(self, rest):
         wanted = {"type": "json_schema", "schema": {"type": "object"}}
-        body = request(output_format=wanted, **rest)
-        ogx.check_request(body)
+        body = checked(request(output_format=wanted, **rest))
         assert body["output_config"] == {**(rest.get("output_config") or {}), "format": wanted}
         assert ogx.chat_request(body, model())["response_format"]["json_schema"]
         sent = ogx.messages_request(body, model("anthropic"))
@@ -1732,13 +1731,20 @@ class TestRequests:
 
     def test_the_newer_one_goes_before_the_older(self):
         new, old = ({"type": "json_schema", "schema": {"title": t}} for t in ("new", "old"))
-        body = request(output_format=old, output_config={"format": new})
-        ogx.check_request(body)
+        body = checked(request(output_format=old, output_config={"format": new}))
         assert body["output_config"]["format"] == new
         for nothing in ({}, {"output_format": None}):
-            body = request(**nothing)
-            ogx.check_request(body)
-            assert "output_config" not in body
+            assert "output_config" not in checked(request(**nothing))
+
+    @pytest.mark.parametrize("fields", [
+        {"messages": [user("a"), {"role": "system", "output_config": {"effort": "low"}}]},
+        {"output_format": {"type": "json_schema", "schema": {}}, "output_config": None},
+    ], ids=["settings", "format"])  # fmt: skip
+    def test_a_check_changes_nothing(self, fields):
+        body = request(**fields)
+        given = json.dumps(body)
+        ogx.check_request(body)
+        assert json.dumps(body) == given
 
     @pytest.mark.parametrize(
         ("output_format", "words"),
@@ -1823,6 +1829,108 @@ class TestRequests:
                        system=[text("s")], tools=[tool()])  # fmt: skip
         assert ogx.dropped_names(body, ogx.chat_request(body, model()), False) == ""
 
+    @pytest.mark.parametrize(
+        ("block", "words"),
+        [
+            (image(media_type="image/bmp"),
+             "image.source.base64.media_type: expected one of image/jpeg, image/png, image/gif, "
+             "image/webp"),
+            (result("a", [text("x"), image(media_type="image/tiff")]),
+             "image.source.base64.media_type: expected one of image/jpeg"),
+            ({**pdf(), "source": {"type": "base64", "media_type": "text/rtf", "data": ""}},
+             "document.source.base64.media_type: expected one of application/pdf"),
+            (image("A" * (5 * 1024 * 1024 + 4)),
+             "image.source.base64: image exceeds 5 MB maximum: 5242884 bytes > 5242880 bytes"),
+        ],
+    )  # fmt: skip
+    def test_media_that_anthropic_does_not_take_are_refused_in_its_words(self, block, words):
+        for translate in (chat, responses):
+            error = refused(translate, request(user([block])))
+            assert (error.status, error.message[: len(words)]) == (400, words)
+
+    def test_media_that_an_upstream_cannot_see_are_told_whatever_they_are(self):
+        rtf = {**pdf(), "source": {"type": "base64", "media_type": "text/rtf", "data": ""}}
+        assert "text/rtf, 1 kB" in chat(request(user([rtf])), "vllm")["messages"][0]["content"]
+
+    @pytest.mark.parametrize(
+        ("given", "sent"),
+        [
+            (r'{"a":"x\ud83d"}', r'{"a":"x\ufffd"}'), (r'["\ude00"]', r'["\ufffd"]'),
+            (r'["\ud83d\ud83d\ude00\ude00"]', r'["\ufffd\ud83d\ude00\ufffd"]'),
+            (r'["\ud83d \ude00"]', r'["\ufffd \ufffd"]'), (r'{"\udfff":1}', r'{"\ufffd":1}'),
+            (r'["\\\\\ud83d"]', r'["\\\\\ufffd"]'),
+            (r'["\uD83D \uDe00 \uD83D\uDE00"]', r'["\ufffd \ufffd \uD83D\uDE00"]'),
+            (r'["\\\ud83d\\ude00"]', r'["\\\ufffd\\ude00"]'),
+            # what are pairs, or words about them
+            (r'["\ud83d\ude00"]', None), (r'["\\ud83d"]', None),
+            (r'["\\ud83d\\ude00 \\\\udfff"]', None), (r'["\u0d83 ud83d \ud7ff\ue000"]', None),
+        ],
+    )  # fmt: skip
+    def test_half_of_a_pair_is_a_replacement_character(self, given, sent):
+        made = ogx.without_halves(given.encode())
+        assert made == (sent or given).encode()
+        json.dumps(json.loads(made), ensure_ascii=False).encode()  # whole characters alone
+
+    def test_half_pairs_are_replaced_in_linear_time(self):
+        def seconds(text):
+            begun = time.process_time()
+            ogx.without_halves(text)
+            return time.process_time() - begun
+
+        for piece in (rb"\ud83d", rb"\\", rb"\\ud83d", rb"\ud83d\ude00", rb"\ud83d\\\\"):
+            small, large = (min(seconds(b'"' + piece * n + b'"') for _ in range(3))
+                            for n in (20_000, 160_000))  # fmt: skip
+            assert large < 40 * max(small, 0.001)
+
+    @pytest.mark.parametrize(
+        ("make", "fits"),
+        [
+            (lambda n: b'{"a":[' + b"[]," * n + b"1]}", False),
+            (lambda n: b'{"a":"' + b"[]," * n + b'"}', True),
+            (lambda n: b'{"a":"' + rb"\"," * n + b'"}', True),
+            (lambda n: b"[" + b"1," * 2 * n + b"1]", False),
+            (lambda n: b'{"a":"' + b"[]," * n, True),  # broken, as the parser says then
+            (lambda n: b"[" * 3 * n, False),
+        ],
+        ids=["lists", "text", "escapes", "numbers", "open", "depth"],
+    )
+    def test_json_of_too_many_elements_is_not_read(self, make, fits):
+        data = make(600_000)
+        assert ogx.has_too_many_elements(data) is not fits
+        assert ogx.has_too_many_elements(data.decode()) is not fits
+        error = None if make(1).endswith(b"}") and fits else refused(ogx.parsed_json, data)
+        assert error is None or error.status == (400 if fits else 413)
+
+    def test_elements_are_counted_in_little_memory(self):
+        """A group in the expression for strings kept 100 bytes for each character."""
+        data = b'["' + b"a," * 1_000_001 + b'"]'
+        tracemalloc.start()
+        assert not ogx.has_too_many_elements(data)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 10 * len(data)
+
+    @pytest.mark.parametrize(("stops", "fits"), [
+        (["a" * 4000], True), (["a" * 4001], False), (["ab"] * 2001, False)], ids=str)
+    def test_stop_sequences_are_bounded(self, stops, fits):
+        body = request(stop_sequences=stops)
+        if fits:
+            ogx.check_request(body)
+        else:
+            assert "at most 4000 characters" in refused(ogx.check_request, body).message
+
+    @pytest.mark.parametrize(("model_id", "fits"), [
+        ("x" * 256, True), ("\u4f60" * 256, True), ("x" * 257, False), ("a\x1b[2J", False),
+        ("a\nb", False), ("a\u202eb", False), ("a\udc9bb", False)], ids=ascii)  # fmt: skip
+    def test_a_models_id_is_short_and_without_controls(self, model_id, fits):
+        if fits:
+            ogx.check_request(request(model=model_id))
+        else:
+            error = refused(ogx.check_request, request(model=model_id))
+            assert error.status == 400 and error.message.startswith("model: expected 1 to 256")
+
+
+class TestHistory:
     def test_the_billing_header_is_no_part_of_the_system_prompt(self):
         blocks = [text("x-anthropic-billing-header: cc_version=1;"), text("You are"), text("a bot")]
         assert ogx.system_text({"system": blocks}) == "You are\n\na bot"
@@ -1862,6 +1970,11 @@ class TestRequests:
         told = text("[Result of tool call gone]\n[The tool reported an error]")
         assert (turn.role, turn.blocks) == ("user", [told, text("the output"), image()])
 
+    def test_what_answers_no_call_stays_in_its_place(self):
+        (turn,) = ogx.turns_from_messages([user(text("a"), result("gone", "b"), text("c"))])
+        words = [block["text"] for block in turn.blocks]
+        assert words == ["a", "[Result of tool call gone]", "b", "c"]
+
     def test_a_second_result_of_one_call_is_not_lost(self):
         turns = [assistant([call("a")]), user(result("a", "one"), result("a", "two"))]
         *_, last = ogx.turns_from_messages(turns)
@@ -1877,14 +1990,13 @@ class TestRequests:
     def test_a_system_message_may_be_for_one_turn_and_may_hold_settings_alone(self):
         once = {"role": "system", "content": "once", "clear_at": "next_user_message"}
         settings = {"role": "system", "output_config": {"effort": "low"}}
-        body = request(user("a"), once, assistant("b"), user("c"), once, settings)
-        ogx.check_request(body)
+        body = checked(request(user("a"), once, assistant("b"), user("c"), once, settings))
         turns = ogx.turns_from_messages(body["messages"])
         assert [t.role for t in turns] == ["user", "assistant", "user", "system"]
 
     def test_a_missing_result_is_made_up_in_words(self):
         made = ogx.turns_from_messages([assistant([call("1")]), user("go on")])
-        assert made[1].blocks[0]["content"] == ogx.NO_RESULT
+        assert made[1].blocks[0]["content"].startswith("[No result: ")
 
     # Every block type of Anthropic's OpenAPI and SDK: a block in a request, and what of it a chat
     # model reads ("" for nothing; None: it has a form of its own there, with tests of its own).
@@ -1947,59 +2059,6 @@ class TestRequests:
     def test_every_block_type_is_in_that_table(self):
         assert {block["type"] for block, _ in self.BLOCKS} == ogx.BLOCK_TYPES
 
-    @pytest.mark.parametrize(
-        ("block", "words"),
-        [
-            (image(media_type="image/bmp"),
-             "image.source.base64.media_type: expected one of image/jpeg, image/png, image/gif, "
-             "image/webp"),
-            (result("a", [text("x"), image(media_type="image/tiff")]),
-             "image.source.base64.media_type: expected one of image/jpeg"),
-            ({**pdf(), "source": {"type": "base64", "media_type": "text/rtf", "data": ""}},
-             "document.source.base64.media_type: expected one of application/pdf"),
-            (image("A" * (5 * 1024 * 1024 + 4)),
-             "image.source.base64: image exceeds 5 MB maximum: 5242884 bytes > 5242880 bytes"),
-        ],
-    )  # fmt: skip
-    def test_media_that_anthropic_does_not_take_are_refused_in_its_words(self, block, words):
-        for translate in (chat, responses):
-            error = refused(translate, request(user([block])))
-            assert (error.status, error.message[: len(words)]) == (400, words)
-
-    def test_media_that_an_upstream_cannot_see_are_told_whatever_they_are(self):
-        rtf = {**pdf(), "source": {"type": "base64", "media_type": "text/rtf", "data": ""}}
-        assert "text/rtf, 1 kB" in chat(request(user([rtf])), "vllm")["messages"][0]["content"]
-
-    @pytest.mark.parametrize(
-        ("given", "sent"),
-        [
-            (r'{"a":"x\ud83d"}', r'{"a":"x\ufffd"}'), (r'["\ude00"]', r'["\ufffd"]'),
-            (r'["\ud83d\ud83d\ude00\ude00"]', r'["\ufffd\ud83d\ude00\ufffd"]'),
-            (r'["\ud83d \ude00"]', r'["\ufffd \ufffd"]'), (r'{"\udfff":1}', r'{"\ufffd":1}'),
-            (r'["\\\\\ud83d"]', r'["\\\\\ufffd"]'),
-            (r'["\uD83D \uDe00 \uD83D\uDE00"]', r'["\ufffd \ufffd \uD83D\uDE00"]'),
-            (r'["\\\ud83d\\ude00"]', r'["\\\ufffd\\ude00"]'),
-            # what are pairs, or words about them
-            (r'["\ud83d\ude00"]', None), (r'["\\ud83d"]', None),
-            (r'["\\ud83d\\ude00 \\\\udfff"]', None), (r'["\u0d83 ud83d \ud7ff\ue000"]', None),
-        ],
-    )  # fmt: skip
-    def test_half_of_a_pair_is_a_replacement_character(self, given, sent):
-        made = ogx.without_halves(given.encode())
-        assert made == (sent or given).encode()
-        json.dumps(json.loads(made), ensure_ascii=False).encode()  # whole characters alone
-
-    def test_half_pairs_are_replaced_in_linear_time(self):
-        def seconds(text):
-            begun = time.process_time()
-            ogx.without_halves(text)
-            return time.process_time() - begun
-
-        for piece in (rb"\ud83d", rb"\\", rb"\\ud83d", rb"\ud83d\ude00", rb"\ud83d\\\\"):
-            small, large = (min(seconds(b'"' + piece * n + b'"') for _ in range(3))
-                            for n in (20_000, 160_000))  # fmt: skip
-            assert large < 40 * max(small, 0.001)
-
     def test_a_documents_images_follow_it(self):
         inner = [text("see"), image("AAAA"), text(""), image("BBBB")]
         paper = {"type": "document", "source": {"type": "content", "content": inner}}
@@ -2018,7 +2077,6 @@ class TestRequests:
         kind = dataclasses.replace(ogx.PROVIDER_KINDS["vllm"], images=False, native_gaps=())
         assert ogx.lost_natively(body, kind) == {"image"}
 
-
     @pytest.mark.parametrize("make", [
         lambda n: [user(*[text("a")] * n)], lambda n: [user("a")] * n,
         lambda n: [user("a"), {"role": "system", "content": "b"}] * (n // 2),
@@ -2029,53 +2087,6 @@ class TestRequests:
     def test_the_work_grows_with_the_request_alone(self, kind, make):
         check_linear(lambda messages: ogx.chat_messages(
             request(*messages), model(kind), ogx.ToolNames({})), make, 2000)  # fmt: skip
-
-    @pytest.mark.parametrize(
-        ("make", "fits"),
-        [
-            (lambda n: b'{"a":[' + b"[]," * n + b"1]}", False),
-            (lambda n: b'{"a":"' + b"[]," * n + b'"}', True),
-            (lambda n: b'{"a":"' + rb"\"," * n + b'"}', True),
-            (lambda n: b"[" + b"1," * 2 * n + b"1]", False),
-            (lambda n: b'{"a":"' + b"[]," * n, True),  # broken, as the parser says then
-            (lambda n: b"[" * 3 * n, False),
-        ],
-        ids=["lists", "text", "escapes", "numbers", "open", "depth"],
-    )
-    def test_json_of_too_many_elements_is_not_read(self, make, fits):
-        data = make(600_000)
-        assert ogx.has_too_many_elements(data) is not fits
-        assert ogx.has_too_many_elements(data.decode()) is not fits
-        error = None if make(1).endswith(b"}") and fits else refused(ogx.parsed_json, data)
-        assert error is None or error.status == (400 if fits else 413)
-
-    def test_elements_are_counted_in_little_memory(self):
-        """A group in the expression for strings kept 100 bytes for each character."""
-        data = b'["' + b"a," * 1_000_001 + b'"]'
-        tracemalloc.start()
-        assert not ogx.has_too_many_elements(data)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 10 * len(data)
-
-    @pytest.mark.parametrize(("stops", "fits"), [
-        (["a" * 4000], True), (["a" * 4001], False), (["ab"] * 2001, False)], ids=str)
-    def test_stop_sequences_are_bounded(self, stops, fits):
-        body = request(stop_sequences=stops)
-        if fits:
-            ogx.check_request(body)
-        else:
-            assert "at most 4000 characters" in refused(ogx.check_request, body).message
-
-    @pytest.mark.parametrize(("model_id", "fits"), [
-        ("x" * 256, True), ("\u4f60" * 256, True), ("x" * 257, False), ("a\x1b[2J", False),
-        ("a\nb", False), ("a\u202eb", False), ("a\udc9bb", False)], ids=ascii)  # fmt: skip
-    def test_a_models_id_is_short_and_without_controls(self, model_id, fits):
-        if fits:
-            ogx.check_request(request(model=model_id))
-        else:
-            error = refused(ogx.check_request, request(model=model_id))
-            assert error.status == 400 and error.message.startswith("model: expected 1 to 256")
 
 
 # Texts with their tokens in OpenAI's o200k_base, as .ci/o200k.cjs counts them.
@@ -2431,9 +2442,12 @@ class TestEvents:
         assert refused(reader.feed, b"x" * 200).status == 502
 
 
+def checked(body):
+    return ogx.checked_json(json.dumps(body).encode())
+
+
 def chat(body, kind="openai", **fields):
-    ogx.check_request(body)
-    return ogx.chat_request(body, model(kind, **fields))
+    return ogx.chat_request(checked(body), model(kind, **fields))
 
 
 class TestChat:
@@ -3986,11 +4000,10 @@ class TestMessages:
 
 
 def responses(body, **row):
-    ogx.check_request(body)
     kind = dataclasses.replace(ogx.PROVIDER_KINDS["openai"], **row)
     owner = dataclasses.replace(provider(), kind=kind)
     found = ogx.Model("openai/gpt-5.5", owner, "gpt-5.5")
-    return ogx.finished_responses(ogx.responses_request(body, found))
+    return ogx.finished_responses(ogx.responses_request(checked(body), found))
 
 
 def added(index, **item):
