@@ -54,7 +54,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import marshal
 import math
 import operator
 import os
@@ -1523,61 +1522,54 @@ def source_words(source: Json) -> str:
 
 
 # ======== Tokens =============================================================================
-# Estimates, since providers count with vocabularies we don't have. Pure, but for a memory of texts:
-# each turn of a conversation brings again what was said before.
+# Estimates, since providers count with vocabularies that we don't have. Pure.
 
-ATTACHED_TOKENS = 1_600  # Anthropic's upper bound for one image; also of what can't be measured
-PDF_BYTES_PER_TOKEN = 40  # a page of 60 kB is about 1,500 tokens
-# Each byte's class: a for small letters and most bytes of other scripts, 0, dot, or itself, as have
-# capitals, line ends, the first bytes of accented letters and of Chinese.
+# Bytes by class: "a" for small letters and most bytes of other scripts, "0" for digits, "." for
+# punctuation; capitals, white space and the rest stay. "Hi, x = 12;" becomes "Ha. a . 00.".
 BYTE_CLASSES = re.sub(rb"[!-/:-@\[-`{-~]", b".", re.sub(rb"[a-z\x80-\xc1\xca-\xe0]", b"a",
     re.sub(rb"[0-9]", b"0", bytes(range(256)).replace(b"\t", b" "))))
-# Tokens of OpenAI's o200k, nearly: so many for a byte, and so many more for each run of classes.
-# Fitted to prose, code, JSON, listings and Claude Code's prompts: the mean of each is off by 3 %.
-BYTE_TOKENS = 0.428
+# Tokens of OpenAI's o200k, nearly: 0.428 for each byte, and these for each run of classes. Fitted
+# to prose, code, JSON, listings and Claude Code's prompts: the mean of each is off by 3 %.
 RUN_TOKENS = ((b"aa", -0.638), (b".a", 0.19), (b".0", 1.37), (b" 0", 2.51), (b" " * 6, -2.27),
               (b"." * 8, -3.02))
-known_texts: dict[int, float] = {}  # hash of a text -> its tokens
 
 
-def prompt_tokens(request: Json) -> tuple[float, int]:
-    """About how many tokens a request's texts and tools are, and its images and documents. Its
-    thinking is left out, which most upstreams drop."""
-    blocks = [b for message in request["messages"] for b in blocks_of(message["content"])]
-    said = text_tokens(request["tools"]) if request.get("tools") else 0.0
-    said += sum(map(text_tokens, (system_text(request), *map(block_text, blocks))))
-    return said + 4 * len(request["messages"]) + 3, sum(map(attached_tokens, blocks))
+class TokenCounter:
+    """Estimates tokens. It remembers those of 10,000 texts, since each turn of a conversation
+    repeats all before it."""
 
+    def __init__(self) -> None:
+        self._tokens: dict[int, float] = {}  # by a text's hash
 
-def text_tokens(value: Any) -> float:
-    """About how many tokens a text is, or the JSON of a value."""
-    is_text = isinstance(value, str)
-    try:
-        key = hash(value if is_text else marshal.dumps(value, 2))  # four times as fast as JSON
-    except ValueError:  # it is nested too deeply for that
-        raise RecursionError from None
-    count = known_texts.get(key)
-    if count is None:
-        text = value if is_text else json.dumps(value, ensure_ascii=False)
-        data = text.encode("utf-8", "replace").translate(BYTE_CLASSES)
-        count = BYTE_TOKENS * len(data) + sum(data.count(many) * more for many, more in RUN_TOKENS)
-        if len(known_texts) >= 10_000:
-            known_texts.clear()
-        known_texts[key] = count
-    return count
+    def prompt(self, request: Json) -> tuple[float, int]:
+        """Return the tokens of a request's texts and tools, and of its images and documents.
+        Thinking doesn't count: most upstreams drop it."""
+        blocks = [b for message in request["messages"] for b in blocks_of(message["content"])]
+        tools = UNICODE_JSON.encode(request["tools"]) if request.get("tools") else ""
+        texts = (tools, system_text(request), *map(block_text, blocks))
+        tokens = sum(map(self.text, texts)) + 4 * len(request["messages"]) + 3
+        return tokens, sum(map(attached_tokens, blocks))
+
+    def text(self, text: str) -> float:
+        tokens = self._tokens.get(hash(text))
+        if tokens is None:
+            data = text.encode("utf-8", "replace").translate(BYTE_CLASSES)
+            tokens = 0.428 * len(data) + sum(data.count(part) * n for part, n in RUN_TOKENS)
+            if len(self._tokens) >= 10_000:
+                self._tokens.clear()
+            self._tokens[hash(text)] = tokens
+        return tokens
 
 
 def attached_tokens(block: Json) -> int:
-    """About how many tokens a block's images and documents are."""
-    kind, source = block["type"], block.get("source") or {}
-    if kind == "tool_result":
+    block_type, source = block["type"], block.get("source") or {}
+    if block_type == "tool_result":
         return sum(map(attached_tokens, blocks_of(block.get("content"))))
-    if kind not in ("image", "document") or source["type"] in ("text", "content"):
+    if block_type not in ("image", "document") or source["type"] in ("text", "content"):
         return 0
-    data = source.get("data") or ""
-    if kind == "document" and data:
-        return len(data) * 3 // 4 // PDF_BYTES_PER_TOKEN
-    return ATTACHED_TOKENS
+    if block_type == "document" and source.get("data"):
+        return len(source["data"]) * 3 // 4 // 40  # a page of 60 kB is about 1,500 tokens
+    return 1_600  # Anthropic's upper bound for an image
 
 
 # ======== Events =============================================================================
@@ -3125,7 +3117,7 @@ class Dialect:
 
 def demo_request(request: Json, model: Model) -> Json:
     """The demo model's "request": the text it answers and the size of what it was sent."""
-    tokens = round(sum(prompt_tokens(request)))
+    tokens = round(sum(TokenCounter().prompt(request)))
     text = (f"This is ogx.py's built-in demo model; I received {len(request['messages'])} "
             f"messages, {len(request.get('tools') or ())} tools, about {tokens:,} tokens. Set "
             "OPENAI_API_KEY, VLLM_URL or OLLAMA_URL and start `run` again to talk to a real "
@@ -3832,7 +3824,7 @@ class Ratios:
         self._seen: dict[str, list[float]] = {}
 
     def estimate(self, model: Model, prompt: tuple[float, int]) -> int:
-        """The tokens of a prompt as this model counts; `prompt` is what prompt_tokens() gave."""
+        """The tokens of a prompt as this model counts; `prompt` is what TokenCounter gave."""
         seen = sorted(self._seen.get(model.served, (1.0,)))
         return round(prompt[0] * seen[len(seen) // 2]) + prompt[1]
 
@@ -4700,7 +4692,7 @@ class Gateway:
         self.registry = Registry(config)
         self.upstream = upstream or Upstream(config.limits)
         self.lessons = Lessons(self.store)
-        self.ratios = Ratios()
+        self.ratios, self.tokens = Ratios(), TokenCounter()
         self.backoff = BACKOFF
         self._resting: dict[str, float] = {}  # model that failed -> until when it is tried last
         self.tick = tick
@@ -4766,7 +4758,7 @@ class Gateway:
                 lessons[-1] = replace(lessons[-1], keep=False)
                 if self._learned(failed, body, taught, exchange, lessons):
                     continue
-                raise told_error(failed, exchange, model, body)
+                raise told_error(failed, exchange, model, body, self.tokens)
             failed, refused = None, None
             try:
                 for piece in self._answer(taught, name, data, exchange):
@@ -4786,7 +4778,8 @@ class Gateway:
                 if not last and self._learned(error, body, taught, exchange, lessons):
                     failed, refused = replace(error), made
                     continue
-                error = error if exchange.answered else told_error(error, exchange, model, body)
+                if not exchange.answered:
+                    error = told_error(error, exchange, model, body, self.tokens)
                 pause = None if last else self._pause(error, exchange)
                 if pause is None:
                     raise error from None
@@ -4859,7 +4852,7 @@ class Gateway:
         reply = yield from self._sent(model.provider, path, data, exchange.sent, exchange)
         data = b""
         try:
-            prompt = prompt_tokens(exchange.request)  # while the upstream works: it takes a while
+            prompt = self.tokens.prompt(exchange.request)  # takes a while: the upstream works
             if not dialect.native:
                 estimate = self.ratios.estimate(model, prompt)
                 translator = new_translator(dialect, exchange, model, estimate,
@@ -4978,7 +4971,7 @@ class Gateway:
             count = yield from self._counted(model.provider, paths, body, exchange)
             if count:
                 break
-        count = count or self.ratios.estimate(model, prompt_tokens(request))
+        count = count or self.ratios.estimate(model, self.tokens.prompt(request))
         counted = {"input_tokens": count, "context_management": {"original_input_tokens": count}}
         yield json_bytes(counted) + b"\n"
 
@@ -5276,11 +5269,12 @@ def refused_error(refusal: Refusal, model: Model, headers: Headers, native: byte
     return error
 
 
-def told_error(error: OgxError, exchange: Exchange, model: Model, body: Json) -> OgxError:
+def told_error(error: OgxError, exchange: Exchange, model: Model, body: Json,
+               tokens: TokenCounter) -> OgxError:
     """The error as the client understands it best: a prompt that is too long in those words."""
     if error.refusal is None or "prompt is too long" in error.message:
         return error
-    count = round(sum(prompt_tokens(exchange.request)))
+    count = round(sum(tokens.prompt(exchange.request)))
     asked = max(body.get(name, 0) for name in LIMIT_FIELDS)
     return overflow_error(error.refusal, count, model.context, asked) or error
 

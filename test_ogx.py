@@ -2196,7 +2196,7 @@ O200K_OTHERS = {
 
 class TestTokens:
     def test_all_kinds_of_text_are_counted_as_o200k_does(self):
-        counted = {name: ogx.text_tokens(words) for name, (_, words) in O200K.items()}
+        counted = {name: ogx.TokenCounter().text(words) for name, (_, words) in O200K.items()}
         for name, (tokens, _) in O200K.items():
             assert counted[name] == pytest.approx(tokens, rel=0.2), name  # they are short
         whole = sum(tokens for tokens, _ in O200K.values())
@@ -2204,11 +2204,11 @@ class TestTokens:
 
     @pytest.mark.parametrize(("tokens", "words"), O200K_OTHERS.values(), ids=list(O200K_OTHERS))
     def test_other_languages_are_counted_nearly(self, tokens, words):
-        assert ogx.text_tokens(words) == pytest.approx(tokens, rel=0.35)
+        assert ogx.TokenCounter().text(words) == pytest.approx(tokens, rel=0.35)
 
     def test_system_tools_calls_and_results_count(self):
         tokens, words = O200K["prose"]
-        small, _ = ogx.prompt_tokens(request())
+        small, _ = ogx.TokenCounter().prompt(request())
         for body in (request(system=words), request(tools=[tool(description=words)]),
                      request(system=[text(words)]), request(words),
                      request(assistant([call("a", command=words)])),
@@ -2216,37 +2216,42 @@ class TestTokens:
                      request(user([result("a", [text(words)])])),
                      request(user([{"type": "document", "source": {"type": "text", "data": words,
                                     "media_type": "text/plain"}}]))):  # fmt: skip
-            said, attached = ogx.prompt_tokens(body)
+            said, attached = ogx.TokenCounter().prompt(body)
             assert 0.85 * tokens < said - small < 1.15 * tokens + 40 and attached == 0
 
     def test_what_no_template_shows_does_not_count(self):
-        bare = ogx.prompt_tokens(request(assistant(text("a"), call("a")), user([result("a")])))
+        count = ogx.TokenCounter().prompt
+        bare = count(request(assistant(text("a"), call("a")), user([result("a")])))
         much = "x9" * 5000
         thought = {"type": "thinking", "thinking": much, "signature": much}
-        full = ogx.prompt_tokens(request(
+        full = count(request(
             assistant(thought, {**text("a"), "cache_control": {"type": much}}, call("a" + much)),
             user([result("a")])))  # fmt: skip
         assert full == bare
 
     @pytest.mark.parametrize("data", ["", "A", "\xe9"])
     def test_an_image_counts_as_the_largest_at_anthropic(self, data):
-        assert ogx.prompt_tokens(request(user([image(data)])))[1] == 1600
+        assert ogx.TokenCounter().prompt(request(user([image(data)])))[1] == 1600
 
     def test_other_attachments_count_by_their_size_or_alike(self):
         by_url = {"source": {"type": "url", "url": "https://x.example/a"}}
         for block, tokens in ((pdf("A" * 80_000), 1500), ({"type": "image", **by_url}, 1600),
                               ({"type": "document", **by_url}, 1600)):  # fmt: skip
-            assert ogx.prompt_tokens(request(user([block])))[1] == tokens
+            assert ogx.TokenCounter().prompt(request(user([block])))[1] == tokens
 
-    def test_what_was_counted_is_known_again_but_not_for_ever(self, monkeypatch):
-        monkeypatch.setattr(ogx, "known_texts", {})
-        tools = [tool(description="in Größe")]
-        first = ogx.prompt_tokens(request("hello", tools=tools))
-        assert ogx.prompt_tokens(request("hello", tools=tools)) == first
-        assert len(ogx.known_texts) == 3  # the empty system prompt, too
+    def test_what_was_counted_is_known_again_but_not_for_ever(self):
+        counter, body = ogx.TokenCounter(), request("hello", tools=[tool(description="in Größe")])
+        first = counter.prompt(body)
+        assert counter.prompt(body) == first
+        assert len(counter._tokens) == 3  # the empty system prompt, too
         for number in range(11_000):
-            ogx.text_tokens(f"text {number}")
-        assert len(ogx.known_texts) <= 10_000
+            counter.text(f"text {number}")
+        assert len(counter._tokens) <= 10_000
+
+    def test_a_counter_keeps_no_texts(self):
+        counter = ogx.TokenCounter()
+        counter.prompt(request("hello " * 1000))
+        assert {type(value) for pair in counter._tokens.items() for value in pair} == {int, float}
 
 
 class TestEvents:
@@ -8224,7 +8229,7 @@ class TestGateway:
         with FakeUpstream(answer, said()) as upstream, serving(
             dataclasses.replace(provider(url=upstream.url), dialect=dialect)
         ) as client:
-            ratios, prompt = client.gateway.ratios, ogx.prompt_tokens(body)
+            ratios, prompt = client.gateway.ratios, ogx.TokenCounter().prompt(body)
             before = ratios.estimate(model(), prompt)
             assert client.post(body)[0] == 200
             client.get("/v1/health")  # after the end of the last answer
@@ -8238,7 +8243,7 @@ class TestGateway:
             for _ in range(2):
                 start, *_, end, _ = read_events(client.post(body)[2])
                 told.append((start["message"]["usage"]["input_tokens"], end["usage"]))
-        assert [first for first, _ in told] == [round(sum(ogx.prompt_tokens(body))), 900]
+        assert [first for first, _ in told] == [round(sum(ogx.TokenCounter().prompt(body))), 900]
         for _, usage in told:
             assert (usage["input_tokens"], usage["cache_read_input_tokens"]) == (100, 800)
 

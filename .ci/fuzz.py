@@ -244,7 +244,7 @@ def request_check(chance: random.Random) -> bytes:
                 dialect = ogx.DIALECTS[name]
                 kind, body = outcome(lambda d=dialect, p=provider: written(request, p, d))
                 assert kind == "result" or 400 <= body < 500, name
-        assert ogx.prompt_tokens(request)[0] >= 0
+        assert ogx.TokenCounter().prompt(request)[0] >= 0
     return data
 
 
