@@ -2272,6 +2272,25 @@ class TestEvents:
                 "inference_geo", "input_tokens", "output_tokens", "server_tool_use",
                 "service_tier"} <= set(message["usage"])  # fmt: skip
 
+    def test_blocks_are_opened_and_closed_in_one_place(self):
+        (writer,) = (node for node in ast.parse(SOURCE).body
+                     if getattr(node, "name", "") == "MessageWriter")  # fmt: skip
+        inside = {
+            method.name: {str(word) for node in ast.walk(method) if node is not method
+                          for word in vars(node).values()}
+            for method in writer.body if isinstance(method, ast.FunctionDef)
+        }  # fmt: skip
+
+        def users(*words):
+            """The methods that name one of these: methods, constants, types of events."""
+            return {name for name, found in inside.items() if found & {*words}}
+
+        assert users("content_block_start") == {"_open"}
+        assert users("content_block_stop") == {"_close"}
+        assert users("content_block_delta", "DELTA_EVENT") == {"_delta", "goes_on"}
+        assert users("_open") == users("_close") == {"_advance"}
+        assert users("_delta") == {"_advance", "_close", "citation"}
+
     def test_a_change_of_kind_closes_one_block_and_opens_the_next(self):
         writer = self.writer()
         for words in ("a", "b"):
@@ -2442,7 +2461,7 @@ class TestEvents:
         assert reader.feed(b"data: last") == [] and reader.end() == [b"last"]
 
     def test_an_event_without_end_is_bounded(self):
-        reader = ogx.SseReader(limit=1000)
+        reader = ogx.SseReader(max_event=1000)
         assert reader.feed(b"data: " + b"x" * 900) == []
         assert refused(reader.feed, b"x" * 200).status == 502
 

@@ -158,7 +158,7 @@ def sse_reader(chance: random.Random) -> bytes:
     data = mutated(SSE, chance)
 
     def read(pieces: list[bytes]) -> list[bytes]:
-        reader = ogx.SseReader(limit=4096)
+        reader = ogx.SseReader(max_event=4096)
         return [event for piece in pieces for event in reader.feed(piece)] + reader.end()
 
     whole = outcome(lambda: read([data]))
