@@ -1322,8 +1322,8 @@ UNICODE_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
 
 def blocks_of(content: Any) -> list[Json]:
-    """Return content as blocks, without empty texts, which most providers refuse; the images of
-    documents come last."""
+    """Return content as blocks without empty texts, which most providers refuse, and with the
+    images of documents at the end."""
     if isinstance(content, str):
         return [text_part(content)] if content else []
     blocks = [b for b in content or () if b["type"] != "text" or b["text"]]
@@ -1334,7 +1334,6 @@ def blocks_of(content: Any) -> list[Json]:
 
 
 def system_text(request: Json) -> str:
-    """Return the system prompt as one text, without Claude Code's billing header."""
     texts = map(block_text, blocks_of(request.get("system")))
     return "\n\n".join(t for t in texts if not t.startswith(BILLING_HEADER))
 
@@ -1345,8 +1344,7 @@ def text_part(text: str) -> Json:
 
 @dataclass
 class Turn:
-    """A step of the history. Results are one tool_result block for each tool_use of the
-    assistant's turn before them, in that order."""
+    """A step of the history. Results answer each tool_use of the turn before, in that order."""
 
     role: str  # assistant, results, user or system
     blocks: list[Json]
@@ -1535,15 +1533,14 @@ RUN_TOKENS = ((b"aa", -0.638), (b".a", 0.19), (b".0", 1.37), (b" 0", 2.51), (b" 
 
 
 class TokenCounter:
-    """Estimates tokens. It remembers those of 10,000 texts, since each turn of a conversation
-    repeats all before it."""
+    """Estimates tokens, and remembers those of 10,000 texts: each turn repeats all before it."""
 
     def __init__(self) -> None:
         self._tokens: dict[int, float] = {}  # by a text's hash
 
     def prompt(self, request: Json) -> tuple[float, int]:
-        """Return the tokens of a request's texts and tools, and of its images and documents.
-        Thinking doesn't count: most upstreams drop it."""
+        """Return the tokens of texts and tools, and of images and documents. Thinking doesn't
+        count, since most upstreams drop it."""
         blocks = [b for message in request["messages"] for b in blocks_of(message["content"])]
         tools = UNICODE_JSON.encode(request["tools"]) if request.get("tools") else ""
         texts = (tools, system_text(request), *map(block_text, blocks))
@@ -1616,8 +1613,7 @@ class Usage:
 
 @dataclass
 class Block:
-    """A block that is open or waits. Texts are in pieces: to join them each time would be
-    quadratic."""
+    """A block that is open or waits. To join its pieces each time would be quadratic."""
 
     key: Any  # what its fragments are recognised by
     type: str  # text, thinking, tool_use; or whole: one that needs no deltas
@@ -1698,7 +1694,7 @@ class MessageWriter:
             self._fragment("thinking", "thinking", text)
 
     def goes_on(self, block_type: str, escaped: str) -> bool:
-        """Append a delta, its text in JSON's quotes, if such a block is open; return whether."""
+        """Append a text in JSON's quotes to an open block; return False where none is open."""
         if self._stops or not self._blocks or self._blocks[0].type != block_type:
             return False
         event = DELTA_EVENT % (self._index, *DELTAS[block_type], escaped)
@@ -1719,7 +1715,6 @@ class MessageWriter:
         self._advance()
 
     def citation(self, citation: Json) -> None:
-        """Write a source of the text that is open."""
         if self._is_open("text"):
             self._delta("citations_delta", "citation", citation)
 
@@ -1745,8 +1740,8 @@ class MessageWriter:
                          "context_management": None}, {"type": "message_stop"}]
 
     def end_text(self) -> None:
-        """Close an open text: another one follows, or the answer ends in an error, and Claude Code
-        goes on from it. A tool call stays open, or half of one would count as whole."""
+        """Close an open text, as another one or an error follows: Claude Code then goes on from it.
+        A tool call stays open, or half of one would count as whole."""
         if self._tail and self._message is None:  # what failed before it began may be tried again
             self._fragment("text", "text", self._tail)
             self._tail = ""
@@ -1842,7 +1837,6 @@ def fresh_id(prefix: str) -> str:
 
 
 def message_from_events(events: Iterable[Json]) -> Json:
-    """Return the message that a complete stream of events amounts to."""
     folder = MessageFolder()
     for event in events:
         folder.add(event)
@@ -1891,7 +1885,6 @@ class MessageFolder:
 
 
 def sse_bytes(event: Json | bytes) -> bytes:
-    """Return one event as Anthropic sends it."""
     if isinstance(event, bytes):
         return event
     delta = event.get("delta", {})
