@@ -22,7 +22,8 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
     Providers      one row of data per kind of provider
     Config         starter.json, or a file like it, and ${env.VAR:=default}
     Registry       models, aliases and tiers: which provider serves an id
-    Requests       check a Messages request; what all dialects share
+    Requests       check a Messages request
+    History        turns, words for blocks, documents and signatures for other dialects
     Tokens         estimate token counts
     Events         build, write, read and fold Anthropic events
     Chat           OpenAI Chat Completions: request there, chunks back
@@ -57,7 +58,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import marshal
 import math
 import operator
 import os
@@ -1065,8 +1065,7 @@ def tier_of(model_id: str) -> str | None:
 
 
 # ======== Requests ===========================================================================
-# What holds for a Messages request whatever the upstream speaks: its shape is checked once, its
-# history becomes turns that every provider accepts, odd blocks become text. Pure.
+# The checks of a Messages request, whatever the upstream speaks. Pure.
 
 # Block types of Anthropic's OpenAPI and of its SDK 2.12 (messages and their betas, November 2026).
 BLOCK_TYPES = frozenset((
@@ -1076,11 +1075,8 @@ BLOCK_TYPES = frozenset((
     "bash_code_execution_tool_result", "text_editor_code_execution_tool_result",
     "tool_search_tool_result", "advisor_tool_result", "mcp_tool_use", "mcp_tool_result",
     "mcp_tool_listing", "container_upload", "compaction", "fallback"))
-UNSEEN_BLOCKS = ("thinking", "redacted_thinking", "mcp_tool_listing", "fallback")
-SIGNATURE_MARK = '{"ogx":'  # begins the signatures that we made: JSON with what goes back upstream
 MEDIA_TYPES = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"),
                "document": ("application/pdf",)}
-MAX_STOPS = 4000  # characters of all stop sequences
 MAX_IMAGE = 5 * 1024 * 1024  # characters of base64, as at Anthropic
 # What JSON schemas are made of (other keywords constrain, and the client checks them itself), what
 # holds schemas by names that are no keywords, and what holds any values.
@@ -1091,7 +1087,6 @@ VALUES = ("enum", "const", "default", "examples", "input")
 ANSWER_NOTE = "Your last answer must be JSON alone, valid against this JSON schema: "
 ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_format is taken
 CONTENT, NUMBER = (str, list), (int, float)
-MESSAGE_FIELDS = {"role": ("user", "assistant", "system"), "content": CONTENT}
 BLOCK_FIELDS: dict[str, dict[str, type]] = {  # what translation relies on
     "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict},
     "thinking": {"thinking": str}, "tool_use": {"id": str, "name": str, "input": dict},
@@ -1099,22 +1094,14 @@ BLOCK_FIELDS: dict[str, dict[str, type]] = {  # what translation relies on
 SOURCE_FIELDS: dict[str, Json] = {
     "base64": {"media_type": str, "data": str}, "url": {"url": str}, "text": {"data": str},
     "file": {"file_id": str}, "content": {"content": CONTENT}}
-TOOL_FIELDS = {"input_schema": dict, "type": str, "description": str}
 OPTIONS = {"tools": list, "tool_choice": dict, "stop_sequences": list, "stream": bool,
            "temperature": NUMBER, "top_p": NUMBER, "top_k": int, "thinking": dict,
-           "output_config": dict, "output_format": dict, "metadata": dict,
-           "system": CONTENT}
-KEEP_THOUGHTS = ("context_management", {"edits": [
-    {"type": "clear_thinking_20251015", "keep": "all"}]})
+           "output_config": dict, "output_format": dict, "metadata": dict, "system": CONTENT}
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 KIND_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
               float: "a number", bool: "true or false", type(None): "null", NUMBER: "a number",
               CONTENT: "a string or a list of content blocks"}
 PLACEHOLDER = "DeferredToolPlaceholder"  # Claude Code's; stands for tools that may be found later
-BILLING_HEADER = "x-anthropic-billing-header:"  # varies per prompt and would spoil prefix caches
-NO_RESULT = "[No result: the tool call was interrupted before it answered.]"
-TOOL_ERROR = "[The tool reported an error]\n"
-GO_ON = "[Go on from the very end of your last message, and repeat nothing of it.]"
 
 
 def finite_number(text: str) -> float:
@@ -1144,9 +1131,15 @@ def parsed_json(body: bytes) -> Any:
 
 
 def checked_json(body: bytes, counting: bool = False) -> Json:
-    """The Messages request in a body."""
+    """Return the Messages request in a body, checked and in the form that the rest relies on."""
     request: Json = parsed_json(body)
     check_request(request, counting)
+    for message in request["messages"]:
+        if message.get("content") is None:  # a system message with nothing but an output_config
+            message["content"] = []
+    if request.get("output_format"):  # the older name
+        config = request.get("output_config") or {}
+        request["output_config"] = {"format": request["output_format"], **config}
     return request
 
 
@@ -1169,46 +1162,42 @@ def without_halves(data: bytes) -> bytes:
     return HALF_PAIR.sub(rb"\\ufffd", marked).replace(b"\0", b"\\\\")
 
 
-def check_request(body: Any, counting: bool = False) -> None:
+def check_request(request: Any, counting: bool = False) -> None:
     """Raise OgxError(400) with one sentence about the first wrong field of a Messages request.
-    Unknown fields are accepted. `counting` is for count_tokens, which has no max_tokens."""
-    expect(body, "", {"model": str})
-    if not body["model"].strip() or len(body["model"]) > MAX_ID or BAD_ID.search(body["model"]):
-        raise OgxError(400, f"model: expected 1 to {MAX_ID} characters, none of them a control "
-                            "character")
-    expect(body, "", {"messages": list} if counting else {"messages": list, "max_tokens": int})
-    if not counting and body["max_tokens"] < 1:
-        raise OgxError(400, f"max_tokens: expected at least 1, got {body['max_tokens']}")
-    if not body["messages"]:
+    Unknown fields are accepted; `counting` needs no max_tokens."""
+    expect(request, "", {"model": str})
+    model_id = request["model"]
+    if not model_id.strip() or len(model_id) > MAX_ID or BAD_ID.search(model_id):
+        raise OgxError(400, f"model: expected 1 to {MAX_ID} characters, no control characters")
+    expect(request, "", {"messages": list} if counting else {"messages": list, "max_tokens": int})
+    if not counting and request["max_tokens"] < 1:
+        raise OgxError(400, f"max_tokens: expected at least 1, got {request['max_tokens']}")
+    if not request["messages"]:
         raise OgxError(400, "messages: expected at least one message")
-    for index, message in enumerate(body["messages"]):
+    for index, message in enumerate(request["messages"]):
         where = f"messages.{index}"
-        if isinstance(message, dict) and message.get("role") == "system":
-            message.setdefault("content", [])  # it may hold nothing but an output_config
-        expect(message, where, MESSAGE_FIELDS)
-        if "output_config" in message:
-            expect(message, where, {"output_config": dict}, required=False)
-        check_blocks(message["content"], f"{where}.content")
-    check_options(body)
-    check_blocks(body.get("system"), "system")
+        expect(message, where, {"role": ("user", "assistant", "system")})
+        expect(message, where, {"content": CONTENT}, required=message["role"] != "system")
+        expect(message, where, {"output_config": dict}, required=False)
+        check_blocks(message.get("content"), f"{where}.content")
+    check_options(request)
+    check_blocks(request.get("system"), "system")
 
 
 def check_blocks(content: Any, where: str) -> None:
-    """The blocks of a content that isn't a string; tool results with their own included."""
     for index, block in enumerate(content if isinstance(content, list) else ()):
         here = f"{where}.{index}"
         if not isinstance(block, dict):
             raise wrong(here, "a content block", block)
-        kind = block.get("type")
-        if not isinstance(kind, str):
-            shown = json.dumps(kind)[:80]
+        block_type = block.get("type")
+        if not isinstance(block_type, str):
+            shown = json.dumps(block_type)[:80]
             raise OgxError(400, f"{here}.type: expected the type of a content block, got {shown}")
-        if kind in BLOCK_FIELDS:
-            expect(block, here, BLOCK_FIELDS[kind])
-        if kind in ("tool_result", "search_result"):
+        expect(block, here, BLOCK_FIELDS.get(block_type, {}))
+        if block_type in ("tool_result", "search_result"):
             expect(block, here, {"content": CONTENT}, required=False)
             check_blocks(block.get("content"), f"{here}.content")
-        elif kind in ("image", "document"):
+        elif block_type in ("image", "document"):
             here, source = f"{here}.source", block["source"]
             expect(source, here, {"type": tuple(SOURCE_FIELDS)})
             expect(source, here, SOURCE_FIELDS[source["type"]])
@@ -1216,29 +1205,27 @@ def check_blocks(content: Any, where: str) -> None:
                 check_blocks(source["content"], f"{here}.content")
 
 
-def check_options(body: Json) -> None:
-    expect(body, "", OPTIONS, required=False)
-    for index, tool in enumerate(body.get("tools") or ()):
+def check_options(request: Json) -> None:
+    expect(request, "", OPTIONS, required=False)
+    for index, tool in enumerate(request.get("tools") or ()):
         where = f"tools.{index}"
-        expect(tool, where, TOOL_FIELDS, required=False)
+        expect(tool, where, {"input_schema": dict, "type": str, "description": str}, required=False)
         expect(tool, where, {"name": str}, required=is_client_tool(tool))
-    for index, sequence in enumerate(body.get("stop_sequences") or ()):
-        if not isinstance(sequence, str) or not sequence:
+    stops = request.get("stop_sequences") or ()
+    for index, stop in enumerate(stops):
+        if not isinstance(stop, str) or not stop:
             raise OgxError(400, f"stop_sequences.{index}: expected a string that isn't empty")
-    if sum(map(len, body.get("stop_sequences") or ())) > MAX_STOPS:  # each piece is searched
-        raise OgxError(400, f"stop_sequences: expected at most {MAX_STOPS} characters in all")
-    if body.get("output_format"):  # the older name
-        config = {"format": body["output_format"], **(body.get("output_config") or {})}
-        body["output_config"] = config
-    choice, config = body.get("tool_choice"), body.get("output_config") or {}
+    if sum(map(len, stops)) > 4000:  # all text is searched for them
+        raise OgxError(400, "stop_sequences: expected at most 4000 characters in all")
+    choice = request.get("tool_choice")
     if choice:
         expect(choice, "tool_choice", {"type": ("auto", "any", "tool", "none")})
         expect(choice, "tool_choice", {"name": str}, required=choice["type"] == "tool")
-    if config:
-        expect(config, "output_config", {"effort": str, "format": dict}, required=False)
-    output_format = config.get("format") or {}
-    if output_format.get("type") == "json_schema":
-        expect(output_format, "output_config.format", {"schema": dict})
+    config = request.get("output_config") or {}
+    expect(config, "output_config", {"effort": str, "format": dict}, required=False)
+    answer_format = config.get("format") or request.get("output_format") or {}
+    if answer_format.get("type") == "json_schema":
+        expect(answer_format, "output_config.format", {"schema": dict})
 
 
 def search_notice(request: Json) -> str:
@@ -1282,36 +1269,38 @@ def wrong(where: str, expected: str, value: Any) -> OgxError:
     return OgxError(400, f"{where}: expected {expected}, got {KIND_NAMES[type(value)]}")
 
 
-def refuse_untranslatable(body: Json, native: bool = False) -> None:
-    """Refuse what only Anthropic can honour, in the words that the clients' recovery looks for.
-    The SDK's tool runner goes on without server-side threads when it reads this error code;
-    Claude Code checks tool calls by ordinary requests when a 400 names `safeguards`. A verdict
-    must never be made up, so ignoring the field is no option."""
-    if body.get("thread"):
-        words = "thread: server-side threads are not supported here; send the whole conversation"
-        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
-        raise OgxError(400, words, details=details)
+def refuse_untranslatable(request: Json, native: bool = False) -> None:
+    """Raise OgxError(400) for what only Anthropic can do. The SDK's tool runner reads this error
+    code and goes on without server-side threads. Where a 400 names `safeguards`, whose verdicts
+    must never be made up, Claude Code checks tool calls by ordinary requests."""
+    if request.get("thread"):
+        raise OgxError(400, "thread: server-side threads are not supported here; send the whole "
+                            "conversation", details={"error_code": "thread_unsupported_request",
+                                                     "unsupported": ["thread"]})
     for name in ("safeguards", *(() if native else ("mcp_servers", "container"))):
-        if body.get(name):
+        if request.get(name):
             raise OgxError(400, f"{name}: not supported by translated models")
-    config = body.get("output_config") or {}
+    config = request.get("output_config") or {}
     if config.get("effort"):
         expect(config, "output_config", {"effort": EFFORTS})
     if config.get("format"):
         expect(config["format"], "output_config.format", {"type": ("json_schema",)})
-    for index, message in enumerate(body["messages"]):
-        for place, block in enumerate(blocks_of(message["content"])):
+    for index, message in enumerate(request["messages"]):
+        content = message["content"]
+        for place, block in enumerate(content if isinstance(content, list) else ()):
             if block["type"] not in BLOCK_TYPES:
-                where, shown = f"messages.{index}.content.{place}", json.dumps(block["type"])[:80]
-                raise OgxError(400, f"{where}.type: {shown} is not a known type of content block")
+                raise OgxError(400, f"messages.{index}.content.{place}.type: "
+                    f"{json.dumps(block['type'])[:80]} is not a known type of content block")
 
 
 def dropped_names(request: Json, sent: Json, all_of_them: bool) -> str:
-    """What a translated request leaves out, for the log; Claude Code's usual only on demand."""
-    usual = () if all_of_them else (("betas", request.get("betas")), KEEP_THOUGHTS)
-    known = {*OPTIONS, "model", "messages", "max_tokens"} - ({"top_k"} - sent.keys())
+    """Name for the log what a translated request leaves out; Claude Code's usual only on demand."""
+    usual = {} if all_of_them else {
+        "betas": request.get("betas"),
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}}
+    translated = {*OPTIONS, "model", "messages", "max_tokens"} - ({"top_k"} - sent.keys())
     names = [name for name, value in request.items()
-             if not (name in known or value is None or (name, value) in usual)]
+             if not (name in translated or value in (None, usual.get(name)))]
     return ", ".join(BAD_ID.sub("?", name[:40]) for name in names[:10])
 
 
@@ -1335,11 +1324,22 @@ def registered_alias(body: Any, registry: Registry) -> Alias:
     return alias
 
 
+# ======== History ============================================================================
+# A conversation for other dialects: turns in an order that all upstreams accept, words for blocks
+# that they don't have, signatures that hold what must go back to them. Pure.
+
+UNSEEN_BLOCKS = ("thinking", "redacted_thinking", "mcp_tool_listing", "fallback")
+SIGNATURE_MARK = '{"ogx":'  # begins those of signature_of()
+BILLING_HEADER = "x-anthropic-billing-header:"  # varies per prompt and would spoil prefix caches
+TOOL_ERROR = "[The tool reported an error]\n"
+UNICODE_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False)
+
+
 def blocks_of(content: Any) -> list[Json]:
-    """Content as a list of blocks, without empty texts, which most providers refuse; a document's
-    images follow it."""
+    """Return content as blocks without empty texts, which most providers refuse, and with the
+    images of documents at the end."""
     if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
+        return [text_part(content)] if content else []
     blocks = [b for b in content or () if b["type"] != "text" or b["text"]]
     for source in [b["source"] for b in blocks if b["type"] == "document"]:
         if source["type"] == "content" and isinstance(source["content"], list):
@@ -1348,8 +1348,7 @@ def blocks_of(content: Any) -> list[Json]:
 
 
 def system_text(request: Json) -> str:
-    """The system prompt as one text, without Claude Code's billing header."""
-    texts = [block_text(b) for b in blocks_of(request.get("system"))]
+    texts = map(block_text, blocks_of(request.get("system")))
     return "\n\n".join(t for t in texts if not t.startswith(BILLING_HEADER))
 
 
@@ -1359,108 +1358,101 @@ def text_part(text: str) -> Json:
 
 @dataclass
 class Turn:
-    """A step of the repaired history. `results` holds tool_result blocks, one for each tool_use
-    of the assistant turn before it and in that order."""
+    """A step of the history. Results answer each tool_use of the turn before, in that order."""
 
     role: str  # assistant, results, user or system
     blocks: list[Json]
 
 
 def turns_from_messages(messages: Sequence[Json], system_anywhere: bool = True) -> list[Turn]:
-    """The history as turns in which every tool call is answered directly after it.
-    Results that come late (behind a system message, say) move up, missing ones are made up in
-    words, those without a call become text; messages of one role are merged, the last is never
-    the assistant's. Where templates refuse system messages in their place, they stay there as
-    marked text of the user, since moving them would spoil prefix caches."""
+    """Return the history as turns in which every tool call is answered directly after it: late
+    results (behind a system message, say) move up, missing ones are made up in words, those without
+    a call become text. Messages of one role are merged; the last is never the assistant's. Unless
+    system messages may stand anywhere, they become marked text of the user: to move them would
+    spoil prefix caches."""
     turns: list[Turn] = []
-    rest: list[Turn] = []  # what came after the last assistant turn
-    results: dict[str, Json] = {}
-
-    def flush() -> None:
-        calls = turns[-1].blocks if turns and turns[-1].role == "assistant" else []
-        ids = [b["id"] for b in calls if b["type"] == "tool_use"]
-        if ids:
-            missing = {"type": "tool_result", "content": NO_RESULT}
-            answered = [results.pop(i, {**missing, "tool_use_id": i}) for i in ids]
-            turns.append(Turn("results", answered))
-        orphans = [inner for result in results.values() for inner in loose_result(result)]
-        for turn in (Turn("user", orphans), *rest):
-            marked = turn.role == "system" and not system_anywhere
-            add_turn(turns, Turn("user", [reminder_part(turn.blocks)]) if marked else turn)
-        rest.clear()
-        results.clear()
-
+    missing: dict[str, Json] = {}  # results of the last calls, made up until they come
     last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
     for index, message in enumerate(messages):
-        blocks = blocks_of(message["content"])
+        role, blocks = message["role"], blocks_of(message["content"])
         if message.get("clear_at") == "next_user_message" and index < last_user:
             continue
-        if message["role"] == "assistant":
-            if rest or results:
-                flush()
-            add_turn(turns, Turn("assistant", blocks))
+        if role == "assistant":
+            add_turn(turns, role, blocks)
             continue
+        if role == "system" and blocks and not system_anywhere:
+            text = "\n\n".join(map(block_text, blocks))
+            role, blocks = "user", [text_part(f"<system-reminder>\n{text}\n</system-reminder>")]
         for block in blocks:
-            if block["type"] == "tool_result" and block["tool_use_id"] not in results:
-                results[block["tool_use_id"]] = block
-            elif block["type"] not in UNSEEN_BLOCKS:
-                loose = loose_result(block) if block["type"] == "tool_result" else [block]
-                add_turn(rest, Turn(message["role"], loose))
-    flush()
+            if block["type"] in UNSEEN_BLOCKS:
+                continue
+            if turns and turns[-1].role == "assistant":
+                missing = add_results(turns)
+            if block["type"] != "tool_result":
+                add_turn(turns, role, [block])
+            elif block["tool_use_id"] in missing:
+                missing.pop(block["tool_use_id"]).update({"content": None, **block})
+            else:
+                add_turn(turns, role, orphaned_result(block))
+    if turns and turns[-1].role == "assistant":
+        add_results(turns)
     if turns and turns[-1].role == "assistant" and any(map(block_text, turns[-1].blocks)):
-        turns.append(Turn("user", [text_part(GO_ON)]))
+        text = "[Go on from the very end of your last message, and repeat nothing of it.]"
+        add_turn(turns, "user", [text_part(text)])
     return turns
 
 
-def reminder_part(blocks: Sequence[Json]) -> Json:
-    """A system message as text that the model knows not to be the user's."""
-    text = "\n\n".join(map(block_text, blocks))
-    return text_part(f"<system-reminder>\n{text}\n</system-reminder>")
+def add_results(turns: list[Turn]) -> dict[str, Json]:
+    """Append made-up results of the last turn's calls, and return them by id."""
+    content = "[No result: the tool call was interrupted before it answered.]"
+    results = [{"type": "tool_result", "tool_use_id": block["id"], "content": content}
+               for block in turns[-1].blocks if block["type"] == "tool_use"]
+    add_turn(turns, "results", results)
+    return {result["tool_use_id"]: result for result in results}
 
 
-def loose_result(block: Json) -> list[Json]:
-    """A tool result that answers no call as blocks of any message."""
-    told = TOOL_ERROR if block.get("is_error") else ""
-    words = text_part(f"[Result of tool call {block['tool_use_id']}]\n{told}".strip())
-    return [words, *blocks_of(block.get("content"))]
+def add_turn(turns: list[Turn], role: str, blocks: list[Json]) -> None:
+    if blocks and turns and turns[-1].role == role:
+        turns[-1].blocks += blocks
+    elif blocks:
+        turns.append(Turn(role, blocks))
 
 
-def add_turn(turns: list[Turn], turn: Turn) -> None:
-    """Append a turn; one of the same role as the last is merged into it, an empty one left out."""
-    if not turn.blocks:
-        return
-    if turns and turns[-1].role == turn.role:
-        turns[-1].blocks += turn.blocks
-    else:
-        turns.append(turn)
+def orphaned_result(block: Json) -> list[Json]:
+    """Return a tool result that answers no call as blocks for any message."""
+    title = f"[Result of tool call {block['tool_use_id']}]"
+    if block.get("is_error"):
+        title += f"\n{TOOL_ERROR}".rstrip()
+    return [text_part(title), *blocks_of(block.get("content"))]
 
 
 def block_text(block: Json) -> str:
-    """A block in words, for upstreams that have no such block; "" for what only models read."""
-    kind = block["type"]
-    if kind == "text":
+    """Return a block in words, for upstreams that have no such block; "" for thinking."""
+    block_type = block["type"]
+    if block_type == "text":
         return str(block["text"])
-    if kind in UNSEEN_BLOCKS:
+    if block_type in UNSEEN_BLOCKS:
         return ""
-    if kind == "tool_result":
-        return "\n".join(filter(None, map(block_text, loose_result(block))))
-    if kind == "document":
+    if block_type == "tool_result":
+        return "\n".join(filter(None, map(block_text, orphaned_result(block))))
+    if block_type == "document":
         return document_text(block)
-    if kind == "image":
+    if block_type == "image":
         return f"[An image was here: {source_words(block['source'])}]"
-    if kind in ("tool_reference", "tool_addition", "tool_removal"):
+    if block_type in ("tool_reference", "tool_addition", "tool_removal"):
         tool = dict_or_empty(block.get("tool"))
         name = block.get("tool_name") or tool.get("name") or json.dumps(tool.get("definition"))
-        told = {"tool_removal": "no longer"}.get(kind, "not" if "definition" in tool else "now")
-        return f"[The tool {name} is {told} available.]"
-    if kind == "compaction":
+        state = "not" if "definition" in tool else "now"
+        state = "no longer" if block_type == "tool_removal" else state
+        return f"[The tool {name} is {state} available.]"
+    if block_type == "compaction":
         return str(block.get("content") or "[The summary of what was said is missing.]")
-    if kind == "search_result":
+    if block_type == "search_result":
         text = "\n".join(map(block_text, blocks_of(block.get("content"))))
         return f"[Search result: {block.get('title')} <{block.get('source')}>]\n{text}"
     content = {k: v for k, v in block.items() if k not in ("type", "cache_control", "id")}
     content = without_keywords(content, ["encrypted_content"], [])  # Anthropic's alone
-    return f"[{kind}] {json.dumps(content, ensure_ascii=False)}"
+    return f"[{block_type}] {UNICODE_JSON.encode(content)}"
 
 
 def without_keywords(tree: Any, gone: Collection[str], lost: list[Any], path: str = "input") -> Any:
@@ -1484,16 +1476,16 @@ def without_keywords(tree: Any, gone: Collection[str], lost: list[Any], path: st
     return kept
 
 
-def signature_of(dialect: str, owner: str, kept: Json) -> str:
-    """What `owner` needs back, as a signature that the client returns: nothing is kept here."""
-    return COMPACT_JSON.encode({"ogx": dialect, "by": owner, **kept})
+def signature_of(dialect: str, owner: str, state: Json) -> str:
+    """Return what must go back to `owner`, a model, as a signature that the client keeps for us."""
+    return COMPACT_JSON.encode({"ogx": dialect, "by": owner, **state})
 
 
 def kept_in(block: Json, dialect: str, owner: str) -> Json:
-    """What signature_of() put into a block for this dialect and owner; {} for any other block."""
+    """Return what a block's signature holds for this dialect and owner; {} for nothing."""
     signature = str(block.get("signature") or block.get("data"))
-    kept = dict_or_empty(json_or_none(signature if signature.startswith(SIGNATURE_MARK) else ""))
-    return kept if (kept.get("ogx"), kept.get("by")) == (dialect, owner) else {}
+    state = dict_or_empty(json_or_none(signature if signature.startswith(SIGNATURE_MARK) else ""))
+    return state if (state.get("ogx"), state.get("by")) == (dialect, owner) else {}
 
 
 def answer_way(request: Json, kind: ProviderKind) -> tuple[str, Json]:
@@ -1524,100 +1516,89 @@ def json_answer(text: str, schema: Json) -> str:
 
 
 def document_text(block: Json) -> str:
-    """A document's text, or words that say which document could not be shown."""
-    source = block["source"]
-    title = str(block.get("title") or "document")
+    source, title = block["source"], str(block.get("title") or "document")
     context = f"{block['context']}\n" if block.get("context") else ""
     if source["type"] not in ("text", "content"):
-        return f"{context}[The document '{title}' could not be passed on to this model: " \
-               f"{source_words(source)}]"
+        return (f"{context}[The document '{title}' could not be passed on to this model: "
+                f"{source_words(source)}]")
     content = source["data"] if source["type"] == "text" else source["content"]
     text = "\n".join(map(block_text, blocks_of(content)))
-    return f"<document title={json.dumps(title, ensure_ascii=False)}>\n{context}{text}\n</document>"
+    return f"<document title={UNICODE_JSON.encode(title)}>\n{context}{text}\n</document>"
 
 
 def source_words(source: Json) -> str:
-    """What a source is: `image/png, 12 kB`, a URL, a file id."""
+    """Return "image/png, 12 kB", a URL or a file's id."""
     if source["type"] == "base64":
         return f"{source['media_type']}, {len(source['data']) * 3 // 4000 + 1} kB"
     return str(source.get("url") or source.get("file_id") or source["type"])
 
 
 # ======== Tokens =============================================================================
-# Estimates, since providers count with vocabularies we don't have. Pure, but for a memory of texts:
-# each turn of a conversation brings again what was said before.
+# Estimates, since providers count with vocabularies that we don't have. Pure.
 
-ATTACHED_TOKENS = 1_600  # Anthropic's upper bound for one image; also of what can't be measured
-PDF_BYTES_PER_TOKEN = 40  # a page of 60 kB is about 1,500 tokens
-# Each byte's class: a for small letters and most bytes of other scripts, 0, dot, or itself, as have
-# capitals, line ends, the first bytes of accented letters and of Chinese.
+# Bytes by class: "a" for small letters and most bytes of other scripts, "0" for digits, "." for
+# punctuation; capitals, white space and the rest stay. "Hi, x = 12;" becomes "Ha. a . 00.".
 BYTE_CLASSES = re.sub(rb"[!-/:-@\[-`{-~]", b".", re.sub(rb"[a-z\x80-\xc1\xca-\xe0]", b"a",
     re.sub(rb"[0-9]", b"0", bytes(range(256)).replace(b"\t", b" "))))
-# Tokens of OpenAI's o200k, nearly: so many for a byte, and so many more for each run of classes.
-# Fitted to prose, code, JSON, listings and Claude Code's prompts: the mean of each is off by 3 %.
-BYTE_TOKENS = 0.428
+# Tokens of OpenAI's o200k, nearly: 0.428 for each byte, and these for each run of classes. Fitted
+# to prose, code, JSON, listings and Claude Code's prompts: the mean of each is off by 3 %.
 RUN_TOKENS = ((b"aa", -0.638), (b".a", 0.19), (b".0", 1.37), (b" 0", 2.51), (b" " * 6, -2.27),
               (b"." * 8, -3.02))
-known_texts: dict[int, float] = {}  # hash of a text -> its tokens
 
 
-def prompt_tokens(request: Json) -> tuple[float, int]:
-    """About how many tokens a request's texts and tools are, and its images and documents. Its
-    thinking is left out, which most upstreams drop."""
-    blocks = [b for message in request["messages"] for b in blocks_of(message["content"])]
-    said = text_tokens(request["tools"]) if request.get("tools") else 0.0
-    said += sum(map(text_tokens, (system_text(request), *map(block_text, blocks))))
-    return said + 4 * len(request["messages"]) + 3, sum(map(attached_tokens, blocks))
+class TokenCounter:
+    """Estimates tokens, and remembers those of 10,000 texts: each turn repeats all before it."""
 
+    def __init__(self) -> None:
+        self._tokens: dict[int, float] = {}  # by a text's hash
 
-def text_tokens(value: Any) -> float:
-    """About how many tokens a text is, or the JSON of a value."""
-    is_text = isinstance(value, str)
-    try:
-        key = hash(value if is_text else marshal.dumps(value, 2))  # four times as fast as JSON
-    except ValueError:  # it is nested too deeply for that
-        raise RecursionError from None
-    count = known_texts.get(key)
-    if count is None:
-        text = value if is_text else json.dumps(value, ensure_ascii=False)
-        data = text.encode("utf-8", "replace").translate(BYTE_CLASSES)
-        count = BYTE_TOKENS * len(data) + sum(data.count(many) * more for many, more in RUN_TOKENS)
-        if len(known_texts) >= 10_000:
-            known_texts.clear()
-        known_texts[key] = count
-    return count
+    def prompt(self, request: Json) -> tuple[float, int]:
+        """Return the tokens of texts and tools, and of images and documents. Thinking doesn't
+        count, since most upstreams drop it."""
+        blocks = [b for message in request["messages"] for b in blocks_of(message["content"])]
+        tools = UNICODE_JSON.encode(request["tools"]) if request.get("tools") else ""
+        texts = (tools, system_text(request), *map(block_text, blocks))
+        tokens = sum(map(self.text, texts)) + 4 * len(request["messages"]) + 3
+        return tokens, sum(map(attached_tokens, blocks))
+
+    def text(self, text: str) -> float:
+        tokens = self._tokens.get(hash(text))
+        if tokens is None:
+            data = text.encode("utf-8", "replace").translate(BYTE_CLASSES)
+            tokens = 0.428 * len(data) + sum(data.count(part) * n for part, n in RUN_TOKENS)
+            if len(self._tokens) >= 10_000:
+                self._tokens.clear()
+            self._tokens[hash(text)] = tokens
+        return tokens
 
 
 def attached_tokens(block: Json) -> int:
-    """About how many tokens a block's images and documents are."""
-    kind, source = block["type"], block.get("source") or {}
-    if kind == "tool_result":
+    block_type, source = block["type"], block.get("source") or {}
+    if block_type == "tool_result":
         return sum(map(attached_tokens, blocks_of(block.get("content"))))
-    if kind not in ("image", "document") or source["type"] in ("text", "content"):
+    if block_type not in ("image", "document") or source["type"] in ("text", "content"):
         return 0
-    data = source.get("data") or ""
-    if kind == "document" and data:
-        return len(data) * 3 // 4 // PDF_BYTES_PER_TOKEN
-    return ATTACHED_TOKENS
+    if block_type == "document" and source.get("data"):
+        return len(source["data"]) * 3 // 4 // 40  # a page of 60 kB is about 1,500 tokens
+    return 1_600  # Anthropic's upper bound for an image
 
 
 # ======== Events =============================================================================
-# Anthropic's side of a stream. Blocks never overlap: one is open, the others wait their turn, and
-# one method makes every transition. Also server-sent events, both ways, as bytes. Pure.
+# Anthropic's side of a stream: written, folded into a message, and server-sent events as bytes,
+# both ways. Blocks never overlap: one is open, the others wait. Pure.
 
 MAX_EVENT = 8 * 1024 * 1024  # bytes of an upstream's
 DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
           "tool_use": ("input_json_delta", "partial_json")}
 STARTS = {"text": {"type": "text", "text": ""},
           "thinking": {"type": "thinking", "thinking": "", "signature": ""}}
-UNSIGNED = signature_of("", "", {})  # some SDKs drop thinking that has none
-DELTA_FIELDS = dict(DELTAS.values())  # type of delta -> its field
+DELTA_FIELDS = {**dict(DELTAS.values()), "signature_delta": "signature"}  # that hold text
 DELTA_EVENT = ('event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
                '"delta":{"type":"%s","%s":%s}}\n\n')
 
 
 def new_message(message_id: str, model: str, input_tokens: int) -> Json:
-    """A message at its start, with every field that Anthropic's OpenAPI requires."""
+    """Return a message at its start, with every field that Anthropic's OpenAPI requires."""
     usage = {**Usage(input_tokens).as_json(), "cache_creation": None, "service_tier": "standard",
              "inference_geo": None, "speed": None}
     return {
@@ -1637,42 +1618,39 @@ class Usage:
     searches: int = 0  # of the web, by the provider
 
     def as_json(self) -> Json:
-        searched = {"web_search_requests": self.searches, "web_fetch_requests": 0}
+        searches = {"web_search_requests": self.searches, "web_fetch_requests": 0}
         return {"input_tokens": self.input, "output_tokens": self.output,
                 "cache_creation_input_tokens": self.cache_written,
                 "cache_read_input_tokens": self.cache_read,
-                "server_tool_use": searched if self.searches else None,
-                "iterations": None}
+                "server_tool_use": searches if self.searches else None, "iterations": None}
 
 
 @dataclass
 class Block:
-    """A block that is open or waits: `pending` isn't written yet, `input` is all of a call's; both
-    in pieces, since to join them each time would be quadratic."""
+    """A block that is open or waits. To join its pieces each time would be quadratic."""
 
-    key: Any  # what fragments of it are recognised by
-    kind: str  # text, thinking, tool_use or whole
+    key: Any  # what its fragments are recognised by
+    type: str  # text, thinking, tool_use; or whole: one that needs no deltas
+    content: Json | None = None  # at its start
     id: str = ""
     name: str = ""
-    pending: list[str] = field(default_factory=list)
-    input: list[str] = field(default_factory=list)
-    content: Json | None = None  # of a block that needs no deltas
-    begun: bool = False
-    size: int = 0  # of the input
-    judged: int = 0  # characters of it that were looked at to see whether it is whole
+    opened: bool = False
+    pending: list[str] = field(default_factory=list)  # not written yet
+    input: list[str] = field(default_factory=list)  # all of a call's
+    looks: int = 0  # how often may_close() has parsed the input
+    signature: str = signature_of("", "", {})  # some SDKs drop thinking that has none
+    ended: bool = False
 
     def may_open(self) -> bool:
-        return self.kind != "tool_use" or self.name != ""
+        return self.type != "tool_use" or self.name != ""
 
-    def is_whole(self) -> bool:
-        """Whether another block may follow: a call's input is complete. To look at it anew after
-        each of many pieces would be quadratic: it waits for the end of the answer then."""
-        if self.kind != "tool_use":
+    def may_close(self) -> bool:
+        """Whether another block may follow: a call's input is complete. To parse it after each of
+        many pieces would be quadratic: after 100 it waits for the end of the answer."""
+        if self.type != "tool_use":
             return True
-        if self.judged > 16 * self.size + MAX_HEAD:
-            return False
-        self.judged += self.size
-        return is_json("".join(self.input))
+        self.looks += 1
+        return self.looks <= 100 and is_json("".join(self.input))
 
 
 def is_json(text: str) -> bool:
@@ -1680,48 +1658,30 @@ def is_json(text: str) -> bool:
 
 
 class MessageWriter:
-    """Writes one message as events; `take()` hands out those not taken yet, bytes as they are.
-    Grammar: message_start; then per block start, deltas, stop, with indices from 0 and never two
-    open at once; message_delta, message_stop."""
+    """Writes one message as events, which `take()` hands out. Grammar: message_start; then per
+    block start, deltas, stop, with indices from 0 and never two open at once; message_delta,
+    message_stop. _advance() alone opens and closes blocks."""
 
     def __init__(self, message: Json, used_ids: Iterable[str] = (), stops: Sequence[str] = (),
                  hides_thinking: bool = False) -> None:
         self._hides_thinking = hides_thinking
-        self._stops = stops  # sequences that end the text, for upstreams that don't look for them
-        self._tail = ""  # of the text, held while it may be the beginning of one
-        self.stopped: str | None = None  # the one that was found
-        self._message: Json | None = message  # until it was started
+        self._stops = stops  # for upstreams that don't look for them
+        self._tail = ""  # of the text, held while it may be the beginning of a stop sequence
+        self.stopped: str | None = None  # the stop sequence that was found
+        self._message: Json | None = message  # until it is started
         self.input_tokens: int = message["usage"]["input_tokens"]
         self._used_ids = set(used_ids)  # of tool calls; Claude Code drops a call whose id recurs
         self.events: list[Json | bytes] = []
         self._blocks: collections.deque[Block] = collections.deque()  # open, then those that wait
-        self._known: dict[Any, Block] = {}  # the same by key
-        self._ended: set[Any] = set()  # keys of closed tool calls
+        self._by_key: dict[Any, Block] = {}  # these, and closed calls
         self._index = -1
         self.tools = 0
         self.wrote = False  # text or a call
-        self.broken_input = False  # a tool call ended before its input was whole
+        self.broken_input = False  # a tool call ended before its input was complete
 
     def take(self) -> list[Json | bytes]:
         events, self.events = self.events, []
         return events
-
-    def goes_on(self, kind: str, escaped: str) -> bool:
-        """Whether a block of that kind is open and went on by a text in JSON's quotes."""
-        if not self._blocks or self._blocks[0].kind != kind:
-            return False
-        self.events.append((DELTA_EVENT % (self._index, *DELTAS[kind], escaped)).encode("ascii"))
-        return True
-
-    def _is_open(self, *kinds: str) -> bool:
-        """Whether a block of these kinds is open; only a tool call may be first and wait."""
-        return bool(self._blocks) and self._blocks[0].kind in kinds
-
-    def start(self) -> None:
-        """Write message_start, once."""
-        if self._message is not None:
-            self.events.append({"type": "message_start", "message": self._message})
-            self._message = None
 
     def text(self, text: str) -> None:
         if self._stops:
@@ -1730,48 +1690,56 @@ class MessageWriter:
             self._fragment("text", "text", text)
 
     def _until_stop(self, text: str) -> str:
-        """The text up to a stop sequence, without an end that may yet become one."""
+        """Return the text up to a stop sequence, and hold an end that may yet become one."""
         text = "" if self.stopped else self._tail + text
-        found = [(text.index(stop), stop) for stop in self._stops if stop in text]
-        if found:
-            at, self.stopped = min(found)
-            self._tail = ""
-            return text[:at]
-        lengths = range(min(len(text), max(map(len, self._stops)) - 1), 0, -1)
-        held = next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._stops)), 0)
-        self._tail = text[len(text) - held :]
-        return text[: len(text) - held]
-
-    def signature(self, signature: str) -> None:
-        """Sign and end the thinking that is open, or stand for thinking that isn't shown."""
-        if self._is_open("thinking"):
-            self._close(signature)
-        else:
-            self.whole({"type": "redacted_thinking", "data": signature})
-
-    def whole(self, content: Json) -> None:
-        """A block that needs no deltas, as soon as it may stand after what came before it."""
-        self._blocks.append(Block(object(), "whole", content=content))
-        self._advance()
-
-    def citation(self, citation: Json) -> None:
-        """A source of the text that is open."""
-        if self._is_open("text"):
-            self._delta("citations_delta", "citation", citation)
+        self._tail = ""
+        matches = [(text.index(stop), stop) for stop in self._stops if stop in text]
+        if matches:
+            end, self.stopped = min(matches)
+            return text[:end]
+        for size in range(min(len(text), max(map(len, self._stops)) - 1), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stops):
+                self._tail = text[-size:]
+                return text[:-size]
+        return text
 
     def thinking(self, text: str) -> None:
         if text and not self._hides_thinking:
             self._fragment("thinking", "thinking", text)
 
+    def goes_on(self, block_type: str, escaped: str) -> bool:
+        """Append a text in JSON's quotes to an open block; return False where none is open."""
+        if self._stops or not self._blocks or self._blocks[0].type != block_type:
+            return False
+        event = DELTA_EVENT % (self._index, *DELTAS[block_type], escaped)
+        self.events.append(event.encode("ascii"))
+        return True
+
+    def signature(self, signature: str) -> None:
+        """Sign and end the thinking that is open, or write a block that stands for it."""
+        if self._is_open("thinking"):
+            self._blocks[0].signature = signature
+            self._end_block()
+        else:
+            self.whole({"type": "redacted_thinking", "data": signature})
+
+    def whole(self, content: Json) -> None:
+        """Write a block that needs no deltas, after those that wait."""
+        self._blocks.append(Block(object(), "whole", content))
+        self._advance()
+
+    def citation(self, citation: Json) -> None:
+        if self._is_open("text"):
+            self._delta("citations_delta", "citation", citation)
+
     def tool(self, key: Any, call_id: str, name: str, fragment: str) -> None:
-        """A piece of a tool call; `key` tells calls apart, id and name may come later or never."""
-        if key not in self._ended:
-            self._fragment(key, "tool_use", fragment, call_id, name)
+        """Write a piece of a tool call; `key` tells calls apart, id and name may come later."""
+        self._fragment(key, "tool_use", fragment, call_id, name)
 
     def finish(self, stop_reason: str, stop_sequence: str | None, usage: Usage) -> None:
-        """Write what waits, close, and end the message. A stop is `tool_use` whenever a call was
-        written, and only then, and `max_tokens` when a call's input broke off."""
-        self.start()
+        """Write what waits, and end the message. A stop is `tool_use` where a call was written, and
+        only there, and `max_tokens` where its input broke off."""
+        self._start()
         self.end_text()
         self._advance(ending=True)
         if self.broken_input:
@@ -1782,84 +1750,94 @@ class MessageWriter:
             stop_reason = "end_turn"
         delta = {"stop_reason": stop_reason, "stop_sequence": stop_sequence, "stop_details": None,
                  "container": None}
-        self.events.append({"type": "message_delta", "delta": delta, "usage": usage.as_json(),
-                            "context_management": None})
-        self.events.append({"type": "message_stop"})
+        self.events += [{"type": "message_delta", "delta": delta, "usage": usage.as_json(),
+                         "context_management": None}, {"type": "message_stop"}]
 
     def end_text(self) -> None:
-        """Close an open text, since another one follows, or since the answer ends in an error and
-        Claude Code then keeps it and goes on from there. A tool call stays open, or half of one
-        would count as whole."""
+        """Close an open text, as another one or an error follows: Claude Code then goes on from it.
+        A tool call stays open, or half of one would count as whole."""
         if self._tail and self._message is None:  # what failed before it began may be tried again
             self._fragment("text", "text", self._tail)
             self._tail = ""
         if self._is_open("text", "whole"):
-            self._close()
+            self._end_block()
 
-    def _fragment(self, key: Any, kind: str, text: str, call_id: str = "", name: str = "") -> None:
-        block = self._known.get(key)
+    def _is_open(self, *types: str) -> bool:
+        """Whether the first block is of these types; only a call may be first and not open yet."""
+        return bool(self._blocks) and self._blocks[0].type in types
+
+    def _end_block(self) -> None:
+        self._blocks[0].ended = True
+        self._advance()
+
+    def _fragment(self, key: Any, block_type: str, text: str, call_id: str = "",
+                  name: str = "") -> None:
+        block = self._by_key.get(key)
         if block is None:
-            self.wrote = self.wrote or kind != "thinking"
-            block = self._known[key] = Block(key, kind)
+            self.wrote = self.wrote or block_type != "thinking"
+            block = self._by_key[key] = Block(key, block_type, STARTS.get(block_type))
             self._blocks.append(block)
+        if block.ended:
+            return
         block.id = block.id or call_id
         block.name = block.name or name
         block.pending.append(text)
-        if kind == "tool_use":
+        if block_type == "tool_use":
             block.input.append(text)
-            block.size += len(text)
         self._advance()
 
     def _advance(self, ending: bool = False) -> None:
         """Write what may be written by now: a block waits for the ones before it to close, which
-        calls do when their input is whole, and a call for its name."""
+        calls do when their input is complete, and a call for its name."""
         while self._blocks and self._blocks[0].may_open():
             block = self._blocks[0]
-            if not block.begun:
-                self._begin(block)
-            pending = "".join(block.pending)
-            if pending:
-                self._delta(*DELTAS[block.kind], pending)
+            if not block.opened:
+                self._open(block)
+            text = "".join(block.pending)
+            if text:
+                self._delta(*DELTAS[block.type], text)
             block.pending.clear()
             followed = len(self._blocks) > 1 and self._blocks[1].may_open()
-            if not ending and not (followed and block.is_whole()):
+            if not (ending or block.ended or (followed and block.may_close())):
                 return
-            self._close()
+            self._close(self._blocks.popleft())
         if ending and self._blocks:
             raise OgxError(502, "the upstream sent a tool call without a name")
 
-    def _begin(self, block: Block) -> None:
-        self.start()
-        block.begun = True
+    def _start(self) -> None:
+        if self._message is not None:
+            self.events.append({"type": "message_start", "message": self._message})
+            self._message = None
+
+    def _open(self, block: Block) -> None:
+        self._start()
+        block.opened = True
         self._index += 1
-        content = block.content or STARTS.get(block.kind)
-        if content is None:
+        if block.type == "tool_use":
             self.tools += 1
-            content = {"type": "tool_use", "id": self._fresh_id(block.id), "name": block.name,
-                       "input": {}, "caller": {"type": "direct"}}
+            block.content = {"type": "tool_use", "id": self._fresh_id(block.id),
+                             "name": block.name, "input": {}, "caller": {"type": "direct"}}
         self.events.append({"type": "content_block_start", "index": self._index,
-                            "content_block": content})
+                            "content_block": block.content})
 
-    def _delta(self, kind: str, name: str, value: Any) -> None:
-        delta = {"type": kind, name: value}
-        self.events.append({"type": "content_block_delta", "index": self._index, "delta": delta})
+    def _delta(self, delta_type: str, name: str, value: Any) -> None:
+        self.events.append({"type": "content_block_delta", "index": self._index,
+                            "delta": {"type": delta_type, name: value}})
 
-    def _close(self, signature: str = UNSIGNED) -> None:
-        block = self._blocks.popleft()
-        self._known.pop(block.key, None)
-        if block.kind == "thinking":
-            self._delta("signature_delta", "signature", signature)
-        if block.kind == "tool_use":
-            self._ended.add(block.key)
-            whole = "".join(block.input)
-            if not whole.strip():
-                self._delta(*DELTAS["tool_use"], "{}")
-            elif not is_json(whole):
-                self.broken_input = True
+    def _close(self, block: Block) -> None:
+        block.ended = True
+        if block.type == "thinking":
+            self._delta("signature_delta", "signature", block.signature)
+        if block.type != "tool_use":
+            self._by_key.pop(block.key, None)
+        elif not "".join(block.input).strip():
+            self._delta(*DELTAS["tool_use"], "{}")
+        elif not is_json("".join(block.input)):
+            self.broken_input = True
         self.events.append({"type": "content_block_stop", "index": self._index})
 
     def _fresh_id(self, call_id: str) -> str:
-        """An id of Anthropic's alphabet that the conversation doesn't have yet."""
+        """Return an id of Anthropic's alphabet that the conversation doesn't have yet."""
         call_id = re.sub(r"[^A-Za-z0-9_-]", "_", call_id)
         if not call_id or call_id in self._used_ids:
             call_id = fresh_id("toolu")
@@ -1873,7 +1851,6 @@ def fresh_id(prefix: str) -> str:
 
 
 def message_from_events(events: Iterable[Json]) -> Json:
-    """The message that a complete stream of events amounts to."""
     folder = MessageFolder()
     for event in events:
         folder.add(event)
@@ -1889,64 +1866,62 @@ class MessageFolder:
         self._pieces: dict[tuple[int, str], list[Any]] = {}  # by block and field
 
     def add(self, event: Json) -> None:
-        kind = event["type"]
-        if kind == "message_start":
+        event_type = event["type"]
+        if event_type == "message_start":
             self._message = event["message"]
-        elif kind == "content_block_start":
+        elif event_type == "content_block_start":
             self._message["content"].append(dict(event["content_block"]))
             self.size += 500
-        elif kind == "content_block_delta":
+        elif event_type == "content_block_delta":
             delta = event["delta"]
-            name = DELTA_FIELDS.get(delta["type"], delta["type"].partition("_")[0])
-            piece = delta["citation" if name == "citations" else name]
-            self._pieces.setdefault((event["index"], name), []).append(piece)
-            self.size += len(piece) + 50
-        elif kind == "message_delta":
+            name = DELTA_FIELDS.get(delta["type"], "citation")
+            self._pieces.setdefault((event["index"], name), []).append(delta[name])
+            self.size += len(delta[name]) + 50
+        elif event_type == "message_delta":
             self._message.update(event["delta"])
             self._message["usage"].update(event["usage"])
 
     def message(self) -> Json:
         content = self._message["content"]
         for (index, name), pieces in self._pieces.items():
-            if name == "citations":
+            if name == "citation":
                 content[index]["citations"] = pieces
                 continue
-            told = "".join(pieces)
+            text = "".join(pieces)
             if name != "partial_json":
-                content[index][name] = told
-            elif is_json(told):
-                content[index]["input"] = json_or_none(told) or {}
+                content[index][name] = text
+            elif is_json(text):
+                content[index]["input"] = json_or_none(text) or {}
             else:  # half a call must not run
-                words = f"[A call of {content[index]['name']} that broke off: {told}]"
-                content[index] = {"type": "text", "text": words}
+                name = content[index]["name"]
+                content[index] = text_part(f"[A call of {name} that broke off: {text}]")
         return self._message
 
 
 def sse_bytes(event: Json | bytes) -> bytes:
-    """One event as Anthropic sends it."""
     if isinstance(event, bytes):
         return event
-    if event["type"] == "content_block_delta" and event["delta"]["type"] in DELTA_FIELDS:
-        # Nearly all events are these: the same bytes as below at a sixth of the time.
-        kind, name = event["delta"]["type"], DELTA_FIELDS[event["delta"]["type"]]
-        text = json.encoder.encode_basestring_ascii(event["delta"][name])
-        return (DELTA_EVENT % (event["index"], kind, name, text)).encode("ascii")
+    delta = event.get("delta", {})
+    name = DELTA_FIELDS.get(delta.get("type"))
+    if name:  # as nearly always: the same bytes as below at a sixth of the time
+        text = json.encoder.encode_basestring_ascii(delta[name])
+        return (DELTA_EVENT % (event["index"], delta["type"], name, text)).encode("ascii")
     return f"event: {event['type']}\ndata: {COMPACT_JSON.encode(event)}\n\n".encode("ascii")
 
 
 class SseReader:
-    """Server-sent events from bytes cut anywhere: `feed` gives the data of each complete event.
-    CR, LF and CRLF end lines; comments and other fields are ignored; several data lines are
-    joined by LF (WHATWG HTML, 9.2). An event larger than `limit` bytes raises OgxError(502)."""
+    """Server-sent events from bytes cut anywhere (WHATWG HTML, 9.2). CR, LF and CRLF end lines;
+    comments and other fields are ignored; several data lines are joined by LF."""
 
-    def __init__(self, limit: int = MAX_EVENT) -> None:
+    def __init__(self, max_event: int = MAX_EVENT) -> None:
         self._rest = bytearray()
         self._data: list[bytes] = []
-        self._limit = limit
+        self._max_event = max_event
         self._size = 0
         self._after_cr = False
 
     def feed(self, data: bytes) -> list[bytes]:
+        """Return the data of each event that is complete now; OgxError(502) for too large ones."""
         pieces = data[:-2].split(b"\n\n")
         if (data.count(b"\n") == 2 * len(pieces) and b"\r" not in data and data[-2:] == b"\n\n"
                 and not (self._rest or self._data or self._after_cr)):
@@ -1960,15 +1935,14 @@ class SseReader:
             return []
         self._after_cr = data.endswith(b"\r")
         self._rest += data
-        if len(self._rest) + self._size > self._limit:
+        if len(self._rest) + self._size > self._max_event:
             raise OgxError(502, "the upstream sent an event that is too large")
         if b"\n" not in data and b"\r" not in data:  # not to split a long line again and again
             return []
-        lines = bytes(self._rest).splitlines(keepends=True)
-        self._rest = bytearray(b"" if lines[-1].endswith((b"\n", b"\r")) else lines.pop())
+        lines = bytes(self._rest).splitlines()
+        self._rest = bytearray(b"" if data.endswith((b"\n", b"\r")) else lines.pop())
         events = []
         for line in lines:
-            line = line.rstrip(b"\r\n")
             if line.startswith(b"data:"):
                 self._data.append(line[6:] if line[5:6] == b" " else line[5:])
                 self._size += len(line)
@@ -1978,7 +1952,7 @@ class SseReader:
         return events
 
     def end(self) -> list[bytes]:
-        """The event that the end of the stream completes, if any."""
+        """Return the event that the end of the stream completes, if any."""
         return self.feed(b"\n\n") if self._rest or self._data else []
 
 
@@ -3146,7 +3120,7 @@ class Dialect:
 
 def demo_request(request: Json, model: Model) -> Json:
     """The demo model's "request": the text it answers and the size of what it was sent."""
-    tokens = round(sum(prompt_tokens(request)))
+    tokens = round(sum(TokenCounter().prompt(request)))
     text = (f"This is ogx.py's built-in demo model; I received {len(request['messages'])} "
             f"messages, {len(request.get('tools') or ())} tools, about {tokens:,} tokens. Set "
             "OPENAI_API_KEY, VLLM_URL or OLLAMA_URL and start `run` again to talk to a real "
@@ -3602,7 +3576,7 @@ class RequestHead:
     headers: Headers = field(default_factory=dict)
 
     @property
-    def tokens(self) -> list[str]:
+    def options(self) -> list[str]:
         """The connection header's: close, keep-alive, and names of headers for us alone."""
         return [word.strip() for word in self.headers.get("connection", "").lower().split(",")]
 
@@ -3613,8 +3587,8 @@ class RequestHead:
     @property
     def closes(self) -> bool:
         """Whether the connection ends with the answer (RFC 9112, 9.3)."""
-        keeps = "keep-alive" in self.tokens and "transfer-encoding" not in self.headers
-        return "close" in self.tokens or (self.version == "1.0" and not keeps)
+        keeps = "keep-alive" in self.options and "transfer-encoding" not in self.headers
+        return "close" in self.options or (self.version == "1.0" and not keeps)
 
 
 def request_head(data: bytes) -> RequestHead:
@@ -4513,7 +4487,7 @@ class Ratios:
         self._seen: dict[str, list[float]] = {}
 
     def estimate(self, model: Model, prompt: tuple[float, int]) -> int:
-        """The tokens of a prompt as this model counts; `prompt` is what prompt_tokens() gave."""
+        """The tokens of a prompt as this model counts; `prompt` is what TokenCounter gave."""
         seen = sorted(self._seen.get(model.served, (1.0,)))
         return round(prompt[0] * seen[len(seen) // 2]) + prompt[1]
 
@@ -5404,7 +5378,7 @@ class Gateway:
         self.upstream = upstream or Upstream(config.limits)
         self.discovery = Discovery(config, self.registry, self.upstream)
         self.lessons = Lessons(self.store)
-        self.ratios = Ratios()
+        self.ratios, self.tokens = Ratios(), TokenCounter()
         self.backoff = BACKOFF
         self.tick = tick
         self._cooling: dict[str, float] = {}  # model that failed -> until when it is tried last
@@ -5490,7 +5464,7 @@ class Gateway:
                 refused = attempt
                 continue
             refused = None
-            error = client_error(error, exchange, model, attempt.body)
+            error = self._client_error(error, attempt, exchange)
             delay = None if in_vain or number == MAX_REQUESTS else self._delay(
                 error, attempt, retries, waited)
             if delay is None:
@@ -5584,19 +5558,19 @@ class Gateway:
 
     def _pieces(self, attempt: Attempt, reply: Reply, exchange: Exchange) -> Iterator[Piece]:
         """What will read the answer to a request."""
-        model, prompt = attempt.model, prompt_tokens(exchange.request)
+        model, prompt = attempt.model, self.tokens.prompt(exchange.request)
 
         def finish(usage: Usage | None) -> None:
             exchange.usage = usage
             self.ratios.learn(model, prompt, usage)
 
         if attempt.dialect.native:
-            read = passed_stream if exchange.stream else passed_message
+            read = native_pieces if exchange.stream else native_message_pieces
             return read(reply, exchange.request["model"], model.served, finish)
         estimate = self.ratios.estimate(model, prompt)
         translator = new_translator(attempt.dialect, exchange, model, estimate,
                                     self.config.show_thinking)
-        return translated(reply, translator, exchange.stream, finish)
+        return translated_pieces(reply, translator, exchange.stream, finish)
 
     def _learn(self, error: OgxError, attempt: Attempt, exchange: Exchange,
                lessons: list[Lesson]) -> bool:
@@ -5619,6 +5593,15 @@ class Gateway:
         log.info("%s: %s refused: %s; sent again after: %s", exchange.request_id,
                  attempt.model.served, one_line(error.message), lesson)
         return True
+
+    def _client_error(self, error: OgxError, attempt: Attempt, exchange: Exchange) -> OgxError:
+        """The error as the client understands it best: a prompt that is too long in Anthropic's
+        words, where the upstream has others."""
+        if error.refusal is None or "prompt is too long" in error.message:
+            return error
+        count = round(sum(self.tokens.prompt(exchange.request)))
+        asked = max(attempt.body.get(name, 0) for name in LIMIT_FIELDS)
+        return overflow_error(error.refusal, count, attempt.model.context, asked) or error
 
     def _delay(self, error: OgxError, attempt: Attempt, retries: int, waited: float
                ) -> float | None:
@@ -5646,7 +5629,7 @@ class Gateway:
             count = yield from self._count_upstream(model.provider, paths, body, exchange)
             if count:
                 break
-        count = count or self.ratios.estimate(model, prompt_tokens(request))
+        count = count or self.ratios.estimate(model, self.tokens.prompt(request))
         counted = {"input_tokens": count, "context_management": {"original_input_tokens": count}}
         return Opened(json_bytes(counted) + b"\n")
 
@@ -5790,7 +5773,7 @@ def new_translator(dialect: Dialect, exchange: Exchange, model: Model, estimate:
 # the usage of a complete one.
 
 
-def translated(reply: Reply, translator: Translator, stream: bool,
+def translated_pieces(reply: Reply, translator: Translator, stream: bool,
                finish: Callable[[Usage | None], None]) -> Iterator[Piece]:
     """An answer in another dialect, as server-sent events or, at its end, as one message."""
     reader, writer, folder = AnswerReader(), translator.writer, MessageFolder()
@@ -5834,7 +5817,7 @@ def fold(events: Iterable[Any], folder: MessageFolder) -> None:
         raise OgxError(502, "the upstream's answer is too large")
 
 
-def passed_stream(reply: Reply, model_id: str, origin: str,
+def native_pieces(reply: Reply, model_id: str, origin: str,
                   finish: Callable[[Usage | None], None]) -> Iterator[Piece]:
     """A stream of Anthropic's own events, but for the model's id."""
     stream, begun, data = NativeStream(model_id), False, reply.read()
@@ -5855,7 +5838,7 @@ def passed_stream(reply: Reply, model_id: str, origin: str,
         raise OgxError(502, f"{origin} ended the answer before it was complete")
 
 
-def passed_message(reply: Reply, model_id: str, origin: str,
+def native_message_pieces(reply: Reply, model_id: str, origin: str,
                    finish: Callable[[Usage | None], None]) -> Iterator[Piece]:
     """Anthropic's own message, but for the model's id."""
     reader, whole, data = AnswerReader(), b"", reply.read()
@@ -5889,15 +5872,6 @@ def refused_error(refusal: Refusal, model: Model, headers: Headers, native: byte
         hint = "the clock" if re.search("Z is (now|still) ", error.message) else hint or "api_key"
         error.message += f"; check {hint} where ogx.py runs"
     return error
-
-
-def client_error(error: OgxError, exchange: Exchange, model: Model, body: Json) -> OgxError:
-    """The error as the client understands it best: a prompt that is too long in those words."""
-    if error.refusal is None or "prompt is too long" in error.message:
-        return error
-    count = round(sum(prompt_tokens(exchange.request)))
-    asked = max(body.get(name, 0) for name in LIMIT_FIELDS)
-    return overflow_error(error.refusal, count, model.context, asked) or error
 
 
 def raise_if_error(answer: bytes, origin: str) -> None:
@@ -6192,7 +6166,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = self.head.headers
         self.exchange.session = headers.get("x-claude-code-session-id", "")[:64]
         self.exchange.headers = {name: headers[name] for name in PASSED_HEADERS
-                                 if name in headers and name not in self.head.tokens}
+                                 if name in headers and name not in self.head.options}
         self.server.guard.check(self.head)
 
     def _read_body(self) -> Generator[Step, Any, bytes]:

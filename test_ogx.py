@@ -1926,8 +1926,7 @@ class TestRequests:
                                       {"output_config": {"effort": "low"}}])  # fmt: skip
     def test_the_older_output_format_is_that_of_output_config(self, rest):
         wanted = {"type": "json_schema", "schema": {"type": "object"}}
-        body = request(output_format=wanted, **rest)
-        ogx.check_request(body)
+        body = checked(request(output_format=wanted, **rest))
         assert body["output_config"] == {**(rest.get("output_config") or {}), "format": wanted}
         assert ogx.chat_request(body, model())["response_format"]["json_schema"]
         sent = ogx.messages_request(body, model("anthropic"))
@@ -1935,13 +1934,20 @@ class TestRequests:
 
     def test_the_newer_one_goes_before_the_older(self):
         new, old = ({"type": "json_schema", "schema": {"title": t}} for t in ("new", "old"))
-        body = request(output_format=old, output_config={"format": new})
-        ogx.check_request(body)
+        body = checked(request(output_format=old, output_config={"format": new}))
         assert body["output_config"]["format"] == new
         for nothing in ({}, {"output_format": None}):
-            body = request(**nothing)
-            ogx.check_request(body)
-            assert "output_config" not in body
+            assert "output_config" not in checked(request(**nothing))
+
+    @pytest.mark.parametrize("fields", [
+        {"messages": [user("a"), {"role": "system", "output_config": {"effort": "low"}}]},
+        {"output_format": {"type": "json_schema", "schema": {}}, "output_config": None},
+    ], ids=["settings", "format"])  # fmt: skip
+    def test_a_check_changes_nothing(self, fields):
+        body = request(**fields)
+        given = json.dumps(body)
+        ogx.check_request(body)
+        assert json.dumps(body) == given
 
     @cases(
         ("output_format", "words"),
@@ -2026,6 +2032,108 @@ class TestRequests:
                        system=[text("s")], tools=[tool()])  # fmt: skip
         assert ogx.dropped_names(body, ogx.chat_request(body, model()), False) == ""
 
+    @cases(
+        ("block", "words"),
+        [
+            (image(media_type="image/bmp"),
+             "image.source.base64.media_type: expected one of image/jpeg, image/png, image/gif, "
+             "image/webp"),
+            (result("a", [text("x"), image(media_type="image/tiff")]),
+             "image.source.base64.media_type: expected one of image/jpeg"),
+            ({**pdf(), "source": {"type": "base64", "media_type": "text/rtf", "data": ""}},
+             "document.source.base64.media_type: expected one of application/pdf"),
+            (image("A" * (5 * 1024 * 1024 + 4)),
+             "image.source.base64: image exceeds 5 MB maximum: 5242884 bytes > 5242880 bytes"),
+        ],
+    )  # fmt: skip
+    def test_media_that_anthropic_does_not_take_are_refused_in_its_words(self, block, words):
+        for translate in (chat, responses):
+            error = refused(translate, request(user([block])))
+            assert (error.status, error.message[: len(words)]) == (400, words)
+
+    def test_media_that_an_upstream_cannot_see_are_told_whatever_they_are(self):
+        rtf = {**pdf(), "source": {"type": "base64", "media_type": "text/rtf", "data": ""}}
+        assert "text/rtf, 1 kB" in chat(request(user([rtf])), "vllm")["messages"][0]["content"]
+
+    @cases(
+        ("given", "sent"),
+        [
+            (r'{"a":"x\ud83d"}', r'{"a":"x\ufffd"}'), (r'["\ude00"]', r'["\ufffd"]'),
+            (r'["\ud83d\ud83d\ude00\ude00"]', r'["\ufffd\ud83d\ude00\ufffd"]'),
+            (r'["\ud83d \ude00"]', r'["\ufffd \ufffd"]'), (r'{"\udfff":1}', r'{"\ufffd":1}'),
+            (r'["\\\\\ud83d"]', r'["\\\\\ufffd"]'),
+            (r'["\uD83D \uDe00 \uD83D\uDE00"]', r'["\ufffd \ufffd \uD83D\uDE00"]'),
+            (r'["\\\ud83d\\ude00"]', r'["\\\ufffd\\ude00"]'),
+            # what are pairs, or words about them
+            (r'["\ud83d\ude00"]', None), (r'["\\ud83d"]', None),
+            (r'["\\ud83d\\ude00 \\\\udfff"]', None), (r'["\u0d83 ud83d \ud7ff\ue000"]', None),
+        ],
+    )  # fmt: skip
+    def test_half_of_a_pair_is_a_replacement_character(self, given, sent):
+        made = ogx.without_halves(given.encode())
+        assert made == (sent or given).encode()
+        json.dumps(json.loads(made), ensure_ascii=False).encode()  # whole characters alone
+
+    def test_half_pairs_are_replaced_in_linear_time(self):
+        def seconds(text):
+            begun = time.process_time()
+            ogx.without_halves(text)
+            return time.process_time() - begun
+
+        for piece in (rb"\ud83d", rb"\\", rb"\\ud83d", rb"\ud83d\ude00", rb"\ud83d\\\\"):
+            small, large = (min(seconds(b'"' + piece * n + b'"') for _ in range(3))
+                            for n in (20_000, 160_000))  # fmt: skip
+            assert large < 40 * max(small, 0.001)
+
+    @pytest.mark.parametrize(
+        ("make", "fits"),
+        [
+            (lambda n: b'{"a":[' + b"[]," * n + b"1]}", False),
+            (lambda n: b'{"a":"' + b"[]," * n + b'"}', True),
+            (lambda n: b'{"a":"' + rb"\"," * n + b'"}', True),
+            (lambda n: b"[" + b"1," * 2 * n + b"1]", False),
+            (lambda n: b'{"a":"' + b"[]," * n, True),  # broken, as the parser says then
+            (lambda n: b"[" * 3 * n, False),
+        ],
+        ids=["lists", "text", "escapes", "numbers", "open", "depth"],
+    )
+    def test_json_of_too_many_elements_is_not_read(self, make, fits):
+        data = make(600_000)
+        assert ogx.has_too_many_elements(data) is not fits
+        assert ogx.has_too_many_elements(data.decode()) is not fits
+        error = None if make(1).endswith(b"}") and fits else refused(ogx.parsed_json, data)
+        assert error is None or error.status == (400 if fits else 413)
+
+    def test_elements_are_counted_in_little_memory(self):
+        """A group in the expression for strings kept 100 bytes for each character."""
+        data = b'["' + b"a," * 1_000_001 + b'"]'
+        tracemalloc.start()
+        assert not ogx.has_too_many_elements(data)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 10 * len(data)
+
+    @cases(("stops", "fits"), [
+        (["a" * 4000], True), (["a" * 4001], False), (["ab"] * 2001, False)])
+    def test_stop_sequences_are_bounded(self, stops, fits):
+        body = request(stop_sequences=stops)
+        if fits:
+            ogx.check_request(body)
+        else:
+            assert "at most 4000 characters" in refused(ogx.check_request, body).message
+
+    @cases(("model_id", "fits"), [
+        ("x" * 256, True), ("\u4f60" * 256, True), ("x" * 257, False), ("a\x1b[2J", False),
+        ("a\nb", False), ("a\u202eb", False), ("a\udc9bb", False)])  # fmt: skip
+    def test_a_models_id_is_short_and_without_controls(self, model_id, fits):
+        if fits:
+            ogx.check_request(request(model=model_id))
+        else:
+            error = refused(ogx.check_request, request(model=model_id))
+            assert error.status == 400 and error.message.startswith("model: expected 1 to 256")
+
+
+class TestHistory:
     def test_the_billing_header_is_no_part_of_the_system_prompt(self):
         blocks = [text("x-anthropic-billing-header: cc_version=1;"), text("You are"), text("a bot")]
         assert ogx.system_text({"system": blocks}) == "You are\n\na bot"
@@ -2065,6 +2173,11 @@ class TestRequests:
         told = text("[Result of tool call gone]\n[The tool reported an error]")
         assert (turn.role, turn.blocks) == ("user", [told, text("the output"), image()])
 
+    def test_what_answers_no_call_stays_in_its_place(self):
+        (turn,) = ogx.turns_from_messages([user(text("a"), result("gone", "b"), text("c"))])
+        words = [block["text"] for block in turn.blocks]
+        assert words == ["a", "[Result of tool call gone]", "b", "c"]
+
     def test_a_second_result_of_one_call_is_not_lost(self):
         turns = [assistant([call("a")]), user(result("a", "one"), result("a", "two"))]
         *_, last = ogx.turns_from_messages(turns)
@@ -2080,14 +2193,13 @@ class TestRequests:
     def test_a_system_message_may_be_for_one_turn_and_may_hold_settings_alone(self):
         once = {"role": "system", "content": "once", "clear_at": "next_user_message"}
         settings = {"role": "system", "output_config": {"effort": "low"}}
-        body = request(user("a"), once, assistant("b"), user("c"), once, settings)
-        ogx.check_request(body)
+        body = checked(request(user("a"), once, assistant("b"), user("c"), once, settings))
         turns = ogx.turns_from_messages(body["messages"])
         assert [t.role for t in turns] == ["user", "assistant", "user", "system"]
 
     def test_a_missing_result_is_made_up_in_words(self):
         made = ogx.turns_from_messages([assistant([call("1")]), user("go on")])
-        assert made[1].blocks[0]["content"] == ogx.NO_RESULT
+        assert made[1].blocks[0]["content"].startswith("[No result: ")
 
     # Every block type of Anthropic's OpenAPI and SDK: a block in a request, and what of it a chat
     # model reads ("" for nothing; None: it has a form of its own there, with tests of its own).
@@ -2150,59 +2262,6 @@ class TestRequests:
     def test_every_block_type_is_in_that_table(self):
         assert {block["type"] for block, _ in self.BLOCKS} == ogx.BLOCK_TYPES
 
-    @cases(
-        ("block", "words"),
-        [
-            (image(media_type="image/bmp"),
-             "image.source.base64.media_type: expected one of image/jpeg, image/png, image/gif, "
-             "image/webp"),
-            (result("a", [text("x"), image(media_type="image/tiff")]),
-             "image.source.base64.media_type: expected one of image/jpeg"),
-            ({**pdf(), "source": {"type": "base64", "media_type": "text/rtf", "data": ""}},
-             "document.source.base64.media_type: expected one of application/pdf"),
-            (image("A" * (5 * 1024 * 1024 + 4)),
-             "image.source.base64: image exceeds 5 MB maximum: 5242884 bytes > 5242880 bytes"),
-        ],
-    )  # fmt: skip
-    def test_media_that_anthropic_does_not_take_are_refused_in_its_words(self, block, words):
-        for translate in (chat, responses):
-            error = refused(translate, request(user([block])))
-            assert (error.status, error.message[: len(words)]) == (400, words)
-
-    def test_media_that_an_upstream_cannot_see_are_told_whatever_they_are(self):
-        rtf = {**pdf(), "source": {"type": "base64", "media_type": "text/rtf", "data": ""}}
-        assert "text/rtf, 1 kB" in chat(request(user([rtf])), "vllm")["messages"][0]["content"]
-
-    @cases(
-        ("given", "sent"),
-        [
-            (r'{"a":"x\ud83d"}', r'{"a":"x\ufffd"}'), (r'["\ude00"]', r'["\ufffd"]'),
-            (r'["\ud83d\ud83d\ude00\ude00"]', r'["\ufffd\ud83d\ude00\ufffd"]'),
-            (r'["\ud83d \ude00"]', r'["\ufffd \ufffd"]'), (r'{"\udfff":1}', r'{"\ufffd":1}'),
-            (r'["\\\\\ud83d"]', r'["\\\\\ufffd"]'),
-            (r'["\uD83D \uDe00 \uD83D\uDE00"]', r'["\ufffd \ufffd \uD83D\uDE00"]'),
-            (r'["\\\ud83d\\ude00"]', r'["\\\ufffd\\ude00"]'),
-            # what are pairs, or words about them
-            (r'["\ud83d\ude00"]', None), (r'["\\ud83d"]', None),
-            (r'["\\ud83d\\ude00 \\\\udfff"]', None), (r'["\u0d83 ud83d \ud7ff\ue000"]', None),
-        ],
-    )  # fmt: skip
-    def test_half_of_a_pair_is_a_replacement_character(self, given, sent):
-        made = ogx.without_halves(given.encode())
-        assert made == (sent or given).encode()
-        json.dumps(json.loads(made), ensure_ascii=False).encode()  # whole characters alone
-
-    def test_half_pairs_are_replaced_in_linear_time(self):
-        def seconds(text):
-            begun = time.process_time()
-            ogx.without_halves(text)
-            return time.process_time() - begun
-
-        for piece in (rb"\ud83d", rb"\\", rb"\\ud83d", rb"\ud83d\ude00", rb"\ud83d\\\\"):
-            small, large = (min(seconds(b'"' + piece * n + b'"') for _ in range(3))
-                            for n in (20_000, 160_000))  # fmt: skip
-            assert large < 40 * max(small, 0.001)
-
     def test_a_documents_images_follow_it(self):
         inner = [text("see"), image("AAAA"), text(""), image("BBBB")]
         paper = {"type": "document", "source": {"type": "content", "content": inner}}
@@ -2221,7 +2280,6 @@ class TestRequests:
         kind = dataclasses.replace(ogx.PROVIDER_KINDS["vllm"], images=False, native_gaps=())
         assert ogx.lost_natively(body, kind) == {"image"}
 
-
     @pytest.mark.parametrize("make", [
         lambda n: [user(*[text("a")] * n)], lambda n: [user("a")] * n,
         lambda n: [user("a"), {"role": "system", "content": "b"}] * (n // 2),
@@ -2232,53 +2290,6 @@ class TestRequests:
     def test_the_work_grows_with_the_request_alone(self, kind, make):
         check_linear(lambda messages: ogx.chat_messages(
             request(*messages), model(kind), ogx.ToolNames({})), make, 2000)  # fmt: skip
-
-    @pytest.mark.parametrize(
-        ("make", "fits"),
-        [
-            (lambda n: b'{"a":[' + b"[]," * n + b"1]}", False),
-            (lambda n: b'{"a":"' + b"[]," * n + b'"}', True),
-            (lambda n: b'{"a":"' + rb"\"," * n + b'"}', True),
-            (lambda n: b"[" + b"1," * 2 * n + b"1]", False),
-            (lambda n: b'{"a":"' + b"[]," * n, True),  # broken, as the parser says then
-            (lambda n: b"[" * 3 * n, False),
-        ],
-        ids=["lists", "text", "escapes", "numbers", "open", "depth"],
-    )
-    def test_json_of_too_many_elements_is_not_read(self, make, fits):
-        data = make(600_000)
-        assert ogx.has_too_many_elements(data) is not fits
-        assert ogx.has_too_many_elements(data.decode()) is not fits
-        error = None if make(1).endswith(b"}") and fits else refused(ogx.parsed_json, data)
-        assert error is None or error.status == (400 if fits else 413)
-
-    def test_elements_are_counted_in_little_memory(self):
-        """A group in the expression for strings kept 100 bytes for each character."""
-        data = b'["' + b"a," * 1_000_001 + b'"]'
-        tracemalloc.start()
-        assert not ogx.has_too_many_elements(data)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 10 * len(data)
-
-    @cases(("stops", "fits"), [
-        (["a" * 4000], True), (["a" * 4001], False), (["ab"] * 2001, False)])
-    def test_stop_sequences_are_bounded(self, stops, fits):
-        body = request(stop_sequences=stops)
-        if fits:
-            ogx.check_request(body)
-        else:
-            assert "at most 4000 characters" in refused(ogx.check_request, body).message
-
-    @cases(("model_id", "fits"), [
-        ("x" * 256, True), ("\u4f60" * 256, True), ("x" * 257, False), ("a\x1b[2J", False),
-        ("a\nb", False), ("a\u202eb", False), ("a\udc9bb", False)])  # fmt: skip
-    def test_a_models_id_is_short_and_without_controls(self, model_id, fits):
-        if fits:
-            ogx.check_request(request(model=model_id))
-        else:
-            error = refused(ogx.check_request, request(model=model_id))
-            assert error.status == 400 and error.message.startswith("model: expected 1 to 256")
 
 
 # Texts with their tokens in OpenAI's o200k_base, as .ci/o200k.cjs counts them.
@@ -2388,7 +2399,7 @@ O200K_OTHERS = {
 
 class TestTokens:
     def test_all_kinds_of_text_are_counted_as_o200k_does(self):
-        counted = {name: ogx.text_tokens(words) for name, (_, words) in O200K.items()}
+        counted = {name: ogx.TokenCounter().text(words) for name, (_, words) in O200K.items()}
         for name, (tokens, _) in O200K.items():
             assert counted[name] == pytest.approx(tokens, rel=0.2), name  # they are short
         whole = sum(tokens for tokens, _ in O200K.values())
@@ -2396,11 +2407,11 @@ class TestTokens:
 
     @pytest.mark.parametrize(("tokens", "words"), O200K_OTHERS.values(), ids=list(O200K_OTHERS))
     def test_other_languages_are_counted_nearly(self, tokens, words):
-        assert ogx.text_tokens(words) == pytest.approx(tokens, rel=0.35)
+        assert ogx.TokenCounter().text(words) == pytest.approx(tokens, rel=0.35)
 
     def test_system_tools_calls_and_results_count(self):
         tokens, words = O200K["prose"]
-        small, _ = ogx.prompt_tokens(request())
+        small, _ = ogx.TokenCounter().prompt(request())
         for body in (request(system=words), request(tools=[tool(description=words)]),
                      request(system=[text(words)]), request(words),
                      request(assistant([call("a", command=words)])),
@@ -2408,37 +2419,42 @@ class TestTokens:
                      request(user([result("a", [text(words)])])),
                      request(user([{"type": "document", "source": {"type": "text", "data": words,
                                     "media_type": "text/plain"}}]))):  # fmt: skip
-            said, attached = ogx.prompt_tokens(body)
+            said, attached = ogx.TokenCounter().prompt(body)
             assert 0.85 * tokens < said - small < 1.15 * tokens + 40 and attached == 0
 
     def test_what_no_template_shows_does_not_count(self):
-        bare = ogx.prompt_tokens(request(assistant(text("a"), call("a")), user([result("a")])))
+        count = ogx.TokenCounter().prompt
+        bare = count(request(assistant(text("a"), call("a")), user([result("a")])))
         much = "x9" * 5000
         thought = {"type": "thinking", "thinking": much, "signature": much}
-        full = ogx.prompt_tokens(request(
+        full = count(request(
             assistant(thought, {**text("a"), "cache_control": {"type": much}}, call("a" + much)),
             user([result("a")])))  # fmt: skip
         assert full == bare
 
     @cases("data", ["", "A", "\xe9"])
     def test_an_image_counts_as_the_largest_at_anthropic(self, data):
-        assert ogx.prompt_tokens(request(user([image(data)])))[1] == 1600
+        assert ogx.TokenCounter().prompt(request(user([image(data)])))[1] == 1600
 
     def test_other_attachments_count_by_their_size_or_alike(self):
         by_url = {"source": {"type": "url", "url": "https://x.example/a"}}
         for block, tokens in ((pdf("A" * 80_000), 1500), ({"type": "image", **by_url}, 1600),
                               ({"type": "document", **by_url}, 1600)):  # fmt: skip
-            assert ogx.prompt_tokens(request(user([block])))[1] == tokens
+            assert ogx.TokenCounter().prompt(request(user([block])))[1] == tokens
 
-    def test_what_was_counted_is_known_again_but_not_for_ever(self, monkeypatch):
-        monkeypatch.setattr(ogx, "known_texts", {})
-        tools = [tool(description="in Größe")]
-        first = ogx.prompt_tokens(request("hello", tools=tools))
-        assert ogx.prompt_tokens(request("hello", tools=tools)) == first
-        assert len(ogx.known_texts) == 3  # the empty system prompt, too
+    def test_what_was_counted_is_known_again_but_not_for_ever(self):
+        counter, body = ogx.TokenCounter(), request("hello", tools=[tool(description="in Größe")])
+        first = counter.prompt(body)
+        assert counter.prompt(body) == first
+        assert len(counter._tokens) == 3  # the empty system prompt, too
         for number in range(11_000):
-            ogx.text_tokens(f"text {number}")
-        assert len(ogx.known_texts) <= 10_000
+            counter.text(f"text {number}")
+        assert len(counter._tokens) <= 10_000
+
+    def test_a_counter_keeps_no_texts(self):
+        counter = ogx.TokenCounter()
+        counter.prompt(request("hello " * 1000))
+        assert {type(value) for pair in counter._tokens.items() for value in pair} == {int, float}
 
 
 class TestEvents:
@@ -2458,6 +2474,25 @@ class TestEvents:
         assert {"cache_creation", "cache_creation_input_tokens", "cache_read_input_tokens",
                 "inference_geo", "input_tokens", "output_tokens", "server_tool_use",
                 "service_tier"} <= set(message["usage"])  # fmt: skip
+
+    def test_blocks_are_opened_and_closed_in_one_place(self):
+        (writer,) = (node for node in ast.parse(SOURCE).body
+                     if getattr(node, "name", "") == "MessageWriter")  # fmt: skip
+        inside = {
+            method.name: {str(word) for node in ast.walk(method) if node is not method
+                          for word in vars(node).values()}
+            for method in writer.body if isinstance(method, ast.FunctionDef)
+        }  # fmt: skip
+
+        def users(*words):
+            """The methods that name one of these: methods, constants, types of events."""
+            return {name for name, found in inside.items() if found & {*words}}
+
+        assert users("content_block_start") == {"_open"}
+        assert users("content_block_stop") == {"_close"}
+        assert users("content_block_delta", "DELTA_EVENT") == {"_delta", "goes_on"}
+        assert users("_open") == users("_close") == {"_advance"}
+        assert users("_delta") == {"_advance", "_close", "citation"}
 
     def test_a_change_of_kind_closes_one_block_and_opens_the_next(self):
         writer = self.writer()
@@ -2629,14 +2664,17 @@ class TestEvents:
         assert reader.feed(b"data: last") == [] and reader.end() == [b"last"]
 
     def test_an_event_without_end_is_bounded(self):
-        reader = ogx.SseReader(limit=1000)
+        reader = ogx.SseReader(max_event=1000)
         assert reader.feed(b"data: " + b"x" * 900) == []
         assert refused(reader.feed, b"x" * 200).status == 502
 
 
+def checked(body):
+    return ogx.checked_json(json.dumps(body).encode())
+
+
 def chat(body, kind="openai", **fields):
-    ogx.check_request(body)
-    return ogx.chat_request(body, model(kind, **fields))
+    return ogx.chat_request(checked(body), model(kind, **fields))
 
 
 class TestChat:
@@ -4192,11 +4230,10 @@ class TestMessages:
 
 
 def responses(body, **row):
-    ogx.check_request(body)
     kind = dataclasses.replace(ogx.PROVIDER_KINDS["openai"], **row)
     owner = dataclasses.replace(provider(), kind=kind)
     found = ogx.Model("openai/gpt-5.5", owner, "gpt-5.5")
-    return ogx.finished_responses(ogx.responses_request(body, found))
+    return ogx.finished_responses(ogx.responses_request(checked(body), found))
 
 
 def added(index, **item):
@@ -8699,7 +8736,7 @@ class TestGateway:
         with FakeUpstream(answer, said()) as upstream, serving(
             dataclasses.replace(provider(url=upstream.url), dialect=dialect)
         ) as client:
-            ratios, prompt = client.gateway.ratios, ogx.prompt_tokens(body)
+            ratios, prompt = client.gateway.ratios, ogx.TokenCounter().prompt(body)
             before = ratios.estimate(model(), prompt)
             assert client.post(body)[0] == 200
             client.get("/v1/health")  # after the end of the last answer
@@ -8713,7 +8750,7 @@ class TestGateway:
             for _ in range(2):
                 start, *_, end, _ = read_events(client.post(body)[2])
                 told.append((start["message"]["usage"]["input_tokens"], end["usage"]))
-        assert [first for first, _ in told] == [round(sum(ogx.prompt_tokens(body))), 900]
+        assert [first for first, _ in told] == [round(sum(ogx.TokenCounter().prompt(body))), 900]
         for _, usage in told:
             assert (usage["input_tokens"], usage["cache_read_input_tokens"]) == (100, 800)
 

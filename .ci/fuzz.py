@@ -159,7 +159,7 @@ def sse_reader(chance: random.Random) -> bytes:
     data = mutated(SSE, chance)
 
     def read(pieces: list[bytes]) -> list[bytes]:
-        reader = ogx.SseReader(limit=4096)
+        reader = ogx.SseReader(max_event=4096)
         return [event for piece in pieces for event in reader.feed(piece)] + reader.end()
 
     whole = outcome(lambda: read([data]))
@@ -245,7 +245,7 @@ def request_check(chance: random.Random) -> bytes:
                 dialect = ogx.DIALECTS[name]
                 kind, body = outcome(lambda d=dialect, p=provider: written(request, p, d))
                 assert kind == "result" or 400 <= body < 500, name
-        assert ogx.prompt_tokens(request)[0] >= 0
+        assert ogx.TokenCounter().prompt(request)[0] >= 0
     return data
 
 
