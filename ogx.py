@@ -3188,13 +3188,13 @@ THINKING = {"adaptive": {"type": "adaptive"}, "enabled": {"type": "enabled", "bu
 ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "clamp": min,
     "raise": max,
-    "limit": lambda effort, most: min(effort, most, key=EFFORT_LADDER.index),
-    "lift": lambda effort, least: max(effort, least, key=EFFORT_LADDER.index),
-    "unschema": lambda tools, keyword: without_keywords(tools, [keyword], []),
+    "cap_effort": lambda effort, most: min(effort, most, key=EFFORT_LADDER.index),
+    "raise_effort": lambda effort, least: max(effort, least, key=EFFORT_LADDER.index),
+    "strip_keyword": lambda tools, keyword: without_keywords(tools, [keyword], []),
     "unlist": lambda told, names: ",".join(n for n in told.split(",") if n not in names.split(",")),
     "retype": lambda thinking, kind: THINKING[kind]
     if thinking.get("type") in {*THINKING} - {kind} else thinking,
-    "again": lambda value, _: value,
+    "retry": lambda value, _: value,
 }
 LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 # Fields a request can do without. An upstream that refuses another one must be told apart.
@@ -3270,7 +3270,7 @@ ROW_REMEDIES: tuple[tuple[str, str, Any], ...] = (
 @dataclass(frozen=True)
 class Lesson:
     """One change to every request for a model. `field` is a key of the request, or for the action
-    `row` a field of its ProviderKind; see ACTIONS."""
+    `override` a field of its ProviderKind; see ACTIONS."""
 
     action: str
     field: str
@@ -3294,7 +3294,7 @@ def with_lessons(body: Json, lessons: Iterable[Lesson]) -> Json:
             body.update({k: with_lessons(body[k], [lesson]) for k in {holder} & {*body}})
         elif lesson.action == "set":
             body[lesson.field] = lesson.value
-        elif lesson.action == "row" or lesson.field not in body:
+        elif lesson.action == "override" or lesson.field not in body:
             continue
         elif lesson.action == "drop":
             del body[lesson.field]
@@ -3307,7 +3307,7 @@ def with_lessons(body: Json, lessons: Iterable[Lesson]) -> Json:
 
 def taught_model(model: Model, lessons: Iterable[Lesson]) -> Model:
     """The model with its provider's row as it was learned to be."""
-    fields = {lesson.field: lesson.value for lesson in lessons if lesson.action == "row"}
+    fields = {lesson.field: lesson.value for lesson in lessons if lesson.action == "override"}
     if not fields:
         return model
     kind = replace(model.provider.kind, **fields)
@@ -3321,23 +3321,23 @@ def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
     if refusal.status not in (400, 402, 404, 405, 413, 422, 500):
         return None
     words, kind = refusal.words, model.provider.kind
-    tried = {lesson.field for lesson in known if lesson.action == "row"}
+    tried = {lesson.field for lesson in known if lesson.action == "override"}
     if any(lesson.action == "unlist" for lesson in known):  # the next beta: name none, so all go
         refusal = replace(refusal, message=re.sub(r"[\w-]{1,60}-20\d\d-\d\d-\d\d", "", words))
     for pattern, name, value in ROW_REMEDIES:
         if name not in tried and getattr(kind, name) != value and re.search(pattern, words):
             # One conversation's reasoning can be another key's: that tells nothing about others.
-            return Lesson("row", name, value, keep=name != "own_reasoning")
+            return Lesson("override", name, value, keep=name != "own_reasoning")
     no_path = refusal.status in (404, 405) and not re.search("(?i)model|item", words)
     if no_path and "input" in body:
-        return Lesson("row", "responses", False)  # there is no such path
+        return Lesson("override", "responses", False)  # there is no such path
     for remedy in REMEDIES[: {402: 1, 500: 2}.get(refusal.status)]:
         for lesson in remedy(refusal, body):
             if any(k.action == lesson.action and (k.field == lesson.value or (
                     k.field == lesson.field and not k.keep)) for k in known):
                 continue  # it would lead back, or was tried for this request
             actions = {lesson.action, *(k.action for k in known if k.field == lesson.field)}
-            useful = lesson.action in ("again", "row") or with_lessons(body, [lesson]) != body
+            useful = lesson.action in ("retry", "override") or with_lessons(body, [lesson]) != body
             if useful and not ("set" in actions and len(actions) > 1):  # that would go to and fro
                 return lesson
     return plainer_tools(refusal, body, kind, "refused_keywords" not in tried)
@@ -3432,7 +3432,7 @@ def lower_effort(refusal: Refusal, body: Json) -> Iterator[Lesson]:
         told = [EFFORT_LADDER[rank - 1] if rank > 2 else "low"]
     lower = [effort for effort in told if EFFORT_LADDER.index(effort) < rank]
     for effort in (lower[-1:] or told)[:1]:
-        yield Lesson("limit" if lower else "lift", name, effort)
+        yield Lesson("cap_effort" if lower else "raise_effort", name, effort)
 
 
 def older_fields(refusal: Refusal, body: Json) -> Iterator[Lesson]:
@@ -3445,7 +3445,7 @@ def older_fields(refusal: Refusal, body: Json) -> Iterator[Lesson]:
         return
     path = re.search(EXTRA, said)
     if path:
-        yield Lesson("unschema", path[1], path[2])
+        yield Lesson("strip_keyword", path[1], path[2])
     asked = dict_or_empty(body.get("thinking")).get("type")
     if asked in THINKING and "thinking" in said and re.search("adaptive|enabled", said):
         yield Lesson("retype", "thinking", "enabled" if asked == "adaptive" else "adaptive")
@@ -3461,19 +3461,19 @@ def other_tools(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     wrote a call that the provider couldn't read, and may do better (Groq's `tool_use_failed`)."""
     most = re.search(r"tools.{0,60}(?:maximum length|at most|maximum of) (\d+)", refusal.message)
     if most and 0 < int(most[1]) < len(body.get("tools") or ()):
-        yield Lesson("row", "max_tools", int(most[1]))
+        yield Lesson("override", "max_tools", int(most[1]))
     if refusal.code == "tool_use_failed" or "tool call validation failed" in refusal.message:
-        yield Lesson("again", "messages", keep=False)
+        yield Lesson("retry", "messages", keep=False)
 
 
 def plainer_answer(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     """A JSON answer is asked for by response_format, else by a tool that must be called, else in
     words: `Unsupported parameter: 'response_format'`, `This model does not support tool_choice`."""
     if "response_format" in body and re.search("(?i)response_?format|json_schema", refusal.words):
-        yield Lesson("row", "answer_by", "tool", keep="nvalid schema" not in refusal.words)
+        yield Lesson("override", "answer_by", "tool", keep="nvalid schema" not in refusal.words)
     tools = [(tool.get("function") or {}).get("name") for tool in body.get("tools") or ()]
     if ANSWER_TOOL in tools and "tool" in refusal.words:
-        yield Lesson("row", "answer_by", "words")
+        yield Lesson("override", "answer_by", "words")
 
 
 def dropped_field(refusal: Refusal, body: Json) -> Iterator[Lesson]:
@@ -3496,7 +3496,7 @@ def dropped_field(refusal: Refusal, body: Json) -> Iterator[Lesson]:
         yield Lesson("drop", named, keep=named != "tool_choice")
     elif re.search(r"\bstrict\b", told):
         for holder in ("tools", "response_format", "text"):
-            yield Lesson("unschema", holder, "strict")
+            yield Lesson("strip_keyword", holder, "strict")
 
 
 # A refusal that tells of tools is about their schemas, but where it tells of these before.
@@ -3525,7 +3525,7 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
         most = next((int(told[0].replace(",", "")) for told in re.finditer(COUNT, words)
                      if re.search(MOST, around(words, told))), 1024)
         if any(len(tool.get("description") or "") > most for tool in tools):
-            return Lesson("row", "max_description", most)
+            return Lesson("override", "max_description", most)
     said = {*re.findall(r"[a-z$]+", words.lower().replace("_", "").replace("regex", "pattern"))}
     quoted = {part for quote in "'`\"" for part in words.split(quote)}
     rules: list[Any] = []
@@ -3533,7 +3533,7 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
     named = {name for _, name, value in rules if name.lower() in said
              or isinstance(value, str) and value in quoted}
     more = sorted(named)[:20] if first and named else ["*"] if rules else ["$ref"]
-    return None if "$ref" in refused else Lesson("row", "refused_keywords", (*refused, *more))
+    return None if "$ref" in refused else Lesson("override", "refused_keywords", (*refused, *more))
 
 
 REMEDIES = (fitting_limit, lower_effort, older_fields, other_tools, plainer_answer, dropped_field)
@@ -3828,7 +3828,7 @@ class Lessons:
 
 def subject_of(lesson: Lesson) -> str:
     """What a lesson is about."""
-    value = lesson.value if lesson.action[:2] == "un" else ""
+    value = lesson.value if lesson.action in ("unlist", "strip_keyword") else ""
     return f"{lesson.action} {lesson.field} {lesson.dialect} {value}"
 
 
@@ -3862,7 +3862,7 @@ def lesson_from_json(fields: Any) -> Lesson | None:
             items = (tuple(item) if isinstance(item, list) else item for item in value)
             fields = {**fields, "value": tuple(items)}
         lesson = Lesson(**fields)
-        is_row = lesson.action == "row" and hasattr(ProviderKind, lesson.field)
+        is_row = lesson.action == "override" and hasattr(ProviderKind, lesson.field)
     except (TypeError, KeyError):
         return None
     known = is_row or lesson.action in (*ACTIONS, "set", "drop", "rename")
@@ -4769,7 +4769,7 @@ class Gateway:
             if len(exchange.raw) > LONG:
                 yield BLOCKING  # before it is sent: the client may have left
             made: Any = (request_path(name, taught.provider.kind), exchange.sent, data)
-            if failed and made == refused and lessons[-1].action != "again":  # it changes nothing
+            if failed and made == refused and lessons[-1].action != "retry":  # it changes nothing
                 lessons[-1] = replace(lessons[-1], keep=False)
                 if self._learned(failed, body, taught, exchange, lessons):
                     continue
@@ -4832,7 +4832,7 @@ class Gateway:
         lesson = lesson_from_refusal(refusal, body, model, lessons)
         if lesson is None:
             return False
-        about = "" if lesson.action == "row" else exchange.dialect
+        about = "" if lesson.action == "override" else exchange.dialect
         lessons.append(replace(lesson, dialect=about, at=time.time()))
         log.info("%s: %s refused: %s; sent again after: %s", exchange.request_id, model.served,
                  one_line(error.message), lesson)
