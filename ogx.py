@@ -3177,106 +3177,98 @@ def ways_to_count(name: str, request: Json, model: Model) -> Iterator[tuple[Sequ
 
 
 # ======== Remedies ===========================================================================
-# What an upstream's refusal teaches. A row of REMEDIES reads the words of a refused request and
-# gives lessons, each a change to one field; with the first that is of use it is sent again.
-# Patterns are generic, since wordings change; each has its real texts as cases in the tests. Pure.
+# What an upstream's refusal teaches: lessons, each a change to one field. With the first that is of
+# use the request is sent again. Patterns are generic; their real texts are in the tests. Pure.
 
 EFFORT_LADDER = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-# Other modes of thinking than off; a budget of 0 becomes half of the output limit.
+# A thinking budget of 0 becomes half of the output limit.
 THINKING = {"adaptive": {"type": "adaptive"}, "enabled": {"type": "enabled", "budget_tokens": 0}}
-# What each action does to a field that the request has.
+# What becomes of a field's value, given the lesson's.
 ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "clamp": min,
     "raise": max,
     "cap_effort": lambda effort, most: min(effort, most, key=EFFORT_LADDER.index),
     "raise_effort": lambda effort, least: max(effort, least, key=EFFORT_LADDER.index),
-    "strip_keyword": lambda tools, keyword: without_keywords(tools, [keyword], []),
+    "strip_keyword": lambda tree, keyword: without_keywords(tree, [keyword], []),
     "unlist": lambda told, names: ",".join(n for n in told.split(",") if n not in names.split(",")),
-    "retype": lambda thinking, kind: THINKING[kind]
-    if thinking.get("type") in {*THINKING} - {kind} else thinking,
+    "retype": lambda thinking, mode: THINKING[mode]
+    if thinking.get("type") in {*THINKING} - {mode} else thinking,
     "retry": lambda value, _: value,
 }
 LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-# Fields a request can do without. An upstream that refuses another one must be told apart.
-OPTIONAL_FIELDS = ("temperature", "top_p", "top_k", "stop", "stream_options", "reasoning_effort",
-                   "parallel_tool_calls", "response_format", "tool_choice", "prompt_cache_key",
-                   "store", "include", "stop_sequences", "thinking", "output_config", "metadata",
-                   "context_management", "max_tool_calls")
-LEAST_LIMIT = r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)"
-UNSUPPORTED = (r"(?i)unsupported|unrecognized|unknown|unexpected|does not (support|match|know)|"
-               r"not (supported|permitted|allowed|(both )?be (chosen|set|used|specified))|"
-               r"extra (fields|inputs)|deprecated|invalid beta|"
-               r"should be '")
+# Fields a request can do without. Of others the client is told.
+OPTIONAL_FIELDS = (*LIMIT_FIELDS, "temperature", "top_p", "top_k", "stop", "stream_options",
+                   "reasoning_effort", "parallel_tool_calls", "response_format", "tool_choice",
+                   "prompt_cache_key", "store", "include", "stop_sequences", "thinking",
+                   "output_config", "metadata", "context_management", "max_tool_calls")
+UNSUPPORTED = (
+    "(?i)unsupported|unrecognized|unknown|unexpected|does not (support|match|know)|deprecated|"
+    "not (supported|permitted|allowed|(both )?be (chosen|set|used|specified))|"
+    "extra (fields|inputs)|invalid beta|should be '")
 ADVICE = r"(?i)(?<!n't )(?<!not )\b(?:use|did you mean)\b(?! of)(?:[^.;]|\.\w)*"
-# Where a name, the #, is a field's even if it's an English word; below, where a number is a limit.
-NAMED = (r"(?i)[`'\"]#|\b(?:parameter|argument|field)s?\b(?:[^.:#]{0,30}:)?\W{0,3}#|"
-         "#:? (?:parameter|argument|field|extra)")
-EXTRA = r"(?<![\w.])([a-z]\w*)(?:\.\w+)*\.(\w+): Extra inputs"
 LISTED = (r"(?is).*\b(?:one of|(?:should|must) be|only supports?|(?:supported|allowed|valid|"
           r"expected)(?: \w+)?(?: are| is|:))\W(.+)")
-BETAS = "anthropic-beta"  # a header, but for lessons a field like others
-# Lengths. A refusal is about the window if it tells of CONTEXT and TOO_LONG or, in one sentence, of
-# PROMPT, TOO_LONG and BOUND, but of no OTHERS.
+# Where a name, the #, is a field's although it's an English word, and where a number is a limit.
+NAMED = (r"(?i)[`'\"]#|\b(?:parameter|argument|field)s?\b(?:[^.:#]{0,30}:)?\W{0,3}#|"
+         "#:? (?:parameter|argument|field|extra)")
+MOST = (r"(?i)(?:at most|than|[<>≤]|exceed|above|over|only|up to|max(?!\w{0,20}tokens)|limit|range|"
+        r"context|window)\D{0,40}(?:\b1\D{1,20})?#(?!(?: tokens)? ?[>+])|"
+        r"# (?:\w+ )?(?:the |at )?(?:max|most)")
+COUNT = r"(?<![\w./-])(?<!\bby )(?:\d{1,3}(?:,\d{3}){1,2}|\d{2,8})(?![\w/-]|,\d)"
+# What is_about_window() looks for.
 CONTEXT = (r"(?i)(?<![a-z])context(?![\W_]{0,3}(?:deadline|cancel|manag|=))|prompt (?:is )?too l|"
            "request too large for model")  # the last is Groq's, about tokens per minute
 TOO_LONG = (r"(?i)exceed|too (?:long|large|many)|(?:greater|longer|larger|more|less) than|overflow|"
             r"range of|\b(?:over|above)\b")
 PROMPT = (r"(?i)(?<![a-z])(?:prompt(?!_cache)|(?:inputs?|messages?|tokens?)\b|conversation|"
           "current length)")
-BOUND = r"(?i)max|limit|length|window|model|allowed|too long"
+BOUND = "(?i)max|limit|length|window|model|allowed|too long"
 OTHERS = (r"(?i)\b(?:image|audio|video|pdf|file)(?!s? and text)|\d ?[KMG]i?B\b|byte|string|quota|"
           r"time|\b(?:tools?|name|ids?|rates?|daily|monthly|per (?:min|day|hour|sec)\w*)\b")
 OUTPUT = (r"(?i)max_(?!input|prompt|model|seq)\w{0,20}tokens|maxOutputTokens|"
           r"\b(?:output|completion|maximum tokens|new tokens)\b")
-COUNT = r"(?<![\w./-])(?<!\bby )(?:\d{1,3}(?:,\d{3}){1,2}|\d{2,8})(?![\w/-]|,\d)"
-MOST = (r"(?i)(?:at most|than|[<>≤]|exceeds?|above|over|only|up to|max(?!\w{0,20}tokens)|limit|"
-        r"range|context|window)\D{0,40}(?:\b1\D{1,20})?#(?!(?: tokens)? ?[>+])|"
-        r"# (?:\w+ )?(?:the |at )?(?:max|most)")
 ROOM = 256  # tokens of an answer that are worth asking for
-# Words that tell how a server differs from the row it was configured under: the row is put right.
-# Seen live: llama.cpp's and chat templates'. The others are from vendors' pages and issue threads.
-ROW_REMEDIES: tuple[tuple[str, str, Any], ...] = (
+# How a server differs from its row: words in any case, the row's field, its value. Seen live:
+# llama.cpp's and chat templates'. The others are from vendors' pages and issue threads.
+ROW_REMEDIES = (
     # OpenAI: models that take tools, or anything, only there, and those that don't
-    (r"(?i)not supported (in|on|with) (the )?(/?v1/responses|Responses API)|"
-     r"does not support the '/v1/responses' API", "responses", False),
-    (r"use /?v1/responses|only supported in /?v1/responses|not a chat model|"
-     r"does not support the '/v1/chat/completions' API", "responses", True),
-    (r"(?i)only.{0,25}\bstream|(must|requires?|enable)\b.{0,20}\bstream|"
+    ("not support(ed (in|on|with))? (the )?'?/?(v1/responses|responses API)", "responses", False),
+    ("(use|only supported in) /?v1/responses|not a chat model|"
+     "not support the '/v1/chat/completions' API", "responses", True),
+    (r"(only|must|requires?|enable)\b.{0,25}\bstream|"
      r"\bstream(ing)?\b.{0,12}(must|required|only)|(for|with|in) non-?stream", "stream_above", 1),
     ("isn't supported on this route", "openai_root", "~/openai/v1"),  # Bedrock
-    (r"encrypted content .*(verified|decrypted|invalid)|[Ii]tem with id '(rs|ws)_|"
-     r"without its required following item|reasoning_details|[Cc]orrupted thought|"
-     r"[Tt]hought.signature is not valid", "own_reasoning", False),
-    ("(?i)must be verified to .*summar|summary.*verif", "summaries", False),
+    (r"encrypted content .*(verified|decrypted|invalid)|item with id '(rs|ws)_|"
+     "without its required following item|reasoning_details|corrupted thought|"
+     "thought.signature is not valid", "own_reasoning", False),
+    ("must be verified to .*summar|summary.*verif", "summaries", False),
     ("roles must alternate|role 'user' after role 'tool'", "user_after_tool", False),
     ("Tool call id was .* must be a-z", "tool_ids", NINE),  # mistral-common
     (r"call(s\[\d+\]\.|_)id.{0,9}string too long", "tool_ids", FORTY),  # OpenAI
     ("reasoning_content.{0,60}(must be passed back|is missing)",
      "reasoning_echo", "reasoning_content"),  # DeepSeek, Moonshot
-    (r"property '(reasoning\w*)' is unsupported", "reasoning_echo", ""),  # Groq
-    ("[Ss]ystem message must be (at|the) (the )?(beginning|first)|role 'system' after role",
+    (r"property 'reasoning\w*' is unsupported", "reasoning_echo", ""),  # Groq
+    ("system message must be (at|the) (the )?(beginning|first)|role 'system' after role",
      "system_anywhere", False),  # Qwen, Mistral
     # OpenAI, vLLM, Groq, Ollama
-    (r"(?i)(does not|doesn't|n[o']t) support images?\b(?! \w*(larger|format|url|of))|"
-     r"image_url is only supported|unknown variant `image_url`|At most 0 image|mmproj|"
-     r"image input is not supported|missing data required for image|found that support image",
-     "images", False),
-    (r"(?i)(file|document|pdf).{0,40}not supported|'?type'?: ?'?file'?.{0,60}invalid|"
-     r"Invalid value: 'file'|unknown part type: file", "files", False),
+    (r"(n[o']t|found that) support images?\b(?! \w*(larger|format|url|of))|mmproj|At most 0 image|"
+     "image(_url| input) is (only|not) supported|unknown variant `image_url`|"
+     "missing data required for image", "images", False),
+    (r"(file|document|pdf).{0,40}not supported|'?type'?: ?'?file'?.{0,60}invalid|"
+     "Invalid value: 'file'|unknown part type: file", "files", False),
     ("thought_signature", "tool_call_extra", SKIP_SIGNATURE),
     (r"not have [\w'/]+ at the top level", "root_unions", False))
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """One change to every request for a model. `field` is a key of the request, or for the action
-    `override` a field of its ProviderKind; see ACTIONS."""
+    """One change to every request for a model."""
 
-    action: str
-    field: str
+    action: str  # one of ACTIONS, "set", "drop", "rename" or "override"
+    field: str  # of the request, or "object.field"; of ProviderKind for "override"
     value: Any = None
-    keep: bool = True  # False: it holds for this request only
-    dialect: str = ""  # whose requests it is about; empty: it is about the row
+    keep: bool = True  # False: for this request only
+    dialect: str = ""  # whose requests it is about; empty for "override"
     at: float = 0.0  # when it was learned, seconds since 1970
 
     def __str__(self) -> str:
@@ -3285,245 +3277,239 @@ class Lesson:
 
 
 def with_lessons(body: Json, lessons: Iterable[Lesson]) -> Json:
-    """The request body after what was learned."""
     body = dict(body)
     for lesson in lessons:
-        holder, _, name = lesson.field.partition(".")
-        if name:
-            lesson = replace(lesson, field=name)
-            body.update({k: with_lessons(body[k], [lesson]) for k in {holder} & {*body}})
-        elif lesson.action == "set":
-            body[lesson.field] = lesson.value
-        elif lesson.action == "override" or lesson.field not in body:
+        name, _, inner = lesson.field.partition(".")
+        if lesson.action == "set":
+            body[name] = lesson.value
+        elif lesson.action == "override" or name not in body:
             continue
+        elif inner:
+            body[name] = with_lessons(body[name], [replace(lesson, field=inner)])
         elif lesson.action == "drop":
-            del body[lesson.field]
+            del body[name]
         elif lesson.action == "rename":
-            body[lesson.value] = body.pop(lesson.field)
+            body[lesson.value] = body.pop(name)
         else:
-            body[lesson.field] = ACTIONS[lesson.action](body[lesson.field], lesson.value)
+            body[name] = ACTIONS[lesson.action](body[name], lesson.value)
     return body
 
 
 def taught_model(model: Model, lessons: Iterable[Lesson]) -> Model:
-    """The model with its provider's row as it was learned to be."""
-    fields = {lesson.field: lesson.value for lesson in lessons if lesson.action == "override"}
-    if not fields:
+    learned = {lesson.field: lesson.value for lesson in lessons if lesson.action == "override"}
+    if not learned:
         return model
-    kind = replace(model.provider.kind, **fields)
+    kind = replace(model.provider.kind, **learned)
     return replace(model, provider=replace(model.provider, kind=kind))
 
 
 def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
-                        known: Sequence[Lesson] = ()) -> Lesson | None:
-    """What to change so that the same request is accepted; None when nothing is known to help, or
-    what would help was tried."""
+                        learned: Sequence[Lesson] = ()) -> Lesson | None:
+    """What to change so that the request is accepted; None where nothing new may help."""
     if refusal.status not in (400, 402, 404, 405, 413, 422, 500):
         return None
-    words, kind = refusal.words, model.provider.kind
-    tried = {lesson.field for lesson in known if lesson.action == "override"}
-    if any(lesson.action == "unlist" for lesson in known):  # the next beta: name none, so all go
-        refusal = replace(refusal, message=re.sub(r"[\w-]{1,60}-20\d\d-\d\d-\d\d", "", words))
+    kind = model.provider.kind
+    overridden = {known.field for known in learned if known.action == "override"}
     for pattern, name, value in ROW_REMEDIES:
-        if name not in tried and getattr(kind, name) != value and re.search(pattern, words):
-            # One conversation's reasoning can be another key's: that tells nothing about others.
+        differs = name not in overridden and getattr(kind, name) != value
+        if differs and re.search(pattern, refusal.words, re.I):
+            # Refused reasoning may be another key's, which tells nothing of other conversations.
             return Lesson("override", name, value, keep=name != "own_reasoning")
-    no_path = refusal.status in (404, 405) and not re.search("(?i)model|item", words)
+    no_path = refusal.status in (404, 405) and not re.search("(?i)model|item", refusal.words)
     if no_path and "input" in body:
-        return Lesson("override", "responses", False)  # there is no such path
+        return Lesson("override", "responses", False)
+    if any(known.action == "unlist" for known in learned):  # the next beta: name none, so all go
+        words = re.sub(r"[\w-]{1,60}-20\d\d-\d\d-\d\d", "", refusal.words)
+        refusal = replace(refusal, message=words)
     for remedy in REMEDIES[: {402: 1, 500: 2}.get(refusal.status)]:
         for lesson in remedy(refusal, body):
-            if any(k.action == lesson.action and (k.field == lesson.value or (
-                    k.field == lesson.field and not k.keep)) for k in known):
-                continue  # it would lead back, or was tried for this request
-            actions = {lesson.action, *(k.action for k in known if k.field == lesson.field)}
-            useful = lesson.action in ("retry", "override") or with_lessons(body, [lesson]) != body
-            if useful and not ("set" in actions and len(actions) > 1):  # that would go to and fro
+            changes = lesson.action in ("retry", "override") or with_lessons(body, [lesson]) != body
+            if changes and not any(undoes(lesson, known) for known in learned):
                 return lesson
-    return plainer_tools(refusal, body, kind, "refused_keywords" not in tried)
+    return plainer_tools(refusal, body, kind, "refused_keywords" not in overridden)
+
+
+def undoes(lesson: Lesson, known: Lesson) -> bool:
+    """Whether a lesson leads back to before a known one, or was tried for this request."""
+    if lesson.action == known.action:
+        return known.field == lesson.value or known.field == lesson.field and not known.keep
+    return known.field == lesson.field and "set" in (lesson.action, known.action)
 
 
 def around(words: str, match: re.Match[str]) -> str:
-    """The words around what was found, and a # in its place."""
+    """The words around a match, and a # in its place."""
     return f"{words[max(0, match.start() - 60) : match.start()]}#{words[match.end() :][:20]}"
+
+
+def numbers_in(words: str) -> dict[int, Any]:
+    """The first numbers in a text, each with whether it stands as a limit."""
+    numbers: dict[int, Any] = {}
+    for match in itertools.islice(re.finditer(COUNT, words), 20):
+        number = int(match[0].replace(",", ""))
+        numbers[number] = numbers.get(number) or re.search(MOST, around(words, match))
+    return numbers
 
 
 def told_lengths(refusal: Refusal, asked: int) -> tuple[str, int, int]:
     """What a refusal says of lengths where `asked` tokens of output were asked for: "overflow" (the
-    prompt alone is too long), "room" (it isn't, but with the output), "output" (no answer may be
-    so long) or ""; then the limit and the prompt's tokens, 0 where they aren't told."""
+    prompt is too long), "room" (only with the output), "output" (no answer may be so long) or "";
+    then the limit and the prompt's tokens, or 0."""
     words = f"{refusal.words} {refusal.code.replace('_', ' ')}"
-    numbers: dict[int, Any] = {}  # with whether they stand as limits
-    for told in itertools.islice(re.finditer(COUNT, words), 20):
-        number = int(told[0].replace(",", ""))
-        numbers[number] = numbers.get(number) or re.search(MOST, around(words, told))
+    numbers = numbers_in(words)
     large = {n for n in numbers if n != asked and (n >= 1000 or asked and n + asked in numbers)}
     about_output = re.search(rf"{OUTPUT}|\b{asked or 'output'}\b", words)
     limits = {n for n in large if numbers[n]}
-    limit = (max if about_output or limits != large else min)(limits, default=0)
-    others = large - {limit}
+    most = (max if about_output or limits != large else min)(limits, default=0)
+    others = large - {most}
     sums = {one + other for one in others for other in (*others, asked) if other}
-    prompt = max(others - sums, default=0) if limit else 0
+    prompt = max(others - sums, default=0) if most else 0
     if is_about_window(words, prompt):
         if prompt:
-            return "room" if prompt < limit else "overflow", limit, prompt
-        if not about_output or not limit and "context" in refusal.code:
-            return "overflow", limit if limit >= 2048 else 0, 0  # smaller ones are codes
+            return "room" if prompt < most else "overflow", most, prompt
+        if not about_output or not most and "context" in refusal.code:
+            return "overflow", most if most >= 2048 else 0, 0  # smaller ones are codes
     most = next((n for n in numbers if numbers[n] and 16 <= n < asked), 0)
     return ("output", most, 0) if about_output and most else ("", 0, 0)
 
 
 def is_about_window(words: str, prompt: int) -> bool:
-    """Whether a refusal is about a prompt that is too long, alone or with its answer; `prompt` is
-    a number that it tells beside the limit."""
+    """Whether words are about a prompt that is too long, alone or with its answer. `prompt` is the
+    number beside the limit, or 0."""
     if re.search(CONTEXT, words) and (prompt or re.search(TOO_LONG, words)):
         return True
-    for part in itertools.islice(re.split(r"(?<=[.!?;])\s+|\n", words), 20):
-        long = re.search(TOO_LONG, part) and re.search(BOUND, part)
-        alone = long and not re.search(OUTPUT, part)  # else it may be the answer that is
+    for part in re.split(r"(?<=[.!?;])\s+|\n", words):
+        too_long = re.search(TOO_LONG, part) and re.search(BOUND, part)
+        alone = too_long and not re.search(OUTPUT, part)  # else it may be the answer that is
         if (prompt or alone) and re.search(PROMPT, part) and not re.search(OTHERS, part):
             return True
     return False
 
 
 def fitting_limit(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """`max_tokens is too large: 32000. This model supports at most 16384 completion tokens`,
-    `integer below minimum value. Expected a value >= 16, but got 1 instead.`; and for a prompt
-    that fits, but not with the output asked for, or an account that `can only afford 27342`, what
-    is left, this once."""
+    """The limit of answers; for this one alone the room that its prompt leaves, or what an account
+    can afford; and the least of limits (`Expected a value >= 16`)."""
     words, name = refusal.words, next((name for name in LIMIT_FIELDS if name in body), None)
     if name is None:
         return
-    kind, most, prompt = told_lengths(refusal, body[name])
+    verdict, most, prompt = told_lengths(refusal, body[name])
     left = (most - prompt) // (2 if "at least" in words else 1)  # vLLM counts no further
-    kept = kind == "output" and refusal.status != 402
-    if kept or kind in ("output", "room") and left >= ROOM:
-        yield Lesson("clamp", name, left, kept)
-    least = re.search(LEAST_LIMIT, words)
+    keep = verdict == "output" and refusal.status != 402
+    if keep or verdict in ("output", "room") and left >= ROOM:
+        yield Lesson("clamp", name, left, keep)
+    least = re.search(r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)", words)
     if least and 0 < int(least[1]) <= 64 and "token" in words:
         yield Lesson("raise", name, int(least[1]))
 
 
 def lower_effort(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """`Function tools with reasoning_effort are not supported for gpt-5.6-terra ... To use function
-    tools, use /v1/responses or set reasoning_effort to 'none'.` `Unexpected reasoning effort high.
-    Supported types are xhigh (default), medium, and low.`: the highest of those that isn't above
-    what was asked, else the lowest; without a list a step down the ladder."""
+    """Of the efforts listed the highest that isn't above what was asked, else the lowest; without
+    a list a step down the ladder."""
     words, name = refusal.words, "reasoning_effort"
-    if "Function tools with reasoning_effort" in words:
+    if "Function tools with reasoning_effort" in words:  # OpenAI's chat API takes none with them
         yield Lesson("set", name, "none")
     name = name if name in body else "output_config.effort"
     asked = body.get(name) or dict_or_empty(body.get("output_config")).get("effort")
-    said = re.sub(ADVICE, "", words)
     about = rf"(?i)effort(?!-2)|reasoning.{{0,80}}{asked}"  # not about a beta, effort-2025-11-24
-    if asked not in EFFORT_LADDER or not re.search(about, said):
+    if asked not in EFFORT_LADDER or not re.search(about, re.sub(ADVICE, "", words)):
         return
-    rank, listed = EFFORT_LADDER.index(asked), re.match(LISTED, words)
+    rank, listed, taken = EFFORT_LADDER.index(asked), re.match(LISTED, words), []
     if listed:
-        told = [e for e in EFFORT_LADDER[1:] if e != asked and re.search(rf"\b{e}\b", listed[1])]
-        if not told:  # `must be one of none or default`
-            yield Lesson("drop", name)
-    elif not re.search(UNSUPPORTED, words) or "Unsupported parameter" in words or rank == 2:
+        taken = [effort for effort in EFFORT_LADDER[1:]
+                 if effort != asked and re.search(rf"\b{effort}\b", listed[1])]
+    elif not re.search(UNSUPPORTED, words) or "Unsupported parameter" in words or asked == "low":
         return
-    elif not re.search(rf"\b{asked}\b", words):  # `effort cannot be chosen for this model`
-        yield Lesson("drop", name)
-        return
+    elif re.search(rf"\b{asked}\b", words):  # else `effort cannot be chosen for this model`
+        taken = [EFFORT_LADDER[max(2, rank - 1)]]
+    lower = [effort for effort in taken if EFFORT_LADDER.index(effort) < rank]
+    if lower:
+        yield Lesson("cap_effort", name, lower[-1])
+    elif taken:
+        yield Lesson("raise_effort", name, taken[0])
     else:
-        told = [EFFORT_LADDER[rank - 1] if rank > 2 else "low"]
-    lower = [effort for effort in told if EFFORT_LADDER.index(effort) < rank]
-    for effort in (lower[-1:] or told)[:1]:
-        yield Lesson("cap_effort" if lower else "raise_effort", name, effort)
+        yield Lesson("drop", name)
 
 
 def older_fields(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """`tools.0.custom.x: Extra inputs are not permitted`; `thinking: Input tag 'adaptive' ... does
-    not match`, `thinking.type.enabled is not supported. Use thinking.type.adaptive ...`;
-    `Unexpected value(s) ... for the anthropic-beta header`, or `invalid beta flag`, which names
-    none: then only those stay without which Claude Code's requests aren't understood."""
+    """For older Messages APIs: nested fields (`tools.0.custom.x: Extra inputs ...`), the other mode
+    of thinking, fewer betas: where none is named, those that Claude Code's requests need."""
     said = re.sub(ADVICE, "", refusal.words)
     if not re.search(UNSUPPORTED, said):
         return
-    path = re.search(EXTRA, said)
+    path = re.search(r"(?<![\w.])([a-z]\w*)(?:\.\w+)*\.(\w+): Extra inputs", said)
     if path:
         yield Lesson("strip_keyword", path[1], path[2])
     asked = dict_or_empty(body.get("thinking")).get("type")
     if asked in THINKING and "thinking" in said and re.search("adaptive|enabled", said):
         yield Lesson("retype", "thinking", "enabled" if asked == "adaptive" else "adaptive")
-    betas = body.get(BETAS, "").replace(" ", "").split(",")
+    name = "anthropic-beta"  # a header, but for lessons a field like others
     if re.search(r"(?i)\bbeta", said):
+        betas = body.get(name, "").replace(" ", "").split(",")
         named = [beta for beta in betas if beta in said]
         others = [beta for beta in betas if not beta.startswith(("claude-", "interleaved-"))]
-        yield Lesson("unlist", BETAS, ",".join(named or others))
+        yield Lesson("unlist", name, ",".join(named or others))
 
 
-def other_tools(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """`Invalid 'tools': array too long. Expected an array with maximum length 128`; or the model
-    wrote a call that the provider couldn't read, and may do better (Groq's `tool_use_failed`)."""
+def other_ways(refusal: Refusal, body: Json) -> Iterator[Lesson]:
+    """Fewer tools; another try where a call couldn't be read (Groq); JSON by a tool instead of
+    response_format, and then in words."""
+    words = refusal.words
     most = re.search(r"tools.{0,60}(?:maximum length|at most|maximum of) (\d+)", refusal.message)
     if most and 0 < int(most[1]) < len(body.get("tools") or ()):
         yield Lesson("override", "max_tools", int(most[1]))
     if refusal.code == "tool_use_failed" or "tool call validation failed" in refusal.message:
         yield Lesson("retry", "messages", keep=False)
-
-
-def plainer_answer(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """A JSON answer is asked for by response_format, else by a tool that must be called, else in
-    words: `Unsupported parameter: 'response_format'`, `This model does not support tool_choice`."""
-    if "response_format" in body and re.search("(?i)response_?format|json_schema", refusal.words):
-        yield Lesson("override", "answer_by", "tool", keep="nvalid schema" not in refusal.words)
-    tools = [(tool.get("function") or {}).get("name") for tool in body.get("tools") or ()]
-    if ANSWER_TOOL in tools and "tool" in refusal.words:
+    if "response_format" in body and re.search("(?i)response_?format|json_schema", words):
+        yield Lesson("override", "answer_by", "tool", keep="nvalid schema" not in words)
+    if "tool" in words and ANSWER_TOOL in [tool.get("name") for tool in tools_in(body)]:
         yield Lesson("override", "answer_by", "words")
 
 
 def dropped_field(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     """`Unsupported value: 'temperature' does not support 0.2`, `property 'x' is unsupported`."""
-    told = re.sub(ADVICE, "", f"{refusal.param} {refusal.words}")
-    if not re.search(UNSUPPORTED, f"{told} {refusal.code}"):
+    said = re.sub(ADVICE, "", f"{refusal.param} {refusal.words}")
+    if not re.search(UNSUPPORTED, f"{said} {refusal.code}"):
         return
-    told = told.replace("reasoning.effort", "reasoning_effort")
-    if "think" in told:  # Ollama: `"m" does not support thinking`
-        told += " reasoning_effort"
-    names = (m[0] for m in re.finditer(r"\w+", told) if m[0] in (*OPTIONAL_FIELDS, *LIMIT_FIELDS)
-             and (m[0] in (refusal.param, "temperature") or "_" in m[0]
-                  or re.search(NAMED, around(told, m))))
-    named = next(names, "")
-    if named in LIMIT_FIELDS:
-        if named != LIMIT_FIELDS[2]:
-            yield Lesson("rename", named, LIMIT_FIELDS[named == LIMIT_FIELDS[0]])
-        yield Lesson("drop", named)
-    elif named:  # tool_choice changes what the answer may be, so it is left out only this once
-        yield Lesson("drop", named, keep=named != "tool_choice")
-    elif re.search(r"\bstrict\b", told):
+    said = said.replace("reasoning.effort", "reasoning_effort")
+    if "think" in said:  # Ollama: `"m" does not support thinking`
+        said += " reasoning_effort"
+    names = (m[0] for m in re.finditer(r"\w+", said) if m[0] in OPTIONAL_FIELDS and (
+        m[0] in (refusal.param, "temperature") or "_" in m[0] or re.search(NAMED, around(said, m))))
+    name = next(names, "")
+    if name in LIMIT_FIELDS[:2]:
+        yield Lesson("rename", name, LIMIT_FIELDS[name == LIMIT_FIELDS[0]])
+    if name:  # tool_choice changes what the answer may be, so it is left out only this once
+        yield Lesson("drop", name, keep=name != "tool_choice")
+    elif re.search(r"\bstrict\b", said):
         for holder in ("tools", "response_format", "text"):
             yield Lesson("strip_keyword", holder, "strict")
+
+
+def tools_in(body: Json) -> list[Json]:
+    """A request's tools, without what chat completions put around them."""
+    return [dict_or_empty(tool.get("function")) or tool for tool in body.get("tools") or ()]
 
 
 # A refusal that tells of tools is about their schemas, but where it tells of these before.
 OTHER_SUBJECTS = (
     r"(?s:^.*(\d tokens|messages\W{1,3}\d))|tokens|messages|prompt|\bcontent\b|image|endpoint|"
     r"quota|argument|rate.limit|api.?key|generated|(support\w{0,3}|call a) (tool|function)|"
-    r"(tool|function)s?[ _.-]?(choice|call|output|result|response|use|id)(s|ing)?(?![a-z])|"
-    r"(tool|function)s?\W+(is|are) not")
+    r"(tool|function)s?([ _.-]?(choice|call|output|result|response|use|id)(s|ing)?(?![a-z])|"
+    r"\W+(is|are) not)")
 
 
 def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool) -> Lesson | None:
-    """The next step for refused tools: descriptions of the length told, at `first` no keywords that
-    are named (`'propertyNames' is not permitted`) or whose values are (`'^\\p{L}$' is not a
-    'regex'`), none that constrain, no forms that plain_schema() mends."""
+    """The next step for refused tools: descriptions of the length told; at `first` no keywords that
+    are named, or whose values are; none that constrain; no forms that plain_schema() mends."""
     words, refused = f"{refusal.code} {refusal.words}", kind.refused_keywords
     weak = "" if refusal.status == 500 else "tool|function|"
     about = rf"(?i)(?P<other>{OTHER_SUBJECTS})|{weak}schema|grammar|regex|parameters|\$defs"
-    found = re.search(about, words)
-    given = map(dict_or_empty, body.get("tools") or ())
-    tools = [dict_or_empty(tool.get("function")) or tool for tool in given]
+    subject = re.search(about, words)
+    tools = tools_in(body)
     schemas = [tool.get("parameters") or tool.get("input_schema") for tool in tools]
-    schemas = [schema for schema in schemas if schema]
-    if not found or found["other"] or not schemas or refusal.status == 402:
+    if not subject or subject["other"] or not any(schemas) or refusal.status == 402:
         return None
     if "escription" in words and re.search("(?i)long|length|charact|exceed", words):
-        most = next((int(told[0].replace(",", "")) for told in re.finditer(COUNT, words)
-                     if re.search(MOST, around(words, told))), 1024)
+        most = next((n for n, is_limit in numbers_in(words).items() if is_limit), 1024)
         if any(len(tool.get("description") or "") > most for tool in tools):
             return Lesson("override", "max_description", most)
     said = {*re.findall(r"[a-z$]+", words.lower().replace("_", "").replace("regex", "pattern"))}
@@ -3536,24 +3522,23 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
     return None if "$ref" in refused else Lesson("override", "refused_keywords", (*refused, *more))
 
 
-REMEDIES = (fitting_limit, lower_effort, older_fields, other_tools, plainer_answer, dropped_field)
+REMEDIES = (fitting_limit, lower_effort, older_fields, other_ways, dropped_field)
 
 
-def overflow_error(refusal: Refusal, estimate: int, limit: int | None,
+def overflow_error(refusal: Refusal, estimate: int, window: int | None,
                    asked: int = 0) -> OgxError | None:
     """Anthropic's error for a prompt that is too long, in the words that make Claude Code compact
-    and go on; None for a refusal of another kind. Numbers the upstream didn't tell are ours, where
-    they show it. `asked` is the output that was asked for."""
+    and go on; None for another refusal. Our numbers stand in for what wasn't told."""
     at_once = refusal.status == 429 and "Request too large" in refusal.words  # waiting won't help
     if refusal.status not in (400, 413, 422, 500) and not at_once:
         return None
-    kind, most, prompt = told_lengths(refusal, asked)
+    verdict, most, prompt = told_lengths(refusal, asked)
     message = f"input length and `max_tokens` exceed context limit: {prompt} + {asked} > {most}"
-    if kind == "overflow":
-        prompt, most = prompt or estimate, most or limit or prompt or estimate
+    if verdict == "overflow":
+        prompt, most = prompt or estimate, most or window or prompt or estimate
         shown = f"{prompt} tokens > {most} maximum" if prompt > most else refusal.message
         message = f"prompt is too long: {shown}"
-    elif kind != "room" or most - prompt >= ROOM:
+    elif verdict != "room" or most - prompt >= ROOM:
         return None
     return OgxError(400, message, refusal=refusal)
 
