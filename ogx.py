@@ -3549,33 +3549,33 @@ def overflow_error(refusal: Refusal, estimate: int, window: int | None,
 # What people read: the log, and lines at a terminal. Nothing else in this file writes to either:
 # no control character gets there, and nobody who doesn't read holds up an answer.
 
-LOG_FORMAT = "%(asctime)s %(message)s"
 LOG_LINE = 4000  # bytes
-LOG_QUEUE = 1000  # lines that wait to be written; more are counted, and lost
+LOG_QUEUE = 1000  # lines that wait to be written; further ones are counted, and lost
 
 
 class LogFormatter(logging.Formatter):
-    """A record as one line; only its trace, indented, brings further ones."""
+    """Writes a record as one line; only a traceback, indented, brings further ones."""
 
     def format(self, record: logging.LogRecord) -> str:
+        record.msg, record.args = " ".join(record.getMessage().splitlines()), None
         lines = without_controls(super().format(record)).encode("utf-8", "replace").split(b"\n")
         return "\n  ".join(line[:LOG_LINE].decode("utf-8", "ignore") for line in lines)
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        record.message = " ".join(record.message.splitlines())
-        return super().formatMessage(record)
-
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Has a thread write the lines to a file or stderr: a stopped terminal, a full pipe or a slow
-    disk holds up nothing else. That a file can't be written is told once."""
+    """Has a thread write the lines: a stopped terminal, a full pipe or a slow disk holds up nothing
+    else. With logging's QueueHandler a blocked writer holds the handler's lock, and
+    logging.shutdown hangs at exit."""
 
     def __init__(self, path: str = "") -> None:
         stream = sys.stderr
-        if path:
-            stream = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        if path:  # a new file is for the user's eyes alone
+            stream = open(path, "a", encoding="utf-8", errors="backslashreplace",  # noqa: SIM115
+                          opener=functools.partial(os.open, mode=0o600))
         super().__init__(stream)
-        self._path, self._lost = path, 0
+        self.setFormatter(LogFormatter("%(asctime)s %(message)s"))
+        self._path = path  # empty once a failure was told; the thread's
+        self._lost = 0  # lines since the queue was full; emit()'s, under the handler's lock
         self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
@@ -3589,7 +3589,6 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         self._lines.put(self.format(record) + self.terminator)
 
     def flush(self) -> None:
-        """Wait for what was logged to be written, but not for long."""
         written = threading.Event()
         self._lines.put(written)
         written.wait(1.0)
@@ -3611,15 +3610,11 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def start_log(path: str | None, level: str) -> None:
-    """Log to stderr or to a file of the user's alone; what can't be written later stops nothing."""
-    if path:
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
-        except OSError as error:
-            raise OgxError(400, f"--log-file {path}: {error.strerror}") from None
-    handler = LogHandler(path or "")
-    handler.setFormatter(LogFormatter(LOG_FORMAT))
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    """Log to a file, else to stderr. Raise OgxError where the file can't be opened."""
+    try:
+        logging.basicConfig(level=level.upper(), handlers=[LogHandler(path or "")])
+    except OSError as error:
+        raise OgxError(400, f"--log-file {path}: {error.strerror}") from None
 
 
 def say(*lines: str, to: str = "stdout") -> None:

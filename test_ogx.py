@@ -5308,7 +5308,6 @@ class TestRemedies:
 def logging_to(*args):
     """A logger of its own that writes as ogx.py's log does; to stderr, where no path is given."""
     handler = ogx.LogHandler(*args)
-    handler.setFormatter(ogx.LogFormatter(ogx.LOG_FORMAT))
     logger = logging.Logger("alone")
     logger.addHandler(handler)
     try:
@@ -5380,7 +5379,6 @@ class TestLog:
             s.detach() for s in socket.socketpair()]}[kind]()  # fmt: skip
         monkeypatch.setattr(sys, "stderr", open(writer, "w"))  # noqa: SIM115
         handler = ogx.LogHandler()
-        handler.setFormatter(ogx.LogFormatter(ogx.LOG_FORMAT))
         record = logging.makeLogRecord({"msg": "x" * size})
         for _ in range(2 * ogx.LOG_QUEUE + 20_000_000 // (size + 500)):
             handler.emit(record)
