@@ -3633,37 +3633,36 @@ def say(*lines: str, to: str = "stdout") -> None:
 # table, which several servers may share. It never stops serving: what can't be written yet is kept
 # in memory; the log and the answers say so.
 
-LESSON_DAYS = 30
-LEARNED_FROM = 250  # tokens: smaller prompts are mostly what templates add
-SANE_RATIO = (0.5, 4.0)  # others are of providers that tell nothing, or leave out what was cached
+MIN_CALIBRATION = 250  # tokens of a prompt: smaller ones are mostly what templates add
+PLAUSIBLE_RATIO = (0.5, 4.0)  # others: providers tell nothing, or leave out what was cached
 MOST_LEARNED = 1000  # models about which something is kept; the first make room for others
-LONGEST_ID = 512  # characters of such a model's id; longer ones are made up
 STATE_SECONDS = 1.0  # between two looks at the state file
 
 
 class Store:
-    """JSON values by kind and key, in memory and, but for an empty path, in a file; safe for
-    threads. `problem` says why the file lacks something: then sync() alone tries it again."""
+    """JSON values by namespace and key, in memory and, but for an empty path, in a file; safe for
+    threads. With a problem, only sync() tries the file again."""
 
     def __init__(self, path: str = "") -> None:
         self.path = os.path.abspath(path) if path else ""
+        # Why the file lacks something, else empty; anyone may read it.
         self.problem = "" if path else "there is no state file: this is lost when ogx.py stops"
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # guards the file and all below
         self._saved: dict[tuple[str, str], str] = {}  # what the file held when it was last read
         self._unsaved: dict[tuple[str, str], str] = {}  # what it is to hold; "null": no longer
-        self._version = -1  # of the file: begins anywhere, and each writing adds one
+        self._version = -1  # the file's: begins anywhere, and each writing adds one
         self.sync()
 
-    def all(self, kind: str) -> dict[str, Any]:
-        """All values of a kind by key, oldest first."""
+    def all(self, namespace: str) -> dict[str, Any]:
+        """Values by key, oldest first."""
         with self._lock:
-            known = {**self._saved, **self._unsaved}
-        values = {key: json_or_none(known[of, key]) for of, key in known if of == kind}
+            facts = {**self._saved, **self._unsaved}
+        values = {key: json_or_none(facts[of, key]) for of, key in facts if of == namespace}
         return {key: value for key, value in values.items() if isinstance(value, (dict, list))}
 
-    def put(self, kind: str, key: str, value: Any) -> str:
-        """Keep a value, or none; why the file doesn't know it yet, else ""."""
-        fact = kind, key.encode("utf-8", "replace").decode()  # sqlite takes no half characters
+    def put(self, namespace: str, key: str, value: Any) -> str:
+        """Keep a value, or none. Returns why the file doesn't know it yet, else ""."""
+        fact = namespace, key.encode("utf-8", "replace").decode()  # sqlite takes no half characters
         with self._lock:
             self._unsaved[fact] = json.dumps(value)
             if value is None and fact not in self._saved:
@@ -3679,7 +3678,7 @@ class Store:
         problem = ""
         with self._lock:
             try:
-                self._exchange()
+                self._write_and_read()
             except Exception as error:  # of the system, or of sqlite3, which not every Python has
                 with suppress(OSError):
                     if self._set_aside(error):
@@ -3690,7 +3689,7 @@ class Store:
                 log.warning("%s", problem or f"the state file {self.path} is used again")
             self.problem = problem
 
-    def _exchange(self) -> None:
+    def _write_and_read(self) -> None:
         if not (self._saved or self._unsaved or os.path.exists(self.path)):
             return
         import sqlite3  # only now: it costs a megabyte and start-up time
@@ -3710,8 +3709,8 @@ class Store:
                 database.executemany("REPLACE INTO facts VALUES (?, ?, ?, ?)", rows)
                 database.execute("DELETE FROM facts WHERE value = 'null'")
                 database.execute(f"PRAGMA user_version = {version}")
-        held = {**self._saved, **self._unsaved}
-        self._saved = {fact: value for fact, value in held.items() if value != "null"}
+        facts = {**self._saved, **self._unsaved}
+        self._saved = {fact: value for fact, value in facts.items() if value != "null"}
         self._unsaved, self._version = {}, version
 
     def _read(self, database: Any) -> int:
@@ -3727,21 +3726,21 @@ class Store:
         rows = database.execute("SELECT kind, key, value FROM facts ORDER BY at").fetchall()
         if not 0 <= version - self._version < 4096:  # another file, or an older copy
             self._unsaved = {**self._saved, **self._unsaved}
-        self._saved = {(kind, key): value for kind, key, value in rows
+        self._saved = {(of, key): value for of, key, value in rows
                        if type(key) is type(value) is str}
         return version
 
     def _set_aside(self, error: Exception) -> bool:
-        """Whether a corrupt file was renamed; one that never was a state file is left alone."""
+        """Whether a corrupt file was renamed."""
         if type(error).__name__ != "DatabaseError":  # locked, read-only, another program's
             return False
         with open(self.path, "rb") as file:
-            ours = file.read(16) == b"SQLite format 3\0" or self._version >= 0
-        if ours:
-            aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
-            os.replace(self.path, aside)
-            log.warning("%s was corrupt (%s); it is now %s", self.path, error, aside)
-        return ours
+            if file.read(16) != b"SQLite format 3\0" and self._version < 0:
+                return False  # it never was a state file
+        aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
+        os.replace(self.path, aside)
+        log.warning("%s was corrupt (%s); it is now %s", self.path, error, aside)
+        return True
 
     def close(self) -> None:
         if self._unsaved:
@@ -3749,11 +3748,10 @@ class Store:
 
 
 def state_path(given: str | None, environ: Mapping[str, str]) -> str:
-    """The state file: as given, else OGX_STATE, else in the user's directory for such things;
-    empty where that isn't known."""
+    """The state file's path; empty where no home directory is known."""
     base = environ.get("XDG_STATE_HOME") or environ.get("LOCALAPPDATA") or "~/.local/state"
-    usual = os.path.join(base, "ogx", "state.sqlite")
-    path = os.path.expanduser(given or environ.get("OGX_STATE") or usual)
+    path = given or environ.get("OGX_STATE") or os.path.join(base, "ogx", "state.sqlite")
+    path = os.path.expanduser(path)
     if path.startswith("~"):
         log.warning("no home directory is known, so there is no state file (see --state)")
         return ""
@@ -3761,35 +3759,33 @@ def state_path(given: str | None, environ: Mapping[str, str]) -> str:
 
 
 class Lessons:
-    """Lessons by model, each kept in the store until it is LESSON_DAYS old; safe for threads."""
+    """Lessons by model, each kept in the store for 30 days; safe for threads."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # held to change lessons, here and in the store
         self.load()
 
     def load(self) -> None:
         """Take in what the store holds."""
         with self._lock:
-            lessons: dict[str, dict[str, Lesson]] = {}  # by model, then by what each is about
+            lessons: dict[str, dict[str, Lesson]] = {}
             for key, entries in self._store.all("lessons").items():
                 served = key.rpartition("\n")[0] or key  # earlier versions kept all at one key
                 for lesson in filter(None, map(lesson_from_json, entries)):
                     lessons.setdefault(served, {})[subject_of(lesson)] = lesson
+            # By model and subject. A model's are replaced, never altered, so of() needs no lock.
             self._lessons = lessons
 
     def of(self, model: Model) -> tuple[Lesson, ...]:
-        lessons = self._lessons.get(model.served)
-        if not lessons:
-            return ()
-        oldest = time.time() - LESSON_DAYS * 86400
-        return tuple(lesson for lesson in lessons.values() if lesson.at > oldest)
+        oldest = time.time() - 30 * 86400
+        lessons = self._lessons.get(model.served, {}).values()
+        return tuple(lesson for lesson in lessons if lesson.at > oldest)
 
     def add(self, model: Model, lessons: Iterable[Lesson]) -> None:
-        """Keep lessons; one about the same takes the place of the older one."""
+        """Keep lessons from now on, each in place of an older one about the same."""
         served = model.served
-        lessons = lessons if len(served) <= LONGEST_ID else ()
-        for lesson in (replace(k, at=k.at or time.time()) for k in lessons if k.keep):
+        for lesson in (replace(lesson, at=time.time()) for lesson in lessons if lesson.keep):
             subject = subject_of(lesson)
             with self._lock:
                 self._lessons[served] = {**self._lessons.get(served, {}), subject: lesson}
@@ -3800,53 +3796,51 @@ class Lessons:
     def forget(self, served: str) -> bool:
         """Whether there was something to forget."""
         with self._lock:
-            known = self._lessons.pop(served, {})
-            for key in (served, *(f"{served}\n{subject}" for subject in known)):
+            lessons = self._lessons.pop(served, {})
+            for key in (served, *(f"{served}\n{subject}" for subject in lessons)):
                 self._store.put("lessons", key, None)
-        return bool(known)
+        return bool(lessons)
 
 
 def subject_of(lesson: Lesson) -> str:
-    """What a lesson is about."""
     value = lesson.value if lesson.action in ("unlist", "strip_keyword") else ""
     return f"{lesson.action} {lesson.field} {lesson.dialect} {value}"
+
+
+def lesson_from_json(kept: Any) -> Lesson | None:
+    """A lesson that was kept, its lists as tuples again; None for another version's."""
+    try:
+        value = kept["value"]
+        if isinstance(value, list):
+            value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+        lesson = Lesson(**{**kept, "value": value})
+        known = lesson.action in (*ACTIONS, "set", "drop", "rename") or (
+            lesson.action == "override" and hasattr(ProviderKind, lesson.field))
+    except (TypeError, KeyError):
+        return None
+    return lesson if known and isinstance(lesson.at, (int, float)) else None
 
 
 class Ratios:
     """By model, its tokens for one of our estimate: the median of the last nine answers."""
 
     def __init__(self) -> None:
+        # By model, the last ratios. Lists are replaced, never altered: any thread may call.
         self._seen: dict[str, list[float]] = {}
 
     def estimate(self, model: Model, prompt: tuple[float, int]) -> int:
-        """The tokens of a prompt as this model counts; `prompt` is what prompt_tokens() gave."""
+        """A prompt's tokens as this model counts; `prompt` is what prompt_tokens() gave."""
         seen = sorted(self._seen.get(model.served, (1.0,)))
         return round(prompt[0] * seen[len(seen) // 2]) + prompt[1]
 
     def learn(self, model: Model, prompt: tuple[float, int], usage: Usage | None) -> None:
         """Compare an estimate with what the upstream told; images would spoil it."""
-        if usage and prompt[0] >= LEARNED_FROM and not prompt[1]:
+        if usage and prompt[0] >= MIN_CALIBRATION and not prompt[1]:
             ratio = (usage.input + usage.cache_read + usage.cache_written) / prompt[0]
-            if SANE_RATIO[0] < ratio < SANE_RATIO[1] and len(model.served) <= LONGEST_ID:
+            if PLAUSIBLE_RATIO[0] < ratio < PLAUSIBLE_RATIO[1]:
                 if len(self._seen) >= MOST_LEARNED:
                     self._seen = {}  # one answer relearns it
                 self._seen[model.served] = [*self._seen.get(model.served, [])[-8:], ratio]
-
-
-def lesson_from_json(fields: Any) -> Lesson | None:
-    """A lesson as it was kept, JSON having made lists of its tuples; None for what another
-    version kept."""
-    try:
-        value = fields["value"]
-        if isinstance(value, list):
-            items = (tuple(item) if isinstance(item, list) else item for item in value)
-            fields = {**fields, "value": tuple(items)}
-        lesson = Lesson(**fields)
-        is_row = lesson.action == "override" and hasattr(ProviderKind, lesson.field)
-    except (TypeError, KeyError):
-        return None
-    known = is_row or lesson.action in (*ACTIONS, "set", "drop", "rename")
-    return lesson if known and isinstance(lesson.at, (int, float)) else None
 
 
 # ======== Signing ============================================================================

@@ -5612,7 +5612,7 @@ class TestStore:
             told = store.put("alias", "b", {"x": 2})
             assert "(database is locked): what it lacks is lost" in told
             with pytest.MonkeyPatch.context() as patch:  # one waits for all
-                patch.setattr(store, "_exchange", lambda: pytest.fail("tried at once"))
+                patch.setattr(store, "_write_and_read", lambda: pytest.fail("tried at once"))
                 assert store.put("alias", "gone", None) == told
             store.sync()
             assert store.all("alias") == {"a": {"x": 1}, "b": {"x": 2}}
@@ -5811,10 +5811,6 @@ class TestStore:
             lessons.add(made_up, [ogx.Lesson("drop", "stop"), ogx.Lesson("drop", "top_p")])
             store.put("alias", f"a{number}", {})
             store.put("alias", f"a{number}", None)
-        endless = model(upstream_id="x" * 600)
-        ratios.learn(endless, (1000.0, 0), ogx.Usage(1200))
-        lessons.add(endless, [ogx.Lesson("drop", "stop")])
-        assert lessons.of(endless) == () and ratios.estimate(endless, (1000.0, 0)) == 1000
         for holder in (store, lessons, ratios):
             sizes = {name: len(value) for name, value in vars(holder).items()
                      if hasattr(value, "__len__") and not isinstance(value, str)}  # fmt: skip
