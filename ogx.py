@@ -3847,26 +3847,22 @@ class Ratios:
 # AWS takes a signature (Signature Version 4) instead of a key, made with keys from variables or a
 # profile. Roles and sign-on: `credential_process = aws configure export-credentials --profile X`.
 
-AWS_FILES = {"AWS_SHARED_CREDENTIALS_FILE": "credentials", "AWS_CONFIG_FILE": "config"}
 AWS_KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-NO_CREDENTIALS = ("Unable to locate credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                  "or AWS_PROFILE; for single sign-on and roles to one with a credential_process")
 PROCESS_SECONDS, PROCESS_BYTES = 30.0, 65536  # of a credential_process and what it prints
-FAILURE_SECONDS = 5.0  # for which all are told that it failed
 SECRET = r"(?i)(secret|token|key|password)[\w\"']{0,30}\s?[=:]\s?\S+|[\w+/=-]{32,}"
 
 
 def aws_signature(method: str, url: str, headers: Mapping[str, str], body: bytes,
                   keys: Sequence[str], scope: str, now: float) -> dict[str, str]:
     """The headers that sign a request at `now`, in seconds since 1970. `headers` are signed too,
-    the host among them; `keys` are AWS_KEYS' values, `scope` is "region/service". Pure."""
+    with the host; `keys` are AWS_KEYS' values, `scope` is "region/service". Pure."""
     import hashlib  # only now: few need them
     import hmac
 
     key_id, secret, token = keys
     date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
-    made = {"x-amz-date": date, **({"x-amz-security-token": token} if token else {})}
-    signed = sorted((k.lower(), " ".join(v.split())) for k, v in {**headers, **made}.items())
+    added = {"x-amz-date": date, **({"x-amz-security-token": token} if token else {})}
+    signed = sorted((k.lower(), " ".join(v.split())) for k, v in {**headers, **added}.items())
     names, parts = ";".join(name for name, _ in signed), urllib.parse.urlsplit(url)
     pairs = sorted(pair.partition("=")[::2] for pair in parts.query.split("&") if pair)
     path = urllib.parse.quote(parts.path or "/", safe="/~")  # encoded already, and once more here
@@ -3876,16 +3872,17 @@ def aws_signature(method: str, url: str, headers: Mapping[str, str], body: bytes
     digest, key = hashlib.sha256(canonical.encode()).hexdigest(), f"AWS4{secret}".encode()
     for part in (*scope.split("/"), f"AWS4-HMAC-SHA256\n{date}\n{scope}\n{digest}"):
         key = hmac.digest(key, part.encode(), "sha256")
-    return {**made, "authorization": f"AWS4-HMAC-SHA256 Credential={key_id}/{scope}, "
-                                     f"SignedHeaders={names}, Signature={key.hex()}"}
+    return {**added, "authorization": f"AWS4-HMAC-SHA256 Credential={key_id}/{scope}, "
+                                      f"SignedHeaders={names}, Signature={key.hex()}"}
 
 
 def aws_settings(environ: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
-    """Where settings may stand, first things first: variables, then the profile in either file."""
+    """The variables, then the profile in either file; OgxError(401) for one that can't be read."""
     region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or ""
     yield {"region": region, **{name: environ.get(name.upper(), "") for name in AWS_KEYS}}
     profile = environ.get("AWS_PROFILE") or "default"
-    files = [environ.get(name) or f"~/.aws/{AWS_FILES[name]}" for name in AWS_FILES]
+    files = (environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials",
+             environ.get("AWS_CONFIG_FILE") or "~/.aws/config")
     for path in filter(os.path.exists, map(os.path.expanduser, files)):
         import configparser  # only now, to start sooner
 
@@ -3898,7 +3895,7 @@ def aws_settings(environ: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
 
 
 def with_aws_region(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """The environment with the region of the user's profile where no variable names one."""
+    """The environment with the profile's region where no variable names one."""
     with suppress(OgxError):
         region = next((s["region"] for s in aws_settings(environ) if s.get("region")), "")
         return {**environ, "AWS_REGION": region}
@@ -3906,59 +3903,62 @@ def with_aws_region(environ: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def keys_from_process(command: str, stopped: threading.Event) -> tuple[float, list[str]]:
-    """What a credential_process prints, {"AccessKeyId": ..., ...}, and until when it holds."""
+    """Until when a credential_process' keys hold, and AWS_KEYS' values; OgxError(401) where it
+    fails."""
     import datetime
-    import subprocess
 
     words = b""
     try:
-        with subprocess.Popen(shlex.split(command), bufsize=0, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              start_new_session=True) as process:
-            printed, words = printed_by(process, stopped)
-        told = json.loads(printed if process.returncode == 0 else "")
-        until = (told.get("Expiration") or "9000-01-01T00:00:00Z").replace("Z", "+00:00")
+        printed, words = output_of(command, stopped)
+        keys = json.loads(printed)
+        until = (keys.get("Expiration") or "9000-01-01T00:00:00Z").replace("Z", "+00:00")
         end = datetime.datetime.fromisoformat(until).timestamp()
-        return end, [told["AccessKeyId"], told["SecretAccessKey"], told.get("SessionToken") or ""]
+        return end, [keys["AccessKeyId"], keys["SecretAccessKey"], keys.get("SessionToken") or ""]
     except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
         why = re.sub(SECRET, "***", words.decode("utf-8", "replace"))
         why = one_line(why) or type(error).__name__
         raise OgxError(401, f"the credential_process of the AWS profile failed: {why}") from None
 
 
-def printed_by(process: Any, stopped: threading.Event) -> tuple[bytes, bytes]:
-    """What a program prints and what it says on stderr. With all that it started, it is killed
-    when it takes too long or prints too much, or when `stopped` is set."""
-    told, runs = {process.stdout: b"", process.stderr: b""}, True
-    end = time.monotonic() + PROCESS_SECONDS
-    for pipe in told:
-        with suppress(AttributeError):  # Windows' older Pythons wait for what it prints
-            os.set_blocking(pipe.fileno(), False)
-    while runs:
-        runs = process.poll() is None
-        for pipe in told:
-            told[pipe] = (told[pipe] + (pipe.read(PROCESS_BYTES) or b""))[:PROCESS_BYTES]
-        late = time.monotonic() > end or len(told[process.stdout]) == PROCESS_BYTES
-        if runs and (late or stopped.wait(0.02)):
-            with suppress(OSError, AttributeError):  # Windows has no groups
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-            return b"", b"it took too long, or printed too much"
-    return told[process.stdout], told[process.stderr]
+def output_of(command: str, stopped: threading.Event) -> tuple[bytes, bytes]:
+    """What a command prints, or nothing if it fails, and what it says on stderr. With all that it
+    started it is killed when it takes too long, prints too much, or `stopped` is set."""
+    import subprocess
+
+    pipe, end = subprocess.PIPE, time.monotonic() + PROCESS_SECONDS
+    with subprocess.Popen(shlex.split(command), bufsize=0, stdin=subprocess.DEVNULL, stdout=pipe,
+                          stderr=pipe, start_new_session=True) as process:
+        streams: list[Any] = [process.stdout, process.stderr]
+        for stream in streams:
+            with suppress(AttributeError):  # Windows' older Pythons wait for what it prints
+                os.set_blocking(stream.fileno(), False)
+        printed, runs = [b"", b""], True
+        while runs:
+            runs = process.poll() is None
+            printed = [(data + (stream.read(PROCESS_BYTES) or b""))[:PROCESS_BYTES]
+                       for data, stream in zip(printed, streams)]
+            late = time.monotonic() > end or len(printed[0]) == PROCESS_BYTES
+            if runs and (late or stopped.wait(0.02)):
+                with suppress(OSError, AttributeError):  # Windows has no groups
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+                return b"", b"it took too long, or printed too much"
+    return b"" if process.returncode else printed[0], printed[1]
 
 
 class Signer:
     """Signs with the user's keys of the moment, as files and processes give them."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self.secrets: set[str] = set()  # all that were used
-        self._clock, self._lock = clock, threading.Lock()
-        self._made: dict[str, tuple[float, list[str]]] = {}  # by processes
-        self._failed = (0.0, OgxError(401, ""))  # until when a failure is told
-        self._stopped = threading.Event()
+        self.secrets: set[str] = set()  # all that were used; any thread may add or read
+        self._clock = clock  # seconds since 1970
+        self._lock = threading.Lock()  # guards _results, and is held while a process runs
+        # By command, until when its keys or its failure are told.
+        self._results: dict[str, tuple[float, list[str] | OgxError]] = {}
+        self._stopped = threading.Event()  # set by close()
 
     def keys(self, environ: Mapping[str, str]) -> Sequence[str]:
-        """Values for AWS_KEYS; OgxError(401) where there are none."""
+        """AWS_KEYS' values; OgxError(401) where there are none."""
         command = ""
         for settings in aws_settings(environ):
             keys = [settings.get(name, "").strip() for name in AWS_KEYS]
@@ -3966,17 +3966,21 @@ class Signer:
                 return keys
             command = command or settings.get("credential_process", "")
         if not command:
-            raise OgxError(401, NO_CREDENTIALS)
+            raise OgxError(401, "Unable to locate credentials: set AWS_ACCESS_KEY_ID and "
+                                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for single sign-on and "
+                                "roles to one with a credential_process")
         with self._lock:
-            if self._made.get(command, (0.0,))[0] < self._clock() + 60:
-                if time.monotonic() < self._failed[0]:
-                    raise replace(self._failed[1])
+            until, result = self._results.get(command, (0.0, keys))
+            if self._clock() > until:
                 try:
-                    self._made[command] = keys_from_process(command, self._stopped)
+                    end, result = keys_from_process(command, self._stopped)
+                    until = end - 60
                 except OgxError as error:
-                    self._failed = time.monotonic() + FAILURE_SECONDS, replace(error)
-                    raise
-            return self._made[command][1]
+                    until, result = self._clock() + 5, replace(error)
+                self._results[command] = until, result
+        if isinstance(result, OgxError):
+            raise replace(result)
+        return result
 
     def close(self) -> None:
         """End the process that runs."""
@@ -3986,13 +3990,14 @@ class Signer:
 
     def headers(self, signed: str, method: str, url: str, body: bytes | None) -> dict[str, str]:
         """The headers that sign a request now; none where the URL isn't AWS's."""
-        found = re.search(signed, url)
-        if not found:
+        match = re.search(signed, url)
+        if not match:
             return {}
         content = {} if body is None else {"content-type": "application/json"}
         headers = {"host": urllib.parse.urlsplit(url).netloc, **content}
-        keys, scope = self.keys(os.environ), f"{found.group(2)}/{found.group(1)}"
+        keys = self.keys(os.environ)
         self.secrets.update(keys[1:])
+        scope = f"{match[2]}/{match[1]}"
         return aws_signature(method, url, headers, body or b"", keys, scope, self._clock())
 
 

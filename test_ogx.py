@@ -6136,13 +6136,11 @@ class TestSigning:
 
     def test_a_failure_is_told_for_some_seconds_and_then_asked_for_anew(self, aws, tmp_path):
         aws(config=f"[default]\ncredential_process = {self.program(tmp_path, 'sys.exit(3)')}\n")
-        signer = ogx.Signer()
-        assert "failed: " in refused(signer.keys, os.environ).message
-        assert "failed: " in refused(signer.keys, os.environ).message
-        assert len(self.pids(tmp_path)) == 1
-        signer._failed = (0.0, signer._failed[1])  # the seconds are over
-        refused(signer.keys, os.environ)
-        assert len(self.pids(tmp_path)) == 2
+        signer, times = self.signer()
+        for later, runs in ((0, 1), (4, 1), (6, 2)):
+            times.append(times[0] + later)
+            assert "failed: " in refused(signer.keys, os.environ).message
+            assert len(self.pids(tmp_path)) == runs
 
     @pytest.mark.parametrize("stream", ["stdout", "stderr"])
     def test_output_without_end_is_not_kept(self, aws, tmp_path, monkeypatch, stream):
