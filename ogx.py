@@ -3420,7 +3420,7 @@ def lower_effort(refusal: Refusal, body: Json) -> Iterator[Lesson]:
         return
     elif re.search(rf"\b{asked}\b", words):  # else `effort cannot be chosen for this model`
         taken = [EFFORT_LADDER[max(2, rank - 1)]]
-    lower = [effort for effort in taken if EFFORT_LADDER.index(effort) < rank]
+    lower = [effort for effort in EFFORT_LADDER[:rank] if effort in taken]
     if lower:
         yield Lesson("cap_effort", name, lower[-1])
     elif taken:
@@ -3452,11 +3452,11 @@ def older_fields(refusal: Refusal, body: Json) -> Iterator[Lesson]:
 def other_ways(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     """Fewer tools; another try where a call couldn't be read (Groq); JSON by a tool instead of
     response_format, and then in words."""
-    words = refusal.words
-    most = re.search(r"tools.{0,60}(?:maximum length|at most|maximum of) (\d+)", refusal.message)
+    words, message = refusal.words, refusal.message
+    most = re.search(r"tools.{0,60}(?:maximum length|at most|maximum of) (\d+)", message)
     if most and 0 < int(most[1]) < len(body.get("tools") or ()):
         yield Lesson("override", "max_tools", int(most[1]))
-    if refusal.code == "tool_use_failed" or "tool call validation failed" in refusal.message:
+    if refusal.code == "tool_use_failed" or "tool call validation failed" in message:
         yield Lesson("retry", "messages", keep=False)
     if "response_format" in body and re.search("(?i)response_?format|json_schema", words):
         yield Lesson("override", "answer_by", "tool", keep="nvalid schema" not in words)
@@ -3476,7 +3476,7 @@ def dropped_field(refusal: Refusal, body: Json) -> Iterator[Lesson]:
         m[0] in (refusal.param, "temperature") or "_" in m[0] or re.search(NAMED, around(said, m))))
     name = next(names, "")
     if name in LIMIT_FIELDS[:2]:
-        yield Lesson("rename", name, LIMIT_FIELDS[name == LIMIT_FIELDS[0]])
+        yield Lesson("rename", name, LIMIT_FIELDS[1 - LIMIT_FIELDS.index(name)])
     if name:  # tool_choice changes what the answer may be, so it is left out only this once
         yield Lesson("drop", name, keep=name != "tool_choice")
     elif re.search(r"\bstrict\b", said):
@@ -3509,7 +3509,7 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
     if not subject or subject["other"] or not any(schemas) or refusal.status == 402:
         return None
     if "escription" in words and re.search("(?i)long|length|charact|exceed", words):
-        most = next((n for n, is_limit in numbers_in(words).items() if is_limit), 1024)
+        most = next((n for n, limits in numbers_in(words).items() if limits), 1024)
         if any(len(tool.get("description") or "") > most for tool in tools):
             return Lesson("override", "max_description", most)
     said = {*re.findall(r"[a-z$]+", words.lower().replace("_", "").replace("regex", "pattern"))}
@@ -3522,6 +3522,7 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
     return None if "$ref" in refused else Lesson("override", "refused_keywords", (*refused, *more))
 
 
+# A 402 concerns the first alone, a 500 the first two.
 REMEDIES = (fitting_limit, lower_effort, older_fields, other_ways, dropped_field)
 
 
@@ -3897,8 +3898,8 @@ def aws_settings(environ: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
 def with_aws_region(environ: Mapping[str, str]) -> Mapping[str, str]:
     """The environment with the profile's region where no variable names one."""
     with suppress(OgxError):
-        region = next((s["region"] for s in aws_settings(environ) if s.get("region")), "")
-        return {**environ, "AWS_REGION": region}
+        regions = (settings.get("region") for settings in aws_settings(environ))
+        return {**environ, "AWS_REGION": next(filter(None, regions), "")}
     return environ
 
 
@@ -3925,9 +3926,10 @@ def output_of(command: str, stopped: threading.Event) -> tuple[bytes, bytes]:
     started it is killed when it takes too long, prints too much, or `stopped` is set."""
     import subprocess
 
-    pipe, end = subprocess.PIPE, time.monotonic() + PROCESS_SECONDS
-    with subprocess.Popen(shlex.split(command), bufsize=0, stdin=subprocess.DEVNULL, stdout=pipe,
-                          stderr=pipe, start_new_session=True) as process:
+    end = time.monotonic() + PROCESS_SECONDS
+    with subprocess.Popen(shlex.split(command), bufsize=0, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          start_new_session=True) as process:
         streams: list[Any] = [process.stdout, process.stderr]
         for stream in streams:
             with suppress(AttributeError):  # Windows' older Pythons wait for what it prints
@@ -3970,7 +3972,7 @@ class Signer:
                                 "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for single sign-on and "
                                 "roles to one with a credential_process")
         with self._lock:
-            until, result = self._results.get(command, (0.0, keys))
+            until, result = self._results.get(command, (0.0, []))
             if self._clock() > until:
                 try:
                     end, result = keys_from_process(command, self._stopped)

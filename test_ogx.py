@@ -4731,7 +4731,7 @@ class TestRemedies:
         refusal = ogx.Refusal(status, words)
         assert ogx.lesson_from_refusal(refusal, self.tools_body(), model("vllm")) is None
 
-    @pytest.mark.parametrize("tools", [None, [], [{}], [{"type": "web_search"}]])
+    @pytest.mark.parametrize("tools", [None, [], [{}], [{"type": "web_search"}], [{"function": 5}]])
     def test_without_schemas_there_is_nothing_to_make_plainer(self, tools):
         refusal = ogx.Refusal(400, "Invalid schema for function 'X'")
         assert ogx.lesson_from_refusal(refusal, {"tools": tools}, model("vllm")) is None
