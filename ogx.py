@@ -3554,15 +3554,6 @@ LOG_LINE = 4000  # bytes
 LOG_QUEUE = 1000  # lines that wait to be written; further ones are counted, and lost
 
 
-class LogFormatter(logging.Formatter):
-    """Writes a record as one line; only a traceback, indented, brings further ones."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        record.msg, record.args = " ".join(record.getMessage().splitlines()), None
-        lines = without_controls(super().format(record)).encode("utf-8", "replace").split(b"\n")
-        return "\n  ".join(line[:LOG_LINE].decode("utf-8", "ignore") for line in lines)
-
-
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """Has a thread write the lines: a stopped terminal, a full pipe or a slow disk holds up nothing
     else. With logging's QueueHandler a blocked writer holds the handler's lock, and
@@ -3574,11 +3565,17 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
             stream = open(path, "a", encoding="utf-8", errors="backslashreplace",  # noqa: SIM115
                           opener=functools.partial(os.open, mode=0o600))
         super().__init__(stream)
-        self.setFormatter(LogFormatter("%(asctime)s %(message)s"))
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self._path = path  # empty once a failure was told; the thread's
         self._lost = 0  # lines since the queue was full; emit()'s, under the handler's lock
         self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
         threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one line; only a traceback, indented, brings further ones."""
+        record.msg, record.args = " ".join(record.getMessage().splitlines()), None
+        lines = without_controls(super().format(record)).encode("utf-8", "replace").split(b"\n")
+        return "\n  ".join(line[:LOG_LINE].decode("utf-8", "ignore") for line in lines)
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._lines.qsize() >= LOG_QUEUE:

@@ -5399,7 +5399,7 @@ class TestLog:
         assert re.fullmatch("--log-file /dev/full: .*No space.*\n", capsys.readouterr().err)
 
     def test_nothing_else_writes_to_a_terminal(self):
-        """All that is printed or logged goes through say() and the log's formatter."""
+        """All that is printed or logged goes through say() and the log's handler."""
         tree = ast.parse(SOURCE)
         owners = {id(node): function.name for function in ast.walk(tree)
                   if isinstance(function, ast.FunctionDef) for node in ast.walk(function)}
