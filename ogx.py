@@ -3165,106 +3165,98 @@ def ways_to_count(name: str, request: Json, model: Model) -> Iterator[tuple[Sequ
 
 
 # ======== Remedies ===========================================================================
-# What an upstream's refusal teaches. A row of REMEDIES reads the words of a refused request and
-# gives lessons, each a change to one field; with the first that is of use it is sent again.
-# Patterns are generic, since wordings change; each has its real texts as cases in the tests. Pure.
+# What an upstream's refusal teaches: lessons, each a change to one field. With the first that is of
+# use the request is sent again. Patterns are generic; their real texts are in the tests. Pure.
 
 EFFORT_LADDER = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-# Other modes of thinking than off; a budget of 0 becomes half of the output limit.
+# A thinking budget of 0 becomes half of the output limit.
 THINKING = {"adaptive": {"type": "adaptive"}, "enabled": {"type": "enabled", "budget_tokens": 0}}
-# What each action does to a field that the request has.
+# What becomes of a field's value, given the lesson's.
 ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "clamp": min,
     "raise": max,
-    "limit": lambda effort, most: min(effort, most, key=EFFORT_LADDER.index),
-    "lift": lambda effort, least: max(effort, least, key=EFFORT_LADDER.index),
-    "unschema": lambda tools, keyword: without_keywords(tools, [keyword], []),
+    "cap_effort": lambda effort, most: min(effort, most, key=EFFORT_LADDER.index),
+    "raise_effort": lambda effort, least: max(effort, least, key=EFFORT_LADDER.index),
+    "strip_keyword": lambda tree, keyword: without_keywords(tree, [keyword], []),
     "unlist": lambda told, names: ",".join(n for n in told.split(",") if n not in names.split(",")),
-    "retype": lambda thinking, kind: THINKING[kind]
-    if thinking.get("type") in {*THINKING} - {kind} else thinking,
-    "again": lambda value, _: value,
+    "retype": lambda thinking, mode: THINKING[mode]
+    if thinking.get("type") in {*THINKING} - {mode} else thinking,
+    "retry": lambda value, _: value,
 }
 LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-# Fields a request can do without. An upstream that refuses another one must be told apart.
-OPTIONAL_FIELDS = ("temperature", "top_p", "top_k", "stop", "stream_options", "reasoning_effort",
-                   "parallel_tool_calls", "response_format", "tool_choice", "prompt_cache_key",
-                   "store", "include", "stop_sequences", "thinking", "output_config", "metadata",
-                   "context_management", "max_tool_calls")
-LEAST_LIMIT = r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)"
-UNSUPPORTED = (r"(?i)unsupported|unrecognized|unknown|unexpected|does not (support|match|know)|"
-               r"not (supported|permitted|allowed|(both )?be (chosen|set|used|specified))|"
-               r"extra (fields|inputs)|deprecated|invalid beta|"
-               r"should be '")
+# Fields a request can do without. Of others the client is told.
+OPTIONAL_FIELDS = (*LIMIT_FIELDS, "temperature", "top_p", "top_k", "stop", "stream_options",
+                   "reasoning_effort", "parallel_tool_calls", "response_format", "tool_choice",
+                   "prompt_cache_key", "store", "include", "stop_sequences", "thinking",
+                   "output_config", "metadata", "context_management", "max_tool_calls")
+UNSUPPORTED = (
+    "(?i)unsupported|unrecognized|unknown|unexpected|does not (support|match|know)|deprecated|"
+    "not (supported|permitted|allowed|(both )?be (chosen|set|used|specified))|"
+    "extra (fields|inputs)|invalid beta|should be '")
 ADVICE = r"(?i)(?<!n't )(?<!not )\b(?:use|did you mean)\b(?! of)(?:[^.;]|\.\w)*"
-# Where a name, the #, is a field's even if it's an English word; below, where a number is a limit.
-NAMED = (r"(?i)[`'\"]#|\b(?:parameter|argument|field)s?\b(?:[^.:#]{0,30}:)?\W{0,3}#|"
-         "#:? (?:parameter|argument|field|extra)")
-EXTRA = r"(?<![\w.])([a-z]\w*)(?:\.\w+)*\.(\w+): Extra inputs"
 LISTED = (r"(?is).*\b(?:one of|(?:should|must) be|only supports?|(?:supported|allowed|valid|"
           r"expected)(?: \w+)?(?: are| is|:))\W(.+)")
-BETAS = "anthropic-beta"  # a header, but for lessons a field like others
-# Lengths. A refusal is about the window if it tells of CONTEXT and TOO_LONG or, in one sentence, of
-# PROMPT, TOO_LONG and BOUND, but of no OTHERS.
+# Where a name, the #, is a field's although it's an English word, and where a number is a limit.
+NAMED = (r"(?i)[`'\"]#|\b(?:parameter|argument|field)s?\b(?:[^.:#]{0,30}:)?\W{0,3}#|"
+         "#:? (?:parameter|argument|field|extra)")
+MOST = (r"(?i)(?:at most|than|[<>≤]|exceed|above|over|only|up to|max(?!\w{0,20}tokens)|limit|range|"
+        r"context|window)\D{0,40}(?:\b1\D{1,20})?#(?!(?: tokens)? ?[>+])|"
+        r"# (?:\w+ )?(?:the |at )?(?:max|most)")
+COUNT = r"(?<![\w./-])(?<!\bby )(?:\d{1,3}(?:,\d{3}){1,2}|\d{2,8})(?![\w/-]|,\d)"
+# What is_about_window() looks for.
 CONTEXT = (r"(?i)(?<![a-z])context(?![\W_]{0,3}(?:deadline|cancel|manag|=))|prompt (?:is )?too l|"
            "request too large for model")  # the last is Groq's, about tokens per minute
 TOO_LONG = (r"(?i)exceed|too (?:long|large|many)|(?:greater|longer|larger|more|less) than|overflow|"
             r"range of|\b(?:over|above)\b")
 PROMPT = (r"(?i)(?<![a-z])(?:prompt(?!_cache)|(?:inputs?|messages?|tokens?)\b|conversation|"
           "current length)")
-BOUND = r"(?i)max|limit|length|window|model|allowed|too long"
+BOUND = "(?i)max|limit|length|window|model|allowed|too long"
 OTHERS = (r"(?i)\b(?:image|audio|video|pdf|file)(?!s? and text)|\d ?[KMG]i?B\b|byte|string|quota|"
           r"time|\b(?:tools?|name|ids?|rates?|daily|monthly|per (?:min|day|hour|sec)\w*)\b")
 OUTPUT = (r"(?i)max_(?!input|prompt|model|seq)\w{0,20}tokens|maxOutputTokens|"
           r"\b(?:output|completion|maximum tokens|new tokens)\b")
-COUNT = r"(?<![\w./-])(?<!\bby )(?:\d{1,3}(?:,\d{3}){1,2}|\d{2,8})(?![\w/-]|,\d)"
-MOST = (r"(?i)(?:at most|than|[<>≤]|exceeds?|above|over|only|up to|max(?!\w{0,20}tokens)|limit|"
-        r"range|context|window)\D{0,40}(?:\b1\D{1,20})?#(?!(?: tokens)? ?[>+])|"
-        r"# (?:\w+ )?(?:the |at )?(?:max|most)")
 ROOM = 256  # tokens of an answer that are worth asking for
-# Words that tell how a server differs from the row it was configured under: the row is put right.
-# Seen live: llama.cpp's and chat templates'. The others are from vendors' pages and issue threads.
-ROW_REMEDIES: tuple[tuple[str, str, Any], ...] = (
+# How a server differs from its row: words in any case, the row's field, its value. Seen live:
+# llama.cpp's and chat templates'. The others are from vendors' pages and issue threads.
+ROW_REMEDIES = (
     # OpenAI: models that take tools, or anything, only there, and those that don't
-    (r"(?i)not supported (in|on|with) (the )?(/?v1/responses|Responses API)|"
-     r"does not support the '/v1/responses' API", "responses", False),
-    (r"use /?v1/responses|only supported in /?v1/responses|not a chat model|"
-     r"does not support the '/v1/chat/completions' API", "responses", True),
-    (r"(?i)only.{0,25}\bstream|(must|requires?|enable)\b.{0,20}\bstream|"
+    ("not support(ed (in|on|with))? (the )?'?/?(v1/responses|responses API)", "responses", False),
+    ("(use|only supported in) /?v1/responses|not a chat model|"
+     "not support the '/v1/chat/completions' API", "responses", True),
+    (r"(only|must|requires?|enable)\b.{0,25}\bstream|"
      r"\bstream(ing)?\b.{0,12}(must|required|only)|(for|with|in) non-?stream", "stream_above", 1),
     ("isn't supported on this route", "openai_root", "~/openai/v1"),  # Bedrock
-    (r"encrypted content .*(verified|decrypted|invalid)|[Ii]tem with id '(rs|ws)_|"
-     r"without its required following item|reasoning_details|[Cc]orrupted thought|"
-     r"[Tt]hought.signature is not valid", "own_reasoning", False),
-    ("(?i)must be verified to .*summar|summary.*verif", "summaries", False),
+    (r"encrypted content .*(verified|decrypted|invalid)|item with id '(rs|ws)_|"
+     "without its required following item|reasoning_details|corrupted thought|"
+     "thought.signature is not valid", "own_reasoning", False),
+    ("must be verified to .*summar|summary.*verif", "summaries", False),
     ("roles must alternate|role 'user' after role 'tool'", "user_after_tool", False),
     ("Tool call id was .* must be a-z", "tool_ids", NINE),  # mistral-common
     (r"call(s\[\d+\]\.|_)id.{0,9}string too long", "tool_ids", FORTY),  # OpenAI
     ("reasoning_content.{0,60}(must be passed back|is missing)",
      "reasoning_echo", "reasoning_content"),  # DeepSeek, Moonshot
-    (r"property '(reasoning\w*)' is unsupported", "reasoning_echo", ""),  # Groq
-    ("[Ss]ystem message must be (at|the) (the )?(beginning|first)|role 'system' after role",
+    (r"property 'reasoning\w*' is unsupported", "reasoning_echo", ""),  # Groq
+    ("system message must be (at|the) (the )?(beginning|first)|role 'system' after role",
      "system_anywhere", False),  # Qwen, Mistral
     # OpenAI, vLLM, Groq, Ollama
-    (r"(?i)(does not|doesn't|n[o']t) support images?\b(?! \w*(larger|format|url|of))|"
-     r"image_url is only supported|unknown variant `image_url`|At most 0 image|mmproj|"
-     r"image input is not supported|missing data required for image|found that support image",
-     "images", False),
-    (r"(?i)(file|document|pdf).{0,40}not supported|'?type'?: ?'?file'?.{0,60}invalid|"
-     r"Invalid value: 'file'|unknown part type: file", "files", False),
+    (r"(n[o']t|found that) support images?\b(?! \w*(larger|format|url|of))|mmproj|At most 0 image|"
+     "image(_url| input) is (only|not) supported|unknown variant `image_url`|"
+     "missing data required for image", "images", False),
+    (r"(file|document|pdf).{0,40}not supported|'?type'?: ?'?file'?.{0,60}invalid|"
+     "Invalid value: 'file'|unknown part type: file", "files", False),
     ("thought_signature", "tool_call_extra", SKIP_SIGNATURE),
     (r"not have [\w'/]+ at the top level", "root_unions", False))
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """One change to every request for a model. `field` is a key of the request, or for the action
-    `row` a field of its ProviderKind; see ACTIONS."""
+    """One change to every request for a model."""
 
-    action: str
-    field: str
+    action: str  # one of ACTIONS, "set", "drop", "rename" or "override"
+    field: str  # of the request, or "object.field"; of ProviderKind for "override"
     value: Any = None
-    keep: bool = True  # False: it holds for this request only
-    dialect: str = ""  # whose requests it is about; empty: it is about the row
+    keep: bool = True  # False: for this request only
+    dialect: str = ""  # whose requests it is about; empty for "override"
     at: float = 0.0  # when it was learned, seconds since 1970
 
     def __str__(self) -> str:
@@ -3273,247 +3265,241 @@ class Lesson:
 
 
 def with_lessons(body: Json, lessons: Iterable[Lesson]) -> Json:
-    """The request body after what was learned."""
     body = dict(body)
     for lesson in lessons:
-        holder, _, name = lesson.field.partition(".")
-        if name:
-            lesson = replace(lesson, field=name)
-            body.update({k: with_lessons(body[k], [lesson]) for k in {holder} & {*body}})
-        elif lesson.action == "set":
-            body[lesson.field] = lesson.value
-        elif lesson.action == "row" or lesson.field not in body:
+        name, _, inner = lesson.field.partition(".")
+        if lesson.action == "set":
+            body[name] = lesson.value
+        elif lesson.action == "override" or name not in body:
             continue
+        elif inner:
+            body[name] = with_lessons(body[name], [replace(lesson, field=inner)])
         elif lesson.action == "drop":
-            del body[lesson.field]
+            del body[name]
         elif lesson.action == "rename":
-            body[lesson.value] = body.pop(lesson.field)
+            body[lesson.value] = body.pop(name)
         else:
-            body[lesson.field] = ACTIONS[lesson.action](body[lesson.field], lesson.value)
+            body[name] = ACTIONS[lesson.action](body[name], lesson.value)
     return body
 
 
 def taught_model(model: Model, lessons: Iterable[Lesson]) -> Model:
-    """The model with its provider's row as it was learned to be."""
-    fields = {lesson.field: lesson.value for lesson in lessons if lesson.action == "row"}
-    if not fields:
+    learned = {lesson.field: lesson.value for lesson in lessons if lesson.action == "override"}
+    if not learned:
         return model
-    kind = replace(model.provider.kind, **fields)
+    kind = replace(model.provider.kind, **learned)
     return replace(model, provider=replace(model.provider, kind=kind))
 
 
 def lesson_from_refusal(refusal: Refusal, body: Json, model: Model,
-                        known: Sequence[Lesson] = ()) -> Lesson | None:
-    """What to change so that the same request is accepted; None when nothing is known to help, or
-    what would help was tried."""
+                        learned: Sequence[Lesson] = ()) -> Lesson | None:
+    """What to change so that the request is accepted; None where nothing new may help."""
     if refusal.status not in (400, 402, 404, 405, 413, 422, 500):
         return None
-    words, kind = refusal.words, model.provider.kind
-    tried = {lesson.field for lesson in known if lesson.action == "row"}
-    if any(lesson.action == "unlist" for lesson in known):  # the next beta: name none, so all go
-        refusal = replace(refusal, message=re.sub(r"[\w-]{1,60}-20\d\d-\d\d-\d\d", "", words))
+    kind = model.provider.kind
+    overridden = {known.field for known in learned if known.action == "override"}
     for pattern, name, value in ROW_REMEDIES:
-        if name not in tried and getattr(kind, name) != value and re.search(pattern, words):
-            # One conversation's reasoning can be another key's: that tells nothing about others.
-            return Lesson("row", name, value, keep=name != "own_reasoning")
-    no_path = refusal.status in (404, 405) and not re.search("(?i)model|item", words)
+        differs = name not in overridden and getattr(kind, name) != value
+        if differs and re.search(pattern, refusal.words, re.I):
+            # Refused reasoning may be another key's, which tells nothing of other conversations.
+            return Lesson("override", name, value, keep=name != "own_reasoning")
+    no_path = refusal.status in (404, 405) and not re.search("(?i)model|item", refusal.words)
     if no_path and "input" in body:
-        return Lesson("row", "responses", False)  # there is no such path
+        return Lesson("override", "responses", False)
+    if any(known.action == "unlist" for known in learned):  # the next beta: name none, so all go
+        words = re.sub(r"[\w-]{1,60}-20\d\d-\d\d-\d\d", "", refusal.words)
+        refusal = replace(refusal, message=words)
     for remedy in REMEDIES[: {402: 1, 500: 2}.get(refusal.status)]:
         for lesson in remedy(refusal, body):
-            if any(k.action == lesson.action and (k.field == lesson.value or (
-                    k.field == lesson.field and not k.keep)) for k in known):
-                continue  # it would lead back, or was tried for this request
-            actions = {lesson.action, *(k.action for k in known if k.field == lesson.field)}
-            useful = lesson.action in ("again", "row") or with_lessons(body, [lesson]) != body
-            if useful and not ("set" in actions and len(actions) > 1):  # that would go to and fro
+            changes = lesson.action in ("retry", "override") or with_lessons(body, [lesson]) != body
+            if changes and not any(undoes(lesson, known) for known in learned):
                 return lesson
-    return plainer_tools(refusal, body, kind, "refused_keywords" not in tried)
+    return plainer_tools(refusal, body, kind, "refused_keywords" not in overridden)
+
+
+def undoes(lesson: Lesson, known: Lesson) -> bool:
+    """Whether a lesson leads back to before a known one, or was tried for this request."""
+    if lesson.action == known.action:
+        return known.field == lesson.value or known.field == lesson.field and not known.keep
+    return known.field == lesson.field and "set" in (lesson.action, known.action)
 
 
 def around(words: str, match: re.Match[str]) -> str:
-    """The words around what was found, and a # in its place."""
+    """The words around a match, and a # in its place."""
     return f"{words[max(0, match.start() - 60) : match.start()]}#{words[match.end() :][:20]}"
+
+
+def numbers_in(words: str) -> dict[int, Any]:
+    """The first numbers in a text, each with whether it stands as a limit."""
+    numbers: dict[int, Any] = {}
+    for match in itertools.islice(re.finditer(COUNT, words), 20):
+        number = int(match[0].replace(",", ""))
+        numbers[number] = numbers.get(number) or re.search(MOST, around(words, match))
+    return numbers
 
 
 def told_lengths(refusal: Refusal, asked: int) -> tuple[str, int, int]:
     """What a refusal says of lengths where `asked` tokens of output were asked for: "overflow" (the
-    prompt alone is too long), "room" (it isn't, but with the output), "output" (no answer may be
-    so long) or ""; then the limit and the prompt's tokens, 0 where they aren't told."""
+    prompt is too long), "room" (only with the output), "output" (no answer may be so long) or "";
+    then the limit and the prompt's tokens, or 0."""
     words = f"{refusal.words} {refusal.code.replace('_', ' ')}"
-    numbers: dict[int, Any] = {}  # with whether they stand as limits
-    for told in itertools.islice(re.finditer(COUNT, words), 20):
-        number = int(told[0].replace(",", ""))
-        numbers[number] = numbers.get(number) or re.search(MOST, around(words, told))
+    numbers = numbers_in(words)
     large = {n for n in numbers if n != asked and (n >= 1000 or asked and n + asked in numbers)}
     about_output = re.search(rf"{OUTPUT}|\b{asked or 'output'}\b", words)
     limits = {n for n in large if numbers[n]}
-    limit = (max if about_output or limits != large else min)(limits, default=0)
-    others = large - {limit}
+    most = (max if about_output or limits != large else min)(limits, default=0)
+    others = large - {most}
     sums = {one + other for one in others for other in (*others, asked) if other}
-    prompt = max(others - sums, default=0) if limit else 0
+    prompt = max(others - sums, default=0) if most else 0
     if is_about_window(words, prompt):
         if prompt:
-            return "room" if prompt < limit else "overflow", limit, prompt
-        if not about_output or not limit and "context" in refusal.code:
-            return "overflow", limit if limit >= 2048 else 0, 0  # smaller ones are codes
+            return "room" if prompt < most else "overflow", most, prompt
+        if not about_output or not most and "context" in refusal.code:
+            return "overflow", most if most >= 2048 else 0, 0  # smaller ones are codes
     most = next((n for n in numbers if numbers[n] and 16 <= n < asked), 0)
     return ("output", most, 0) if about_output and most else ("", 0, 0)
 
 
 def is_about_window(words: str, prompt: int) -> bool:
-    """Whether a refusal is about a prompt that is too long, alone or with its answer; `prompt` is
-    a number that it tells beside the limit."""
+    """Whether words are about a prompt that is too long, alone or with its answer. `prompt` is the
+    number beside the limit, or 0."""
     if re.search(CONTEXT, words) and (prompt or re.search(TOO_LONG, words)):
         return True
-    for part in itertools.islice(re.split(r"(?<=[.!?;])\s+|\n", words), 20):
-        long = re.search(TOO_LONG, part) and re.search(BOUND, part)
-        alone = long and not re.search(OUTPUT, part)  # else it may be the answer that is
+    for part in re.split(r"(?<=[.!?;])\s+|\n", words):
+        too_long = re.search(TOO_LONG, part) and re.search(BOUND, part)
+        alone = too_long and not re.search(OUTPUT, part)  # else it may be the answer that is
         if (prompt or alone) and re.search(PROMPT, part) and not re.search(OTHERS, part):
             return True
     return False
 
 
 def fitting_limit(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """`max_tokens is too large: 32000. This model supports at most 16384 completion tokens`,
-    `integer below minimum value. Expected a value >= 16, but got 1 instead.`; and for a prompt
-    that fits, but not with the output asked for, or an account that `can only afford 27342`, what
-    is left, this once."""
+    """The limit of answers; for this one alone the room that its prompt leaves, or what an account
+    can afford; and the least of limits (`Expected a value >= 16`)."""
     words, name = refusal.words, next((name for name in LIMIT_FIELDS if name in body), None)
     if name is None:
         return
-    kind, most, prompt = told_lengths(refusal, body[name])
+    verdict, most, prompt = told_lengths(refusal, body[name])
     left = (most - prompt) // (2 if "at least" in words else 1)  # vLLM counts no further
-    kept = kind == "output" and refusal.status != 402
-    if kept or kind in ("output", "room") and left >= ROOM:
-        yield Lesson("clamp", name, left, kept)
-    least = re.search(LEAST_LIMIT, words)
+    keep = verdict == "output" and refusal.status != 402
+    if keep or verdict in ("output", "room") and left >= ROOM:
+        yield Lesson("clamp", name, left, keep)
+    least = re.search(r"(?:Expected a value >= ?|at least |minimum (?:of|is) )(\d+)", words)
     if least and 0 < int(least[1]) <= 64 and "token" in words:
         yield Lesson("raise", name, int(least[1]))
 
 
 def lower_effort(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """`Function tools with reasoning_effort are not supported for gpt-5.6-terra ... To use function
-    tools, use /v1/responses or set reasoning_effort to 'none'.` `Unexpected reasoning effort high.
-    Supported types are xhigh (default), medium, and low.`: the highest of those that isn't above
-    what was asked, else the lowest; without a list a step down the ladder."""
+    """Of the efforts listed the highest that isn't above what was asked, else the lowest; without
+    a list a step down the ladder."""
     words, name = refusal.words, "reasoning_effort"
-    if "Function tools with reasoning_effort" in words:
+    if "Function tools with reasoning_effort" in words:  # OpenAI's chat API takes none with them
         yield Lesson("set", name, "none")
     name = name if name in body else "output_config.effort"
     asked = body.get(name) or dict_or_empty(body.get("output_config")).get("effort")
-    said = re.sub(ADVICE, "", words)
     about = rf"(?i)effort(?!-2)|reasoning.{{0,80}}{asked}"  # not about a beta, effort-2025-11-24
-    if asked not in EFFORT_LADDER or not re.search(about, said):
+    if asked not in EFFORT_LADDER or not re.search(about, re.sub(ADVICE, "", words)):
         return
-    rank, listed = EFFORT_LADDER.index(asked), re.match(LISTED, words)
+    rank, listed, taken = EFFORT_LADDER.index(asked), re.match(LISTED, words), []
     if listed:
-        told = [e for e in EFFORT_LADDER[1:] if e != asked and re.search(rf"\b{e}\b", listed[1])]
-        if not told:  # `must be one of none or default`
-            yield Lesson("drop", name)
-    elif not re.search(UNSUPPORTED, words) or "Unsupported parameter" in words or rank == 2:
+        taken = [effort for effort in EFFORT_LADDER[1:]
+                 if effort != asked and re.search(rf"\b{effort}\b", listed[1])]
+    elif not re.search(UNSUPPORTED, words) or "Unsupported parameter" in words or asked == "low":
         return
-    elif not re.search(rf"\b{asked}\b", words):  # `effort cannot be chosen for this model`
-        yield Lesson("drop", name)
-        return
+    elif re.search(rf"\b{asked}\b", words):  # else `effort cannot be chosen for this model`
+        taken = [EFFORT_LADDER[max(2, rank - 1)]]
+    lower = [effort for effort in EFFORT_LADDER[:rank] if effort in taken]
+    if lower:
+        yield Lesson("cap_effort", name, lower[-1])
+    elif taken:
+        yield Lesson("raise_effort", name, taken[0])
     else:
-        told = [EFFORT_LADDER[rank - 1] if rank > 2 else "low"]
-    lower = [effort for effort in told if EFFORT_LADDER.index(effort) < rank]
-    for effort in (lower[-1:] or told)[:1]:
-        yield Lesson("limit" if lower else "lift", name, effort)
+        yield Lesson("drop", name)
 
 
 def older_fields(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """`tools.0.custom.x: Extra inputs are not permitted`; `thinking: Input tag 'adaptive' ... does
-    not match`, `thinking.type.enabled is not supported. Use thinking.type.adaptive ...`;
-    `Unexpected value(s) ... for the anthropic-beta header`, or `invalid beta flag`, which names
-    none: then only those stay without which Claude Code's requests aren't understood."""
+    """For older Messages APIs: nested fields (`tools.0.custom.x: Extra inputs ...`), the other mode
+    of thinking, fewer betas: where none is named, those that Claude Code's requests need."""
     said = re.sub(ADVICE, "", refusal.words)
     if not re.search(UNSUPPORTED, said):
         return
-    path = re.search(EXTRA, said)
+    path = re.search(r"(?<![\w.])([a-z]\w*)(?:\.\w+)*\.(\w+): Extra inputs", said)
     if path:
-        yield Lesson("unschema", path[1], path[2])
+        yield Lesson("strip_keyword", path[1], path[2])
     asked = dict_or_empty(body.get("thinking")).get("type")
     if asked in THINKING and "thinking" in said and re.search("adaptive|enabled", said):
         yield Lesson("retype", "thinking", "enabled" if asked == "adaptive" else "adaptive")
-    betas = body.get(BETAS, "").replace(" ", "").split(",")
+    name = "anthropic-beta"  # a header, but for lessons a field like others
     if re.search(r"(?i)\bbeta", said):
+        betas = body.get(name, "").replace(" ", "").split(",")
         named = [beta for beta in betas if beta in said]
         others = [beta for beta in betas if not beta.startswith(("claude-", "interleaved-"))]
-        yield Lesson("unlist", BETAS, ",".join(named or others))
+        yield Lesson("unlist", name, ",".join(named or others))
 
 
-def other_tools(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """`Invalid 'tools': array too long. Expected an array with maximum length 128`; or the model
-    wrote a call that the provider couldn't read, and may do better (Groq's `tool_use_failed`)."""
-    most = re.search(r"tools.{0,60}(?:maximum length|at most|maximum of) (\d+)", refusal.message)
+def other_ways(refusal: Refusal, body: Json) -> Iterator[Lesson]:
+    """Fewer tools; another try where a call couldn't be read (Groq); JSON by a tool instead of
+    response_format, and then in words."""
+    words, message = refusal.words, refusal.message
+    most = re.search(r"tools.{0,60}(?:maximum length|at most|maximum of) (\d+)", message)
     if most and 0 < int(most[1]) < len(body.get("tools") or ()):
-        yield Lesson("row", "max_tools", int(most[1]))
-    if refusal.code == "tool_use_failed" or "tool call validation failed" in refusal.message:
-        yield Lesson("again", "messages", keep=False)
-
-
-def plainer_answer(refusal: Refusal, body: Json) -> Iterator[Lesson]:
-    """A JSON answer is asked for by response_format, else by a tool that must be called, else in
-    words: `Unsupported parameter: 'response_format'`, `This model does not support tool_choice`."""
-    if "response_format" in body and re.search("(?i)response_?format|json_schema", refusal.words):
-        yield Lesson("row", "answer_by", "tool", keep="nvalid schema" not in refusal.words)
-    tools = [(tool.get("function") or {}).get("name") for tool in body.get("tools") or ()]
-    if ANSWER_TOOL in tools and "tool" in refusal.words:
-        yield Lesson("row", "answer_by", "words")
+        yield Lesson("override", "max_tools", int(most[1]))
+    if refusal.code == "tool_use_failed" or "tool call validation failed" in message:
+        yield Lesson("retry", "messages", keep=False)
+    if "response_format" in body and re.search("(?i)response_?format|json_schema", words):
+        yield Lesson("override", "answer_by", "tool", keep="nvalid schema" not in words)
+    if "tool" in words and ANSWER_TOOL in [tool.get("name") for tool in tools_in(body)]:
+        yield Lesson("override", "answer_by", "words")
 
 
 def dropped_field(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     """`Unsupported value: 'temperature' does not support 0.2`, `property 'x' is unsupported`."""
-    told = re.sub(ADVICE, "", f"{refusal.param} {refusal.words}")
-    if not re.search(UNSUPPORTED, f"{told} {refusal.code}"):
+    said = re.sub(ADVICE, "", f"{refusal.param} {refusal.words}")
+    if not re.search(UNSUPPORTED, f"{said} {refusal.code}"):
         return
-    told = told.replace("reasoning.effort", "reasoning_effort")
-    if "think" in told:  # Ollama: `"m" does not support thinking`
-        told += " reasoning_effort"
-    names = (m[0] for m in re.finditer(r"\w+", told) if m[0] in (*OPTIONAL_FIELDS, *LIMIT_FIELDS)
-             and (m[0] in (refusal.param, "temperature") or "_" in m[0]
-                  or re.search(NAMED, around(told, m))))
-    named = next(names, "")
-    if named in LIMIT_FIELDS:
-        if named != LIMIT_FIELDS[2]:
-            yield Lesson("rename", named, LIMIT_FIELDS[named == LIMIT_FIELDS[0]])
-        yield Lesson("drop", named)
-    elif named:  # tool_choice changes what the answer may be, so it is left out only this once
-        yield Lesson("drop", named, keep=named != "tool_choice")
-    elif re.search(r"\bstrict\b", told):
+    said = said.replace("reasoning.effort", "reasoning_effort")
+    if "think" in said:  # Ollama: `"m" does not support thinking`
+        said += " reasoning_effort"
+    names = (m[0] for m in re.finditer(r"\w+", said) if m[0] in OPTIONAL_FIELDS and (
+        m[0] in (refusal.param, "temperature") or "_" in m[0] or re.search(NAMED, around(said, m))))
+    name = next(names, "")
+    if name in LIMIT_FIELDS[:2]:
+        yield Lesson("rename", name, LIMIT_FIELDS[1 - LIMIT_FIELDS.index(name)])
+    if name:  # tool_choice changes what the answer may be, so it is left out only this once
+        yield Lesson("drop", name, keep=name != "tool_choice")
+    elif re.search(r"\bstrict\b", said):
         for holder in ("tools", "response_format", "text"):
-            yield Lesson("unschema", holder, "strict")
+            yield Lesson("strip_keyword", holder, "strict")
+
+
+def tools_in(body: Json) -> list[Json]:
+    """A request's tools, without what chat completions put around them."""
+    return [dict_or_empty(tool.get("function")) or tool for tool in body.get("tools") or ()]
 
 
 # A refusal that tells of tools is about their schemas, but where it tells of these before.
 OTHER_SUBJECTS = (
     r"(?s:^.*(\d tokens|messages\W{1,3}\d))|tokens|messages|prompt|\bcontent\b|image|endpoint|"
     r"quota|argument|rate.limit|api.?key|generated|(support\w{0,3}|call a) (tool|function)|"
-    r"(tool|function)s?[ _.-]?(choice|call|output|result|response|use|id)(s|ing)?(?![a-z])|"
-    r"(tool|function)s?\W+(is|are) not")
+    r"(tool|function)s?([ _.-]?(choice|call|output|result|response|use|id)(s|ing)?(?![a-z])|"
+    r"\W+(is|are) not)")
 
 
 def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool) -> Lesson | None:
-    """The next step for refused tools: descriptions of the length told, at `first` no keywords that
-    are named (`'propertyNames' is not permitted`) or whose values are (`'^\\p{L}$' is not a
-    'regex'`), none that constrain, no forms that plain_schema() mends."""
+    """The next step for refused tools: descriptions of the length told; at `first` no keywords that
+    are named, or whose values are; none that constrain; no forms that plain_schema() mends."""
     words, refused = f"{refusal.code} {refusal.words}", kind.refused_keywords
     weak = "" if refusal.status == 500 else "tool|function|"
     about = rf"(?i)(?P<other>{OTHER_SUBJECTS})|{weak}schema|grammar|regex|parameters|\$defs"
-    found = re.search(about, words)
-    given = map(dict_or_empty, body.get("tools") or ())
-    tools = [dict_or_empty(tool.get("function")) or tool for tool in given]
+    subject = re.search(about, words)
+    tools = tools_in(body)
     schemas = [tool.get("parameters") or tool.get("input_schema") for tool in tools]
-    schemas = [schema for schema in schemas if schema]
-    if not found or found["other"] or not schemas or refusal.status == 402:
+    if not subject or subject["other"] or not any(schemas) or refusal.status == 402:
         return None
     if "escription" in words and re.search("(?i)long|length|charact|exceed", words):
-        most = next((int(told[0].replace(",", "")) for told in re.finditer(COUNT, words)
-                     if re.search(MOST, around(words, told))), 1024)
+        most = next((n for n, limits in numbers_in(words).items() if limits), 1024)
         if any(len(tool.get("description") or "") > most for tool in tools):
-            return Lesson("row", "max_description", most)
+            return Lesson("override", "max_description", most)
     said = {*re.findall(r"[a-z$]+", words.lower().replace("_", "").replace("regex", "pattern"))}
     quoted = {part for quote in "'`\"" for part in words.split(quote)}
     rules: list[Any] = []
@@ -3521,27 +3507,27 @@ def plainer_tools(refusal: Refusal, body: Json, kind: ProviderKind, first: bool)
     named = {name for _, name, value in rules if name.lower() in said
              or isinstance(value, str) and value in quoted}
     more = sorted(named)[:20] if first and named else ["*"] if rules else ["$ref"]
-    return None if "$ref" in refused else Lesson("row", "refused_keywords", (*refused, *more))
+    return None if "$ref" in refused else Lesson("override", "refused_keywords", (*refused, *more))
 
 
-REMEDIES = (fitting_limit, lower_effort, older_fields, other_tools, plainer_answer, dropped_field)
+# A 402 concerns the first alone, a 500 the first two.
+REMEDIES = (fitting_limit, lower_effort, older_fields, other_ways, dropped_field)
 
 
-def overflow_error(refusal: Refusal, estimate: int, limit: int | None,
+def overflow_error(refusal: Refusal, estimate: int, window: int | None,
                    asked: int = 0) -> OgxError | None:
     """Anthropic's error for a prompt that is too long, in the words that make Claude Code compact
-    and go on; None for a refusal of another kind. Numbers the upstream didn't tell are ours, where
-    they show it. `asked` is the output that was asked for."""
+    and go on; None for another refusal. Our numbers stand in for what wasn't told."""
     at_once = refusal.status == 429 and "Request too large" in refusal.words  # waiting won't help
     if refusal.status not in (400, 413, 422, 500) and not at_once:
         return None
-    kind, most, prompt = told_lengths(refusal, asked)
+    verdict, most, prompt = told_lengths(refusal, asked)
     message = f"input length and `max_tokens` exceed context limit: {prompt} + {asked} > {most}"
-    if kind == "overflow":
-        prompt, most = prompt or estimate, most or limit or prompt or estimate
+    if verdict == "overflow":
+        prompt, most = prompt or estimate, most or window or prompt or estimate
         shown = f"{prompt} tokens > {most} maximum" if prompt > most else refusal.message
         message = f"prompt is too long: {shown}"
-    elif kind != "room" or most - prompt >= ROOM:
+    elif verdict != "room" or most - prompt >= ROOM:
         return None
     return OgxError(400, message, refusal=refusal)
 
@@ -4212,35 +4198,32 @@ def ready_socket(wait: Wait) -> Any:
 # What people read: the log, and lines at a terminal. Nothing else in this file writes to either:
 # no control character gets there, and nobody who doesn't read holds up an answer.
 
-LOG_FORMAT = "%(asctime)s %(message)s"
 LOG_LINE = 4000  # bytes
-LOG_QUEUE = 1000  # lines that wait to be written; more are counted, and lost
-
-
-class LogFormatter(logging.Formatter):
-    """A record as one line; only its trace, indented, brings further ones."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        lines = without_controls(super().format(record)).encode("utf-8", "replace").split(b"\n")
-        return "\n  ".join(line[:LOG_LINE].decode("utf-8", "ignore") for line in lines)
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        record.message = " ".join(record.message.splitlines())
-        return super().formatMessage(record)
+LOG_QUEUE = 1000  # lines that wait to be written; further ones are counted, and lost
 
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Has a thread write the lines to a file or stderr: a stopped terminal, a full pipe or a slow
-    disk holds up nothing else. That a file can't be written is told once."""
+    """Has a thread write the lines: a stopped terminal, a full pipe or a slow disk holds up nothing
+    else. With logging's QueueHandler a blocked writer holds the handler's lock, and
+    logging.shutdown hangs at exit."""
 
     def __init__(self, path: str = "") -> None:
         stream = sys.stderr
-        if path:
-            stream = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        if path:  # a new file is for the user's eyes alone
+            stream = open(path, "a", encoding="utf-8", errors="backslashreplace",  # noqa: SIM115
+                          opener=functools.partial(os.open, mode=0o600))
         super().__init__(stream)
-        self._path, self._lost = path, 0
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self._path = path  # empty once a failure was told; the thread's
+        self._lost = 0  # lines since the queue was full; emit()'s, under the handler's lock
         self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
         threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one line; only a traceback, indented, brings further ones."""
+        record.msg, record.args = " ".join(record.getMessage().splitlines()), None
+        lines = without_controls(super().format(record)).encode("utf-8", "replace").split(b"\n")
+        return "\n  ".join(line[:LOG_LINE].decode("utf-8", "ignore") for line in lines)
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._lines.qsize() >= LOG_QUEUE:
@@ -4252,7 +4235,6 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         self._lines.put(self.format(record) + self.terminator)
 
     def flush(self) -> None:
-        """Wait for what was logged to be written, but not for long."""
         written = threading.Event()
         self._lines.put(written)
         written.wait(1.0)
@@ -4274,15 +4256,11 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def start_log(path: str | None, level: str) -> None:
-    """Log to stderr or to a file of the user's alone; what can't be written later stops nothing."""
-    if path:
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
-        except OSError as error:
-            raise OgxError(400, f"--log-file {path}: {error.strerror}") from None
-    handler = LogHandler(path or "")
-    handler.setFormatter(LogFormatter(LOG_FORMAT))
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    """Log to a file, else to stderr. Raise OgxError where the file can't be opened."""
+    try:
+        logging.basicConfig(level=level.upper(), handlers=[LogHandler(path or "")])
+    except OSError as error:
+        raise OgxError(400, f"--log-file {path}: {error.strerror}") from None
 
 
 def say(*lines: str, to: str = "stdout") -> None:
@@ -4301,37 +4279,36 @@ def say(*lines: str, to: str = "stdout") -> None:
 # table, which several servers may share. It never stops serving: what can't be written yet is kept
 # in memory; the log and the answers say so.
 
-LESSON_DAYS = 30
-LEARNED_FROM = 250  # tokens: smaller prompts are mostly what templates add
-SANE_RATIO = (0.5, 4.0)  # others are of providers that tell nothing, or leave out what was cached
+MIN_CALIBRATION = 250  # tokens of a prompt: smaller ones are mostly what templates add
+PLAUSIBLE_RATIO = (0.5, 4.0)  # others: providers tell nothing, or leave out what was cached
 MOST_LEARNED = 1000  # models about which something is kept; the first make room for others
-LONGEST_ID = 512  # characters of such a model's id; longer ones are made up
 STATE_SECONDS = 1.0  # between two looks at the state file
 
 
 class Store:
-    """JSON values by kind and key, in memory and, but for an empty path, in a file; safe for
-    threads. `problem` says why the file lacks something: then sync() alone tries it again."""
+    """JSON values by namespace and key, in memory and, but for an empty path, in a file; safe for
+    threads. With a problem, only sync() tries the file again."""
 
     def __init__(self, path: str = "") -> None:
         self.path = os.path.abspath(path) if path else ""
+        # Why the file lacks something, else empty; anyone may read it.
         self.problem = "" if path else "there is no state file: this is lost when ogx.py stops"
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # guards the file and all below
         self._saved: dict[tuple[str, str], str] = {}  # what the file held when it was last read
         self._unsaved: dict[tuple[str, str], str] = {}  # what it is to hold; "null": no longer
-        self._version = -1  # of the file: begins anywhere, and each writing adds one
+        self._version = -1  # the file's: begins anywhere, and each writing adds one
         self.sync()
 
-    def all(self, kind: str) -> dict[str, Any]:
-        """All values of a kind by key, oldest first."""
+    def all(self, namespace: str) -> dict[str, Any]:
+        """Values by key, oldest first."""
         with self._lock:
-            known = {**self._saved, **self._unsaved}
-        values = {key: json_or_none(known[of, key]) for of, key in known if of == kind}
+            facts = {**self._saved, **self._unsaved}
+        values = {key: json_or_none(facts[of, key]) for of, key in facts if of == namespace}
         return {key: value for key, value in values.items() if isinstance(value, (dict, list))}
 
-    def put(self, kind: str, key: str, value: Any) -> str:
-        """Keep a value, or none; why the file doesn't know it yet, else ""."""
-        fact = kind, key.encode("utf-8", "replace").decode()  # sqlite takes no half characters
+    def put(self, namespace: str, key: str, value: Any) -> str:
+        """Keep a value, or none. Returns why the file doesn't know it yet, else ""."""
+        fact = namespace, key.encode("utf-8", "replace").decode()  # sqlite takes no half characters
         with self._lock:
             self._unsaved[fact] = json.dumps(value)
             if value is None and fact not in self._saved:
@@ -4347,7 +4324,7 @@ class Store:
         problem = ""
         with self._lock:
             try:
-                self._exchange()
+                self._write_and_read()
             except Exception as error:  # of the system, or of sqlite3, which not every Python has
                 with suppress(OSError):
                     if self._set_aside(error):
@@ -4358,7 +4335,7 @@ class Store:
                 log.warning("%s", problem or f"the state file {self.path} is used again")
             self.problem = problem
 
-    def _exchange(self) -> None:
+    def _write_and_read(self) -> None:
         if not (self._saved or self._unsaved or os.path.exists(self.path)):
             return
         import sqlite3  # only now: it costs a megabyte and start-up time
@@ -4378,8 +4355,8 @@ class Store:
                 database.executemany("REPLACE INTO facts VALUES (?, ?, ?, ?)", rows)
                 database.execute("DELETE FROM facts WHERE value = 'null'")
                 database.execute(f"PRAGMA user_version = {version}")
-        held = {**self._saved, **self._unsaved}
-        self._saved = {fact: value for fact, value in held.items() if value != "null"}
+        facts = {**self._saved, **self._unsaved}
+        self._saved = {fact: value for fact, value in facts.items() if value != "null"}
         self._unsaved, self._version = {}, version
 
     def _read(self, database: Any) -> int:
@@ -4395,21 +4372,21 @@ class Store:
         rows = database.execute("SELECT kind, key, value FROM facts ORDER BY at").fetchall()
         if not 0 <= version - self._version < 4096:  # another file, or an older copy
             self._unsaved = {**self._saved, **self._unsaved}
-        self._saved = {(kind, key): value for kind, key, value in rows
+        self._saved = {(of, key): value for of, key, value in rows
                        if type(key) is type(value) is str}
         return version
 
     def _set_aside(self, error: Exception) -> bool:
-        """Whether a corrupt file was renamed; one that never was a state file is left alone."""
+        """Whether a corrupt file was renamed."""
         if type(error).__name__ != "DatabaseError":  # locked, read-only, another program's
             return False
         with open(self.path, "rb") as file:
-            ours = file.read(16) == b"SQLite format 3\0" or self._version >= 0
-        if ours:
-            aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
-            os.replace(self.path, aside)
-            log.warning("%s was corrupt (%s); it is now %s", self.path, error, aside)
-        return ours
+            if file.read(16) != b"SQLite format 3\0" and self._version < 0:
+                return False  # it never was a state file
+        aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
+        os.replace(self.path, aside)
+        log.warning("%s was corrupt (%s); it is now %s", self.path, error, aside)
+        return True
 
     def close(self) -> None:
         if self._unsaved:
@@ -4417,11 +4394,10 @@ class Store:
 
 
 def state_path(given: str | None, environ: Mapping[str, str]) -> str:
-    """The state file: as given, else OGX_STATE, else in the user's directory for such things;
-    empty where that isn't known."""
+    """The state file's path; empty where no home directory is known."""
     base = environ.get("XDG_STATE_HOME") or environ.get("LOCALAPPDATA") or "~/.local/state"
-    usual = os.path.join(base, "ogx", "state.sqlite")
-    path = os.path.expanduser(given or environ.get("OGX_STATE") or usual)
+    path = given or environ.get("OGX_STATE") or os.path.join(base, "ogx", "state.sqlite")
+    path = os.path.expanduser(path)
     if path.startswith("~"):
         log.warning("no home directory is known, so there is no state file (see --state)")
         return ""
@@ -4429,35 +4405,33 @@ def state_path(given: str | None, environ: Mapping[str, str]) -> str:
 
 
 class Lessons:
-    """Lessons by model, each kept in the store until it is LESSON_DAYS old; safe for threads."""
+    """Lessons by model, each kept in the store for 30 days; safe for threads."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # held to change lessons, here and in the store
         self.load()
 
     def load(self) -> None:
         """Take in what the store holds."""
         with self._lock:
-            lessons: dict[str, dict[str, Lesson]] = {}  # by model, then by what each is about
+            lessons: dict[str, dict[str, Lesson]] = {}
             for key, entries in self._store.all("lessons").items():
                 served = key.rpartition("\n")[0] or key  # earlier versions kept all at one key
                 for lesson in filter(None, map(lesson_from_json, entries)):
                     lessons.setdefault(served, {})[subject_of(lesson)] = lesson
+            # By model and subject. A model's are replaced, never altered, so of() needs no lock.
             self._lessons = lessons
 
     def of(self, model: Model) -> tuple[Lesson, ...]:
-        lessons = self._lessons.get(model.served)
-        if not lessons:
-            return ()
-        oldest = time.time() - LESSON_DAYS * 86400
-        return tuple(lesson for lesson in lessons.values() if lesson.at > oldest)
+        oldest = time.time() - 30 * 86400
+        lessons = self._lessons.get(model.served, {}).values()
+        return tuple(lesson for lesson in lessons if lesson.at > oldest)
 
     def add(self, model: Model, lessons: Iterable[Lesson]) -> None:
-        """Keep lessons; one about the same takes the place of the older one."""
+        """Keep lessons from now on, each in place of an older one about the same."""
         served = model.served
-        lessons = lessons if len(served) <= LONGEST_ID else ()
-        for lesson in (replace(k, at=k.at or time.time()) for k in lessons if k.keep):
+        for lesson in (replace(lesson, at=time.time()) for lesson in lessons if lesson.keep):
             subject = subject_of(lesson)
             with self._lock:
                 self._lessons[served] = {**self._lessons.get(served, {}), subject: lesson}
@@ -4468,79 +4442,73 @@ class Lessons:
     def forget(self, served: str) -> bool:
         """Whether there was something to forget."""
         with self._lock:
-            known = self._lessons.pop(served, {})
-            for key in (served, *(f"{served}\n{subject}" for subject in known)):
+            lessons = self._lessons.pop(served, {})
+            for key in (served, *(f"{served}\n{subject}" for subject in lessons)):
                 self._store.put("lessons", key, None)
-        return bool(known)
+        return bool(lessons)
 
 
 def subject_of(lesson: Lesson) -> str:
-    """What a lesson is about."""
-    value = lesson.value if lesson.action[:2] == "un" else ""
+    value = lesson.value if lesson.action in ("unlist", "strip_keyword") else ""
     return f"{lesson.action} {lesson.field} {lesson.dialect} {value}"
+
+
+def lesson_from_json(kept: Any) -> Lesson | None:
+    """A lesson that was kept, its lists as tuples again; None for another version's."""
+    try:
+        value = kept["value"]
+        if isinstance(value, list):
+            value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+        lesson = Lesson(**{**kept, "value": value})
+        known = lesson.action in (*ACTIONS, "set", "drop", "rename") or (
+            lesson.action == "override" and hasattr(ProviderKind, lesson.field))
+    except (TypeError, KeyError):
+        return None
+    return lesson if known and isinstance(lesson.at, (int, float)) else None
 
 
 class Ratios:
     """By model, its tokens for one of our estimate: the median of the last nine answers."""
 
     def __init__(self) -> None:
+        # By model, the last ratios. Lists are replaced, never altered: any thread may call.
         self._seen: dict[str, list[float]] = {}
 
     def estimate(self, model: Model, prompt: tuple[float, int]) -> int:
-        """The tokens of a prompt as this model counts; `prompt` is what TokenCounter gave."""
+        """A prompt's tokens as this model counts; `prompt` is what a TokenCounter gave."""
         seen = sorted(self._seen.get(model.served, (1.0,)))
         return round(prompt[0] * seen[len(seen) // 2]) + prompt[1]
 
     def learn(self, model: Model, prompt: tuple[float, int], usage: Usage | None) -> None:
         """Compare an estimate with what the upstream told; images would spoil it."""
-        if usage and prompt[0] >= LEARNED_FROM and not prompt[1]:
+        if usage and prompt[0] >= MIN_CALIBRATION and not prompt[1]:
             ratio = (usage.input + usage.cache_read + usage.cache_written) / prompt[0]
-            if SANE_RATIO[0] < ratio < SANE_RATIO[1] and len(model.served) <= LONGEST_ID:
+            if PLAUSIBLE_RATIO[0] < ratio < PLAUSIBLE_RATIO[1]:
                 if len(self._seen) >= MOST_LEARNED:
                     self._seen = {}  # one answer relearns it
                 self._seen[model.served] = [*self._seen.get(model.served, [])[-8:], ratio]
-
-
-def lesson_from_json(fields: Any) -> Lesson | None:
-    """A lesson as it was kept, JSON having made lists of its tuples; None for what another
-    version kept."""
-    try:
-        value = fields["value"]
-        if isinstance(value, list):
-            items = (tuple(item) if isinstance(item, list) else item for item in value)
-            fields = {**fields, "value": tuple(items)}
-        lesson = Lesson(**fields)
-        is_row = lesson.action == "row" and hasattr(ProviderKind, lesson.field)
-    except (TypeError, KeyError):
-        return None
-    known = is_row or lesson.action in (*ACTIONS, "set", "drop", "rename")
-    return lesson if known and isinstance(lesson.at, (int, float)) else None
 
 
 # ======== Signing ============================================================================
 # AWS takes a signature (Signature Version 4) instead of a key, made with keys from variables or a
 # profile. Roles and sign-on: `credential_process = aws configure export-credentials --profile X`.
 
-AWS_FILES = {"AWS_SHARED_CREDENTIALS_FILE": "credentials", "AWS_CONFIG_FILE": "config"}
 AWS_KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-NO_CREDENTIALS = ("Unable to locate credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                  "or AWS_PROFILE; for single sign-on and roles to one with a credential_process")
 PROCESS_SECONDS, PROCESS_BYTES = 30.0, 65536  # of a credential_process and what it prints
-FAILURE_SECONDS = 5.0  # for which all are told that it failed
 SECRET = r"(?i)(secret|token|key|password)[\w\"']{0,30}\s?[=:]\s?\S+|[\w+/=-]{32,}"
 
 
 def aws_signature(method: str, url: str, headers: Mapping[str, str], body: bytes,
                   keys: Sequence[str], scope: str, now: float) -> dict[str, str]:
     """The headers that sign a request at `now`, in seconds since 1970. `headers` are signed too,
-    the host among them; `keys` are AWS_KEYS' values, `scope` is "region/service". Pure."""
+    with the host; `keys` are AWS_KEYS' values, `scope` is "region/service". Pure."""
     import hashlib  # only now: few need them
     import hmac
 
     key_id, secret, token = keys
     date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
-    made = {"x-amz-date": date, **({"x-amz-security-token": token} if token else {})}
-    signed = sorted((k.lower(), " ".join(v.split())) for k, v in {**headers, **made}.items())
+    added = {"x-amz-date": date, **({"x-amz-security-token": token} if token else {})}
+    signed = sorted((k.lower(), " ".join(v.split())) for k, v in {**headers, **added}.items())
     names, parts = ";".join(name for name, _ in signed), urllib.parse.urlsplit(url)
     pairs = sorted(pair.partition("=")[::2] for pair in parts.query.split("&") if pair)
     path = urllib.parse.quote(parts.path or "/", safe="/~")  # encoded already, and once more here
@@ -4550,16 +4518,17 @@ def aws_signature(method: str, url: str, headers: Mapping[str, str], body: bytes
     digest, key = hashlib.sha256(canonical.encode()).hexdigest(), f"AWS4{secret}".encode()
     for part in (*scope.split("/"), f"AWS4-HMAC-SHA256\n{date}\n{scope}\n{digest}"):
         key = hmac.digest(key, part.encode(), "sha256")
-    return {**made, "authorization": f"AWS4-HMAC-SHA256 Credential={key_id}/{scope}, "
-                                     f"SignedHeaders={names}, Signature={key.hex()}"}
+    return {**added, "authorization": f"AWS4-HMAC-SHA256 Credential={key_id}/{scope}, "
+                                      f"SignedHeaders={names}, Signature={key.hex()}"}
 
 
 def aws_settings(environ: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
-    """Where settings may stand, first things first: variables, then the profile in either file."""
+    """The variables, then the profile in either file; OgxError(401) for one that can't be read."""
     region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or ""
     yield {"region": region, **{name: environ.get(name.upper(), "") for name in AWS_KEYS}}
     profile = environ.get("AWS_PROFILE") or "default"
-    files = [environ.get(name) or f"~/.aws/{AWS_FILES[name]}" for name in AWS_FILES]
+    files = (environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials",
+             environ.get("AWS_CONFIG_FILE") or "~/.aws/config")
     for path in filter(os.path.exists, map(os.path.expanduser, files)):
         import configparser  # only now, to start sooner
 
@@ -4572,67 +4541,71 @@ def aws_settings(environ: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
 
 
 def with_aws_region(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """The environment with the region of the user's profile where no variable names one."""
+    """The environment with the profile's region where no variable names one."""
     with suppress(OgxError):
-        region = next((s["region"] for s in aws_settings(environ) if s.get("region")), "")
-        return {**environ, "AWS_REGION": region}
+        regions = (settings.get("region") for settings in aws_settings(environ))
+        return {**environ, "AWS_REGION": next(filter(None, regions), "")}
     return environ
 
 
 def keys_from_process(command: str, stopped: threading.Event) -> tuple[float, list[str]]:
-    """What a credential_process prints, {"AccessKeyId": ..., ...}, and until when it holds."""
+    """Until when a credential_process' keys hold, and AWS_KEYS' values; OgxError(401) where it
+    fails."""
     import datetime
-    import subprocess
 
     words = b""
     try:
-        with subprocess.Popen(shlex.split(command), bufsize=0, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              start_new_session=True) as process:
-            printed, words = printed_by(process, stopped)
-        told = json.loads(printed if process.returncode == 0 else "")
-        until = (told.get("Expiration") or "9000-01-01T00:00:00Z").replace("Z", "+00:00")
+        printed, words = output_of(command, stopped)
+        keys = json.loads(printed)
+        until = (keys.get("Expiration") or "9000-01-01T00:00:00Z").replace("Z", "+00:00")
         end = datetime.datetime.fromisoformat(until).timestamp()
-        return end, [told["AccessKeyId"], told["SecretAccessKey"], told.get("SessionToken") or ""]
+        return end, [keys["AccessKeyId"], keys["SecretAccessKey"], keys.get("SessionToken") or ""]
     except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
         why = re.sub(SECRET, "***", words.decode("utf-8", "replace"))
         why = one_line(why) or type(error).__name__
         raise OgxError(401, f"the credential_process of the AWS profile failed: {why}") from None
 
 
-def printed_by(process: Any, stopped: threading.Event) -> tuple[bytes, bytes]:
-    """What a program prints and what it says on stderr. With all that it started, it is killed
-    when it takes too long or prints too much, or when `stopped` is set."""
-    told, runs = {process.stdout: b"", process.stderr: b""}, True
+def output_of(command: str, stopped: threading.Event) -> tuple[bytes, bytes]:
+    """What a command prints, or nothing if it fails, and what it says on stderr. With all that it
+    started it is killed when it takes too long, prints too much, or `stopped` is set."""
+    import subprocess
+
     end = time.monotonic() + PROCESS_SECONDS
-    for pipe in told:
-        with suppress(AttributeError):  # Windows' older Pythons wait for what it prints
-            os.set_blocking(pipe.fileno(), False)
-    while runs:
-        runs = process.poll() is None
-        for pipe in told:
-            told[pipe] = (told[pipe] + (pipe.read(PROCESS_BYTES) or b""))[:PROCESS_BYTES]
-        late = time.monotonic() > end or len(told[process.stdout]) == PROCESS_BYTES
-        if runs and (late or stopped.wait(0.02)):
-            with suppress(OSError, AttributeError):  # Windows has no groups
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-            return b"", b"it took too long, or printed too much"
-    return told[process.stdout], told[process.stderr]
+    with subprocess.Popen(shlex.split(command), bufsize=0, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          start_new_session=True) as process:
+        streams: list[Any] = [process.stdout, process.stderr]
+        for stream in streams:
+            with suppress(AttributeError):  # Windows' older Pythons wait for what it prints
+                os.set_blocking(stream.fileno(), False)
+        printed, runs = [b"", b""], True
+        while runs:
+            runs = process.poll() is None
+            printed = [(data + (stream.read(PROCESS_BYTES) or b""))[:PROCESS_BYTES]
+                       for data, stream in zip(printed, streams)]
+            late = time.monotonic() > end or len(printed[0]) == PROCESS_BYTES
+            if runs and (late or stopped.wait(0.02)):
+                with suppress(OSError, AttributeError):  # Windows has no groups
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+                return b"", b"it took too long, or printed too much"
+    return b"" if process.returncode else printed[0], printed[1]
 
 
 class Signer:
     """Signs with the user's keys of the moment, as files and processes give them."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self.secrets: set[str] = set()  # all that were used
-        self._clock, self._lock = clock, threading.Lock()
-        self._made: dict[str, tuple[float, list[str]]] = {}  # by processes
-        self._failed = (0.0, OgxError(401, ""))  # until when a failure is told
-        self._stopped = threading.Event()
+        self.secrets: set[str] = set()  # all that were used; any thread may add or read
+        self._clock = clock  # seconds since 1970
+        self._lock = threading.Lock()  # guards _results, and is held while a process runs
+        # By command, until when its keys or its failure are told.
+        self._results: dict[str, tuple[float, list[str] | OgxError]] = {}
+        self._stopped = threading.Event()  # set by close()
 
     def keys(self, environ: Mapping[str, str]) -> Sequence[str]:
-        """Values for AWS_KEYS; OgxError(401) where there are none."""
+        """AWS_KEYS' values; OgxError(401) where there are none."""
         command = ""
         for settings in aws_settings(environ):
             keys = [settings.get(name, "").strip() for name in AWS_KEYS]
@@ -4640,17 +4613,21 @@ class Signer:
                 return keys
             command = command or settings.get("credential_process", "")
         if not command:
-            raise OgxError(401, NO_CREDENTIALS)
+            raise OgxError(401, "Unable to locate credentials: set AWS_ACCESS_KEY_ID and "
+                                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for single sign-on and "
+                                "roles to one with a credential_process")
         with self._lock:
-            if self._made.get(command, (0.0,))[0] < self._clock() + 60:
-                if time.monotonic() < self._failed[0]:
-                    raise replace(self._failed[1])
+            until, result = self._results.get(command, (0.0, []))
+            if self._clock() > until:
                 try:
-                    self._made[command] = keys_from_process(command, self._stopped)
+                    end, result = keys_from_process(command, self._stopped)
+                    until = end - 60
                 except OgxError as error:
-                    self._failed = time.monotonic() + FAILURE_SECONDS, replace(error)
-                    raise
-            return self._made[command][1]
+                    until, result = self._clock() + 5, replace(error)
+                self._results[command] = until, result
+        if isinstance(result, OgxError):
+            raise replace(result)
+        return result
 
     def close(self) -> None:
         """End the process that runs."""
@@ -4660,13 +4637,14 @@ class Signer:
 
     def headers(self, signed: str, method: str, url: str, body: bytes | None) -> dict[str, str]:
         """The headers that sign a request now; none where the URL isn't AWS's."""
-        found = re.search(signed, url)
-        if not found:
+        match = re.search(signed, url)
+        if not match:
             return {}
         content = {} if body is None else {"content-type": "application/json"}
         headers = {"host": urllib.parse.urlsplit(url).netloc, **content}
-        keys, scope = self.keys(os.environ), f"{found.group(2)}/{found.group(1)}"
+        keys = self.keys(os.environ)
         self.secrets.update(keys[1:])
+        scope = f"{match[2]}/{match[1]}"
         return aws_signature(method, url, headers, body or b"", keys, scope, self._clock())
 
 
@@ -5447,7 +5425,7 @@ class Gateway:
         error = OgxError(500, "")  # by which it was refused
         for number in range(1, MAX_REQUESTS + 1):
             attempt = yield from self._prepare(taught_model(model, lessons), exchange, lessons)
-            in_vain = attempt.is_like(refused) and lessons[-1].action != "again"
+            in_vain = attempt.is_like(refused) and lessons[-1].action != "retry"
             if in_vain:  # the lesson changes nothing: the answer would be the same
                 lessons[-1] = replace(lessons[-1], keep=False)
             else:
@@ -5588,7 +5566,7 @@ class Gateway:
         lesson = lesson_from_refusal(refusal, attempt.body, attempt.model, lessons)
         if lesson is None:
             return False
-        about = "" if lesson.action == "row" else exchange.dialect
+        about = "" if lesson.action == "override" else exchange.dialect
         lessons.append(replace(lesson, dialect=about, at=time.time()))
         log.info("%s: %s refused: %s; sent again after: %s", exchange.request_id,
                  attempt.model.served, one_line(error.message), lesson)

@@ -20,10 +20,10 @@ CUT: dict[Any, int] = {
     "<title[^>]*>(.*?)</title>": 4000,  # of an odd answer's beginning
     r"(?s)<(script|style).*?</\1>|<[^>]+>": 4000,
 }
-WORDS = {"asked": "high", "e": "high"}  # what stands in expressions for a moment
+WORDS = {"asked": "high", "effort": "high"}  # what stands in expressions for a moment
 # What is given to re's functions by other names than the module's own.
 LOCAL: dict[str, list[Any]] = {
-    "Remedies: pattern": [row[0] for row in ogx.ROW_REMEDIES],
+    "Remedies: pattern": [f"(?i){row[0]}" for row in ogx.ROW_REMEDIES],
     "pattern": [place for kind in ogx.PROVIDER_KINDS.values() for place, _, _ in kind.servers],
     "about": [rf"(?i)(?P<other>{ogx.OTHER_SUBJECTS})|tool|function|schema|grammar|regex|\$defs"],
     "stems": [row[0] for row in (*ogx.CODE_STATUSES, *ogx.STOP_REASONS)],
