@@ -18,7 +18,9 @@ One file, the standard library alone, Python 3.9 or newer. Importing it has no e
 Anthropic's words are message, block and event; OpenAI's are completion, choice, delta and
 chunk; a name tells by its noun which protocol it speaks. Sections refer only upward:
 
+    Values         JSON and text as all sections read and write them
     Errors         one exception type; an upstream's error body in all its shapes
+    Checks         what users and clients gave: is it what was expected?
     Providers      one row of data per kind of provider
     Config         starter.json, or a file like it, and ${env.VAR:=default}
     Registry       models, aliases and tiers: which provider serves an id
@@ -81,6 +83,7 @@ if sys.version_info < (3, 9):  # noqa: UP036
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timezone
 from typing import Any, Callable, ClassVar, Literal, Union
 
 __version__ = "0.1.0"
@@ -88,147 +91,35 @@ __version__ = "0.1.0"
 Json = dict[str, Any]  # an object on the wire, as json.loads gives it
 log = logging.getLogger("ogx")
 
-# ======== Errors =============================================================================
-# One exception type carries what the client is told; it is caught at three edges: the HTTP
-# handler, the stream writer and main. An upstream's words are kept and its origin added.
+# ======== Values =============================================================================
+# JSON and text as all sections read and write them.
 
-ERROR_TYPES = {  # Anthropic's error types by status (OpenAPI of the Messages API; gateway contract)
-    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
-    403: "permission_error", 404: "not_found_error", 413: "request_too_large",
-    429: "rate_limit_error", 501: "not_supported", 504: "timeout_error", 529: "overloaded_error",
-}
-# Words in the code of an error that came with HTTP 200 -> the status it would have had.
-CODE_STATUSES = (*((name, status) for status, name in ERROR_TYPES.items()),
-                 ("rate.?limit|quota|throttl", 429), ("overloaded|slow_down", 529),
-                 ("invalid|bad.?request|image|policy|context_length|residency", 400))
-# How names of reasons end in error bodies, the best last.
-REASON_NAMES = ("choices", "resp", "response", "error", "errors", "detail", "description", "msg",
-                "message", "raw", "metadata")
-MIN_SECRET = 8  # characters of a key worth hiding; shorter ones are dummies, and words of any text
-# What AWS says with status 403 when it's the credentials that are wrong, not what they may do.
-WRONG_KEY = "(?i)security token|bearer token|authentication|signature"
+MAX_HEAD = 64 * 1024  # bytes of a head: a stream's first event, or a status line and headers
+MAX_ID = 256  # characters of a model's id
+MAX_ELEMENTS = 1_000_000  # of a JSON text: Python's parser holds up all threads while it reads them
 # What moves a terminal's cursor, turns text around or is half a character; all but line ends.
 CONTROLS = r"\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 CONTROL, BAD_ID = re.compile(f"[{CONTROLS}]"), re.compile(f"[\n{CONTROLS}]")
-MAX_HEAD = 64 * 1024  # bytes of a head: a stream's first event, or a status line and headers
-MAX_ID = 256  # characters of a model's id
 KEY_CHARACTERS = "%+-./0123456789:=@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~"
-MAX_ELEMENTS = 1_000_000  # of a JSON text: Python's parser holds up all threads while it reads them
-JSON_STRING = re.compile(rb'"[^"]*"?')  # without escapes: a group would keep each of its turns
-RETRY_AFTER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?|\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT")
-# A quotation of four words or more is a user's or a model's text, but behind such a key.
-QUOTATION = re.compile(r"""(\b(?:message|msg|error|detail)\\?['"]\s?:\s?\\?)?(?<!\w)"""
-                       r"""(['"`])(?:[^\s'"`]{1,40}\s){3}.*?(?:\2(?!\w)|\Z)""", re.S)
-NO_MONEY = (r"(?i)\b(insufficient|not enough|out of|used all)\b(?! permis).{0,30}\b(balance|"
-            r"credit|fund)|\b(balance|credit|fund)s?\b.{0,30}(insufficient|not enough|too low)|"
-            r"\brecharg|\barrears|\btop[ -]up\b")
-CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
+JSON_STRING = re.compile(rb'"[^"]*"?')  # without escapes: a group would take memory for each turn
+HALF_PAIR = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|"
+                       rb"(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F]..)")
+COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False)
 
 
-@dataclass(eq=False, repr=False)
-class OgxError(Exception):
-    """A failure told to the client. A raised one holds on to its frames: keep a replace() of it."""
-
-    status: int  # of HTTP
-    message: str
-    type: str = ""  # Anthropic's; empty: the usual one of the status
-    headers: Mapping[str, str] = field(default_factory=dict)
-    details: Json | None = None
-    raw: bytes = b""  # the body as an upstream that speaks Messages wrote it
-    refusal: Refusal | None = None  # the upstream's own words, where it said some
-    quote: str = ""  # more of the message for the client alone: what a model said is in no log
-
-    def __post_init__(self) -> None:
-        super().__init__(self.message)
-        usual = "invalid_request_error" if 400 <= self.status < 500 else "api_error"
-        self.type = self.type or ERROR_TYPES.get(self.status, usual)
-
-    def without(self, secrets: Iterable[str]) -> OgxError:
-        """This error with keys hidden that an upstream may have quoted."""
-        for secret in secrets:
-            self.message = self.message.replace(secret, "***")
-            self.quote = self.quote.replace(secret, "***")
-            self.raw = self.raw.replace(secret.encode(), b"***")
-        return self
-
-    def body(self, request_id: str) -> Json:
-        """Anthropic's error object: {"type": "error", "error": {...}, "request_id": ...}."""
-        details = {"details": self.details} if self.details else {}
-        words = without_controls(self.message + self.quote)
-        error = {"type": self.type, "message": words, **details}
-        return {"type": "error", "error": error, "request_id": request_id}
+def json_bytes(value: Json) -> bytes:
+    return COMPACT_JSON.encode(value).encode("ascii")
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """What an upstream said when it refused: its words and the fields remedies look at."""
-
-    status: int
-    message: str
-    code: str = ""
-    param: str = ""
-
-    @functools.cached_property
-    def words(self) -> str:
-        """What it says, but for quotations; some gateways move the sentence into `param`."""
-        return QUOTATION.sub(lambda m: m[0] if m[1] else "''", f"{self.message} {self.param}")
-
-
-def refusal_from_body(status: int, body: bytes) -> Refusal:
-    """What any provider says when it fails, in JSON, HTML or plain text. What came with HTTP 200
-    instead of an answer gets the status it would have had."""
-    text = body[:100_000].decode("utf-8", "replace").strip()
-    node = json_or_none(text)
-    if node is None:
-        return Refusal(status, beginning(body) or http.client.responses.get(status, "no words"))
-    told = told_in(node)
-    codes = told.get("codes") or [""]
-    if status == 200 or status >= 500:  # a router's 502 may be its provider's 400
-        status = next((int(code) for code in codes if re.fullmatch("[45][0-9]{2}", code)), status)
-    if status == 200:
-        kinds = " ".join(codes).lower()
-        status = next((known for stems, known in CODE_STATUSES if re.search(stems, kinds)), 500)
-    words, param = told.get("message", text), told.get("param", "")
-    return Refusal(status, cut(words, 2000), cut(codes[0], 200), cut(param, 500))
-
-
-def told_in(node: Any, depth: int = 8) -> Json:
-    """The message, codes and param in a part of an error body. The innermost count: what gateways
-    put around them says little."""
-    if isinstance(node, str):
-        return {"message": node, **told_in(json_or_none(node), depth)}
-    if isinstance(node, list) and node and depth > 0:
-        told = told_in(node[0], depth - 1)
-        if "loc" in dict_or_empty(node[0]):  # pydantic's
-            with suppress(RecursionError):
-                told["message"] = json.dumps(node)
-        return told
-    if not isinstance(node, dict) or depth <= 0:
-        return {}
-    own = [(name.lower(), node[name]) for name in sorted(node, key=len) if node[name]]
-    plain = {name: str(value) for name, value in own if isinstance(value, (str, int))}
-    path = node["loc"] if isinstance(node.get("loc"), list) else ()
-    names = [part for part in path if isinstance(part, str)] or [plain.get("param", "")]
-    codes = [plain[n] for end in ("code", "type", "status") for n in plain if n.endswith(end)]
-    told = {"param": names[-1], "codes": codes}
-    reasons = [value for end in REASON_NAMES for name, value in own if name.endswith(end)]
-    for reason in sorted(reasons, key=lambda reason: isinstance(reason, (dict, list))):
-        inner = told_in(reason, depth - 1)
-        if "message" in inner:
-            told.update({name: value for name, value in inner.items() if value})
-    if "message" in told and "provider_name" in plain:  # OpenRouter's
-        told["message"] = f"{plain['provider_name']}: {told['message']}"
-    return told
-
-
-def is_failure(answer: Json) -> bool:
-    """Whether what came with HTTP 200 is an error and no part of an answer."""
-    is_answer = answer.get("choices") is not None or "content" in answer
-    return bool(answer.get("error")) or not is_answer and "message" in told_in(answer)
+def without_halves(data: bytes) -> bytes:
+    """Return JSON with U+FFFD for half surrogate pairs: servers refuse a whole body for one."""
+    if not HALF_PAIR.search(data):
+        return data
+    marked = data.replace(b"\\\\", b"\0")  # what is a text's own backslash
+    return HALF_PAIR.sub(rb"\\ufffd", marked).replace(b"\0", b"\\\\")
 
 
 def number_or_none(text: str) -> float | None:
-    """The number; None for what JSON hasn't."""
     number = float(text)
     return number if math.isfinite(number) else None
 
@@ -237,7 +128,8 @@ PLAIN_JSON = json.JSONDecoder(parse_constant=number_or_none, parse_float=number_
 
 
 def json_or_none(data: str | bytes) -> Any:
-    """The value of a JSON text; None for null and for what is no JSON, or has too many elements."""
+    """Return the value of a JSON text, with null for NaN and infinite numbers, which JSON lacks;
+    None also for what is no JSON or has too many elements."""
     if has_too_many_elements(data):
         return None
     try:
@@ -257,29 +149,48 @@ def has_too_many_elements(data: str | bytes) -> bool:
     return sum(map(data.count, (b",", b"[", b"{"))) > MAX_ELEMENTS
 
 
-def without_controls(text: str) -> str:
-    """A text as a terminal may show it, with ? for what CONTROL finds; line ends stay."""
-    return text if text.isprintable() else CONTROL.sub("?", text)
+def dict_or_empty(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def whole_number(value: Any) -> int:
-    """A number as a count, which JSON's readers in other languages know too; else 0."""
+    """Return a positive whole number below 2^53, JavaScript's largest; 0 for any other value."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return value if type(value) is int and 0 < value < 1 << 53 else 0
 
 
+def first_number(node: Json, names: Iterable[str]) -> int | None:
+    """Return the first positive whole number among the named fields."""
+    return next(filter(None, (whole_number(node.get(name)) for name in names)), None)
+
+
+def text_part(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
+def without_controls(text: str) -> str:
+    """Return a text that a terminal may show: ? for control characters, but for line ends."""
+    return text if text.isprintable() else CONTROL.sub("?", text)
+
+
 def cut(text: str, size: int) -> str:
-    """The beginning of a long text. It ends between words: half a key would not be known as one."""
+    """Return the beginning of a long text. It ends between words: nobody would know half a key
+    for one, and hide it."""
     return text if len(text) <= size else text[:size].rstrip(KEY_CHARACTERS) + "..."
 
 
-def dict_or_empty(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
+def one_line(text: str) -> str:
+    """Return at most 500 characters of a text for the log, without line breaks."""
+    return cut(" ".join(text[:5000].split()), 500)
 
 
 def beginning(data: bytes) -> str:
-    """How an odd answer begins: the title of an HTML page, else the text, in 500 characters."""
+    """Return how an odd answer begins: an HTML page's title, else 500 characters of text."""
     # Where a tag isn't closed, these expressions look for its end again and again: cut before.
     text = cut(data[:4000].decode("utf-8", "replace").strip(), 3900)
     if "<html" in text[:1000].lower() or text[:9].lower() == "<!doctype":
@@ -289,37 +200,252 @@ def beginning(data: bytes) -> str:
     return one_line(text)
 
 
-def one_line(text: str) -> str:
-    """A text for the log: no line breaks, 500 characters."""
-    return cut(" ".join(text[:5000].split()), 500)
+# ======== Errors =============================================================================
+# One exception type carries what the client is told; it is caught at three edges: the HTTP
+# handler, the stream writer and main. An upstream's words are kept and its origin added.
+
+ERROR_TYPES = {  # Anthropic's error types by status (OpenAPI of the Messages API; gateway contract)
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
+    403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 501: "not_supported", 504: "timeout_error", 529: "overloaded_error",
+}
+# Words in the code of an error that came with HTTP 200 -> the status it would have had.
+CODE_STATUSES = (*((name, status) for status, name in ERROR_TYPES.items()),
+                 ("rate.?limit|quota|throttl", 429), ("overloaded|slow_down", 529),
+                 ("invalid|bad.?request|image|policy|context_length|residency", 400))
+# How names of reasons end in error bodies, the best last.
+REASON_NAMES = ("choices", "resp", "response", "error", "errors", "detail", "description", "msg",
+                "message", "raw", "metadata")
+# A quotation of four words or more is a user's or a model's text, but behind such a key.
+QUOTATION = re.compile(r"""(\b(?:message|msg|error|detail)\\?['"]\s?:\s?\\?)?(?<!\w)"""
+                       r"""(['"`])(?:[^\s'"`]{1,40}\s){3}.*?(?:\2(?!\w)|\Z)""", re.S)
+NO_MONEY = (r"(?i)\b(insufficient|not enough|out of|used all)\b(?! permis).{0,30}\b(balance|"
+            r"credit|fund)|\b(balance|credit|fund)s?\b.{0,30}(insufficient|not enough|too low)|"
+            r"\brecharg|\barrears|\btop[ -]up\b")
+RETRY_AFTER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?|\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT")
+MIN_SECRET = 8  # characters of a key worth hiding; shorter ones are dummies, and words of any text
+CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
+
+
+@dataclass(eq=False, repr=False)
+class OgxError(Exception):
+    """A failure told to the client. One that was raised keeps its traceback, and so all that was
+    at work, alive: store a replace() of it."""
+
+    status: int  # of HTTP
+    message: str
+    type: str = ""  # Anthropic's; empty: the usual one of the status
+    headers: Mapping[str, str] = field(default_factory=dict)
+    details: Json | None = None
+    raw: bytes = b""  # the body as an upstream that speaks Messages wrote it
+    refusal: Refusal | None = None  # the upstream's own words, where it said some
+    quote: str = ""  # more of the message for the client alone: what a model said is in no log
+
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
+        usual = "invalid_request_error" if 400 <= self.status < 500 else "api_error"
+        self.type = self.type or ERROR_TYPES.get(self.status, usual)
+
+    def without(self, secrets: Iterable[str]) -> OgxError:
+        """Hide keys, which an upstream may have quoted, in this very error, and return it."""
+        for secret in secrets:
+            self.message = self.message.replace(secret, "***")
+            self.quote = self.quote.replace(secret, "***")
+            self.raw = self.raw.replace(secret.encode(), b"***")
+        return self
+
+    def body(self, request_id: str) -> Json:
+        """Return Anthropic's error object."""
+        message = without_controls(self.message + self.quote)
+        error = {"type": self.type, "message": message,
+                 **({"details": self.details} if self.details else {})}
+        return {"type": "error", "error": error, "request_id": request_id}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What an upstream said when it refused: its words and the fields remedies look at."""
+
+    status: int
+    message: str
+    code: str = ""
+    param: str = ""
+
+    @functools.cached_property
+    def words(self) -> str:
+        """Message and param, where some gateways put the sentence, without quotations."""
+        return QUOTATION.sub(lambda m: m[0] if m[1] else "''", f"{self.message} {self.param}")
+
+
+def refusal_from_body(status: int, body: bytes) -> Refusal:
+    """Return what any provider says when it fails, in JSON, HTML or plain text. An error that
+    came with HTTP 200 gets the status it would have had."""
+    text = body[:100_000].decode("utf-8", "replace").strip()
+    node = json_or_none(text)
+    if node is None:
+        return Refusal(status, beginning(body) or http.client.responses.get(status, "no words"))
+    reason = reason_in(node)
+    codes = reason.get("codes") or [""]
+    if status == 200 or status >= 500:  # a router's 502 may be its provider's 400
+        status = next((int(code) for code in codes if re.fullmatch("[45][0-9]{2}", code)), status)
+    if status == 200:
+        names = " ".join(codes).lower()
+        status = next((usual for stems, usual in CODE_STATUSES if re.search(stems, names)), 500)
+    message, param = reason.get("message", text), reason.get("param", "")
+    return Refusal(status, cut(message, 2000), cut(codes[0], 200), cut(param, 500))
+
+
+def reason_in(node: Any, depth: int = 8) -> Json:
+    """Return "message", "codes" and "param", as far as a part of an error body has them. The
+    innermost count: gateways put little that helps around them."""
+    if isinstance(node, str):
+        return {"message": node, **reason_in(json_or_none(node), depth)}
+    if isinstance(node, list) and node and depth > 0:
+        reason = reason_in(node[0], depth - 1)
+        if "loc" in dict_or_empty(node[0]):  # pydantic's
+            with suppress(RecursionError):
+                reason["message"] = json.dumps(node)
+        return reason
+    if not isinstance(node, dict) or depth <= 0:
+        return {}
+    own = [(name.lower(), node[name]) for name in sorted(node, key=len) if node[name]]
+    plain = {name: str(value) for name, value in own if isinstance(value, (str, int))}
+    path = [part for part in as_list(node.get("loc")) if isinstance(part, str)]
+    codes = [plain[n] for end in ("code", "type", "status") for n in plain if n.endswith(end)]
+    reason = {"param": path[-1] if path else plain.get("param", ""), "codes": codes}
+    inner = [value for end in REASON_NAMES for name, value in own if name.endswith(end)]
+    for value in sorted(inner, key=lambda value: isinstance(value, (dict, list))):
+        found = reason_in(value, depth - 1)
+        if "message" in found:
+            reason.update({name: value for name, value in found.items() if value})
+    if "message" in reason and "provider_name" in plain:  # OpenRouter's
+        reason["message"] = f"{plain['provider_name']}: {reason['message']}"
+    return reason
+
+
+def is_failure(answer: Json) -> bool:
+    """Whether what came with HTTP 200 is an error and no part of an answer."""
+    is_answer = answer.get("choices") is not None or "content" in answer
+    return bool(answer.get("error")) or not is_answer and "message" in reason_in(answer)
 
 
 def unknown_data(words: str, data: bytes) -> OgxError:
-    """The error for what an upstream sent instead of an answer: a page is told in the log too."""
+    """Return the error for what is no answer; the log hears only of HTML pages what it was."""
     shown = beginning(data)
-    told = shown if shown.startswith("an HTML page") else ""
-    return OgxError(502, f"{words} {told}", quote="" if told else shown)
+    if shown.startswith("an HTML page"):
+        return OgxError(502, f"{words} {shown}")
+    return OgxError(502, f"{words} ", quote=shown)
 
 
 def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) -> OgxError:
-    """The error a client gets for an upstream's refusal: same status, the upstream's own words,
-    then `(from ORIGIN)`. `retry-after` is passed on; what can't get better by itself says so,
-    since Claude Code would retry it for minutes."""
-    told = {k: headers[k] for k in ("retry-after",) if RETRY_AFTER.fullmatch(headers.get(k, ""))}
-    wrong_key = refusal.status == 403 and re.search(WRONG_KEY, refusal.message)
-    status = 401 if wrong_key else refusal.status if 400 <= refusal.status <= 599 else 502
-    out_of_money = re.search(NO_MONEY, refusal.words) or (
-        status in (400, 403) and "billing" in refusal.message)
-    out_of_quota = status == 429 and "quota" in refusal.code
-    kind = "billing_error" if out_of_money or out_of_quota else ""
-    if kind or status in (401, 402, 403):
-        told["x-should-retry"] = "false"
-    return OgxError(status, f"{refusal.message} (from {origin})", kind, told, refusal=refusal)
+    """Return the error a client gets for an upstream's refusal: same status, the upstream's own
+    words, `(from ORIGIN)`, its `retry-after`. What can't get better by itself says so, since
+    Claude Code would retry it for minutes."""
+    retry_after = headers.get("retry-after", "")
+    sent = {"retry-after": retry_after} if RETRY_AFTER.fullmatch(retry_after) else {}
+    status = refusal.status if 400 <= refusal.status <= 599 else 502
+    if status == 403 and re.search("(?i)security token|bearer token|authentication|signature",
+                                   refusal.message):
+        status = 401  # AWS has 403 for wrong credentials, too
+    no_money = re.search(NO_MONEY, refusal.words) or (
+        status in (400, 403) and "billing" in refusal.message) or (
+        status == 429 and "quota" in refusal.code)
+    if no_money or status in (401, 402, 403):
+        sent["x-should-retry"] = "false"
+    error_type = "billing_error" if no_money else ""
+    return OgxError(status, f"{refusal.message} (from {origin})", error_type, sent, refusal=refusal)
+
+
+# ======== Checks =============================================================================
+# Values that users and clients gave. A wrong one is an OgxError(400) that says where it stands,
+# what was expected there, and what it is.
+
+CONTENT, NUMBER = (str, list), (int, float)
+TYPE_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
+              float: "a number", bool: "true or false", type(None): "null", NUMBER: "a number",
+              CONTENT: "a string or a list of content blocks"}
+
+
+def wrong(where: str, expected: str, value: Any) -> OgxError:
+    """The error that shows a value's type."""
+    return OgxError(400, f"{where}: expected {expected}, got {TYPE_NAMES[type(value)]}")
+
+
+def wrong_value(where: str, expected: str, value: Any) -> OgxError:
+    """The error that shows the value, unless it is or may hold a key."""
+    hidden = where.endswith(".api_key") or (value and isinstance(value, (dict, list)))
+    shown = "something else" if hidden else json.dumps(value)[:80]
+    return OgxError(400, f"{where}: expected {expected}, got {shown}")
+
+
+def expect(node: Any, where: str, types: Mapping[str, Any], required: bool = True) -> None:
+    """Check the fields of an object, the request's body where it has no place: each is of a type,
+    or among some types or words. Null counts as absent."""
+    if type(node) is not dict:
+        raise wrong(where or "the request body", "an object" if where else "a JSON object", node)
+    for name in types if required else sorted(types.keys() & node.keys()):
+        expected, value = types[name], node.get(name)
+        if type(value) is expected or (value is None and not required):
+            continue
+        if isinstance(expected, tuple) and (value in expected or type(value) in expected):
+            continue
+        place = f"{where}.{name}" if where else name
+        if value is None:
+            raise OgxError(400, f"{place}: field required")
+        if expected not in TYPE_NAMES:
+            raise wrong_value(place, f"one of {', '.join(expected)}", value)
+        raise wrong(place, TYPE_NAMES[expected], value)
+
+
+def finite_number(text: str) -> float:
+    """Return the number; raise ValueError for NaN and Infinity (1e999, too), which JSON lacks."""
+    number = float(text)
+    if math.isfinite(number):
+        return number
+    raise ValueError(f"{text} is no number of JSON")
+
+
+STRICT_JSON = json.JSONDecoder(parse_constant=finite_number, parse_float=finite_number)
+
+
+def parsed_json(body: bytes) -> Any:
+    """Return the JSON of a request's body; raise OgxError(400) saying where it breaks, or 413."""
+    if not body:
+        raise OgxError(400, "the request has no body; expected a JSON object")
+    if has_too_many_elements(body):
+        raise OgxError(413, f"the request's JSON has more than {MAX_ELEMENTS:,} elements")
+    try:
+        # As "utf-8-sig", but without its detour through Python.
+        return STRICT_JSON.decode(body.decode().removeprefix("\ufeff"))
+    except UnicodeDecodeError:
+        raise OgxError(400, "the request's body is not UTF-8") from None
+    except ValueError as error:
+        raise OgxError(400, f"the request's body is not JSON: {error}") from None
+
+
+def port_number(value: Any, where: str) -> int:
+    """Return a TCP port from a number or its digits; 0 lets the system choose."""
+    if re.fullmatch("[0-9]{1,5}", str(value)) and int(value) <= 65535:
+        return int(value)
+    raise wrong_value(where, "a port from 0 to 65535", value)
+
+
+def url_parts(url: str) -> urllib.parse.SplitResult | None:
+    """Return the parts of an HTTP URL; None for what is none, or has more than server and path."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        return None
+    return parts if usable and not re.search("[^!-~]|[?#]", url) else None
 
 
 # ======== Providers ==========================================================================
 # One row per kind of provider. Code asks a row for its fields and never for its name. To add a
 # provider: a row here, its line in starter.json (`make starter` writes it), a row in the tests.
+
+
+Strings = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -329,14 +455,14 @@ class ProviderKind:
 
     name: str
     base_url: str = ""  # with the version segment; empty: the user must give one
-    key_vars: tuple[str, ...] = ()  # environment variables with the key; the first set one counts
-    url_vars: tuple[str, ...] = ()
+    key_vars: Strings = ()  # environment variables with the key; the first set one counts
+    url_vars: Strings = ()
     verify_var: str = ""
     enabled_by: str = "key"  # "key" or "url": the variable that switches the starter's line on
     default_path: str = "/v1"  # for a user's URL without a path, where base_url has none either
-    key_headers: tuple[str, ...] = ("authorization",)  # takes "Bearer KEY"; others the bare key
-    signed: str = ""  # AWS's service and region in a URL; signs, where there is no key
-    signed_by: tuple[str, ...] = ()  # switch its line on, the last: they have other uses too
+    key_headers: Strings = ("authorization",)  # takes "Bearer KEY"; others the bare key
+    signed: str = ""  # pattern of URLs with AWS's service and region: SigV4 if there is no key
+    signed_by: Strings = ()  # also switch its line on, as the last: they have other uses too
     headers: tuple[tuple[str, str], ...] = ()  # sent with every request
     # How its models are found, and what tells about them.
     list_path: str = "/models"
@@ -344,19 +470,19 @@ class ProviderKind:
     # Its other servers: pattern of their ids or lists' paths, what to replace in base_url, by what
     servers: tuple[tuple[str, str, str], ...] = ()
     loaded_path: str = ""  # lists the models in memory with the context they have there
-    tokenizer: tuple[str, ...] = ()  # counts a chat request; a second path, the text of the first
+    tokenizer: Strings = ()  # path that counts a chat request, or paths that template and tokenize
     context_hint: str = ""  # how to give a model more context
     local_port: int = 0  # where `run` looks for it when nothing is configured
     identity: tuple[str, str] = ("", "")  # a path, and what only this server answers there
     # What it speaks. With both, one free probe tells whether this server has "messages".
-    dialects: tuple[str, ...] = ("chat",)
+    dialects: Strings = ("chat",)
     messages_path: str = "/messages"
     openai_root: str = ""  # where the paths of the other dialects begin, below the base URL
-    native_gaps: tuple[str, ...] = ()  # what its Messages API refuses or loses: see lost_natively()
+    native_gaps: Strings = ()  # what its Messages API refuses or loses: see lost_natively()
     native_models: str = ""  # pattern of the ids that have it; they have nothing else
     is_anthropic: bool = False  # takes all that Claude Code sends as it is
     # OpenAI's Responses API: where these hosts are, or where a refusal told (True), or never.
-    responses_hosts: tuple[str, ...] = ()
+    responses_hosts: Strings = ()
     responses: bool | None = None
     own_reasoning: bool = True  # takes back the reasoning that it encrypted
     summaries: bool = True  # may show summaries of its reasoning
@@ -377,20 +503,23 @@ class ProviderKind:
     answer_by: str = "format"  # how a JSON answer is asked for: as "format", "tool" or "words"
     root_unions: bool = True  # takes anyOf and its like at the root of a tool's schema
     # Of JSON schema, in tools. "*": all but STRUCTURE, "$ref": all that plain_schema() mends.
-    refused_keywords: tuple[str, ...] = ()
+    refused_keywords: Strings = ()
     max_description: int = 0  # characters of a tool's; 0: any number
     max_tools: int = 0  # more are left out; 0: any number
 
     @property
-    def switches(self) -> tuple[str, ...]:
+    def switches(self) -> Strings:
         """The variables that switch the starter's line on."""
         return self.url_vars if self.enabled_by == "url" else self.key_vars + self.signed_by
 
 
 BOTH = ("messages", "chat")
 GAPS = ("document", "search_result", "server_tool")  # of most servers' Messages APIs
+VERSION_HEADER = (("anthropic-version", "2023-06-01"),)
 AWS_HOST = r"bedrock-(?:mantle|runtime)\.([a-z0-9-]*)\.[^/]+.*"
 NINE, FORTY = "[a-zA-Z0-9]{9}", ".{1,40}"  # ids of tool calls
+# Both, with Anthropic's API beside OpenAI's.
+BESIDE: Json = {"dialects": BOTH, "messages_path": "~/anthropic/v1/messages"}
 OPENAI: Json = {"max_tokens_field": "max_completion_tokens", "system_anywhere": True, "files": True,
                 "cache_key": True, "root_unions": False, "max_tools": 128, "tool_ids": FORTY}
 SKIP_SIGNATURE = (("extra_content", {"google": {
@@ -419,7 +548,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
     ProviderKind("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",),
                  responses_hosts=("api.openai.com",), **OPENAI),
     ProviderKind("anthropic", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",),
-                 key_headers=("x-api-key",), headers=(("anthropic-version", "2023-06-01"),),
+                 key_headers=("x-api-key",), headers=VERSION_HEADER,
                  list_path="/models?limit=1000", dialects=("messages",), is_anthropic=True),
     ProviderKind("fireworks", "https://api.fireworks.ai/inference/v1", ("FIREWORKS_API_KEY",),
                  ("FIREWORKS_BASE_URL",), dialects=BOTH, native_gaps=("server_tool",), top_k=True,
@@ -433,15 +562,14 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                  "}.api.aws/v1", ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN"),
                  signed=r"//(?:[\w-]+\.)?(bedrock(?:-mantle)?)[\w-]*\.([a-z0-9-]*)\.(?:vpce\.)?"
                         r"(?:amazonaws\.|api\.aws)", signed_by=("AWS_ACCESS_KEY_ID", "AWS_PROFILE"),
-                 headers=(("anthropic-version", "2023-06-01"),), dialects=BOTH,
+                 headers=VERSION_HEADER, native_models=r"anthropic\.", **BESIDE,
                  more_lists=(("~/inference-profiles?maxResults=1000&type=SYSTEM_DEFINED",
                               r"\.(anthropic|openai)\."),
                              ("~/foundation-models?byInferenceType=ON_DEMAND&byOutputModality=TEXT",
                               "^(anthropic|openai).*:")),
                  servers=((r"^~/(inf|found)", AWS_HOST, r"bedrock.\1.amazonaws.com"),
                           (r"^([a-z]{2}|us-gov|apac|amer|global)\.|:", AWS_HOST,
-                           r"bedrock-runtime.\1.amazonaws.com/openai/v1")),
-                 messages_path="~/anthropic/v1/messages", native_models=r"anthropic\."),
+                           r"bedrock-runtime.\1.amazonaws.com/openai/v1"))),
     ProviderKind("azure", "", ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
                  ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
                  default_path="/openai/v1", key_headers=("api-key",),
@@ -455,17 +583,15 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
     ProviderKind("mistral", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",), tool_ids=NINE,
                  named_tool_choice=False, user_after_tool=False),
     ProviderKind("deepseek", "https://api.deepseek.com", ("DEEPSEEK_API_KEY",), default_path="",
-                 dialects=BOTH, messages_path="~/anthropic/v1/messages",
-                 native_gaps=(*GAPS, "image"), reasoning_echo="reasoning_content"),
-    ProviderKind("moonshot", "https://api.moonshot.ai/v1", ("MOONSHOT_API_KEY",), dialects=BOTH,
-                 messages_path="~/anthropic/v1/messages", native_gaps=GAPS,
-                 reasoning_echo="reasoning_content"),
+                 native_gaps=(*GAPS, "image"), reasoning_echo="reasoning_content", **BESIDE),
+    ProviderKind("moonshot", "https://api.moonshot.ai/v1", ("MOONSHOT_API_KEY",),
+                 native_gaps=GAPS, reasoning_echo="reasoning_content", **BESIDE),
     ProviderKind("openrouter", "https://openrouter.ai/api/v1", ("OPENROUTER_API_KEY",),
                  dialects=BOTH, top_k=True, files=True),
     ProviderKind("zai", "https://api.z.ai/api/paas/v4", ("ZAI_API_KEY",), dialects=BOTH,
                  messages_path="~/api/anthropic/v1/messages", native_gaps=GAPS),
-    ProviderKind("minimax", "https://api.minimax.io/v1", ("MINIMAX_API_KEY",), dialects=BOTH,
-                 messages_path="~/anthropic/v1/messages", native_gaps=GAPS),
+    ProviderKind("minimax", "https://api.minimax.io/v1", ("MINIMAX_API_KEY",),
+                 native_gaps=GAPS, **BESIDE),
     ProviderKind("cerebras", "https://api.cerebras.ai/v1", ("CEREBRAS_API_KEY",),
                  ("CEREBRAS_BASE_URL",), list_path="/models?format=openrouter",
                  max_tokens_field="max_completion_tokens"),
@@ -496,12 +622,12 @@ class Provider:
 
     @functools.cached_property
     def connection(self) -> str:
-        """Scheme, host, port and trust: what connections to a provider may be shared by."""
+        """Scheme, host, port and trust: providers that agree in these may share connections."""
         return f"{self.url('~')} {self.verify} {self.ca_file}"
 
     @functools.cached_property
     def headers(self) -> dict[str, str]:
-        """What goes with each request, but for what a client, a proxy or a signature adds."""
+        """The headers of each request, but for what a client, a proxy or a signature adds."""
         key = {name: "Bearer " * (name == "authorization") + self.api_key
                for name in self.kind.key_headers if self.api_key}
         return {"user-agent": f"ogx.py/{__version__}",
@@ -509,13 +635,14 @@ class Provider:
                 **dict(self.kind.headers), **key, **dict(self.own_headers)}
 
     def at(self, place: str) -> Provider:
-        """This provider at the server that has a model's id or a list's path."""
-        urls = (re.sub(here, there, self.base_url) for pattern, here, there in self.kind.servers
-                if re.search(pattern, place))
-        return replace(self, base_url=next(urls, self.base_url)) if self.kind.servers else self
+        """Return this provider at the server that has a model's id or a list's path."""
+        for pattern, here, there in self.kind.servers:
+            if re.search(pattern, place):
+                return replace(self, base_url=re.sub(here, there, self.base_url))
+        return self
 
     def url(self, path: str) -> str:
-        """The URL of a path below the base URL or, after a ~, below the server's root."""
+        """Return the URL of a path below the base URL or, after a ~, below the server's root."""
         if path.startswith("~"):
             return "/".join(self.base_url.split("/")[:3]) + path[1:]
         return self.base_url + path
@@ -533,8 +660,6 @@ ENV_REFERENCE = re.compile(r"\$\{env\.([A-Za-z0-9_|]+)(?:(:=|:\+)([^{}]*))?\}")
 AROUND = " \t\r\n\"'"  # a value, left there by files and shells
 # A user's own header, name and value; those that frame a request are ours.
 HEADER = re.compile(r"(?!host\n|connection\n|content-|transfer-)[a-z0-9!#$%&'*+.^_`|~-]+\n[ -~]*")
-STARTER_ALIASES = ("claude-haiku-4-5-20251001", "claude-sonnet-4-5-20250514",
-                   "claude-opus-4-6-20260314")
 
 
 @dataclass(frozen=True)
@@ -581,181 +706,177 @@ class Config:
     show_thinking: bool = True  # where a client asks to omit it, as Claude Code does, too
 
 
+def target_or_auto(value: Any, where: str) -> Any:
+    value = "auto" if value in (None, "") else value
+    ids = as_list(value)
+    if not 1 <= len(ids) <= 32 or not all(
+            isinstance(each, str) and 1 <= len(each) <= MAX_ID for each in ids):
+        raise wrong_value(where, f"an id of 1 to {MAX_ID} characters or a list of them, "
+                                 "at most 32 of them", value)
+    return value
+
+
+# What the objects of a file hold: the usual values, whose types others must have; None for any
+# value, `...` for any other name, or a function of a value, None if it's missing, and its place.
+ALIAS: Json = {"model_id": "", "provider_id": "all", "provider_model_id": target_or_auto,
+               "model_type": "llm"}
+ENTRY: Json = {"provider_id": "", "provider_type": "", "config": {
+    "base_url": "", "api_key": "", "dialect": "auto", "verify": True, "ca_file": "",
+    "headers": {...: ""}, "key_header": ""}}
+FILE: Json = {
+    "version": None, "distro_name": None, "providers": {"inference": [ENTRY], ...: None},
+    "registered_resources": {"models": [ALIAS], ...: None},
+    "server": {
+        "host": DEFAULT_HOST, "discover_local": True, "retries": 3, "retry_seconds": 5,
+        "port": lambda value, where: port_number(DEFAULT_PORT if value is None else value, where),
+        "host_names": "", "show_thinking": True, **asdict(Limits())}}
+
+
 def starter_config() -> Json:
     """The built-in configuration; starter.json holds the same (a test compares them)."""
-    lines = []
+    entries = []
     for kind in sorted(PROVIDER_KINDS.values(), key=lambda kind: kind.signed):
-        keys, urls = "|".join(kind.key_vars), "|".join(kind.url_vars)
-        switches, verify = "|".join(kind.switches), kind.verify_var
+        keys, urls, switches = map("|".join, (kind.key_vars, kind.url_vars, kind.switches))
         settings = {"base_url": f"${{env.{urls}:={kind.base_url}}}" if urls else kind.base_url,
-                    "api_key": f"${{env.{keys}:=}}",
-                    **({"verify": f"${{env.{verify}:=true}}"} if verify else {})}
-        if switches:  # by which it is on
-            lines.append({"provider_id": f"${{env.{switches}:+{kind.name}}}",
-                          "provider_type": f"remote::{kind.name}", "config": settings})
-    alias = {"provider_id": "all", "provider_model_id": "auto", "model_type": "llm"}
-    models = [{"model_id": model_id, **alias} for model_id in STARTER_ALIASES]
-    return {
-        "version": 2, "distro_name": "starter",
-        "providers": {"inference": lines},
-        "registered_resources": {"models": models},
-        "server": {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "discover_local": True}}
+                    "api_key": f"${{env.{keys}:=}}"}
+        if kind.verify_var:
+            settings["verify"] = f"${{env.{kind.verify_var}:=true}}"
+        if switches:
+            entries.append({"provider_id": f"${{env.{switches}:+{kind.name}}}",
+                            "provider_type": f"remote::{kind.name}", "config": settings})
+    target = {"provider_id": "all", "provider_model_id": "auto", "model_type": "llm"}
+    models = [{"model_id": model_id, **target} for model_id in (
+        "claude-haiku-4-5-20251001", "claude-sonnet-4-5-20250514", "claude-opus-4-6-20260314")]
+    return {"version": 2, "distro_name": "starter", "providers": {"inference": entries},
+            "registered_resources": {"models": models},
+            "server": {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "discover_local": True}}
 
 
 def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Config:
-    """The Config a parsed file describes; raises OgxError(400) naming the wrong place."""
-    root = Node(expanded(tree, environ, source), source)
-    root.only("version", "distro_name", "providers", "registered_resources", "server")
-    server = root.child("server")
-    own = ("host", "port", "discover_local", "retries", "retry_seconds", "host_names")
-    server.only(*own, "show_thinking", *asdict(Limits()))
-    entries = root.child("providers").items("inference")
-    providers = [p for p in (provider_from_node(entry) for entry in entries) if p]
+    """The Config that a parsed file describes; raise OgxError(400) naming a wrong place."""
+    root = checked(expanded(tree, environ, source), FILE, source)
+    entries, server = root["providers"]["inference"], root["server"]
+    providers = [provider_from_entry(entry) for entry in entries if entry["provider_id"]]
     ids = [provider.id for provider in providers]
     for provider_id in ids:
         if ids.count(provider_id) > 1:
             raise OgxError(400, f"{source}: two providers have the provider_id '{provider_id}'")
-    entries = root.child("registered_resources").items("models")
-    aliases = [alias_from_node(entry, ids) for entry in entries]
+    aliases = [alias_from_entry(entry, ids) for entry in root["registered_resources"]["models"]]
     tiers = {tier: environ.get(f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL", "") for tier in TIERS}
-    port = port_number(server.value("port", DEFAULT_PORT), server.path("port"))
-    port = port_number(environ.get("OGX_PORT") or port, "OGX_PORT")
-    variables = Node({name: value for name, value in environ.items() if value}, "environment")
-    limits = Limits(**{name: variables.number(f"OGX_{name.upper()}", server.number(name, usual))
-                       for name, usual in asdict(Limits()).items()})
+    usual = {f"OGX_{name.upper()}": server[name] for name in asdict(Limits())}
+    limits = checked({name: environ.get(name) or None for name in usual}, usual, "environment")
     return Config(
-        server.text("host", DEFAULT_HOST), port, tuple(providers), tuple(aliases), tiers,
-        server.flag("discover_local", True), int(server.number("retries", 3)),
-        server.number("retry_seconds", 5.0), limits,
-        tuple(server.text("host_names", "").lower().replace(",", " ").split()),
-        server.flag("show_thinking", True))
+        server["host"], port_number(environ.get("OGX_PORT") or server["port"], "OGX_PORT"),
+        tuple(providers), tuple(aliases), tiers, server["discover_local"], int(server["retries"]),
+        server["retry_seconds"], Limits(*limits.values()),
+        tuple(server["host_names"].lower().replace(",", " ").split()), server["show_thinking"])
+
+
+class Text(str):
+    """A text of the configuration that knows its place: a path, or the variable it came from."""
+
+    place: str
+
+    def __new__(cls, text: str, place: str = "") -> Text:  # the default is for copies
+        self = super().__new__(cls, text)
+        self.place = place
+        return self
+
+    def wrong(self, expected: str) -> OgxError:
+        return wrong_value(self.place, expected, self)
 
 
 def expanded(node: Any, environ: Mapping[str, str], where: str) -> Any:
-    """The tree with each `${env.VAR}`, `${env.VAR:=default}` and `${env.VAR:+value}` replaced.
-    As in OGX, an empty variable counts as unset. `A|B` stands for the first of them that is set."""
+    """The tree with `${env.VAR}`, `${env.VAR:=default}` and `${env.VAR:+value}` replaced. As in
+    OGX, an empty variable counts as unset. `A|B` stands for the first of them that is set."""
     if isinstance(node, dict):
-        dot = "." if ": " in where else ": "
-        return {k: expanded(v, environ, f"{where}{dot}{k}") for k, v in node.items()}
+        return {k: expanded(v, environ, path_of(where, k)) for k, v in node.items()}
     if isinstance(node, list):
         return [expanded(v, environ, f"{where}[{i}]") for i, v in enumerate(node)]
     if not isinstance(node, str):
         return node
     used: list[str] = []
 
-    def replaced(match: re.Match[str]) -> str:
-        names, operator, operand = match.groups()
-        name = next((n for n in names.split("|") if environ.get(n)), "")
-        if operator == ":+":
+    def value_of(reference: re.Match[str]) -> str:
+        names, mark, operand = reference.groups()
+        name = next((name for name in names.split("|") if environ.get(name)), "")
+        if mark == ":+":
             return operand if name else ""
-        if not name and operator is None:
+        if not name and mark is None:
             raise OgxError(400, f"{where}: the environment variable {names} is not set")
         used.extend([name] if name else [])
         return environ[name] if name else operand
 
-    inside = ENV_REFERENCE.sub(replaced, node)  # a default may itself hold one reference
-    told = FromVariable(ENV_REFERENCE.sub(replaced, inside) if inside != node else node)
-    told.variable = "".join(used[:1])
-    return told
+    inner = ENV_REFERENCE.sub(value_of, node)
+    text = ENV_REFERENCE.sub(value_of, inner)  # a default may itself hold a reference
+    return Text(text, (*used, where)[0])
 
 
-class FromVariable(str):
-    """A text, and the variable that gave it, if one did."""
-
-    variable = ""
-
-
-class Node:
-    """A place in the configuration tree: reads typed values, names the path of a wrong one."""
-
-    def __init__(self, value: Any, where: str) -> None:
-        self.where = where
-        if not isinstance(value, dict):
-            raise self.wrong("", "an object", value)
-        self.fields = value
-
-    def path(self, key: str) -> str:
-        """Its place, or the variable that it came from."""
-        dot = "." if ": " in self.where else ": "
-        return getattr(self.fields.get(key), "variable", "") or f"{self.where}{dot}{key}"
-
-    def wrong(self, key: str, expected: str, value: Any) -> OgxError:
-        place = self.path(key) if key else self.where
-        hidden = key == "api_key" or value and isinstance(value, (dict, list))  # it may hold a key
-        shown = "something else" if hidden else json.dumps(value)[:80]
-        return OgxError(400, f"{place}: expected {expected}, got {shown}")
-
-    def only(self, *keys: str) -> None:
-        for key in self.fields:
-            if key not in keys:
-                raise OgxError(400, f"{self.path(key)}: unknown key, expected {', '.join(keys)}")
-
-    def value(self, key: str, default: Any) -> Any:
-        value = self.fields.get(key)
-        return default if value is None else value
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self.value(key, default)
-        if not isinstance(value, str) or (default is None and not value):
-            raise self.wrong(key, "a string", value)
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.value(key, default)
-        if str(value).lower() not in ("true", "false"):
-            raise self.wrong(key, "true or false", value)
-        return str(value).lower() == "true"
-
-    def number(self, key: str, default: float) -> float:
-        given = self.value(key, default)
-        value = json_or_none(given) if isinstance(given, str) else given
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
-            raise self.wrong(key, "a number from 0 to 999999 (run --help tells its unit)", given)
-        return float(value)
-
-    def child(self, key: str) -> Node:
-        return Node(self.value(key, {}), self.path(key))
-
-    def items(self, key: str) -> list[Node]:
-        value = self.value(key, [])
-        if not isinstance(value, list):
-            raise self.wrong(key, "a list", value)
-        return [Node(item, f"{self.path(key)}[{i}]") for i, item in enumerate(value)]
+def path_of(where: str, name: str) -> str:
+    """A path and one more name: `my.json` -> `my.json: server` -> `my.json: server.port`."""
+    return f"{where}{'.' if ': ' in where else ': '}{name}"
 
 
-def provider_from_node(node: Node) -> Provider | None:
-    """A configured provider, or None for an entry whose provider_id is empty (switched off)."""
-    node.only("provider_id", "provider_type", "config")
-    provider_id = node.text("provider_id", "")
-    if not provider_id:
-        return None
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", provider_id):
-        raise node.wrong("provider_id", "letters, digits, '.', '_' or '-'", provider_id)
-    type_name = node.text("provider_type")
-    kind = PROVIDER_KINDS.get(type_name.partition("remote::")[2])
+def checked(value: Any, table: Any, where: str) -> Any:
+    """A part of a file with what it lacks filled in; raise OgxError(400) for an unknown name or
+    a wrong type. Strings may stand for flags and numbers, since variables hold nothing else."""
+    where = getattr(value, "place", where)
+    if table is None or callable(table):
+        return table(value, where) if table else value
+    if value is None:
+        value = type(table)() if isinstance(table, (dict, list)) else table
+    expected = TYPE_NAMES[type(table)]
+    if isinstance(table, bool):
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+    elif isinstance(table, (int, float)):
+        number = json_or_none(value) if isinstance(value, str) else value
+        if type(number) in (int, float) and 0 <= number < 1e6:
+            return float(number)
+        expected = "a number from 0 to 999999 (run --help tells its unit)"
+    elif isinstance(value, type(table)):
+        if isinstance(value, dict):
+            return checked_object(value, table, where)
+        if isinstance(value, list):
+            return [checked(item, table[0], f"{where}[{i}]") for i, item in enumerate(value)]
+        return Text(value, where)
+    raise wrong_value(where, expected, value)
+
+
+def checked_object(node: Json, table: Mapping[Any, Any], where: str) -> Json:
+    for name in node:
+        if not {name, ...} & table.keys():
+            words = f"unknown key, expected {', '.join(table)}"
+            raise OgxError(400, f"{path_of(where, name)}: {words}")
+    return {name: checked(node.get(name), table.get(name, table.get(...)), path_of(where, name))
+            for name in {**table, **node} if name is not ...}
+
+
+def provider_from_entry(entry: Json) -> Provider:
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", entry["provider_id"]):
+        raise entry["provider_id"].wrong("letters, digits, '.', '_' or '-'")
+    kind = PROVIDER_KINDS.get(entry["provider_type"].partition("remote::")[2])
     if kind is None:
-        known = ", ".join(f"remote::{name}" for name in PROVIDER_KINDS)
-        raise node.wrong("provider_type", f"one of {known}", type_name)
-    settings = node.child("config")
-    settings.only("base_url", "api_key", "dialect", "verify", "ca_file", "headers", "key_header")
-    api_key = settings.text("api_key", "").strip(AROUND)
+        types = ", ".join(f"remote::{name}" for name in PROVIDER_KINDS)
+        raise entry["provider_type"].wrong(f"one of {types}")
+    settings = entry["config"]
+    api_key = settings["api_key"].strip(AROUND)
     if re.search(r"[^\x21-\x7e]", api_key):
-        place = settings.path("api_key")
+        place = settings["api_key"].place
         raise OgxError(400, f"{place}: expected a key of printable ASCII without spaces")
-    dialect = settings.text("dialect", "auto")
-    if dialect not in ("auto", "responses", *BOTH):
-        raise settings.wrong("dialect", '"auto", "messages", "chat" or "responses"', dialect)
-    url, parts = checked_base_url(settings, kind)
-    headers = checked_headers(settings, api_key)
+    if settings["dialect"] not in ("auto", "responses", *BOTH):
+        raise settings["dialect"].wrong('"auto", "messages", "chat" or "responses"')
+    url, parts = checked_base_url(settings["base_url"], kind)
+    headers = checked_headers(settings["headers"], settings["key_header"], api_key)
     if parts.username is not None:
         headers = {"authorization": basic_auth(parts), **headers}
-    if settings.text("key_header", ""):
+    if settings["key_header"]:
         kind = replace(kind, key_headers=())
-    secrets = [parts.password or "", urllib.parse.unquote(parts.password or ""), *headers.values()]
+    password = parts.password or ""
+    secrets = [password, urllib.parse.unquote(password), *headers.values()]
     return Provider(
-        provider_id, kind, url, api_key, dialect, settings.flag("verify", True),
-        settings.text("ca_file", ""), tuple(headers.items()),
-        (*secrets, *" ".join(secrets).split()))
+        entry["provider_id"], kind, url, api_key, settings["dialect"], settings["verify"],
+        settings["ca_file"], tuple(headers.items()), (*secrets, *" ".join(secrets).split()))
 
 
 def basic_auth(url: urllib.parse.SplitResult) -> str:
@@ -764,35 +885,30 @@ def basic_auth(url: urllib.parse.SplitResult) -> str:
     return "Basic " + binascii.b2a_base64(pair.encode(), newline=False).decode()
 
 
-def checked_headers(node: Node, key: str) -> dict[str, str]:
+def checked_headers(own: dict[str, Text], key_header: Text, key: str) -> dict[str, str]:
     """The user's own headers by lower-case name, the one for the key included."""
-    given, name = node.child("headers"), node.text("key_header", "")
-    told = [(given.path(n), n.lower(), given.text(n, "").strip()) for n in given.fields]
-    told += [(node.path("key_header"), name.lower(), key)] if name else []
-    for place, name, value in told:
+    given = [(value.place, name.lower(), value.strip()) for name, value in own.items()]
+    given += [(key_header.place, key_header.lower(), key)] if key_header else []
+    for place, name, value in given:
         if not HEADER.fullmatch(f"{name}\n{value}"):
             words = "a header of printable ASCII that doesn't frame the request"
             raise OgxError(400, f"{BAD_ID.sub('?', place)}: expected {words}")
-    return {name: value for _, name, value in told if value}
+    return {name: value for _, name, value in given if value}
 
 
-def checked_base_url(node: Node, kind: ProviderKind) -> tuple[str, urllib.parse.SplitResult]:
+def checked_base_url(given: Text, kind: ProviderKind) -> tuple[str, urllib.parse.SplitResult]:
     """The URL without its user and a trailing slash, and all its parts. Without a scheme it gets
     `http://` where servers are local or it has a port, without a path the usual one."""
-    url = node.text("base_url", "").strip(AROUND) or kind.base_url
+    url = given.strip(AROUND) or kind.base_url
     bare = url and "://" not in url
     if bare and (kind.enabled_by == "url" or re.match("[^/]+:[0-9]", url)):
         url = "http://" + url
-    try:
-        parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or re.search("[^!-~]|[?#]", url):
+    parts = url_parts(url)
+    if parts is None:
         before, _, rest = url.rpartition("@")  # before it may be a password, behind a ? a key
         shown, *query = re.split("[?#]", rest)
         words = "a URL that ends before ? and #" if query else "a URL like http://localhost:8000/v1"
-        raise node.wrong("base_url", words, "***@" * bool(before) + shown)
+        raise wrong_value(given.place, words, "***@" * bool(before) + shown)
     path = parts.path.rstrip("/")
     for ending in ("/chat/completions", "/messages"):
         path = path.removesuffix(ending).rstrip("/")
@@ -800,27 +916,19 @@ def checked_base_url(node: Node, kind: ProviderKind) -> tuple[str, urllib.parse.
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path or usual}", parts
 
 
-def alias_from_node(node: Node, provider_ids: Sequence[str]) -> Alias:
-    node.only("model_id", "provider_id", "provider_model_id", "model_type")
-    if node.text("model_type", "llm") != "llm":
-        raise node.wrong("model_type", '"llm"', node.fields["model_type"])
-    provider_id = node.text("provider_id", "all")
-    if provider_id != "all" and provider_id not in provider_ids:
-        expected = ", ".join(sorted([*provider_ids, "all"]))
-        raise node.wrong("provider_id", f"a configured provider ({expected})", provider_id)
-    targets = node.fields.get("provider_model_id")
-    if isinstance(targets, list):
-        if not targets or not all(isinstance(t, str) and t for t in targets):
-            raise node.wrong("provider_model_id", "a model's id or a list of them", targets)
-        return Alias(node.text("model_id"), "all", targets[0], tuple(targets))
-    return Alias(node.text("model_id"), provider_id, node.text("provider_model_id", "auto"))
-
-
-def port_number(value: Any, where: str) -> int:
-    """A TCP port from a number or its digits; 0 lets the system choose."""
-    if re.fullmatch("[0-9]{1,5}", str(value)) and int(value) <= 65535:
-        return int(value)
-    raise OgxError(400, f"{where}: expected a port from 0 to 65535, got {json.dumps(value)[:80]}")
+def alias_from_entry(entry: Json, provider_ids: Collection[str]) -> Alias:
+    if not re.fullmatch(rf"(?!\s)[^\n{CONTROLS}]{{1,256}}(?<!\s)", entry["model_id"]):
+        raise entry["model_id"].wrong("1 to 256 characters without control characters or outer "
+                                      "spaces")
+    if entry["model_type"] != "llm":
+        raise entry["model_type"].wrong('"llm"')
+    if entry["provider_id"] not in ("all", *provider_ids):
+        names = ", ".join(sorted(["all", *provider_ids]))
+        raise entry["provider_id"].wrong(f"a configured provider ({names})")
+    target = entry["provider_model_id"]
+    if isinstance(target, list):
+        return Alias(entry["model_id"], "all", target[0], tuple(target))
+    return Alias(entry["model_id"], entry["provider_id"], target)
 
 
 # ======== Registry ===========================================================================
@@ -837,10 +945,9 @@ NOT_LLM = re.compile(
 # Fields of list entries with the context window and the output limit, in tokens: Anthropic, vLLM,
 # Groq, Together and OpenRouter, LM Studio, Mistral, Fireworks, llama.cpp.
 CONTEXT_FIELDS = ("max_input_tokens", "max_model_len", "context_window", "context_length",
-                  "loaded_context_length", "max_context_length", "contextLength",
-                  "n_ctx")
-ID_FIELDS = ("id", "name", "inferenceProfileId", "modelId")
+                  "loaded_context_length", "max_context_length", "contextLength", "n_ctx")
 OUTPUT_FIELDS = ("max_completion_tokens", "max_output_length", "max_tokens")
+ID_FIELDS = ("id", "name", "inferenceProfileId", "modelId")
 PRO = re.compile(r"(^|[-_./])pro\b", re.I)
 MOST_REGISTERED = 2000  # ids
 
@@ -869,7 +976,7 @@ class Model:
 
 
 def models_from_list(provider: Provider, payload: Any) -> list[Model]:
-    """The LLMs of a provider's model list: {"data": [...]}, {"models": [...]} or a bare list."""
+    """Return the LLMs of a provider's list: {"data": [...]}, {"models": [...]} or a bare list."""
     if isinstance(payload, dict):
         names = ("data", "models", "inferenceProfileSummaries", "modelSummaries")
         payload = next((payload[name] for name in names if payload.get(name)), [])
@@ -880,7 +987,7 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
                 or BAD_ID.search(upstream_id) or not is_llm(upstream_id, entry)):
             continue
         upstream_id = re.sub("^models/", "", upstream_id)
-        created = first_number(entry, ("created",)) or 0
+        created = whole_number(entry.get("created"))
         limits = {**entry, **dict_or_empty(entry.get("meta")),
                   **dict_or_empty(entry.get("top_provider"))}
         models.setdefault(upstream_id, Model(
@@ -909,9 +1016,18 @@ def is_llm(upstream_id: str, entry: Json) -> bool:
     return not NOT_LLM.search(upstream_id)
 
 
-def first_number(fields: Json, names: Iterable[str]) -> int | None:
-    """The first positive whole number among the named fields."""
-    return next(filter(None, (whole_number(fields.get(name)) for name in names)), None)
+def model_entry(model: Model, alias_of: str = "", learned: Sequence[str] = ()) -> Json:
+    """Return a model as OpenAI's list and Anthropic's both have it; custom_metadata is OGX's."""
+    created = datetime.fromtimestamp(model.created, timezone.utc)
+    notes = {"alias_of": alias_of, "warning": model.warning, "learned": learned}
+    metadata = {"model_type": "llm", "provider_id": model.provider.id,
+                "provider_resource_id": model.upstream_id,
+                **{name: value for name, value in notes.items() if value}}
+    return {
+        "id": model.id, "object": "model", "created": model.created, "owned_by": model.provider.id,
+        "type": "model", "display_name": model.id, "created_at": f"{created:%Y-%m-%dT%H:%M:%SZ}",
+        "lifecycle": "active", "capabilities": None, "max_input_tokens": model.context,
+        "max_tokens": model.max_output, "custom_metadata": metadata}
 
 
 class Registry:
@@ -949,11 +1065,11 @@ class Registry:
         return self._by_id.get(model.served)
 
     def resolve(self, model_id: str) -> Model:
-        """The model that serves an id; OgxError(404) when none does."""
+        """Return the model that serves an id; raise OgxError(404) when none does."""
         return self.chain(model_id)[0]
 
     def chain(self, model_id: str) -> list[Model]:
-        """The models to try for an id, in order; OgxError(404) when there is none.
+        """Return the models to try for an id, in order; raise OgxError(404) when there is none.
         An alias may name several. Others have one, in this order: a listed id; an alias with a
         fixed target; a tier chosen by ANTHROPIC_DEFAULT_*_MODEL; an upstream's bare id where only
         one provider has it; an alias for `auto`, and any `claude-*` id by its family, which both
@@ -964,21 +1080,24 @@ class Registry:
             gone = alias.provider_id
             raise OgxError(404, f"the provider '{gone}' of model '{wanted}' is not configured")
         if alias and alias.targets:
-            found = [self._named(t) or self._bare(t) or self._routed(t) for t in alias.targets]
+            models = [self._explicit(target) for target in alias.targets]
         else:
-            found = [self._named(wanted) or self._by_tier(wanted) or self._bare(wanted)
-                     or self._automatic(wanted) or self._routed(wanted)]
-        models = [m if m.id == model_id else replace(m, id=model_id) for m in found if m]
-        if not models and alias:
-            raise OgxError(404, f"no provider serves a target of model '{wanted[:200]}'")
+            models = [self._named(wanted) or self._by_tier(wanted) or self._bare(wanted)
+                      or self._automatic(wanted) or self._routed(wanted)]
         claude = re.search("(?<=[./:])claude-.*", wanted)  # behind its vendor
-        if not models and claude:
-            return [replace(model, id=model_id) for model in self.chain(claude[0])]
-        if not models:
-            hint = near_miss(model_id, [*(m.id for m in self.models()), *self.aliases])
-            words = f"model '{model_id[:200]}' not found.{hint}"
-            raise OgxError(404, f"{words} GET /v1/models lists what there is.")
-        return models
+        if not any(models) and not alias and claude:
+            models = [*self.chain(claude[0])]
+        if any(models):
+            return [replace(model, id=model_id) for model in models if model]
+        if alias:
+            raise OgxError(404, f"no provider serves a target of model '{wanted[:200]}'")
+        hint = near_miss(model_id, [*(m.id for m in self.models()), *self.aliases])
+        words = f"model '{model_id[:200]}' not found.{hint}"
+        raise OgxError(404, f"{words} GET /v1/models lists what there is.")
+
+    def _explicit(self, wanted: str) -> Model | None:
+        """Return the model that an id itself names."""
+        return self._named(wanted) or self._bare(wanted) or self._routed(wanted)
 
     def _named(self, wanted: str) -> Model | None:
         if wanted in self._by_id:
@@ -993,18 +1112,18 @@ class Registry:
         chosen = self.tiers.get(tier or "", "").removesuffix("[1m]")
         if not chosen or chosen == wanted:
             return None
-        found = self._named(chosen) or self._bare(chosen) or self._routed(chosen)
-        if found is None and not tier_of(chosen):  # one that names a tier would go in circles
+        model = self._explicit(chosen)
+        if model is None and not tier_of(chosen):  # a tier that names a tier means the first LLM
             variable = f"ANTHROPIC_DEFAULT_{str(tier).upper()}_MODEL"
             raise OgxError(404, f"{variable} names '{chosen[:200]}', which no provider here serves")
-        return found
+        return model
 
     def _automatic(self, wanted: str) -> Model | None:
         alias, tier = self.aliases.get(wanted), tier_of(wanted)
         if alias is None and not tier and not wanted.startswith("claude-"):
             return None
         if alias is None or alias.provider_id == "all":
-            # Those of providers that were down at the last asking come last.
+            # Those of providers whose last list failed come last.
             candidates = sorted(self.models(), key=lambda m: m.provider.id in self.problems)
         else:
             candidates = self.lists.get(alias.provider_id, [])
@@ -1012,8 +1131,8 @@ class Registry:
             candidates = [m for m in candidates if m.upstream_id == alias.provider_model_id]
         if not candidates:
             reasons = "; ".join(f"{pid}: {why}" for pid, why in self.problems.items())
-            reasons = reasons or "no provider lists a model"
-            raise OgxError(404, f"no model to serve '{wanted[:200]}' ({reasons})")
+            words = reasons or "no provider lists a model"
+            raise OgxError(404, f"no model to serve '{wanted[:200]}' ({words})")
         family = (m for m in candidates if m.provider.id == candidates[0].provider.id
                   and tier_of(re.sub(r"^.*\.(?=claude-)", "", m.upstream_id)) == tier)
         return next(family, candidates[0]) if tier else candidates[0]
@@ -1030,8 +1149,20 @@ class Registry:
         return None
 
 
+def registered_alias(body: Any, registry: Registry) -> Alias:
+    """The alias that a POST /v1/models asks for; raise OgxError 400 or 409."""
+    expect(body, "", {"model_id": str})
+    given = {name: body[name] for name in ALIAS if body.get(name) not in (None, "")}
+    alias = alias_from_entry(checked(given, ALIAS, "the model"), registry.providers)
+    if any(model.id == alias.model_id for model in registry.models()):
+        raise OgxError(409, f"model_id: '{alias.model_id}' is a provider's own id")
+    if len({*registry.aliases, alias.model_id}) > MOST_REGISTERED:
+        raise OgxError(400, f"model_id: {MOST_REGISTERED} are registered; delete one before")
+    return alias
+
+
 def near_miss(word: str, known: Iterable[str]) -> str:
-    """` Did you mean '...'?` where a known id is near to the word, else nothing."""
+    """Return ` Did you mean '...'?` where a known id is near to the word, else nothing."""
     import difflib  # only now, to start sooner and smaller
 
     # Comparing takes long: only with the ids that have most words in common.
@@ -1044,7 +1175,7 @@ def near_miss(word: str, known: Iterable[str]) -> str:
 
 
 def tier_of(model_id: str) -> str | None:
-    """The tier in a Claude model's id of any version or date: claude-3-5-haiku-latest -> haiku."""
+    """Return the tier in a Claude model's id of any version: claude-3-5-haiku-latest -> haiku."""
     if model_id.startswith("claude-"):
         return next((tier for tier in TIERS if tier in model_id), None)
     return model_id if model_id in TIERS else None
@@ -1076,7 +1207,6 @@ NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dep
 VALUES = ("enum", "const", "default", "examples", "input")
 ANSWER_NOTE = "Your last answer must be JSON alone, valid against this JSON schema: "
 ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_format is taken
-CONTENT, NUMBER = (str, list), (int, float)
 MESSAGE_FIELDS = {"role": ("user", "assistant", "system"), "content": CONTENT}
 BLOCK_FIELDS: dict[str, dict[str, type]] = {  # what translation relies on
     "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict},
@@ -1093,9 +1223,6 @@ OPTIONS = {"tools": list, "tool_choice": dict, "stop_sequences": list, "stream":
 KEEP_THOUGHTS = ("context_management", {"edits": [
     {"type": "clear_thinking_20251015", "keep": "all"}]})
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
-KIND_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
-              float: "a number", bool: "true or false", type(None): "null", NUMBER: "a number",
-              CONTENT: "a string or a list of content blocks"}
 PLACEHOLDER = "DeferredToolPlaceholder"  # Claude Code's; stands for tools that may be found later
 BILLING_HEADER = "x-anthropic-billing-header:"  # varies per prompt and would spoil prefix caches
 NO_RESULT = "[No result: the tool call was interrupted before it answered.]"
@@ -1103,56 +1230,11 @@ TOOL_ERROR = "[The tool reported an error]\n"
 GO_ON = "[Go on from the very end of your last message, and repeat nothing of it.]"
 
 
-def finite_number(text: str) -> float:
-    """The number; ValueError for Python's NaN and Infinity, which 1e999 is too."""
-    number = float(text)
-    if math.isfinite(number):
-        return number
-    raise ValueError(f"{text} is no number of JSON")
-
-
-STRICT_JSON = json.JSONDecoder(parse_constant=finite_number, parse_float=finite_number)
-
-
-def parsed_json(body: bytes) -> Any:
-    """The JSON of a request's body; OgxError(400) says where it breaks."""
-    if not body:
-        raise OgxError(400, "the request has no body; expected a JSON object")
-    if has_too_many_elements(body):
-        raise OgxError(413, f"the request's JSON has more than {MAX_ELEMENTS:,} elements")
-    try:
-        # As "utf-8-sig", but without its detour through Python.
-        return STRICT_JSON.decode(body.decode().removeprefix("\ufeff"))
-    except UnicodeDecodeError:
-        raise OgxError(400, "the request's body is not UTF-8") from None
-    except ValueError as error:
-        raise OgxError(400, f"the request's body is not JSON: {error}") from None
-
-
 def checked_json(body: bytes, counting: bool = False) -> Json:
     """The Messages request in a body."""
     request: Json = parsed_json(body)
     check_request(request, counting)
     return request
-
-
-COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False)
-
-
-def json_bytes(value: Json) -> bytes:
-    return COMPACT_JSON.encode(value).encode("ascii")
-
-
-HALF_PAIR = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|"
-                       rb"(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F]..)")
-
-
-def without_halves(data: bytes) -> bytes:
-    """JSON with U+FFFD for half surrogate pairs: servers refuse a whole body for one."""
-    if not HALF_PAIR.search(data):
-        return data
-    marked = data.replace(b"\\\\", b"\0")  # what is a text's own backslash
-    return HALF_PAIR.sub(rb"\\ufffd", marked).replace(b"\0", b"\\\\")
 
 
 def check_request(body: Any, counting: bool = False) -> None:
@@ -1244,30 +1326,6 @@ def is_client_tool(tool: Json) -> bool:
     return tool.get("type") in (None, "custom") or "input_schema" in tool
 
 
-def expect(node: Any, where: str, kinds: Mapping[str, Any], required: bool = True) -> None:
-    """Check the fields of an object, the request's body where it has no place: each is of a type,
-    or among some types or words. Null counts as absent."""
-    if type(node) is not dict:
-        raise wrong(where or "the request body", "an object" if where else "a JSON object", node)
-    for name in kinds if required else sorted(kinds.keys() & node.keys()):
-        kind, value = kinds[name], node.get(name)
-        if type(value) is kind or (value is None and not required):
-            continue
-        if isinstance(kind, tuple) and (value in kind or type(value) in kind):
-            continue
-        place = f"{where}.{name}" if where else name
-        if value is None:
-            raise OgxError(400, f"{place}: field required")
-        if kind not in KIND_NAMES:
-            shown = json.dumps(value)[:80]
-            raise OgxError(400, f"{place}: expected one of {', '.join(kind)}, got {shown}")
-        raise wrong(place, KIND_NAMES[kind], value)
-
-
-def wrong(where: str, expected: str, value: Any) -> OgxError:
-    return OgxError(400, f"{where}: expected {expected}, got {KIND_NAMES[type(value)]}")
-
-
 def refuse_untranslatable(body: Json, native: bool = False) -> None:
     """Refuse what only Anthropic can honour, in the words that the clients' recovery looks for.
     The SDK's tool runner goes on without server-side threads when it reads this error code;
@@ -1301,26 +1359,6 @@ def dropped_names(request: Json, sent: Json, all_of_them: bool) -> str:
     return ", ".join(BAD_ID.sub("?", name[:40]) for name in names[:10])
 
 
-def registered_alias(body: Any, registry: Registry) -> Alias:
-    """The alias that a POST /v1/models asks for; OgxError 400 or 409."""
-    expect(body, "", {"model_id": str})
-    names = ("model_id", "provider_id", "provider_model_id", "model_type")
-    given = {name: body[name] for name in names if body.get(name) not in (None, "")}
-    alias = alias_from_node(Node(given, "the model"), list(registry.providers))
-    targets = alias.targets or (alias.provider_model_id,)
-    if len(targets) > 32 or max(map(len, targets)) > MAX_ID:
-        raise OgxError(400, f"provider_model_id: expected an id of 1 to {MAX_ID} characters, or a "
-                            "list of at most 32 of them")
-    if not re.fullmatch(r"\S(.{0,254}\S)?", alias.model_id) or BAD_ID.search(alias.model_id):
-        raise OgxError(400, "model_id: expected 1 to 256 characters without control characters or "
-                            "outer spaces")
-    if any(model.id == alias.model_id for model in registry.models()):
-        raise OgxError(409, f"model_id: '{alias.model_id}' is a provider's own id")
-    if len({*registry.aliases, alias.model_id}) > MOST_REGISTERED:
-        raise OgxError(400, f"model_id: {MOST_REGISTERED} are registered; delete one before")
-    return alias
-
-
 def blocks_of(content: Any) -> list[Json]:
     """Content as a list of blocks, without empty texts, which most providers refuse; a document's
     images follow it."""
@@ -1337,10 +1375,6 @@ def system_text(request: Json) -> str:
     """The system prompt as one text, without Claude Code's billing header."""
     texts = [block_text(b) for b in blocks_of(request.get("system"))]
     return "\n\n".join(t for t in texts if not t.startswith(BILLING_HEADER))
-
-
-def text_part(text: str) -> Json:
-    return {"type": "text", "text": text}
 
 
 @dataclass
@@ -2287,10 +2321,6 @@ def plain_schema(root: Json) -> Json:
         return {**branches[0], **node} if branches else {**node, **typed}
 
     return plain(root, top=True)
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def conversation_key(request: Json) -> str:
@@ -5342,20 +5372,6 @@ def upstream_items(reply: Reply) -> Iterator[list[bytes] | None]:
     yield [bytes(whole)] if whole else reader.end()
 
 
-def model_entry(model: Model, alias_of: str = "", learned: Sequence[str] = ()) -> Json:
-    """A model as OpenAI's list and Anthropic's both have it; custom_metadata is OGX's."""
-    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.created))
-    noted = {"alias_of": alias_of, "warning": model.warning, "learned": learned}
-    metadata = {"model_type": "llm", "provider_id": model.provider.id,
-                "provider_resource_id": model.upstream_id,
-                **{name: value for name, value in noted.items() if value}}
-    return {
-        "id": model.id, "object": "model", "created": model.created, "owned_by": model.provider.id,
-        "type": "model", "display_name": model.id, "created_at": created, "lifecycle": "active",
-        "capabilities": None, "max_input_tokens": model.context, "max_tokens": model.max_output,
-        "custom_metadata": metadata}
-
-
 def with_loaded_context(model: Model, loaded: Any) -> Model:
     """The model with the context it has in its server's memory, and a warning if that is small.
     Ollama cuts prompts that are longer than it in silence, from the front."""
@@ -6416,12 +6432,8 @@ def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
         if port is None:
             port = port_number(environ.get("OGX_PORT") or DEFAULT_PORT, "OGX_PORT")
     url = url if "://" in url else f"http://{url}"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
+    parts = url_parts(url)
+    if parts is None:
         raise OgxError(400, f"--url: expected a URL like http://localhost:8321, got '{url}'")
     if port is not None and parts.port is None:
         parts = parts._replace(netloc=f"{parts.netloc}:{port}")
