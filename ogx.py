@@ -101,7 +101,7 @@ MAX_ELEMENTS = 1_000_000  # of a JSON text: Python's parser holds up all threads
 CONTROLS = r"\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 CONTROL, BAD_ID = re.compile(f"[{CONTROLS}]"), re.compile(f"[\n{CONTROLS}]")
 KEY_CHARACTERS = "%+-./0123456789:=@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~"
-JSON_STRING = re.compile(rb'"[^"]*"?')  # without escapes: a group would take memory for each turn
+JSON_STRING = re.compile(rb'"[^"]*"?')  # without escapes; a group would keep each of its turns
 HALF_PAIR = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|"
                        rb"(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F]..)")
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False)
@@ -112,7 +112,7 @@ def json_bytes(value: Json) -> bytes:
 
 
 def without_halves(data: bytes) -> bytes:
-    """Return JSON with U+FFFD for half surrogate pairs: servers refuse a whole body for one."""
+    """JSON with U+FFFD for half surrogate pairs: servers refuse a whole body for one."""
     if not HALF_PAIR.search(data):
         return data
     marked = data.replace(b"\\\\", b"\0")  # what is a text's own backslash
@@ -128,8 +128,7 @@ PLAIN_JSON = json.JSONDecoder(parse_constant=number_or_none, parse_float=number_
 
 
 def json_or_none(data: str | bytes) -> Any:
-    """Return the value of a JSON text, with null for NaN and infinite numbers, which JSON lacks;
-    None also for what is no JSON or has too many elements."""
+    """The value of a JSON text; None for what is no JSON, has too many elements, or is NaN."""
     if has_too_many_elements(data):
         return None
     try:
@@ -140,13 +139,23 @@ def json_or_none(data: str | bytes) -> Any:
 
 
 def has_too_many_elements(data: str | bytes) -> bool:
-    """Whether a JSON text has so many elements, outside of strings, that it takes long to read."""
+    """Whether a JSON text has more than MAX_ELEMENTS outside of strings."""
     if len(data) <= MAX_ELEMENTS:
         return False
     data = data.encode("utf-8", "replace") if isinstance(data, str) else data
-    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_ELEMENTS:
-        data = JSON_STRING.sub(b"", data.replace(rb"\\", b"").replace(rb'\"', b""))
-    return sum(map(data.count, (b",", b"[", b"{"))) > MAX_ELEMENTS
+    if count_elements(data) <= MAX_ELEMENTS:
+        return False
+    data = data.replace(rb"\\", b"").replace(rb'\"', b"")
+    return count_elements(JSON_STRING.sub(b"", data)) > MAX_ELEMENTS
+
+
+def count_elements(data: bytes) -> int:
+    return data.count(b",") + data.count(b"[") + data.count(b"{")
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value can be a model's id."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_ID and not BAD_ID.search(value)
 
 
 def dict_or_empty(value: Any) -> Json:
@@ -158,14 +167,14 @@ def as_list(value: Any) -> list[Any]:
 
 
 def whole_number(value: Any) -> int:
-    """Return a positive whole number below 2^53, JavaScript's largest; 0 for any other value."""
+    """A number from 1 to 2^53 - 1, which JavaScript knows too; 0 for any other value."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return value if type(value) is int and 0 < value < 1 << 53 else 0
 
 
 def first_number(node: Json, names: Iterable[str]) -> int | None:
-    """Return the first positive whole number among the named fields."""
+    """The first of the named fields that holds a positive whole number."""
     return next(filter(None, (whole_number(node.get(name)) for name in names)), None)
 
 
@@ -174,37 +183,36 @@ def text_part(text: str) -> Json:
 
 
 def without_controls(text: str) -> str:
-    """Return a text that a terminal may show: ? for control characters, but for line ends."""
+    """A text with ? for control characters, but line ends, as a terminal may show it."""
     return text if text.isprintable() else CONTROL.sub("?", text)
 
 
 def cut(text: str, size: int) -> str:
-    """Return the beginning of a long text. It ends between words: nobody would know half a key
-    for one, and hide it."""
+    """The beginning of a long text, up to a word's end: half a key would not be hidden."""
     return text if len(text) <= size else text[:size].rstrip(KEY_CHARACTERS) + "..."
 
 
 def one_line(text: str) -> str:
-    """Return at most 500 characters of a text for the log, without line breaks."""
+    """500 characters of a text for the log, without line breaks."""
     return cut(" ".join(text[:5000].split()), 500)
 
 
 def beginning(data: bytes) -> str:
-    """Return how an odd answer begins: an HTML page's title, else 500 characters of text."""
-    # Where a tag isn't closed, these expressions look for its end again and again: cut before.
+    """How an odd answer begins: an HTML page's title, else 500 characters of text."""
+    # Where a tag isn't closed, the expressions look for its end again and again: cut before.
     text = cut(data[:4000].decode("utf-8", "replace").strip(), 3900)
     if "<html" in text[:1000].lower() or text[:9].lower() == "<!doctype":
         title = re.search(r"<title[^>]*>(.*?)</title>", text, re.I | re.S)
         body = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]+>", " ", text)
-        return "an HTML page: " + cut(one_line(title.group(1) if title else body), 300)
+        return "an HTML page: " + cut(one_line(title[1] if title else body), 300)
     return one_line(text)
 
 
 # ======== Errors =============================================================================
-# One exception type carries what the client is told; it is caught at three edges: the HTTP
+# One exception type for all that the client is told; it is caught at three edges: the HTTP
 # handler, the stream writer and main. An upstream's words are kept and its origin added.
 
-ERROR_TYPES = {  # Anthropic's error types by status (OpenAPI of the Messages API; gateway contract)
+ERROR_TYPES = {  # by status (OpenAPI of Anthropic's Messages API; gateway contract)
     400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
     403: "permission_error", 404: "not_found_error", 413: "request_too_large",
     429: "rate_limit_error", 501: "not_supported", 504: "timeout_error", 529: "overloaded_error",
@@ -229,17 +237,16 @@ CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 
 @dataclass(eq=False, repr=False)
 class OgxError(Exception):
-    """A failure told to the client. One that was raised keeps its traceback, and so all that was
-    at work, alive: store a replace() of it."""
+    """A failure told to the client. A raised one keeps its traceback alive: store a replace()."""
 
     status: int  # of HTTP
     message: str
-    type: str = ""  # Anthropic's; empty: the usual one of the status
+    type: str = ""  # Anthropic's; by default that of the status
     headers: Mapping[str, str] = field(default_factory=dict)
     details: Json | None = None
     raw: bytes = b""  # the body as an upstream that speaks Messages wrote it
-    refusal: Refusal | None = None  # the upstream's own words, where it said some
-    quote: str = ""  # more of the message for the client alone: what a model said is in no log
+    refusal: Refusal | None = None  # the upstream's own words
+    quote: str = ""  # ends the message for the client alone: what a model said is in no log
 
     def __post_init__(self) -> None:
         super().__init__(self.message)
@@ -247,7 +254,7 @@ class OgxError(Exception):
         self.type = self.type or ERROR_TYPES.get(self.status, usual)
 
     def without(self, secrets: Iterable[str]) -> OgxError:
-        """Hide keys, which an upstream may have quoted, in this very error, and return it."""
+        """Hide keys that an upstream quoted, in this error itself, and return it."""
         for secret in secrets:
             self.message = self.message.replace(secret, "***")
             self.quote = self.quote.replace(secret, "***")
@@ -255,10 +262,9 @@ class OgxError(Exception):
         return self
 
     def body(self, request_id: str) -> Json:
-        """Return Anthropic's error object."""
         message = without_controls(self.message + self.quote)
-        error = {"type": self.type, "message": message,
-                 **({"details": self.details} if self.details else {})}
+        details = {"details": self.details} if self.details else {}
+        error = {"type": self.type, "message": message, **details}
         return {"type": "error", "error": error, "request_id": request_id}
 
 
@@ -278,8 +284,8 @@ class Refusal:
 
 
 def refusal_from_body(status: int, body: bytes) -> Refusal:
-    """Return what any provider says when it fails, in JSON, HTML or plain text. An error that
-    came with HTTP 200 gets the status it would have had."""
+    """What a provider says in JSON, HTML or plain text when it fails. What came with HTTP 200
+    gets the status it would have had."""
     text = body[:100_000].decode("utf-8", "replace").strip()
     node = json_or_none(text)
     if node is None:
@@ -296,8 +302,8 @@ def refusal_from_body(status: int, body: bytes) -> Refusal:
 
 
 def reason_in(node: Any, depth: int = 8) -> Json:
-    """Return "message", "codes" and "param", as far as a part of an error body has them. The
-    innermost count: gateways put little that helps around them."""
+    """The message, codes and param in a part of an error body, so far as it has them. The
+    innermost count, since gateways wrap them in words that say little."""
     if isinstance(node, str):
         return {"message": node, **reason_in(json_or_none(node), depth)}
     if isinstance(node, list) and node and depth > 0:
@@ -312,12 +318,12 @@ def reason_in(node: Any, depth: int = 8) -> Json:
     plain = {name: str(value) for name, value in own if isinstance(value, (str, int))}
     path = [part for part in as_list(node.get("loc")) if isinstance(part, str)]
     codes = [plain[n] for end in ("code", "type", "status") for n in plain if n.endswith(end)]
-    reason = {"param": path[-1] if path else plain.get("param", ""), "codes": codes}
-    inner = [value for end in REASON_NAMES for name, value in own if name.endswith(end)]
-    for value in sorted(inner, key=lambda value: isinstance(value, (dict, list))):
-        found = reason_in(value, depth - 1)
-        if "message" in found:
-            reason.update({name: value for name, value in found.items() if value})
+    reason = {"param": [plain.get("param", ""), *path][-1], "codes": codes}
+    reasons = [value for end in REASON_NAMES for name, value in own if name.endswith(end)]
+    for value in sorted(reasons, key=lambda value: isinstance(value, (dict, list))):
+        inner = reason_in(value, depth - 1)
+        if "message" in inner:
+            reason.update({name: value for name, value in inner.items() if value})
     if "message" in reason and "provider_name" in plain:  # OpenRouter's
         reason["message"] = f"{plain['provider_name']}: {reason['message']}"
     return reason
@@ -330,7 +336,7 @@ def is_failure(answer: Json) -> bool:
 
 
 def unknown_data(words: str, data: bytes) -> OgxError:
-    """Return the error for what is no answer; the log hears only of HTML pages what it was."""
+    """The error for what is no answer; only of an HTML page the log may tell more."""
     shown = beginning(data)
     if shown.startswith("an HTML page"):
         return OgxError(502, f"{words} {shown}")
@@ -338,9 +344,8 @@ def unknown_data(words: str, data: bytes) -> OgxError:
 
 
 def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) -> OgxError:
-    """Return the error a client gets for an upstream's refusal: same status, the upstream's own
-    words, `(from ORIGIN)`, its `retry-after`. What can't get better by itself says so, since
-    Claude Code would retry it for minutes."""
+    """An upstream's refusal as the client gets it, with its status, words and `retry-after`. What
+    can't get better by itself says so, since Claude Code would retry it for minutes."""
     retry_after = headers.get("retry-after", "")
     sent = {"retry-after": retry_after} if RETRY_AFTER.fullmatch(retry_after) else {}
     status = refusal.status if 400 <= refusal.status <= 599 else 502
@@ -357,8 +362,8 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
 
 
 # ======== Checks =============================================================================
-# Values that users and clients gave. A wrong one is an OgxError(400) that says where it stands,
-# what was expected there, and what it is.
+# What users and clients gave. For a wrong value each raises OgxError(400) with its place, what
+# was expected there, and what it is.
 
 CONTENT, NUMBER = (str, list), (int, float)
 TYPE_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
@@ -379,8 +384,8 @@ def wrong_value(where: str, expected: str, value: Any) -> OgxError:
 
 
 def expect(node: Any, where: str, types: Mapping[str, Any], required: bool = True) -> None:
-    """Check the fields of an object, the request's body where it has no place: each is of a type,
-    or among some types or words. Null counts as absent."""
+    """Check that each field of an object (without a place: the request's body) is of a type, or
+    among some types or words. Null counts as absent."""
     if type(node) is not dict:
         raise wrong(where or "the request body", "an object" if where else "a JSON object", node)
     for name in types if required else sorted(types.keys() & node.keys()):
@@ -398,25 +403,23 @@ def expect(node: Any, where: str, types: Mapping[str, Any], required: bool = Tru
 
 
 def finite_number(text: str) -> float:
-    """Return the number; raise ValueError for NaN and Infinity (1e999, too), which JSON lacks."""
-    number = float(text)
-    if math.isfinite(number):
-        return number
-    raise ValueError(f"{text} is no number of JSON")
+    number = number_or_none(text)
+    if number is None:  # NaN, Infinity, 1e999
+        raise ValueError(f"{text} is no number of JSON")
+    return number
 
 
 STRICT_JSON = json.JSONDecoder(parse_constant=finite_number, parse_float=finite_number)
 
 
 def parsed_json(body: bytes) -> Any:
-    """Return the JSON of a request's body; raise OgxError(400) saying where it breaks, or 413."""
+    """The JSON of a request's body; OgxError(400) says where it breaks."""
     if not body:
         raise OgxError(400, "the request has no body; expected a JSON object")
     if has_too_many_elements(body):
         raise OgxError(413, f"the request's JSON has more than {MAX_ELEMENTS:,} elements")
     try:
-        # As "utf-8-sig", but without its detour through Python.
-        return STRICT_JSON.decode(body.decode().removeprefix("\ufeff"))
+        return STRICT_JSON.decode(body.decode().removeprefix("\ufeff"))  # "utf-8-sig" is slow
     except UnicodeDecodeError:
         raise OgxError(400, "the request's body is not UTF-8") from None
     except ValueError as error:
@@ -424,14 +427,14 @@ def parsed_json(body: bytes) -> Any:
 
 
 def port_number(value: Any, where: str) -> int:
-    """Return a TCP port from a number or its digits; 0 lets the system choose."""
+    """A TCP port from a number or its digits; 0 lets the system choose."""
     if re.fullmatch("[0-9]{1,5}", str(value)) and int(value) <= 65535:
         return int(value)
     raise wrong_value(where, "a port from 0 to 65535", value)
 
 
 def url_parts(url: str) -> urllib.parse.SplitResult | None:
-    """Return the parts of an HTTP URL; None for what is none, or has more than server and path."""
+    """The parts of an HTTP URL that ends before ? and #; None for any other text."""
     try:
         parts = urllib.parse.urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -444,14 +447,13 @@ def url_parts(url: str) -> urllib.parse.SplitResult | None:
 # One row per kind of provider. Code asks a row for its fields and never for its name. To add a
 # provider: a row here, its line in starter.json (`make starter` writes it), a row in the tests.
 
-
 Strings = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ProviderKind:
-    """A kind of provider; the defaults describe the OpenAI format as most servers speak it.
-    Paths of requests are below the base URL; one that begins with ~ is below the server's root."""
+    """A kind of provider; the defaults describe the OpenAI format as most servers speak it. Paths
+    are below the base URL; those that begin with ~ are below the server's root."""
 
     name: str
     base_url: str = ""  # with the version segment; empty: the user must give one
@@ -459,27 +461,26 @@ class ProviderKind:
     url_vars: Strings = ()
     verify_var: str = ""
     enabled_by: str = "key"  # "key" or "url": the variable that switches the starter's line on
-    default_path: str = "/v1"  # for a user's URL without a path, where base_url has none either
+    default_path: str = "/v1"  # of URLs without one, where base_url has none either
     key_headers: Strings = ("authorization",)  # takes "Bearer KEY"; others the bare key
-    signed: str = ""  # pattern of URLs with AWS's service and region: SigV4 if there is no key
-    signed_by: Strings = ()  # also switch its line on, as the last: they have other uses too
+    signed: str = ""  # pattern for AWS's service and region in a URL: SigV4 where no key is given
+    signed_by: Strings = ()  # have other uses, too: they switch on the last line of the starter
     headers: tuple[tuple[str, str], ...] = ()  # sent with every request
     # How its models are found, and what tells about them.
     list_path: str = "/models"
-    more_lists: tuple[tuple[str, str], ...] = ()  # further paths, and a pattern of the ids to take
-    # Its other servers: pattern of their ids or lists' paths, what to replace in base_url, by what
-    servers: tuple[tuple[str, str, str], ...] = ()
+    more_lists: tuple[tuple[str, str], ...] = ()  # path, and pattern of the ids to take
+    servers: tuple[Strings, ...] = ()  # pattern of ids or paths, part of base_url, what is there
     loaded_path: str = ""  # lists the models in memory with the context they have there
-    tokenizer: Strings = ()  # path that counts a chat request, or paths that template and tokenize
+    tokenizer: Strings = ()  # a path that counts a chat request; or one for its text, one for that
     context_hint: str = ""  # how to give a model more context
     local_port: int = 0  # where `run` looks for it when nothing is configured
-    identity: tuple[str, str] = ("", "")  # a path, and what only this server answers there
+    identity: Strings = ("", "")  # a path, and what only this server answers there
     # What it speaks. With both, one free probe tells whether this server has "messages".
     dialects: Strings = ("chat",)
     messages_path: str = "/messages"
-    openai_root: str = ""  # where the paths of the other dialects begin, below the base URL
+    openai_root: str = ""  # where the paths of the other dialects begin
     native_gaps: Strings = ()  # what its Messages API refuses or loses: see lost_natively()
-    native_models: str = ""  # pattern of the ids that have it; they have nothing else
+    native_models: str = ""  # pattern of the ids that have it, and nothing else
     is_anthropic: bool = False  # takes all that Claude Code sends as it is
     # OpenAI's Responses API: where these hosts are, or where a refusal told (True), or never.
     responses_hosts: Strings = ()
@@ -518,7 +519,7 @@ GAPS = ("document", "search_result", "server_tool")  # of most servers' Messages
 VERSION_HEADER = (("anthropic-version", "2023-06-01"),)
 AWS_HOST = r"bedrock-(?:mantle|runtime)\.([a-z0-9-]*)\.[^/]+.*"
 NINE, FORTY = "[a-zA-Z0-9]{9}", ".{1,40}"  # ids of tool calls
-# Both, with Anthropic's API beside OpenAI's.
+OWN_SERVER: Json = {"enabled_by": "url", "dialects": BOTH, "native_gaps": GAPS}
 BESIDE: Json = {"dialects": BOTH, "messages_path": "~/anthropic/v1/messages"}
 OPENAI: Json = {"max_tokens_field": "max_completion_tokens", "system_anywhere": True, "files": True,
                 "cache_key": True, "root_unions": False, "max_tools": 128, "tool_ids": FORTY}
@@ -526,89 +527,87 @@ SKIP_SIGNATURE = (("extra_content", {"google": {
     "thought_signature": "skip_thought_signature_validator"}}),)
 PROVIDER_KINDS = {kind.name: kind for kind in (
     ProviderKind("ollama", "http://localhost:11434/v1", ("OLLAMA_API_KEY",), ("OLLAMA_URL",),
-                 enabled_by="url", list_path="~/api/tags", loaded_path="~/api/ps",
-                 context_hint="restart it with OLLAMA_CONTEXT_LENGTH=64000 ollama serve",
-                 local_port=11434, identity=("~/", "Ollama is running"), dialects=BOTH,
-                 native_gaps=("document", "url_image", "tool_choice", "search_result", "is_error",
-                              "output_format")),
+        enabled_by="url", list_path="~/api/tags", loaded_path="~/api/ps",
+        context_hint="restart it with OLLAMA_CONTEXT_LENGTH=64000 ollama serve",
+        local_port=11434, identity=("~/", "Ollama is running"), dialects=BOTH,
+        native_gaps=("document", "url_image", "tool_choice", "search_result", "is_error",
+                     "output_format")),
     ProviderKind("vllm", "", ("VLLM_API_TOKEN",), ("VLLM_URL", "HOSTED_VLLM_API_BASE"),
-                 enabled_by="url", verify_var="VLLM_TLS_VERIFY", local_port=8000,
-                 identity=("/models", '"owned_by":"vllm"'), dialects=BOTH, native_gaps=GAPS,
-                 tokenizer=("~/tokenize",), top_k=True),
+        verify_var="VLLM_TLS_VERIFY", local_port=8000, identity=("/models", '"owned_by":"vllm"'),
+        tokenizer=("~/tokenize",), top_k=True, **OWN_SERVER),
     ProviderKind("lm-studio", "http://localhost:1234/v1", ("LM_STUDIO_API_KEY",),
-                 ("LM_STUDIO_URL", "LM_STUDIO_API_BASE"), enabled_by="url",
-                 list_path="~/api/v0/models", local_port=1234,
-                 identity=("~/lmstudio-greeting", '"lmstudio":true'), dialects=BOTH,
-                 native_gaps=GAPS),
+        ("LM_STUDIO_URL", "LM_STUDIO_API_BASE"), list_path="~/api/v0/models", local_port=1234,
+        identity=("~/lmstudio-greeting", '"lmstudio":true'), **OWN_SERVER),
     ProviderKind("llama-cpp", "http://localhost:8080/v1", ("LLAMA_API_KEY",), ("LLAMA_CPP_URL",),
-                 enabled_by="url", local_port=8080, identity=("/models", '"owned_by":"llamacpp"'),
-                 named_tool_choice=False, top_k=True, tokenizer=("~/apply-template", "~/tokenize")),
+        enabled_by="url", local_port=8080, identity=("/models", '"owned_by":"llamacpp"'),
+        named_tool_choice=False, top_k=True, tokenizer=("~/apply-template", "~/tokenize")),
     ProviderKind("sglang", "http://localhost:30000/v1", ("SGLANG_API_KEY",), ("SGLANG_URL",),
-                 enabled_by="url", dialects=BOTH, native_gaps=GAPS, top_k=True),
+        top_k=True, **OWN_SERVER),
     ProviderKind("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",),
-                 responses_hosts=("api.openai.com",), **OPENAI),
+        responses_hosts=("api.openai.com",), **OPENAI),
     ProviderKind("anthropic", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",),
-                 key_headers=("x-api-key",), headers=VERSION_HEADER,
-                 list_path="/models?limit=1000", dialects=("messages",), is_anthropic=True),
+        key_headers=("x-api-key",), headers=VERSION_HEADER, list_path="/models?limit=1000",
+        dialects=("messages",), is_anthropic=True),
     ProviderKind("fireworks", "https://api.fireworks.ai/inference/v1", ("FIREWORKS_API_KEY",),
-                 ("FIREWORKS_BASE_URL",), dialects=BOTH, native_gaps=("server_tool",), top_k=True,
-                 stream_above=4096, format_with_tools=False),
+        ("FIREWORKS_BASE_URL",), dialects=BOTH, native_gaps=("server_tool",), top_k=True,
+        stream_above=4096, format_with_tools=False),
     ProviderKind("together", "https://api.together.ai/v1", ("TOGETHER_API_KEY",),
-                 ("TOGETHER_BASE_URL",), top_k=True),
+        ("TOGETHER_BASE_URL",), top_k=True),
     ProviderKind("groq", "https://api.groq.com/openai/v1", ("GROQ_API_KEY",), ("GROQ_BASE_URL",),
-                 format_with_tools=False, max_tools=128),
+        format_with_tools=False, max_tools=128),
     # "mantle" serves short ids alone, "runtime" inference profiles (us.*) and versions (*:0).
-    ProviderKind("bedrock", "https://bedrock-mantle.${env.AWS_REGION|AWS_DEFAULT_REGION:="
-                 "}.api.aws/v1", ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN"),
-                 signed=r"//(?:[\w-]+\.)?(bedrock(?:-mantle)?)[\w-]*\.([a-z0-9-]*)\.(?:vpce\.)?"
-                        r"(?:amazonaws\.|api\.aws)", signed_by=("AWS_ACCESS_KEY_ID", "AWS_PROFILE"),
-                 headers=VERSION_HEADER, native_models=r"anthropic\.", **BESIDE,
-                 more_lists=(("~/inference-profiles?maxResults=1000&type=SYSTEM_DEFINED",
-                              r"\.(anthropic|openai)\."),
-                             ("~/foundation-models?byInferenceType=ON_DEMAND&byOutputModality=TEXT",
-                              "^(anthropic|openai).*:")),
-                 servers=((r"^~/(inf|found)", AWS_HOST, r"bedrock.\1.amazonaws.com"),
-                          (r"^([a-z]{2}|us-gov|apac|amer|global)\.|:", AWS_HOST,
-                           r"bedrock-runtime.\1.amazonaws.com/openai/v1"))),
+    ProviderKind("bedrock",
+        "https://bedrock-mantle.${env.AWS_REGION|AWS_DEFAULT_REGION:=}.api.aws/v1",
+        ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN"),
+        signed=r"//(?:[\w-]+\.)?(bedrock(?:-mantle)?)[\w-]*\.([a-z0-9-]*)\.(?:vpce\.)?"
+               r"(?:amazonaws\.|api\.aws)", signed_by=("AWS_ACCESS_KEY_ID", "AWS_PROFILE"),
+        headers=VERSION_HEADER, native_models=r"anthropic\.", **BESIDE,
+        more_lists=(("~/inference-profiles?maxResults=1000&type=SYSTEM_DEFINED",
+                     r"\.(anthropic|openai)\."),
+                    ("~/foundation-models?byInferenceType=ON_DEMAND&byOutputModality=TEXT",
+                     "^(anthropic|openai).*:")),
+        servers=((r"^~/(inf|found)", AWS_HOST, r"bedrock.\1.amazonaws.com"),
+                 (r"^([a-z]{2}|us-gov|apac|amer|global)\.|:", AWS_HOST,
+                  r"bedrock-runtime.\1.amazonaws.com/openai/v1"))),
     ProviderKind("azure", "", ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
-                 ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
-                 default_path="/openai/v1", key_headers=("api-key",),
-                 responses_hosts=(".openai.azure.com", ".cognitiveservices.azure.com",
-                                  ".services.ai.azure.com"), **OPENAI),
+        ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
+        default_path="/openai/v1", key_headers=("api-key",), responses_hosts=(
+            ".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com"),
+        **OPENAI),
     ProviderKind("gemini", "https://generativelanguage.googleapis.com/v1beta/openai",
-                 ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GEMINI_ACCESS_TOKEN"),
-                 tool_call_extra=SKIP_SIGNATURE, root_unions=False, refused_keywords=(
-                     "$schema", "propertyNames", "exclusiveMinimum", "exclusiveMaximum",
-                     "patternProperties", "format")),
+        ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GEMINI_ACCESS_TOKEN"),
+        tool_call_extra=SKIP_SIGNATURE, root_unions=False, refused_keywords=(
+            "$schema", "propertyNames", "exclusiveMinimum", "exclusiveMaximum",
+            "patternProperties", "format")),
     ProviderKind("mistral", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",), tool_ids=NINE,
-                 named_tool_choice=False, user_after_tool=False),
+        named_tool_choice=False, user_after_tool=False),
     ProviderKind("deepseek", "https://api.deepseek.com", ("DEEPSEEK_API_KEY",), default_path="",
-                 native_gaps=(*GAPS, "image"), reasoning_echo="reasoning_content", **BESIDE),
+        native_gaps=(*GAPS, "image"), reasoning_echo="reasoning_content", **BESIDE),
     ProviderKind("moonshot", "https://api.moonshot.ai/v1", ("MOONSHOT_API_KEY",),
-                 native_gaps=GAPS, reasoning_echo="reasoning_content", **BESIDE),
+        native_gaps=GAPS, reasoning_echo="reasoning_content", **BESIDE),
     ProviderKind("openrouter", "https://openrouter.ai/api/v1", ("OPENROUTER_API_KEY",),
-                 dialects=BOTH, top_k=True, files=True),
+        dialects=BOTH, top_k=True, files=True),
     ProviderKind("zai", "https://api.z.ai/api/paas/v4", ("ZAI_API_KEY",), dialects=BOTH,
-                 messages_path="~/api/anthropic/v1/messages", native_gaps=GAPS),
-    ProviderKind("minimax", "https://api.minimax.io/v1", ("MINIMAX_API_KEY",),
-                 native_gaps=GAPS, **BESIDE),
+        messages_path="~/api/anthropic/v1/messages", native_gaps=GAPS),
+    ProviderKind("minimax", "https://api.minimax.io/v1", ("MINIMAX_API_KEY",), native_gaps=GAPS,
+        **BESIDE),
     ProviderKind("cerebras", "https://api.cerebras.ai/v1", ("CEREBRAS_API_KEY",),
-                 ("CEREBRAS_BASE_URL",), list_path="/models?format=openrouter",
-                 max_tokens_field="max_completion_tokens"),
+        ("CEREBRAS_BASE_URL",), list_path="/models?format=openrouter",
+        max_tokens_field="max_completion_tokens"),
     ProviderKind("xai", "https://api.x.ai/v1", ("XAI_API_KEY",)),
     ProviderKind("nvidia", "https://integrate.api.nvidia.com/v1", ("NVIDIA_API_KEY",),
-                 ("NVIDIA_BASE_URL",)),
+        ("NVIDIA_BASE_URL",)),
     ProviderKind("sambanova", "https://api.sambanova.ai/v1", ("SAMBANOVA_API_KEY",)),
     # Any other server, by its URL.
     ProviderKind("openai-compatible"),
     ProviderKind("messages", dialects=("messages",),
-                 key_headers=("authorization", "x-api-key")))}
+        key_headers=("authorization", "x-api-key")))}
 DEMO_KIND = ProviderKind("demo", "demo:", dialects=("demo",))
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One configured provider: its id is the first part of its models' ids."""
+    """A configured provider: its id is the first part of its models' ids."""
 
     id: str
     kind: ProviderKind
@@ -618,16 +617,16 @@ class Provider:
     verify: bool = True  # its TLS certificate
     ca_file: str = ""  # of a private certificate authority
     own_headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # lower-case names
-    secrets: tuple[str, ...] = field(default=(), repr=False)  # besides the key
+    secrets: Strings = field(default=(), repr=False)  # besides the key
 
     @functools.cached_property
     def connection(self) -> str:
-        """Scheme, host, port and trust: providers that agree in these may share connections."""
+        """Scheme, host, port and trust: providers that have these in common share connections."""
         return f"{self.url('~')} {self.verify} {self.ca_file}"
 
     @functools.cached_property
     def headers(self) -> dict[str, str]:
-        """The headers of each request, but for what a client, a proxy or a signature adds."""
+        """What goes with each request, but for what a client, a proxy or a signature adds."""
         key = {name: "Bearer " * (name == "authorization") + self.api_key
                for name in self.kind.key_headers if self.api_key}
         return {"user-agent": f"ogx.py/{__version__}",
@@ -635,14 +634,14 @@ class Provider:
                 **dict(self.kind.headers), **key, **dict(self.own_headers)}
 
     def at(self, place: str) -> Provider:
-        """Return this provider at the server that has a model's id or a list's path."""
+        """This provider at the server that has a model's id or a list's path."""
         for pattern, here, there in self.kind.servers:
             if re.search(pattern, place):
                 return replace(self, base_url=re.sub(here, there, self.base_url))
         return self
 
     def url(self, path: str) -> str:
-        """Return the URL of a path below the base URL or, after a ~, below the server's root."""
+        """The URL of a path below the base URL or, after a ~, below the server's root."""
         if path.startswith("~"):
             return "/".join(self.base_url.split("/")[:3]) + path[1:]
         return self.base_url + path
@@ -652,7 +651,7 @@ DEMO_PROVIDER = Provider("demo", DEMO_KIND, DEMO_KIND.base_url)
 
 # ======== Config =============================================================================
 # In: the starter below or a JSON file of the same shape, and the environment. Out: a Config, or
-# an OgxError that names the file, the path inside it and what was expected. Pure.
+# an OgxError that names the file, the path inside it and what was expected.
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8321
 TIERS = ("haiku", "sonnet", "opus", "fable")
@@ -660,17 +659,19 @@ ENV_REFERENCE = re.compile(r"\$\{env\.([A-Za-z0-9_|]+)(?:(:=|:\+)([^{}]*))?\}")
 AROUND = " \t\r\n\"'"  # a value, left there by files and shells
 # A user's own header, name and value; those that frame a request are ours.
 HEADER = re.compile(r"(?!host\n|connection\n|content-|transfer-)[a-z0-9!#$%&'*+.^_`|~-]+\n[ -~]*")
+STARTER_ALIASES = ("claude-haiku-4-5-20251001", "claude-sonnet-4-5-20250514",
+                   "claude-opus-4-6-20260314")
 
 
 @dataclass(frozen=True)
 class Alias:
-    """A registered model id: provider_id may be "all", provider_model_id "auto". `targets` are
-    ids of models in the order they are tried, where it names several."""
+    """A registered model id: provider_id may be "all", provider_model_id "auto". `targets`: the
+    ids of several models, in the order they are tried."""
 
     model_id: str
     provider_id: str
     provider_model_id: str
-    targets: tuple[str, ...] = ()
+    targets: Strings = ()
 
 
 def limit(default: float, words: str) -> Any:
@@ -702,22 +703,20 @@ class Config:
     retries: int = 3  # of a request that failed before its first event
     retry_seconds: float = 5.0  # of waiting between them in all
     limits: Limits = Limits()
-    host_names: tuple[str, ...] = ()  # that clients may call the server by, in lower case
+    host_names: Strings = ()  # that clients may call the server by, in lower case
     show_thinking: bool = True  # where a client asks to omit it, as Claude Code does, too
 
 
 def target_or_auto(value: Any, where: str) -> Any:
     value = "auto" if value in (None, "") else value
-    ids = as_list(value)
-    if not 1 <= len(ids) <= 32 or not all(
-            isinstance(each, str) and 1 <= len(each) <= MAX_ID for each in ids):
+    if not 1 <= len(as_list(value)) <= 32 or not all(map(is_id, as_list(value))):
         raise wrong_value(where, f"an id of 1 to {MAX_ID} characters or a list of them, "
                                  "at most 32 of them", value)
     return value
 
 
-# What the objects of a file hold: the usual values, whose types others must have; None for any
-# value, `...` for any other name, or a function of a value, None if it's missing, and its place.
+# What the objects of a file hold: usual values, whose types count; None: any value; `...`: any
+# other name; or a function of the value, None where it's missing, and its place.
 ALIAS: Json = {"model_id": "", "provider_id": "all", "provider_model_id": target_or_auto,
                "model_type": "llm"}
 ENTRY: Json = {"provider_id": "", "provider_type": "", "config": {
@@ -744,16 +743,15 @@ def starter_config() -> Json:
         if switches:
             entries.append({"provider_id": f"${{env.{switches}:+{kind.name}}}",
                             "provider_type": f"remote::{kind.name}", "config": settings})
-    target = {"provider_id": "all", "provider_model_id": "auto", "model_type": "llm"}
-    models = [{"model_id": model_id, **target} for model_id in (
-        "claude-haiku-4-5-20251001", "claude-sonnet-4-5-20250514", "claude-opus-4-6-20260314")]
+    models = [{"model_id": model_id, "provider_id": "all", "provider_model_id": "auto",
+               "model_type": "llm"} for model_id in STARTER_ALIASES]
     return {"version": 2, "distro_name": "starter", "providers": {"inference": entries},
             "registered_resources": {"models": models},
             "server": {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "discover_local": True}}
 
 
 def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Config:
-    """The Config that a parsed file describes; raise OgxError(400) naming a wrong place."""
+    """The Config that a parsed file describes; OgxError(400) names a wrong place."""
     root = checked(expanded(tree, environ, source), FILE, source)
     entries, server = root["providers"]["inference"], root["server"]
     providers = [provider_from_entry(entry) for entry in entries if entry["provider_id"]]
@@ -773,7 +771,7 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
 
 
 class Text(str):
-    """A text of the configuration that knows its place: a path, or the variable it came from."""
+    """A text of the configuration, and its place: a path, or the variable it came from."""
 
     place: str
 
@@ -788,7 +786,7 @@ class Text(str):
 
 def expanded(node: Any, environ: Mapping[str, str], where: str) -> Any:
     """The tree with `${env.VAR}`, `${env.VAR:=default}` and `${env.VAR:+value}` replaced. As in
-    OGX, an empty variable counts as unset. `A|B` stands for the first of them that is set."""
+    OGX, an empty variable counts as unset. `A|B` is the first of them that is set."""
     if isinstance(node, dict):
         return {k: expanded(v, environ, path_of(where, k)) for k, v in node.items()}
     if isinstance(node, list):
@@ -813,13 +811,13 @@ def expanded(node: Any, environ: Mapping[str, str], where: str) -> Any:
 
 
 def path_of(where: str, name: str) -> str:
-    """A path and one more name: `my.json` -> `my.json: server` -> `my.json: server.port`."""
+    """A path and a name: `my.json` -> `my.json: server` -> `my.json: server.port`."""
     return f"{where}{'.' if ': ' in where else ': '}{name}"
 
 
 def checked(value: Any, table: Any, where: str) -> Any:
-    """A part of a file with what it lacks filled in; raise OgxError(400) for an unknown name or
-    a wrong type. Strings may stand for flags and numbers, since variables hold nothing else."""
+    """A part of a file with usual values for what it lacks; OgxError(400) for unknown names and
+    wrong types. Strings may stand for flags and numbers, since variables hold nothing else."""
     where = getattr(value, "place", where)
     if table is None or callable(table):
         return table(value, where) if table else value
@@ -900,8 +898,8 @@ def checked_base_url(given: Text, kind: ProviderKind) -> tuple[str, urllib.parse
     """The URL without its user and a trailing slash, and all its parts. Without a scheme it gets
     `http://` where servers are local or it has a port, without a path the usual one."""
     url = given.strip(AROUND) or kind.base_url
-    bare = url and "://" not in url
-    if bare and (kind.enabled_by == "url" or re.match("[^/]+:[0-9]", url)):
+    if url and "://" not in url and (
+            kind.enabled_by == "url" or re.match("[^/]+:[0-9]", url)):
         url = "http://" + url
     parts = url_parts(url)
     if parts is None:
@@ -917,7 +915,7 @@ def checked_base_url(given: Text, kind: ProviderKind) -> tuple[str, urllib.parse
 
 
 def alias_from_entry(entry: Json, provider_ids: Collection[str]) -> Alias:
-    if not re.fullmatch(rf"(?!\s)[^\n{CONTROLS}]{{1,256}}(?<!\s)", entry["model_id"]):
+    if not is_id(entry["model_id"]) or entry["model_id"].strip() != entry["model_id"]:
         raise entry["model_id"].wrong("1 to 256 characters without control characters or outer "
                                       "spaces")
     if entry["model_type"] != "llm":
@@ -932,8 +930,8 @@ def alias_from_entry(entry: Json, provider_ids: Collection[str]) -> Alias:
 
 
 # ======== Registry ===========================================================================
-# Which provider serves a model id. Lists come in from discovery; nothing here does I/O, so every
-# answer is computed when asked and heals by itself when a provider comes or goes.
+# Which provider serves a model id. Lists come in from discovery; every answer is computed when
+# asked, and heals by itself when a provider comes or goes.
 
 # Ids that aren't chat models, for lists that don't say; found with public model maps.
 NOT_LLM = re.compile(
@@ -976,15 +974,14 @@ class Model:
 
 
 def models_from_list(provider: Provider, payload: Any) -> list[Model]:
-    """Return the LLMs of a provider's list: {"data": [...]}, {"models": [...]} or a bare list."""
+    """The LLMs of a provider's list: {"data": [...]}, {"models": [...]} or a bare list."""
     if isinstance(payload, dict):
         names = ("data", "models", "inferenceProfileSummaries", "modelSummaries")
-        payload = next((payload[name] for name in names if payload.get(name)), [])
+        payload = next(filter(None, map(payload.get, names)), [])
     models: dict[str, Model] = {}
     for entry in map(dict_or_empty, payload if isinstance(payload, list) else ()):
-        upstream_id = next((entry[name] for name in ID_FIELDS if entry.get(name)), None)
-        if (not isinstance(upstream_id, str) or len(upstream_id) > MAX_ID
-                or BAD_ID.search(upstream_id) or not is_llm(upstream_id, entry)):
+        upstream_id: Any = next(filter(None, map(entry.get, ID_FIELDS)), None)
+        if not is_id(upstream_id) or not is_llm(upstream_id, entry):
             continue
         upstream_id = re.sub("^models/", "", upstream_id)
         created = whole_number(entry.get("created"))
@@ -994,8 +991,8 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
             f"{provider.id}/{upstream_id}", provider.at(upstream_id), upstream_id,
             created if created < 1 << 32 else 0,
             first_number(limits, CONTEXT_FIELDS), first_number(limits, OUTPUT_FIELDS)))
-    # The newest first, but those called "pro" last, which tend to be slow and dear: the first one
-    # is what a tier means where nothing else is chosen.
+    # The newest first, which a tier means where nothing else is chosen; last those called "pro",
+    # which tend to be slow and dear.
     return sorted(models.values(), key=lambda m: (bool(PRO.search(m.upstream_id)), -m.created))
 
 
@@ -1017,7 +1014,7 @@ def is_llm(upstream_id: str, entry: Json) -> bool:
 
 
 def model_entry(model: Model, alias_of: str = "", learned: Sequence[str] = ()) -> Json:
-    """Return a model as OpenAI's list and Anthropic's both have it; custom_metadata is OGX's."""
+    """A model as OpenAI's list and Anthropic's both have it; custom_metadata is OGX's."""
     created = datetime.fromtimestamp(model.created, timezone.utc)
     notes = {"alias_of": alias_of, "warning": model.warning, "learned": learned}
     metadata = {"model_type": "llm", "provider_id": model.provider.id,
@@ -1065,11 +1062,11 @@ class Registry:
         return self._by_id.get(model.served)
 
     def resolve(self, model_id: str) -> Model:
-        """Return the model that serves an id; raise OgxError(404) when none does."""
+        """The model that serves an id; OgxError(404) when none does."""
         return self.chain(model_id)[0]
 
     def chain(self, model_id: str) -> list[Model]:
-        """Return the models to try for an id, in order; raise OgxError(404) when there is none.
+        """The models to try for an id, in order; OgxError(404) when there is none.
         An alias may name several. Others have one, in this order: a listed id; an alias with a
         fixed target; a tier chosen by ANTHROPIC_DEFAULT_*_MODEL; an upstream's bare id where only
         one provider has it; an alias for `auto`, and any `claude-*` id by its family, which both
@@ -1085,7 +1082,7 @@ class Registry:
             models = [self._named(wanted) or self._by_tier(wanted) or self._bare(wanted)
                       or self._automatic(wanted) or self._routed(wanted)]
         claude = re.search("(?<=[./:])claude-.*", wanted)  # behind its vendor
-        if not any(models) and not alias and claude:
+        if claude and not alias and not any(models):
             models = [*self.chain(claude[0])]
         if any(models):
             return [replace(model, id=model_id) for model in models if model]
@@ -1096,7 +1093,6 @@ class Registry:
         raise OgxError(404, f"{words} GET /v1/models lists what there is.")
 
     def _explicit(self, wanted: str) -> Model | None:
-        """Return the model that an id itself names."""
         return self._named(wanted) or self._bare(wanted) or self._routed(wanted)
 
     def _named(self, wanted: str) -> Model | None:
@@ -1120,37 +1116,34 @@ class Registry:
 
     def _automatic(self, wanted: str) -> Model | None:
         alias, tier = self.aliases.get(wanted), tier_of(wanted)
-        if alias is None and not tier and not wanted.startswith("claude-"):
+        if not (alias or tier or wanted.startswith("claude-")):
             return None
-        if alias is None or alias.provider_id == "all":
-            # Those of providers whose last list failed come last.
-            candidates = sorted(self.models(), key=lambda m: m.provider.id in self.problems)
-        else:
-            candidates = self.lists.get(alias.provider_id, [])
-        if alias and alias.provider_model_id != "auto":
-            candidates = [m for m in candidates if m.upstream_id == alias.provider_model_id]
-        if not candidates:
+        alias = alias or Alias(wanted, "all", "auto")
+        models = [m for m in self.models() if alias.provider_id in ("all", m.provider.id)
+                  and alias.provider_model_id in ("auto", m.upstream_id)]
+        if not models:
             reasons = "; ".join(f"{pid}: {why}" for pid, why in self.problems.items())
             words = reasons or "no provider lists a model"
             raise OgxError(404, f"no model to serve '{wanted[:200]}' ({words})")
-        family = (m for m in candidates if m.provider.id == candidates[0].provider.id
+        models.sort(key=lambda m: m.provider.id in self.problems)  # who may be down comes last
+        family = (m for m in models if m.provider.id == models[0].provider.id
                   and tier_of(re.sub(r"^.*\.(?=claude-)", "", m.upstream_id)) == tier)
-        return next(family, candidates[0]) if tier else candidates[0]
+        return next(family, models[0]) if tier else models[0]
 
     def _bare(self, wanted: str) -> Model | None:
         same = [m for m in self.models() if m.upstream_id == wanted]
         return same[0] if len(same) == 1 else None
 
     def _routed(self, wanted: str) -> Model | None:
-        provider_id, slash, rest = wanted.partition("/")
-        if slash and rest and provider_id in self.providers:
-            listed = (m for m in self.lists.get(provider_id, []) if m.upstream_id == rest)
-            return next(listed, Model(wanted, self.providers[provider_id].at(rest), rest))
-        return None
+        provider_id, _, upstream_id = wanted.partition("/")
+        if not upstream_id or provider_id not in self.providers:
+            return None
+        server = self.providers[provider_id].at(upstream_id)
+        return self._by_id.get(wanted) or Model(wanted, server, upstream_id)
 
 
 def registered_alias(body: Any, registry: Registry) -> Alias:
-    """The alias that a POST /v1/models asks for; raise OgxError 400 or 409."""
+    """The alias that a POST /v1/models asks for; OgxError 400 or 409."""
     expect(body, "", {"model_id": str})
     given = {name: body[name] for name in ALIAS if body.get(name) not in (None, "")}
     alias = alias_from_entry(checked(given, ALIAS, "the model"), registry.providers)
@@ -1161,21 +1154,22 @@ def registered_alias(body: Any, registry: Registry) -> Alias:
     return alias
 
 
-def near_miss(word: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean '...'?` where a known id is near to the word, else nothing."""
+def near_miss(asked: str, known: Iterable[str]) -> str:
+    """` Did you mean '...'?` where a known id is near to the one asked for, else nothing."""
     import difflib  # only now, to start sooner and smaller
 
-    # Comparing takes long: only with the ids that have most words in common.
-    words = set(re.findall(r"[a-z]+|[0-9]+", word[:MAX_ID].lower()))
-    common = ((len(words.intersection(re.findall(r"[a-z]+|[0-9]+", other.lower()))), other)
-              for other in itertools.islice(known, 5000))
-    best = [other for _, other in sorted(common, reverse=True)[:20]]
-    near = difflib.get_close_matches(word[:MAX_ID], best, 1, 0.5)
+    def parts(text: str) -> set[str]:
+        return set(re.findall("[a-z]+|[0-9]+", text.lower()))
+
+    # Comparing takes long: only with the ids that have most parts in common.
+    asked, own = asked[:MAX_ID], parts(asked[:MAX_ID])
+    likely = sorted(itertools.islice(known, 5000), key=lambda other: len(own & parts(other)))
+    near = difflib.get_close_matches(asked, likely[-20:], 1, 0.5)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def tier_of(model_id: str) -> str | None:
-    """Return the tier in a Claude model's id of any version: claude-3-5-haiku-latest -> haiku."""
+    """The tier in a Claude model's id of any version or date: claude-3-5-haiku-latest -> haiku."""
     if model_id.startswith("claude-"):
         return next((tier for tier in TIERS if tier in model_id), None)
     return model_id if model_id in TIERS else None
