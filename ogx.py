@@ -154,7 +154,6 @@ def count_elements(data: bytes) -> int:
 
 
 def is_id(value: Any) -> bool:
-    """Whether a value can be a model's id."""
     return isinstance(value, str) and 0 < len(value) <= MAX_ID and not BAD_ID.search(value)
 
 
@@ -297,8 +296,8 @@ def refusal_from_body(status: int, body: bytes) -> Refusal:
     if status == 200:
         names = " ".join(codes).lower()
         status = next((usual for stems, usual in CODE_STATUSES if re.search(stems, names)), 500)
-    message, param = reason.get("message", text), reason.get("param", "")
-    return Refusal(status, cut(message, 2000), cut(codes[0], 200), cut(param, 500))
+    return Refusal(status, cut(reason.get("message", text), 2000), cut(codes[0], 200),
+                   cut(reason.get("param", ""), 500))
 
 
 def reason_in(node: Any, depth: int = 8) -> Json:
@@ -336,7 +335,7 @@ def is_failure(answer: Json) -> bool:
 
 
 def unknown_data(words: str, data: bytes) -> OgxError:
-    """The error for what is no answer; only of an HTML page the log may tell more."""
+    """The error for what is no answer. The log tells what it is of HTML pages alone."""
     shown = beginning(data)
     if shown.startswith("an HTML page"):
         return OgxError(502, f"{words} {shown}")
@@ -352,18 +351,17 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
     if status == 403 and re.search("(?i)security token|bearer token|authentication|signature",
                                    refusal.message):
         status = 401  # AWS has 403 for wrong credentials, too
-    no_money = re.search(NO_MONEY, refusal.words) or (
-        status in (400, 403) and "billing" in refusal.message) or (
-        status == 429 and "quota" in refusal.code)
-    if no_money or status in (401, 402, 403):
+    out_of_money = (status in (400, 403) and "billing" in refusal.message) or (
+        status == 429 and "quota" in refusal.code) or re.search(NO_MONEY, refusal.words)
+    error_type = "billing_error" if out_of_money else ""
+    if error_type or status in (401, 402, 403):
         sent["x-should-retry"] = "false"
-    error_type = "billing_error" if no_money else ""
     return OgxError(status, f"{refusal.message} (from {origin})", error_type, sent, refusal=refusal)
 
 
 # ======== Checks =============================================================================
-# What users and clients gave. For a wrong value each raises OgxError(400) with its place, what
-# was expected there, and what it is.
+# For what users and clients gave: OgxError(400) says where a wrong value is, what was expected
+# there, and what it is.
 
 CONTENT, NUMBER = (str, list), (int, float)
 TYPE_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
@@ -466,9 +464,9 @@ class ProviderKind:
     signed: str = ""  # pattern for AWS's service and region in a URL: SigV4 where no key is given
     signed_by: Strings = ()  # have other uses, too: they switch on the last line of the starter
     headers: tuple[tuple[str, str], ...] = ()  # sent with every request
-    # How its models are found, and what tells about them.
+    # How its models are found, and what is known about them.
     list_path: str = "/models"
-    more_lists: tuple[tuple[str, str], ...] = ()  # path, and pattern of the ids to take
+    more_lists: tuple[Strings, ...] = ()  # path, and pattern of the ids to take
     servers: tuple[Strings, ...] = ()  # pattern of ids or paths, part of base_url, what is there
     loaded_path: str = ""  # lists the models in memory with the context they have there
     tokenizer: Strings = ()  # a path that counts a chat request; or one for its text, one for that
@@ -510,7 +508,6 @@ class ProviderKind:
 
     @property
     def switches(self) -> Strings:
-        """The variables that switch the starter's line on."""
         return self.url_vars if self.enabled_by == "url" else self.key_vars + self.signed_by
 
 
@@ -621,7 +618,7 @@ class Provider:
 
     @functools.cached_property
     def connection(self) -> str:
-        """Scheme, host, port and trust: providers that have these in common share connections."""
+        """Scheme, host, port and trust: what providers that share connections have in common."""
         return f"{self.url('~')} {self.verify} {self.ca_file}"
 
     @functools.cached_property
@@ -773,10 +770,9 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
 class Text(str):
     """A text of the configuration, and its place: a path, or the variable it came from."""
 
-    place: str
+    place = ""
 
-    def __new__(cls, text: str, place: str = "") -> Text:  # the default is for copies
-        self = super().__new__(cls, text)
+    def at(self, place: str) -> Text:
         self.place = place
         return self
 
@@ -797,17 +793,17 @@ def expanded(node: Any, environ: Mapping[str, str], where: str) -> Any:
 
     def value_of(reference: re.Match[str]) -> str:
         names, mark, operand = reference.groups()
-        name = next((name for name in names.split("|") if environ.get(name)), "")
-        if mark == ":+":
-            return operand if name else ""
-        if not name and mark is None:
+        name = next(filter(environ.get, names.split("|")), "")
+        if name and mark != ":+":
+            used.append(name)
+            return environ[name]
+        if mark is None:
             raise OgxError(400, f"{where}: the environment variable {names} is not set")
-        used.extend([name] if name else [])
-        return environ[name] if name else operand
+        return operand if name or mark == ":=" else ""
 
     inner = ENV_REFERENCE.sub(value_of, node)
     text = ENV_REFERENCE.sub(value_of, inner)  # a default may itself hold a reference
-    return Text(text, (*used, where)[0])
+    return Text(text).at((*used, where)[0])
 
 
 def path_of(where: str, name: str) -> str:
@@ -837,15 +833,15 @@ def checked(value: Any, table: Any, where: str) -> Any:
             return checked_object(value, table, where)
         if isinstance(value, list):
             return [checked(item, table[0], f"{where}[{i}]") for i, item in enumerate(value)]
-        return Text(value, where)
+        return Text(value).at(where)
     raise wrong_value(where, expected, value)
 
 
 def checked_object(node: Json, table: Mapping[Any, Any], where: str) -> Json:
     for name in node:
         if not {name, ...} & table.keys():
-            words = f"unknown key, expected {', '.join(table)}"
-            raise OgxError(400, f"{path_of(where, name)}: {words}")
+            raise OgxError(400, f"{path_of(where, name)}: unknown key, expected "
+                                f"{', '.join(table)}")
     return {name: checked(node.get(name), table.get(name, table.get(...)), path_of(where, name))
             for name in {**table, **node} if name is not ...}
 
@@ -859,9 +855,9 @@ def provider_from_entry(entry: Json) -> Provider:
         raise entry["provider_type"].wrong(f"one of {types}")
     settings = entry["config"]
     api_key = settings["api_key"].strip(AROUND)
-    if re.search(r"[^\x21-\x7e]", api_key):
-        place = settings["api_key"].place
-        raise OgxError(400, f"{place}: expected a key of printable ASCII without spaces")
+    if re.search("[^!-~]", api_key):
+        raise OgxError(400, f"{settings['api_key'].place}: expected a key of printable ASCII "
+                            "without spaces")
     if settings["dialect"] not in ("auto", "responses", *BOTH):
         raise settings["dialect"].wrong('"auto", "messages", "chat" or "responses"')
     url, parts = checked_base_url(settings["base_url"], kind)
@@ -889,8 +885,8 @@ def checked_headers(own: dict[str, Text], key_header: Text, key: str) -> dict[st
     given += [(key_header.place, key_header.lower(), key)] if key_header else []
     for place, name, value in given:
         if not HEADER.fullmatch(f"{name}\n{value}"):
-            words = "a header of printable ASCII that doesn't frame the request"
-            raise OgxError(400, f"{BAD_ID.sub('?', place)}: expected {words}")
+            raise OgxError(400, f"{BAD_ID.sub('?', place)}: expected a header of printable ASCII "
+                                "that doesn't frame the request")
     return {name: value for _, name, value in given if value}
 
 
@@ -915,9 +911,9 @@ def checked_base_url(given: Text, kind: ProviderKind) -> tuple[str, urllib.parse
 
 
 def alias_from_entry(entry: Json, provider_ids: Collection[str]) -> Alias:
-    if not is_id(entry["model_id"]) or entry["model_id"].strip() != entry["model_id"]:
-        raise entry["model_id"].wrong("1 to 256 characters without control characters or outer "
-                                      "spaces")
+    model_id = entry["model_id"]
+    if not is_id(model_id) or model_id.strip() != model_id:
+        raise model_id.wrong("1 to 256 characters without control characters or outer spaces")
     if entry["model_type"] != "llm":
         raise entry["model_type"].wrong('"llm"')
     if entry["provider_id"] not in ("all", *provider_ids):
@@ -925,8 +921,8 @@ def alias_from_entry(entry: Json, provider_ids: Collection[str]) -> Alias:
         raise entry["provider_id"].wrong(f"a configured provider ({names})")
     target = entry["provider_model_id"]
     if isinstance(target, list):
-        return Alias(entry["model_id"], "all", target[0], tuple(target))
-    return Alias(entry["model_id"], entry["provider_id"], target)
+        return Alias(model_id, "all", target[0], tuple(target))
+    return Alias(model_id, entry["provider_id"], target)
 
 
 # ======== Registry ===========================================================================
@@ -1005,12 +1001,11 @@ def is_llm(upstream_id: str, entry: Json) -> bool:
         return bool(capabilities["completion_chat"])
     if isinstance(capabilities, list) and capabilities:
         return "completion" in capabilities
-    if NOT_LLM.search(str(entry.get("type"))) or entry.get("supports_chat") is False:
-        return False
     modalities = dict_or_empty(entry.get("architecture")).get("output_modalities")
-    if isinstance(modalities, list) and "text" not in modalities:
+    if entry.get("supports_chat") is False or (
+            isinstance(modalities, list) and "text" not in modalities):
         return False
-    return not NOT_LLM.search(upstream_id)
+    return not NOT_LLM.search(f"{entry.get('type')}/{upstream_id}")
 
 
 def model_entry(model: Model, alias_of: str = "", learned: Sequence[str] = ()) -> Json:
@@ -1062,7 +1057,6 @@ class Registry:
         return self._by_id.get(model.served)
 
     def resolve(self, model_id: str) -> Model:
-        """The model that serves an id; OgxError(404) when none does."""
         return self.chain(model_id)[0]
 
     def chain(self, model_id: str) -> list[Model]:
@@ -1074,8 +1068,8 @@ class Registry:
         wanted = model_id.strip().removesuffix("[1m]")
         alias = self.aliases.get(wanted)
         if alias and alias.provider_id not in (*self.providers, "all"):
-            gone = alias.provider_id
-            raise OgxError(404, f"the provider '{gone}' of model '{wanted}' is not configured")
+            raise OgxError(404, f"the provider '{alias.provider_id}' of model '{wanted}' is not "
+                                "configured")
         if alias and alias.targets:
             models = [self._explicit(target) for target in alias.targets]
         else:
@@ -1089,8 +1083,8 @@ class Registry:
         if alias:
             raise OgxError(404, f"no provider serves a target of model '{wanted[:200]}'")
         hint = near_miss(model_id, [*(m.id for m in self.models()), *self.aliases])
-        words = f"model '{model_id[:200]}' not found.{hint}"
-        raise OgxError(404, f"{words} GET /v1/models lists what there is.")
+        raise OgxError(404, f"model '{model_id[:200]}' not found.{hint} GET /v1/models lists what "
+                            "there is.")
 
     def _explicit(self, wanted: str) -> Model | None:
         return self._named(wanted) or self._bare(wanted) or self._routed(wanted)
@@ -1110,8 +1104,8 @@ class Registry:
             return None
         model = self._explicit(chosen)
         if model is None and not tier_of(chosen):  # a tier that names a tier means the first LLM
-            variable = f"ANTHROPIC_DEFAULT_{str(tier).upper()}_MODEL"
-            raise OgxError(404, f"{variable} names '{chosen[:200]}', which no provider here serves")
+            raise OgxError(404, f"ANTHROPIC_DEFAULT_{str(tier).upper()}_MODEL names "
+                                f"'{chosen[:200]}', which no provider here serves")
         return model
 
     def _automatic(self, wanted: str) -> Model | None:
@@ -1122,9 +1116,9 @@ class Registry:
         models = [m for m in self.models() if alias.provider_id in ("all", m.provider.id)
                   and alias.provider_model_id in ("auto", m.upstream_id)]
         if not models:
-            reasons = "; ".join(f"{pid}: {why}" for pid, why in self.problems.items())
-            words = reasons or "no provider lists a model"
-            raise OgxError(404, f"no model to serve '{wanted[:200]}' ({words})")
+            problems = "; ".join(f"{pid}: {why}" for pid, why in self.problems.items())
+            raise OgxError(404, f"no model to serve '{wanted[:200]}' "
+                                f"({problems or 'no provider lists a model'})")
         models.sort(key=lambda m: m.provider.id in self.problems)  # who may be down comes last
         family = (m for m in models if m.provider.id == models[0].provider.id
                   and tier_of(re.sub(r"^.*\.(?=claude-)", "", m.upstream_id)) == tier)
