@@ -315,9 +315,10 @@ def reason_in(node: Any, depth: int = 8) -> Json:
         return {}
     own = [(name.lower(), node[name]) for name in sorted(node, key=len) if node[name]]
     plain = {name: str(value) for name, value in own if isinstance(value, (str, int))}
-    path = [part for part in as_list(node.get("loc")) if isinstance(part, str)]
+    path = node["loc"] if isinstance(node.get("loc"), list) else ()
+    names = [plain.get("param", ""), *(part for part in path if isinstance(part, str))]
     codes = [plain[n] for end in ("code", "type", "status") for n in plain if n.endswith(end)]
-    reason = {"param": [plain.get("param", ""), *path][-1], "codes": codes}
+    reason = {"param": names[-1], "codes": codes}
     reasons = [value for end in REASON_NAMES for name, value in own if name.endswith(end)]
     for value in sorted(reasons, key=lambda value: isinstance(value, (dict, list))):
         inner = reason_in(value, depth - 1)
@@ -455,7 +456,7 @@ class ProviderKind:
 
     name: str
     base_url: str = ""  # with the version segment; empty: the user must give one
-    key_vars: Strings = ()  # environment variables with the key; the first set one counts
+    key_vars: Strings = ()  # variables with the key, of which the first that is set counts
     url_vars: Strings = ()
     verify_var: str = ""
     enabled_by: str = "key"  # "key" or "url": the variable that switches the starter's line on
@@ -647,7 +648,7 @@ class Provider:
 DEMO_PROVIDER = Provider("demo", DEMO_KIND, DEMO_KIND.base_url)
 
 # ======== Config =============================================================================
-# In: the starter below or a JSON file of the same shape, and the environment. Out: a Config, or
+# From the starter below or a JSON file of the same shape, and the environment, comes a Config, or
 # an OgxError that names the file, the path inside it and what was expected.
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8321
@@ -712,6 +713,12 @@ def target_or_auto(value: Any, where: str) -> Any:
     return value
 
 
+def entry_if_on(entry: Any, where: str) -> Json | None:
+    """A provider's entry; None for one that an empty provider_id switches off."""
+    off = isinstance(entry, dict) and not entry.get("provider_id")
+    return None if off else checked(entry, ENTRY, where)
+
+
 # What the objects of a file hold: usual values, whose types count; None: any value; `...`: any
 # other name; or a function of the value, None where it's missing, and its place.
 ALIAS: Json = {"model_id": "", "provider_id": "all", "provider_model_id": target_or_auto,
@@ -720,7 +727,7 @@ ENTRY: Json = {"provider_id": "", "provider_type": "", "config": {
     "base_url": "", "api_key": "", "dialect": "auto", "verify": True, "ca_file": "",
     "headers": {...: ""}, "key_header": ""}}
 FILE: Json = {
-    "version": None, "distro_name": None, "providers": {"inference": [ENTRY], ...: None},
+    "version": None, "distro_name": None, "providers": {"inference": [entry_if_on], ...: None},
     "registered_resources": {"models": [ALIAS], ...: None},
     "server": {
         "host": DEFAULT_HOST, "discover_local": True, "retries": 3, "retry_seconds": 5,
@@ -751,7 +758,7 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
     """The Config that a parsed file describes; OgxError(400) names a wrong place."""
     root = checked(expanded(tree, environ, source), FILE, source)
     entries, server = root["providers"]["inference"], root["server"]
-    providers = [provider_from_entry(entry) for entry in entries if entry["provider_id"]]
+    providers = [provider_from_entry(entry) for entry in entries if entry]
     ids = [provider.id for provider in providers]
     for provider_id in ids:
         if ids.count(provider_id) > 1:
@@ -768,9 +775,9 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
 
 
 class Text(str):
-    """A text of the configuration, and its place: a path, or the variable it came from."""
+    """A text of the configuration, which knows where it stands."""
 
-    place = ""
+    place = ""  # its path, or the variable it came from
 
     def at(self, place: str) -> Text:
         self.place = place
@@ -819,21 +826,19 @@ def checked(value: Any, table: Any, where: str) -> Any:
         return table(value, where) if table else value
     if value is None:
         value = type(table)() if isinstance(table, (dict, list)) else table
-    expected = TYPE_NAMES[type(table)]
-    if isinstance(table, bool):
-        if str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
-    elif isinstance(table, (int, float)):
-        number = json_or_none(value) if isinstance(value, str) else value
-        if type(number) in (int, float) and 0 <= number < 1e6:
-            return float(number)
+    given, expected = value, TYPE_NAMES[type(table)]
+    if isinstance(value, str) and isinstance(table, NUMBER):  # a flag is a number, too
+        given = json_or_none(value.lower())
+    if type(table) in NUMBER:
+        if type(given) in NUMBER and 0 <= given < 1e6:
+            return float(given)
         expected = "a number from 0 to 999999 (run --help tells its unit)"
-    elif isinstance(value, type(table)):
-        if isinstance(value, dict):
-            return checked_object(value, table, where)
-        if isinstance(value, list):
-            return [checked(item, table[0], f"{where}[{i}]") for i, item in enumerate(value)]
-        return Text(value).at(where)
+    elif isinstance(given, dict) and isinstance(table, dict):
+        return checked_object(given, table, where)
+    elif isinstance(given, list) and isinstance(table, list):
+        return [checked(item, table[0], f"{where}[{i}]") for i, item in enumerate(given)]
+    elif isinstance(given, type(table)):
+        return Text(given).at(where) if isinstance(given, str) else given
     raise wrong_value(where, expected, value)
 
 
@@ -931,17 +936,16 @@ def alias_from_entry(entry: Json, provider_ids: Collection[str]) -> Alias:
 
 # Ids that aren't chat models, for lists that don't say; found with public model maps.
 NOT_LLM = re.compile(
-    r"embed|rerank|whisper|transcri|(^|[-_./])tts|speech|audio|realtime|dall-?e|(^|[-_./])image|"
-    r"imagen|flux|stable-diffusion|sdxl|canvas|nano-banana|moderation|guard|ocr|sora|"
-    r"(^|[-_./])veo|video|t2v|i2v|lyria|bge-|gte-|(^|[-_./])e5-|minilm|colbert|nomic|jina-|"
-    r"voyage-|m2-bert|davinci-00|babbage|orpheus|playai|kokoro|parakeet|scribe|chirp|reward|"
-    r"computer-use|deep-research|search-(api|preview)", re.I)
+    r"(^|[-_./])(tts|image|veo|e5-)|embed|rerank|whisper|transcri|speech|audio|realtime|dall-?e|"
+    r"imagen|flux|stable-diffusion|sdxl|canvas|nano-banana|moderation|guard|ocr|sora|video|t2v|"
+    r"i2v|lyria|bge-|gte-|minilm|colbert|nomic|jina-|voyage-|m2-bert|davinci-00|babbage|orpheus|"
+    r"playai|kokoro|parakeet|scribe|chirp|reward|computer-use|deep-research|"
+    r"search-(api|preview)", re.I)
 # Fields of list entries with the context window and the output limit, in tokens: Anthropic, vLLM,
 # Groq, Together and OpenRouter, LM Studio, Mistral, Fireworks, llama.cpp.
 CONTEXT_FIELDS = ("max_input_tokens", "max_model_len", "context_window", "context_length",
                   "loaded_context_length", "max_context_length", "contextLength", "n_ctx")
 OUTPUT_FIELDS = ("max_completion_tokens", "max_output_length", "max_tokens")
-ID_FIELDS = ("id", "name", "inferenceProfileId", "modelId")
 PRO = re.compile(r"(^|[-_./])pro\b", re.I)
 MOST_REGISTERED = 2000  # ids
 
@@ -976,7 +980,8 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
         payload = next(filter(None, map(payload.get, names)), [])
     models: dict[str, Model] = {}
     for entry in map(dict_or_empty, payload if isinstance(payload, list) else ()):
-        upstream_id: Any = next(filter(None, map(entry.get, ID_FIELDS)), None)
+        ids = map(entry.get, ("id", "name", "inferenceProfileId", "modelId"))
+        upstream_id: Any = next(filter(None, ids), None)
         if not is_id(upstream_id) or not is_llm(upstream_id, entry):
             continue
         upstream_id = re.sub("^models/", "", upstream_id)
@@ -1028,7 +1033,7 @@ class Registry:
         self.aliases = {alias.model_id: alias for alias in config.aliases}
         self.tiers = dict(config.tiers)
         self.lists: dict[str, list[Model]] = {}  # provider id -> its LLMs
-        self.problems: dict[str, str] = {}  # provider id -> what was wrong at the last asking
+        self.problems: dict[str, str] = {}  # provider id -> why its last list failed
         self.native: dict[str, bool] = {}  # provider id -> whether it has a Messages API
         self.uncounted: dict[str, set[str]] = {}  # base URL -> paths where it counts no tokens
         self._by_id: dict[str, Model] = {}
@@ -1060,11 +1065,11 @@ class Registry:
         return self.chain(model_id)[0]
 
     def chain(self, model_id: str) -> list[Model]:
-        """The models to try for an id, in order; OgxError(404) when there is none.
-        An alias may name several. Others have one, in this order: a listed id; an alias with a
-        fixed target; a tier chosen by ANTHROPIC_DEFAULT_*_MODEL; an upstream's bare id where only
-        one provider has it; an alias for `auto`, and any `claude-*` id by its family, which both
-        mean the first LLM, or the first of that family; `provider/anything`; `anyone/claude-*`."""
+        """The models to try for an id, in order; OgxError(404) when there is none. An alias may
+        name several. Other ids mean one, the first of: a listed id; an alias's fixed target; the
+        tier's of ANTHROPIC_DEFAULT_*_MODEL; a bare id that one provider alone lists; for an alias
+        of `auto` and any `claude-*` the first LLM, if possible of that family; `provider/anything`;
+        `anyone/claude-*`."""
         wanted = model_id.strip().removesuffix("[1m]")
         alias = self.aliases.get(wanted)
         if alias and alias.provider_id not in (*self.providers, "all"):

@@ -1480,6 +1480,24 @@ class TestConfig:
         error = refused(self.build, providers={"inference": [entry]})
         assert "sk-secret" not in error.message
 
+    @pytest.mark.parametrize("provider_id", ["", None, "${env.UNSET:+mine}"])
+    def test_an_entry_without_an_id_is_off_whatever_it_holds(self, provider_id):
+        entry = {"provider_id": provider_id, "provider_type": "remote::odd",
+                 "config": {"verify": "maybe"}}  # fmt: skip
+        assert self.build(providers={"inference": [entry]}).providers == ()
+
+    @pytest.mark.parametrize("entry", [{"model_id": ""}, {"model_id": " a"}, {"model_id": "a\n"},
+                                       {"model_id": "a" * 257}, {}], ids=lambda e: str(e)[:30])
+    def test_a_models_id_that_nobody_can_ask_for_is_a_mistake(self, entry):
+        error = refused(self.build, registered_resources={"models": [entry]})
+        assert error.message.startswith(
+            "my.json: registered_resources.models[0].model_id: expected 1 to 256 characters")
+
+    def test_other_parts_of_an_ogx_file_are_passed_over(self):
+        built = self.build(providers={"safety": [5]}, registered_resources={"shields": "x"},
+                           version="2", distro_name=None)  # fmt: skip
+        assert (built.providers, built.aliases) == ((), ())
+
     def test_two_servers_of_one_kind(self):
         entries = [{"provider_id": f"gpu{i}", "provider_type": "remote::vllm",
                     "config": {"base_url": f"http://gpu{i}:8000/v1"}} for i in (1, 2)]  # fmt: skip
