@@ -705,36 +705,6 @@ class Config:
     show_thinking: bool = True  # where a client asks to omit it, as Claude Code does, too
 
 
-def target_or_auto(value: Any, where: str) -> Any:
-    value = "auto" if value in (None, "") else value
-    if not 1 <= len(as_list(value)) <= 32 or not all(map(is_id, as_list(value))):
-        raise wrong_value(where, f"an id of 1 to {MAX_ID} characters or a list of them, "
-                                 "at most 32 of them", value)
-    return value
-
-
-def entry_if_on(entry: Any, where: str) -> Json | None:
-    """A provider's entry; None for one that an empty provider_id switches off."""
-    off = isinstance(entry, dict) and not entry.get("provider_id")
-    return None if off else checked(entry, ENTRY, where)
-
-
-# What the objects of a file hold: usual values, whose types count; None: any value; `...`: any
-# other name; or a function of the value, None where it's missing, and its place.
-ALIAS: Json = {"model_id": "", "provider_id": "all", "provider_model_id": target_or_auto,
-               "model_type": "llm"}
-ENTRY: Json = {"provider_id": "", "provider_type": "", "config": {
-    "base_url": "", "api_key": "", "dialect": "auto", "verify": True, "ca_file": "",
-    "headers": {...: ""}, "key_header": ""}}
-FILE: Json = {
-    "version": None, "distro_name": None, "providers": {"inference": [entry_if_on], ...: None},
-    "registered_resources": {"models": [ALIAS], ...: None},
-    "server": {
-        "host": DEFAULT_HOST, "discover_local": True, "retries": 3, "retry_seconds": 5,
-        "port": lambda value, where: port_number(DEFAULT_PORT if value is None else value, where),
-        "host_names": "", "show_thinking": True, **asdict(Limits())}}
-
-
 def starter_config() -> Json:
     """The built-in configuration; starter.json holds the same (a test compares them)."""
     entries = []
@@ -752,26 +722,6 @@ def starter_config() -> Json:
     return {"version": 2, "distro_name": "starter", "providers": {"inference": entries},
             "registered_resources": {"models": models},
             "server": {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "discover_local": True}}
-
-
-def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Config:
-    """The Config that a parsed file describes; OgxError(400) names a wrong place."""
-    root = checked(expanded(tree, environ, source), FILE, source)
-    entries, server = root["providers"]["inference"], root["server"]
-    providers = [provider_from_entry(entry) for entry in entries if entry]
-    ids = [provider.id for provider in providers]
-    for provider_id in ids:
-        if ids.count(provider_id) > 1:
-            raise OgxError(400, f"{source}: two providers have the provider_id '{provider_id}'")
-    aliases = [alias_from_entry(entry, ids) for entry in root["registered_resources"]["models"]]
-    tiers = {tier: environ.get(f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL", "") for tier in TIERS}
-    usual = {f"OGX_{name.upper()}": server[name] for name in asdict(Limits())}
-    limits = checked({name: environ.get(name) or None for name in usual}, usual, "environment")
-    return Config(
-        server["host"], port_number(environ.get("OGX_PORT") or server["port"], "OGX_PORT"),
-        tuple(providers), tuple(aliases), tiers, server["discover_local"], int(server["retries"]),
-        server["retry_seconds"], Limits(*limits.values()),
-        tuple(server["host_names"].lower().replace(",", " ").split()), server["show_thinking"])
 
 
 class Text(str):
@@ -851,7 +801,11 @@ def checked_object(node: Json, table: Mapping[Any, Any], where: str) -> Json:
             for name in {**table, **node} if name is not ...}
 
 
-def provider_from_entry(entry: Json) -> Provider:
+def provider_or_none(value: Any, where: str) -> Provider | None:
+    """The provider of an entry; None where an empty provider_id switches it off."""
+    if isinstance(value, dict) and not value.get("provider_id"):
+        return None
+    entry = checked(value, ENTRY, where)
     if not re.fullmatch(r"[A-Za-z0-9._-]+", entry["provider_id"]):
         raise entry["provider_id"].wrong("letters, digits, '.', '_' or '-'")
     kind = PROVIDER_KINDS.get(entry["provider_type"].partition("remote::")[2])
@@ -915,6 +869,14 @@ def checked_base_url(given: Text, kind: ProviderKind) -> tuple[str, urllib.parse
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path or usual}", parts
 
 
+def target_or_auto(value: Any, where: str) -> Any:
+    value = "auto" if value in (None, "") else value
+    if not 1 <= len(as_list(value)) <= 32 or not all(map(is_id, as_list(value))):
+        raise wrong_value(where, f"an id of 1 to {MAX_ID} characters or a list of them, "
+                                 "at most 32 of them", value)
+    return value
+
+
 def alias_from_entry(entry: Json, provider_ids: Collection[str]) -> Alias:
     model_id = entry["model_id"]
     if not is_id(model_id) or model_id.strip() != model_id:
@@ -928,6 +890,41 @@ def alias_from_entry(entry: Json, provider_ids: Collection[str]) -> Alias:
     if isinstance(target, list):
         return Alias(model_id, "all", target[0], tuple(target))
     return Alias(model_id, entry["provider_id"], target)
+
+
+# What the objects of a file hold: usual values, whose types count; None: any value; `...`: any
+# other name; or a function of the value, None where it's missing, and its place.
+ALIAS: Json = {"model_id": "", "provider_id": "all", "provider_model_id": target_or_auto,
+               "model_type": "llm"}
+ENTRY: Json = {"provider_id": "", "provider_type": "", "config": {
+    "base_url": "", "api_key": "", "dialect": "auto", "verify": True, "ca_file": "",
+    "headers": {...: ""}, "key_header": ""}}
+FILE: Json = {
+    "version": None, "distro_name": None, "providers": {"inference": [provider_or_none], ...: None},
+    "registered_resources": {"models": [ALIAS], ...: None},
+    "server": {
+        "host": DEFAULT_HOST, "discover_local": True, "retries": 3, "retry_seconds": 5,
+        "port": lambda value, where: port_number(DEFAULT_PORT if value is None else value, where),
+        "host_names": "", "show_thinking": True, **asdict(Limits())}}
+
+
+def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Config:
+    """The Config that a parsed file describes; OgxError(400) names a wrong place."""
+    root = checked(expanded(tree, environ, source), FILE, source)
+    server, providers = root["server"], [p for p in root["providers"]["inference"] if p]
+    ids = [provider.id for provider in providers]
+    for provider_id in ids:
+        if ids.count(provider_id) > 1:
+            raise OgxError(400, f"{source}: two providers have the provider_id '{provider_id}'")
+    aliases = [alias_from_entry(entry, ids) for entry in root["registered_resources"]["models"]]
+    tiers = {tier: environ.get(f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL", "") for tier in TIERS}
+    usual = {f"OGX_{name.upper()}": server[name] for name in asdict(Limits())}
+    limits = checked({name: environ.get(name) or None for name in usual}, usual, "environment")
+    return Config(
+        server["host"], port_number(environ.get("OGX_PORT") or server["port"], "OGX_PORT"),
+        tuple(providers), tuple(aliases), tiers, server["discover_local"], int(server["retries"]),
+        server["retry_seconds"], Limits(*limits.values()),
+        tuple(server["host_names"].lower().replace(",", " ").split()), server["show_thinking"])
 
 
 # ======== Registry ===========================================================================
