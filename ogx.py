@@ -20,7 +20,7 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
 
     Values         JSON and text as all sections read and write them
     Errors         one exception type; an upstream's error body in all its shapes
-    Checks         what users and clients gave: is it what was expected?
+    Checks         values that users and clients gave, and what is wrong with them
     Providers      one row of data per kind of provider
     Config         starter.json, or a file like it, and ${env.VAR:=default}
     Registry       models, aliases and tiers: which provider serves an id
@@ -128,7 +128,8 @@ PLAIN_JSON = json.JSONDecoder(parse_constant=number_or_none, parse_float=number_
 
 
 def json_or_none(data: str | bytes) -> Any:
-    """The value of a JSON text; None for what is no JSON, has too many elements, or is NaN."""
+    """The value of a JSON text, with None for NaN and infinities; None for what is no JSON or
+    has too many elements."""
     if has_too_many_elements(data):
         return None
     try:
@@ -236,7 +237,7 @@ CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 
 @dataclass(eq=False, repr=False)
 class OgxError(Exception):
-    """A failure told to the client. A raised one keeps its traceback alive: store a replace()."""
+    """A failure told to the client. A raised one keeps its traceback alive: keep a replace()."""
 
     status: int  # of HTTP
     message: str
@@ -361,8 +362,8 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
 
 
 # ======== Checks =============================================================================
-# For what users and clients gave: OgxError(400) says where a wrong value is, what was expected
-# there, and what it is.
+# What users and clients gave: OgxError(400) says where a wrong value is, what was expected there,
+# and what it is.
 
 CONTENT, NUMBER = (str, list), (int, float)
 TYPE_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
@@ -463,14 +464,14 @@ class ProviderKind:
     default_path: str = "/v1"  # of URLs without one, where base_url has none either
     key_headers: Strings = ("authorization",)  # takes "Bearer KEY"; others the bare key
     signed: str = ""  # pattern for AWS's service and region in a URL: SigV4 where no key is given
-    signed_by: Strings = ()  # have other uses, too: they switch on the last line of the starter
+    signed_by: Strings = ()  # switch its line on, the last one, since they have other uses, too
     headers: tuple[tuple[str, str], ...] = ()  # sent with every request
     # How its models are found, and what is known about them.
     list_path: str = "/models"
     more_lists: tuple[Strings, ...] = ()  # path, and pattern of the ids to take
-    servers: tuple[Strings, ...] = ()  # pattern of ids or paths, part of base_url, what is there
+    servers: tuple[Strings, ...] = ()  # pattern of ids or paths, then of base_url; replacement
     loaded_path: str = ""  # lists the models in memory with the context they have there
-    tokenizer: Strings = ()  # a path that counts a chat request; or one for its text, one for that
+    tokenizer: Strings = ()  # a path that counts a chat; or one that renders it, one that counts
     context_hint: str = ""  # how to give a model more context
     local_port: int = 0  # where `run` looks for it when nothing is configured
     identity: Strings = ("", "")  # a path, and what only this server answers there
@@ -841,7 +842,8 @@ def basic_auth(url: urllib.parse.SplitResult) -> str:
 def checked_headers(own: dict[str, Text], key_header: Text, key: str) -> dict[str, str]:
     """The user's own headers by lower-case name, the one for the key included."""
     given = [(value.place, name.lower(), value.strip()) for name, value in own.items()]
-    given += [(key_header.place, key_header.lower(), key)] if key_header else []
+    if key_header:
+        given.append((key_header.place, key_header.lower(), key))
     for place, name, value in given:
         if not HEADER.fullmatch(f"{name}\n{value}"):
             raise OgxError(400, f"{BAD_ID.sub('?', place)}: expected a header of printable ASCII "
@@ -853,8 +855,8 @@ def checked_base_url(given: Text, kind: ProviderKind) -> tuple[str, urllib.parse
     """The URL without its user and a trailing slash, and all its parts. Without a scheme it gets
     `http://` where servers are local or it has a port, without a path the usual one."""
     url = given.strip(AROUND) or kind.base_url
-    if url and "://" not in url and (
-            kind.enabled_by == "url" or re.match("[^/]+:[0-9]", url)):
+    is_local = kind.enabled_by == "url" or re.match("[^/]+:[0-9]", url)
+    if url and "://" not in url and is_local:
         url = "http://" + url
     parts = url_parts(url)
     if parts is None:
