@@ -18,7 +18,9 @@ One file, the standard library alone, Python 3.9 or newer. Importing it has no e
 Anthropic's words are message, block and event; OpenAI's are completion, choice, delta and
 chunk; a name tells by its noun which protocol it speaks. Sections refer only upward:
 
+    Values         JSON and text as all sections read and write them
     Errors         one exception type; an upstream's error body in all its shapes
+    Checks         values that users and clients gave, and what is wrong with them
     Providers      one row of data per kind of provider
     Config         starter.json, or a file like it, and ${env.VAR:=default}
     Registry       models, aliases and tiers: which provider serves an id
@@ -85,6 +87,7 @@ if sys.version_info < (3, 9):  # noqa: UP036
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timezone
 from typing import Any, Callable, ClassVar, NamedTuple, Union
 
 __version__ = "0.1.0"
@@ -92,11 +95,128 @@ __version__ = "0.1.0"
 Json = dict[str, Any]  # an object on the wire, as json.loads gives it
 log = logging.getLogger("ogx")
 
+# ======== Values =============================================================================
+# JSON and text as all sections read and write them.
+
+MAX_HEAD = 64 * 1024  # bytes of a head: a stream's first event, or a status line and headers
+MAX_ID = 256  # characters of a model's id
+MAX_ELEMENTS = 1_000_000  # of a JSON text: Python's parser holds up all threads while it reads them
+# What moves a terminal's cursor, turns text around or is half a character; all but line ends.
+CONTROLS = r"\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+CONTROL, BAD_ID = re.compile(f"[{CONTROLS}]"), re.compile(f"[\n{CONTROLS}]")
+KEY_CHARACTERS = "%+-./0123456789:=@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~"
+JSON_STRING = re.compile(rb'"[^"]*"?')  # without escapes; a group would keep each of its turns
+HALF_PAIR = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|"
+                       rb"(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F]..)")
+COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False)
+
+
+def json_bytes(value: Json) -> bytes:
+    return COMPACT_JSON.encode(value).encode("ascii")
+
+
+def without_halves(data: bytes) -> bytes:
+    """JSON with U+FFFD for half surrogate pairs: servers refuse a whole body for one."""
+    if not HALF_PAIR.search(data):
+        return data
+    marked = data.replace(b"\\\\", b"\0")  # what is a text's own backslash
+    return HALF_PAIR.sub(rb"\\ufffd", marked).replace(b"\0", b"\\\\")
+
+
+def number_or_none(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+PLAIN_JSON = json.JSONDecoder(parse_constant=number_or_none, parse_float=number_or_none)
+
+
+def json_or_none(data: str | bytes) -> Any:
+    """The value of a JSON text, with None for NaN and infinities; None for what is no JSON or
+    has too many elements."""
+    if has_too_many_elements(data):
+        return None
+    try:
+        text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
+        return PLAIN_JSON.decode(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def has_too_many_elements(data: str | bytes) -> bool:
+    """Whether a JSON text has more than MAX_ELEMENTS outside of strings."""
+    if len(data) <= MAX_ELEMENTS:
+        return False
+    data = data.encode("utf-8", "replace") if isinstance(data, str) else data
+    if count_elements(data) <= MAX_ELEMENTS:
+        return False
+    data = data.replace(rb"\\", b"").replace(rb'\"', b"")
+    return count_elements(JSON_STRING.sub(b"", data)) > MAX_ELEMENTS
+
+
+def count_elements(data: bytes) -> int:
+    return data.count(b",") + data.count(b"[") + data.count(b"{")
+
+
+def is_id(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_ID and not BAD_ID.search(value)
+
+
+def dict_or_empty(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def whole_number(value: Any) -> int:
+    """A number from 1 to 2^53 - 1, which JavaScript knows too; 0 for any other value."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and 0 < value < 1 << 53 else 0
+
+
+def first_number(node: Json, names: Iterable[str]) -> int | None:
+    """The first of the named fields that holds a positive whole number."""
+    return next(filter(None, (whole_number(node.get(name)) for name in names)), None)
+
+
+def text_part(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
+def without_controls(text: str) -> str:
+    """A text with ? for control characters, but line ends, as a terminal may show it."""
+    return text if text.isprintable() else CONTROL.sub("?", text)
+
+
+def cut(text: str, size: int) -> str:
+    """The beginning of a long text, up to a word's end: half a key would not be hidden."""
+    return text if len(text) <= size else text[:size].rstrip(KEY_CHARACTERS) + "..."
+
+
+def one_line(text: str) -> str:
+    """500 characters of a text for the log, without line breaks."""
+    return cut(" ".join(text[:5000].split()), 500)
+
+
+def beginning(data: bytes) -> str:
+    """How an odd answer begins: an HTML page's title, else 500 characters of text."""
+    # Where a tag isn't closed, the expressions look for its end again and again: cut before.
+    text = cut(data[:4000].decode("utf-8", "replace").strip(), 3900)
+    if "<html" in text[:1000].lower() or text[:9].lower() == "<!doctype":
+        title = re.search(r"<title[^>]*>(.*?)</title>", text, re.I | re.S)
+        body = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]+>", " ", text)
+        return "an HTML page: " + cut(one_line(title[1] if title else body), 300)
+    return one_line(text)
+
+
 # ======== Errors =============================================================================
-# One exception type carries what the client is told; it is caught at three edges: the HTTP
+# One exception type for all that the client is told; it is caught at three edges: the HTTP
 # handler, the stream writer and main. An upstream's words are kept and its origin added.
 
-ERROR_TYPES = {  # Anthropic's error types by status (OpenAPI of the Messages API; gateway contract)
+ERROR_TYPES = {  # by status (OpenAPI of Anthropic's Messages API; gateway contract)
     400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
     403: "permission_error", 404: "not_found_error", 413: "request_too_large",
     429: "rate_limit_error", 501: "not_supported", 504: "timeout_error", 529: "overloaded_error",
@@ -108,39 +228,29 @@ CODE_STATUSES = (*((name, status) for status, name in ERROR_TYPES.items()),
 # How names of reasons end in error bodies, the best last.
 REASON_NAMES = ("choices", "resp", "response", "error", "errors", "detail", "description", "msg",
                 "message", "raw", "metadata")
-MIN_SECRET = 8  # characters of a key worth hiding; shorter ones are dummies, and words of any text
-# What AWS says with status 403 when it's the credentials that are wrong, not what they may do.
-WRONG_KEY = "(?i)security token|bearer token|authentication|signature"
-# What moves a terminal's cursor, turns text around or is half a character; all but line ends.
-CONTROLS = r"\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
-CONTROL, BAD_ID = re.compile(f"[{CONTROLS}]"), re.compile(f"[\n{CONTROLS}]")
-MAX_HEAD = 64 * 1024  # bytes of a head: a stream's first event, or a status line and headers
-MAX_ID = 256  # characters of a model's id
-KEY_CHARACTERS = "%+-./0123456789:=@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~"
-MAX_ELEMENTS = 1_000_000  # of a JSON text: Python's parser holds up all threads while it reads them
-JSON_STRING = re.compile(rb'"[^"]*"?')  # without escapes: a group would keep each of its turns
-RETRY_AFTER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?|\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT")
 # A quotation of four words or more is a user's or a model's text, but behind such a key.
 QUOTATION = re.compile(r"""(\b(?:message|msg|error|detail)\\?['"]\s?:\s?\\?)?(?<!\w)"""
                        r"""(['"`])(?:[^\s'"`]{1,40}\s){3}.*?(?:\2(?!\w)|\Z)""", re.S)
 NO_MONEY = (r"(?i)\b(insufficient|not enough|out of|used all)\b(?! permis).{0,30}\b(balance|"
             r"credit|fund)|\b(balance|credit|fund)s?\b.{0,30}(insufficient|not enough|too low)|"
             r"\brecharg|\barrears|\btop[ -]up\b")
+RETRY_AFTER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?|\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT")
+MIN_SECRET = 8  # characters of a key worth hiding; shorter ones are dummies, and words of any text
 CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 
 
 @dataclass(eq=False, repr=False)
 class OgxError(Exception):
-    """A failure told to the client. A raised one holds on to its frames: keep a replace() of it."""
+    """A failure told to the client. A raised one keeps its traceback alive: keep a replace()."""
 
     status: int  # of HTTP
     message: str
-    type: str = ""  # Anthropic's; empty: the usual one of the status
+    type: str = ""  # Anthropic's; by default that of the status
     headers: Mapping[str, str] = field(default_factory=dict)
     details: Json | None = None
     raw: bytes = b""  # the body as an upstream that speaks Messages wrote it
-    refusal: Refusal | None = None  # the upstream's own words, where it said some
-    quote: str = ""  # more of the message for the client alone: what a model said is in no log
+    refusal: Refusal | None = None  # the upstream's own words
+    quote: str = ""  # ends the message for the client alone: what a model said is in no log
     reason: str = ""  # why a connection failed, without to what
 
     def __post_init__(self) -> None:
@@ -149,7 +259,7 @@ class OgxError(Exception):
         self.type = self.type or ERROR_TYPES.get(self.status, usual)
 
     def without(self, secrets: Iterable[str]) -> OgxError:
-        """This error with keys hidden that an upstream may have quoted."""
+        """Hide keys that an upstream quoted, in this error itself, and return it."""
         for secret in secrets:
             self.message = self.message.replace(secret, "***")
             self.quote = self.quote.replace(secret, "***")
@@ -157,10 +267,9 @@ class OgxError(Exception):
         return self
 
     def body(self, request_id: str) -> Json:
-        """Anthropic's error object: {"type": "error", "error": {...}, "request_id": ...}."""
+        message = without_controls(self.message + self.quote)
         details = {"details": self.details} if self.details else {}
-        words = without_controls(self.message + self.quote)
-        error = {"type": self.type, "message": words, **details}
+        error = {"type": self.type, "message": message, **details}
         return {"type": "error", "error": error, "request_id": request_id}
 
 
@@ -175,194 +284,212 @@ class Refusal:
 
     @functools.cached_property
     def words(self) -> str:
-        """What it says, but for quotations; some gateways move the sentence into `param`."""
+        """Message and param, where some gateways put the sentence, without quotations."""
         return QUOTATION.sub(lambda m: m[0] if m[1] else "''", f"{self.message} {self.param}")
 
 
 def refusal_from_body(status: int, body: bytes) -> Refusal:
-    """What any provider says when it fails, in JSON, HTML or plain text. What came with HTTP 200
-    instead of an answer gets the status it would have had."""
+    """What a provider says in JSON, HTML or plain text when it fails. What came with HTTP 200
+    gets the status it would have had."""
     text = body[:100_000].decode("utf-8", "replace").strip()
     node = json_or_none(text)
     if node is None:
         return Refusal(status, beginning(body) or http.client.responses.get(status, "no words"))
-    told = told_in(node)
-    codes = told.get("codes") or [""]
+    reason = reason_in(node)
+    codes = reason.get("codes") or [""]
     if status == 200 or status >= 500:  # a router's 502 may be its provider's 400
         status = next((int(code) for code in codes if re.fullmatch("[45][0-9]{2}", code)), status)
     if status == 200:
-        kinds = " ".join(codes).lower()
-        status = next((known for stems, known in CODE_STATUSES if re.search(stems, kinds)), 500)
-    words, param = told.get("message", text), told.get("param", "")
-    return Refusal(status, cut(words, 2000), cut(codes[0], 200), cut(param, 500))
+        names = " ".join(codes).lower()
+        status = next((usual for stems, usual in CODE_STATUSES if re.search(stems, names)), 500)
+    return Refusal(status, cut(reason.get("message", text), 2000), cut(codes[0], 200),
+                   cut(reason.get("param", ""), 500))
 
 
-def told_in(node: Any, depth: int = 8) -> Json:
-    """The message, codes and param in a part of an error body. The innermost count: what gateways
-    put around them says little."""
+def reason_in(node: Any, depth: int = 8) -> Json:
+    """The message, codes and param in a part of an error body, so far as it has them. The
+    innermost count, since gateways wrap them in words that say little."""
     if isinstance(node, str):
-        return {"message": node, **told_in(json_or_none(node), depth)}
+        return {"message": node, **reason_in(json_or_none(node), depth)}
     if isinstance(node, list) and node and depth > 0:
-        told = told_in(node[0], depth - 1)
+        reason = reason_in(node[0], depth - 1)
         if "loc" in dict_or_empty(node[0]):  # pydantic's
             with suppress(RecursionError):
-                told["message"] = json.dumps(node)
-        return told
+                reason["message"] = json.dumps(node)
+        return reason
     if not isinstance(node, dict) or depth <= 0:
         return {}
     own = [(name.lower(), node[name]) for name in sorted(node, key=len) if node[name]]
     plain = {name: str(value) for name, value in own if isinstance(value, (str, int))}
     path = node["loc"] if isinstance(node.get("loc"), list) else ()
-    names = [part for part in path if isinstance(part, str)] or [plain.get("param", "")]
+    names = [plain.get("param", ""), *(part for part in path if isinstance(part, str))]
     codes = [plain[n] for end in ("code", "type", "status") for n in plain if n.endswith(end)]
-    told = {"param": names[-1], "codes": codes}
+    reason = {"param": names[-1], "codes": codes}
     reasons = [value for end in REASON_NAMES for name, value in own if name.endswith(end)]
-    for reason in sorted(reasons, key=lambda reason: isinstance(reason, (dict, list))):
-        inner = told_in(reason, depth - 1)
+    for value in sorted(reasons, key=lambda value: isinstance(value, (dict, list))):
+        inner = reason_in(value, depth - 1)
         if "message" in inner:
-            told.update({name: value for name, value in inner.items() if value})
-    if "message" in told and "provider_name" in plain:  # OpenRouter's
-        told["message"] = f"{plain['provider_name']}: {told['message']}"
-    return told
+            reason.update({name: value for name, value in inner.items() if value})
+    if "message" in reason and "provider_name" in plain:  # OpenRouter's
+        reason["message"] = f"{plain['provider_name']}: {reason['message']}"
+    return reason
 
 
 def is_failure(answer: Json) -> bool:
     """Whether what came with HTTP 200 is an error and no part of an answer."""
     is_answer = answer.get("choices") is not None or "content" in answer
-    return bool(answer.get("error")) or not is_answer and "message" in told_in(answer)
-
-
-def number_or_none(text: str) -> float | None:
-    """The number; None for what JSON hasn't."""
-    number = float(text)
-    return number if math.isfinite(number) else None
-
-
-PLAIN_JSON = json.JSONDecoder(parse_constant=number_or_none, parse_float=number_or_none)
-
-
-def json_or_none(data: str | bytes) -> Any:
-    """The value of a JSON text; None for null and for what is no JSON, or has too many elements."""
-    if has_too_many_elements(data):
-        return None
-    try:
-        text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
-        return PLAIN_JSON.decode(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def has_too_many_elements(data: str | bytes) -> bool:
-    """Whether a JSON text has so many elements, outside of strings, that it takes long to read."""
-    if len(data) <= MAX_ELEMENTS:
-        return False
-    data = data.encode("utf-8", "replace") if isinstance(data, str) else data
-    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_ELEMENTS:
-        data = JSON_STRING.sub(b"", data.replace(rb"\\", b"").replace(rb'\"', b""))
-    return sum(map(data.count, (b",", b"[", b"{"))) > MAX_ELEMENTS
-
-
-def without_controls(text: str) -> str:
-    """A text as a terminal may show it, with ? for what CONTROL finds; line ends stay."""
-    return text if text.isprintable() else CONTROL.sub("?", text)
-
-
-def whole_number(value: Any) -> int:
-    """A number as a count, which JSON's readers in other languages know too; else 0."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if type(value) is int and 0 < value < 1 << 53 else 0
-
-
-def cut(text: str, size: int) -> str:
-    """The beginning of a long text. It ends between words: half a key would not be known as one."""
-    return text if len(text) <= size else text[:size].rstrip(KEY_CHARACTERS) + "..."
-
-
-def dict_or_empty(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def beginning(data: bytes) -> str:
-    """How an odd answer begins: the title of an HTML page, else the text, in 500 characters."""
-    # Where a tag isn't closed, these expressions look for its end again and again: cut before.
-    text = cut(data[:4000].decode("utf-8", "replace").strip(), 3900)
-    if "<html" in text[:1000].lower() or text[:9].lower() == "<!doctype":
-        title = re.search(r"<title[^>]*>(.*?)</title>", text, re.I | re.S)
-        body = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]+>", " ", text)
-        return "an HTML page: " + cut(one_line(title.group(1) if title else body), 300)
-    return one_line(text)
-
-
-def one_line(text: str) -> str:
-    """A text for the log: no line breaks, 500 characters."""
-    return cut(" ".join(text[:5000].split()), 500)
+    return bool(answer.get("error")) or not is_answer and "message" in reason_in(answer)
 
 
 def unknown_data(words: str, data: bytes) -> OgxError:
-    """The error for what an upstream sent instead of an answer: a page is told in the log too."""
+    """The error for what is no answer. The log tells what it is of HTML pages alone."""
     shown = beginning(data)
-    told = shown if shown.startswith("an HTML page") else ""
-    return OgxError(502, f"{words} {told}", quote="" if told else shown)
+    if shown.startswith("an HTML page"):
+        return OgxError(502, f"{words} {shown}")
+    return OgxError(502, f"{words} ", quote=shown)
 
 
 def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) -> OgxError:
-    """The error a client gets for an upstream's refusal: same status, the upstream's own words,
-    then `(from ORIGIN)`. `retry-after` is passed on; what can't get better by itself says so,
-    since Claude Code would retry it for minutes."""
-    told = {k: headers[k] for k in ("retry-after",) if RETRY_AFTER.fullmatch(headers.get(k, ""))}
-    wrong_key = refusal.status == 403 and re.search(WRONG_KEY, refusal.message)
-    status = 401 if wrong_key else refusal.status if 400 <= refusal.status <= 599 else 502
-    out_of_money = re.search(NO_MONEY, refusal.words) or (
-        status in (400, 403) and "billing" in refusal.message)
-    out_of_quota = status == 429 and "quota" in refusal.code
-    kind = "billing_error" if out_of_money or out_of_quota else ""
-    if kind or status in (401, 402, 403):
-        told["x-should-retry"] = "false"
-    return OgxError(status, f"{refusal.message} (from {origin})", kind, told, refusal=refusal)
+    """An upstream's refusal as the client gets it, with its status, words and `retry-after`. What
+    can't get better by itself says so, since Claude Code would retry it for minutes."""
+    retry_after = headers.get("retry-after", "")
+    sent = {"retry-after": retry_after} if RETRY_AFTER.fullmatch(retry_after) else {}
+    status = refusal.status if 400 <= refusal.status <= 599 else 502
+    if status == 403 and re.search("(?i)security token|bearer token|authentication|signature",
+                                   refusal.message):
+        status = 401  # AWS has 403 for wrong credentials, too
+    out_of_money = (status in (400, 403) and "billing" in refusal.message) or (
+        status == 429 and "quota" in refusal.code) or re.search(NO_MONEY, refusal.words)
+    error_type = "billing_error" if out_of_money else ""
+    if error_type or status in (401, 402, 403):
+        sent["x-should-retry"] = "false"
+    return OgxError(status, f"{refusal.message} (from {origin})", error_type, sent, refusal=refusal)
+
+
+# ======== Checks =============================================================================
+# What users and clients gave: OgxError(400) says where a wrong value is, what was expected there,
+# and what it is.
+
+CONTENT, NUMBER = (str, list), (int, float)
+TYPE_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
+              float: "a number", bool: "true or false", type(None): "null", NUMBER: "a number",
+              CONTENT: "a string or a list of content blocks"}
+
+
+def wrong(where: str, expected: str, value: Any) -> OgxError:
+    """The error that shows a value's type."""
+    return OgxError(400, f"{where}: expected {expected}, got {TYPE_NAMES[type(value)]}")
+
+
+def wrong_value(where: str, expected: str, value: Any) -> OgxError:
+    """The error that shows the value, unless it is or may hold a key."""
+    hidden = where.endswith(".api_key") or (value and isinstance(value, (dict, list)))
+    shown = "something else" if hidden else json.dumps(value)[:80]
+    return OgxError(400, f"{where}: expected {expected}, got {shown}")
+
+
+def expect(node: Any, where: str, types: Mapping[str, Any], required: bool = True) -> None:
+    """Check that each field of an object (without a place: the request's body) is of a type, or
+    among some types or words. Null counts as absent."""
+    if type(node) is not dict:
+        raise wrong(where or "the request body", "an object" if where else "a JSON object", node)
+    for name in types if required else sorted(types.keys() & node.keys()):
+        expected, value = types[name], node.get(name)
+        if type(value) is expected or (value is None and not required):
+            continue
+        if isinstance(expected, tuple) and (value in expected or type(value) in expected):
+            continue
+        place = f"{where}.{name}" if where else name
+        if value is None:
+            raise OgxError(400, f"{place}: field required")
+        if expected not in TYPE_NAMES:
+            raise wrong_value(place, f"one of {', '.join(expected)}", value)
+        raise wrong(place, TYPE_NAMES[expected], value)
+
+
+def finite_number(text: str) -> float:
+    number = number_or_none(text)
+    if number is None:  # NaN, Infinity, 1e999
+        raise ValueError(f"{text} is no number of JSON")
+    return number
+
+
+STRICT_JSON = json.JSONDecoder(parse_constant=finite_number, parse_float=finite_number)
+
+
+def parsed_json(body: bytes) -> Any:
+    """The JSON of a request's body; OgxError(400) says where it breaks."""
+    if not body:
+        raise OgxError(400, "the request has no body; expected a JSON object")
+    if has_too_many_elements(body):
+        raise OgxError(413, f"the request's JSON has more than {MAX_ELEMENTS:,} elements")
+    try:
+        return STRICT_JSON.decode(body.decode().removeprefix("\ufeff"))  # "utf-8-sig" is slow
+    except UnicodeDecodeError:
+        raise OgxError(400, "the request's body is not UTF-8") from None
+    except ValueError as error:
+        raise OgxError(400, f"the request's body is not JSON: {error}") from None
+
+
+def port_number(value: Any, where: str) -> int:
+    """A TCP port from a number or its digits; 0 lets the system choose."""
+    if re.fullmatch("[0-9]{1,5}", str(value)) and int(value) <= 65535:
+        return int(value)
+    raise wrong_value(where, "a port from 0 to 65535", value)
+
+
+def url_parts(url: str) -> urllib.parse.SplitResult | None:
+    """The parts of an HTTP URL that ends before ? and #; None for any other text."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        return None
+    return parts if usable and not re.search("[^!-~]|[?#]", url) else None
 
 
 # ======== Providers ==========================================================================
 # One row per kind of provider. Code asks a row for its fields and never for its name. To add a
 # provider: a row here, its line in starter.json (`make starter` writes it), a row in the tests.
 
+Strings = tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class ProviderKind:
-    """A kind of provider; the defaults describe the OpenAI format as most servers speak it.
-    Paths of requests are below the base URL; one that begins with ~ is below the server's root."""
+    """A kind of provider; the defaults describe the OpenAI format as most servers speak it. Paths
+    are below the base URL; those that begin with ~ are below the server's root."""
 
     name: str
     base_url: str = ""  # with the version segment; empty: the user must give one
-    key_vars: tuple[str, ...] = ()  # environment variables with the key; the first set one counts
-    url_vars: tuple[str, ...] = ()
+    key_vars: Strings = ()  # variables with the key, of which the first that is set counts
+    url_vars: Strings = ()
     verify_var: str = ""
     enabled_by: str = "key"  # "key" or "url": the variable that switches the starter's line on
-    default_path: str = "/v1"  # for a user's URL without a path, where base_url has none either
-    key_headers: tuple[str, ...] = ("authorization",)  # takes "Bearer KEY"; others the bare key
-    signed: str = ""  # AWS's service and region in a URL; signs, where there is no key
-    signed_by: tuple[str, ...] = ()  # switch its line on, the last: they have other uses too
+    default_path: str = "/v1"  # of URLs without one, where base_url has none either
+    key_headers: Strings = ("authorization",)  # takes "Bearer KEY"; others the bare key
+    signed: str = ""  # pattern for AWS's service and region in a URL: SigV4 where no key is given
+    signed_by: Strings = ()  # switch its line on, the last one, since they have other uses, too
     headers: tuple[tuple[str, str], ...] = ()  # sent with every request
-    # How its models are found, and what tells about them.
+    # How its models are found, and what is known about them.
     list_path: str = "/models"
-    built_in_models: tuple[str, ...] = ()  # ids of those that need no list
-    more_lists: tuple[tuple[str, str], ...] = ()  # further paths, and a pattern of the ids to take
-    # Its other servers: pattern of their ids or lists' paths, what to replace in base_url, by what
-    servers: tuple[tuple[str, str, str], ...] = ()
+    built_in_models: Strings = ()  # ids of those that need no list
+    more_lists: tuple[Strings, ...] = ()  # path, and pattern of the ids to take
+    servers: tuple[Strings, ...] = ()  # pattern of ids or paths, then of base_url; replacement
     loaded_path: str = ""  # lists the models in memory with the context they have there
-    tokenizer: tuple[str, ...] = ()  # counts a chat request; a second path, the text of the first
+    tokenizer: Strings = ()  # a path that counts a chat; or one that renders it, one that counts
     context_hint: str = ""  # how to give a model more context
     local_port: int = 0  # where `run` looks for it when nothing is configured
-    identity: tuple[str, str] = ("", "")  # a path, and what only this server answers there
+    identity: Strings = ("", "")  # a path, and what only this server answers there
     # What it speaks. With both, one free probe tells whether this server has "messages".
-    dialects: tuple[str, ...] = ("chat",)
+    dialects: Strings = ("chat",)
     messages_path: str = "/messages"
-    openai_root: str = ""  # where the paths of the other dialects begin, below the base URL
-    native_gaps: tuple[str, ...] = ()  # what its Messages API refuses or loses: see lost_natively()
-    native_models: str = ""  # pattern of the ids that have it; they have nothing else
+    openai_root: str = ""  # where the paths of the other dialects begin
+    native_gaps: Strings = ()  # what its Messages API refuses or loses: see lost_natively()
+    native_models: str = ""  # pattern of the ids that have it, and nothing else
     is_anthropic: bool = False  # takes all that Claude Code sends as it is
     # OpenAI's Responses API: where these hosts are, or where a refusal told (True), or never.
-    responses_hosts: tuple[str, ...] = ()
+    responses_hosts: Strings = ()
     responses: bool | None = None
     own_reasoning: bool = True  # takes back the reasoning that it encrypted
     summaries: bool = True  # may show summaries of its reasoning
@@ -383,112 +510,109 @@ class ProviderKind:
     answer_by: str = "format"  # how a JSON answer is asked for: as "format", "tool" or "words"
     root_unions: bool = True  # takes anyOf and its like at the root of a tool's schema
     # Of JSON schema, in tools. "*": all but STRUCTURE, "$ref": all that plain_schema() mends.
-    refused_keywords: tuple[str, ...] = ()
+    refused_keywords: Strings = ()
     max_description: int = 0  # characters of a tool's; 0: any number
     max_tools: int = 0  # more are left out; 0: any number
 
     @property
-    def switches(self) -> tuple[str, ...]:
-        """The variables that switch the starter's line on."""
+    def switches(self) -> Strings:
         return self.url_vars if self.enabled_by == "url" else self.key_vars + self.signed_by
 
 
 BOTH = ("messages", "chat")
 GAPS = ("document", "search_result", "server_tool")  # of most servers' Messages APIs
+VERSION_HEADER = (("anthropic-version", "2023-06-01"),)
 AWS_HOST = r"bedrock-(?:mantle|runtime)\.([a-z0-9-]*)\.[^/]+.*"
 NINE, FORTY = "[a-zA-Z0-9]{9}", ".{1,40}"  # ids of tool calls
+OWN_SERVER: Json = {"enabled_by": "url", "dialects": BOTH, "native_gaps": GAPS}
+BESIDE: Json = {"dialects": BOTH, "messages_path": "~/anthropic/v1/messages"}
 OPENAI: Json = {"max_tokens_field": "max_completion_tokens", "system_anywhere": True, "files": True,
                 "cache_key": True, "root_unions": False, "max_tools": 128, "tool_ids": FORTY}
 SKIP_SIGNATURE = (("extra_content", {"google": {
     "thought_signature": "skip_thought_signature_validator"}}),)
 PROVIDER_KINDS = {kind.name: kind for kind in (
     ProviderKind("ollama", "http://localhost:11434/v1", ("OLLAMA_API_KEY",), ("OLLAMA_URL",),
-                 enabled_by="url", list_path="~/api/tags", loaded_path="~/api/ps",
-                 context_hint="restart it with OLLAMA_CONTEXT_LENGTH=64000 ollama serve",
-                 local_port=11434, identity=("~/", "Ollama is running"), dialects=BOTH,
-                 native_gaps=("document", "url_image", "tool_choice", "search_result", "is_error",
-                              "output_format")),
+        enabled_by="url", list_path="~/api/tags", loaded_path="~/api/ps",
+        context_hint="restart it with OLLAMA_CONTEXT_LENGTH=64000 ollama serve",
+        local_port=11434, identity=("~/", "Ollama is running"), dialects=BOTH,
+        native_gaps=("document", "url_image", "tool_choice", "search_result", "is_error",
+                     "output_format")),
     ProviderKind("vllm", "", ("VLLM_API_TOKEN",), ("VLLM_URL", "HOSTED_VLLM_API_BASE"),
-                 enabled_by="url", verify_var="VLLM_TLS_VERIFY", local_port=8000,
-                 identity=("/models", '"owned_by":"vllm"'), dialects=BOTH, native_gaps=GAPS,
-                 tokenizer=("~/tokenize",), top_k=True),
+        verify_var="VLLM_TLS_VERIFY", local_port=8000, identity=("/models", '"owned_by":"vllm"'),
+        tokenizer=("~/tokenize",), top_k=True, **OWN_SERVER),
     ProviderKind("lm-studio", "http://localhost:1234/v1", ("LM_STUDIO_API_KEY",),
-                 ("LM_STUDIO_URL", "LM_STUDIO_API_BASE"), enabled_by="url",
-                 list_path="~/api/v0/models", local_port=1234,
-                 identity=("~/lmstudio-greeting", '"lmstudio":true'), dialects=BOTH,
-                 native_gaps=GAPS),
+        ("LM_STUDIO_URL", "LM_STUDIO_API_BASE"), list_path="~/api/v0/models", local_port=1234,
+        identity=("~/lmstudio-greeting", '"lmstudio":true'), **OWN_SERVER),
     ProviderKind("llama-cpp", "http://localhost:8080/v1", ("LLAMA_API_KEY",), ("LLAMA_CPP_URL",),
-                 enabled_by="url", local_port=8080, identity=("/models", '"owned_by":"llamacpp"'),
-                 named_tool_choice=False, top_k=True, tokenizer=("~/apply-template", "~/tokenize")),
+        enabled_by="url", local_port=8080, identity=("/models", '"owned_by":"llamacpp"'),
+        named_tool_choice=False, top_k=True, tokenizer=("~/apply-template", "~/tokenize")),
     ProviderKind("sglang", "http://localhost:30000/v1", ("SGLANG_API_KEY",), ("SGLANG_URL",),
-                 enabled_by="url", dialects=BOTH, native_gaps=GAPS, top_k=True),
+        top_k=True, **OWN_SERVER),
     ProviderKind("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",),
-                 responses_hosts=("api.openai.com",), **OPENAI),
+        responses_hosts=("api.openai.com",), **OPENAI),
     ProviderKind("anthropic", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",),
-                 key_headers=("x-api-key",), headers=(("anthropic-version", "2023-06-01"),),
-                 list_path="/models?limit=1000", dialects=("messages",), is_anthropic=True),
+        key_headers=("x-api-key",), headers=VERSION_HEADER, list_path="/models?limit=1000",
+        dialects=("messages",), is_anthropic=True),
     ProviderKind("fireworks", "https://api.fireworks.ai/inference/v1", ("FIREWORKS_API_KEY",),
-                 ("FIREWORKS_BASE_URL",), dialects=BOTH, native_gaps=("server_tool",), top_k=True,
-                 stream_above=4096, format_with_tools=False),
+        ("FIREWORKS_BASE_URL",), dialects=BOTH, native_gaps=("server_tool",), top_k=True,
+        stream_above=4096, format_with_tools=False),
     ProviderKind("together", "https://api.together.ai/v1", ("TOGETHER_API_KEY",),
-                 ("TOGETHER_BASE_URL",), top_k=True),
+        ("TOGETHER_BASE_URL",), top_k=True),
     ProviderKind("groq", "https://api.groq.com/openai/v1", ("GROQ_API_KEY",), ("GROQ_BASE_URL",),
-                 format_with_tools=False, max_tools=128),
+        format_with_tools=False, max_tools=128),
     # "mantle" serves short ids alone, "runtime" inference profiles (us.*) and versions (*:0).
-    ProviderKind("bedrock", "https://bedrock-mantle.${env.AWS_REGION|AWS_DEFAULT_REGION:="
-                 "}.api.aws/v1", ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN"),
-                 signed=r"//(?:[\w-]+\.)?(bedrock(?:-mantle)?)[\w-]*\.([a-z0-9-]*)\.(?:vpce\.)?"
-                        r"(?:amazonaws\.|api\.aws)", signed_by=("AWS_ACCESS_KEY_ID", "AWS_PROFILE"),
-                 headers=(("anthropic-version", "2023-06-01"),), dialects=BOTH,
-                 more_lists=(("~/inference-profiles?maxResults=1000&type=SYSTEM_DEFINED",
-                              r"\.(anthropic|openai)\."),
-                             ("~/foundation-models?byInferenceType=ON_DEMAND&byOutputModality=TEXT",
-                              "^(anthropic|openai).*:")),
-                 servers=((r"^~/(inf|found)", AWS_HOST, r"bedrock.\1.amazonaws.com"),
-                          (r"^([a-z]{2}|us-gov|apac|amer|global)\.|:", AWS_HOST,
-                           r"bedrock-runtime.\1.amazonaws.com/openai/v1")),
-                 messages_path="~/anthropic/v1/messages", native_models=r"anthropic\."),
+    ProviderKind("bedrock",
+        "https://bedrock-mantle.${env.AWS_REGION|AWS_DEFAULT_REGION:=}.api.aws/v1",
+        ("AWS_BEARER_TOKEN_BEDROCK", "AWS_BEDROCK_BEARER_TOKEN"),
+        signed=r"//(?:[\w-]+\.)?(bedrock(?:-mantle)?)[\w-]*\.([a-z0-9-]*)\.(?:vpce\.)?"
+               r"(?:amazonaws\.|api\.aws)", signed_by=("AWS_ACCESS_KEY_ID", "AWS_PROFILE"),
+        headers=VERSION_HEADER, native_models=r"anthropic\.", **BESIDE,
+        more_lists=(("~/inference-profiles?maxResults=1000&type=SYSTEM_DEFINED",
+                     r"\.(anthropic|openai)\."),
+                    ("~/foundation-models?byInferenceType=ON_DEMAND&byOutputModality=TEXT",
+                     "^(anthropic|openai).*:")),
+        servers=((r"^~/(inf|found)", AWS_HOST, r"bedrock.\1.amazonaws.com"),
+                 (r"^([a-z]{2}|us-gov|apac|amer|global)\.|:", AWS_HOST,
+                  r"bedrock-runtime.\1.amazonaws.com/openai/v1"))),
     ProviderKind("azure", "", ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
-                 ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
-                 default_path="/openai/v1", key_headers=("api-key",),
-                 responses_hosts=(".openai.azure.com", ".cognitiveservices.azure.com",
-                                  ".services.ai.azure.com"), **OPENAI),
+        ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
+        default_path="/openai/v1", key_headers=("api-key",), responses_hosts=(
+            ".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com"),
+        **OPENAI),
     ProviderKind("gemini", "https://generativelanguage.googleapis.com/v1beta/openai",
-                 ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GEMINI_ACCESS_TOKEN"),
-                 tool_call_extra=SKIP_SIGNATURE, root_unions=False, refused_keywords=(
-                     "$schema", "propertyNames", "exclusiveMinimum", "exclusiveMaximum",
-                     "patternProperties", "format")),
+        ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GEMINI_ACCESS_TOKEN"),
+        tool_call_extra=SKIP_SIGNATURE, root_unions=False, refused_keywords=(
+            "$schema", "propertyNames", "exclusiveMinimum", "exclusiveMaximum",
+            "patternProperties", "format")),
     ProviderKind("mistral", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",), tool_ids=NINE,
-                 named_tool_choice=False, user_after_tool=False),
+        named_tool_choice=False, user_after_tool=False),
     ProviderKind("deepseek", "https://api.deepseek.com", ("DEEPSEEK_API_KEY",), default_path="",
-                 dialects=BOTH, messages_path="~/anthropic/v1/messages",
-                 native_gaps=(*GAPS, "image"), reasoning_echo="reasoning_content"),
-    ProviderKind("moonshot", "https://api.moonshot.ai/v1", ("MOONSHOT_API_KEY",), dialects=BOTH,
-                 messages_path="~/anthropic/v1/messages", native_gaps=GAPS,
-                 reasoning_echo="reasoning_content"),
+        native_gaps=(*GAPS, "image"), reasoning_echo="reasoning_content", **BESIDE),
+    ProviderKind("moonshot", "https://api.moonshot.ai/v1", ("MOONSHOT_API_KEY",),
+        native_gaps=GAPS, reasoning_echo="reasoning_content", **BESIDE),
     ProviderKind("openrouter", "https://openrouter.ai/api/v1", ("OPENROUTER_API_KEY",),
-                 dialects=BOTH, top_k=True, files=True),
+        dialects=BOTH, top_k=True, files=True),
     ProviderKind("zai", "https://api.z.ai/api/paas/v4", ("ZAI_API_KEY",), dialects=BOTH,
-                 messages_path="~/api/anthropic/v1/messages", native_gaps=GAPS),
-    ProviderKind("minimax", "https://api.minimax.io/v1", ("MINIMAX_API_KEY",), dialects=BOTH,
-                 messages_path="~/anthropic/v1/messages", native_gaps=GAPS),
+        messages_path="~/api/anthropic/v1/messages", native_gaps=GAPS),
+    ProviderKind("minimax", "https://api.minimax.io/v1", ("MINIMAX_API_KEY",), native_gaps=GAPS,
+        **BESIDE),
     ProviderKind("cerebras", "https://api.cerebras.ai/v1", ("CEREBRAS_API_KEY",),
-                 ("CEREBRAS_BASE_URL",), list_path="/models?format=openrouter",
-                 max_tokens_field="max_completion_tokens"),
+        ("CEREBRAS_BASE_URL",), list_path="/models?format=openrouter",
+        max_tokens_field="max_completion_tokens"),
     ProviderKind("xai", "https://api.x.ai/v1", ("XAI_API_KEY",)),
     ProviderKind("nvidia", "https://integrate.api.nvidia.com/v1", ("NVIDIA_API_KEY",),
-                 ("NVIDIA_BASE_URL",)),
+        ("NVIDIA_BASE_URL",)),
     ProviderKind("sambanova", "https://api.sambanova.ai/v1", ("SAMBANOVA_API_KEY",)),
     # Any other server, by its URL.
     ProviderKind("openai-compatible"),
     ProviderKind("messages", dialects=("messages",),
-                 key_headers=("authorization", "x-api-key")))}
+        key_headers=("authorization", "x-api-key")))}
 DEMO_KIND = ProviderKind("demo", "demo:", dialects=("demo",), built_in_models=("echo",))
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One configured provider: its id is the first part of its models' ids."""
+    """A configured provider: its id is the first part of its models' ids."""
 
     id: str
     kind: ProviderKind
@@ -498,11 +622,11 @@ class Provider:
     verify: bool = True  # its TLS certificate
     ca_file: str = ""  # of a private certificate authority
     own_headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # lower-case names
-    secrets: tuple[str, ...] = field(default=(), repr=False)  # besides the key
+    secrets: Strings = field(default=(), repr=False)  # besides the key
 
     @functools.cached_property
     def connection(self) -> str:
-        """Scheme, host, port and trust: what connections to a provider may be shared by."""
+        """Scheme, host, port and trust: what providers that share connections have in common."""
         return f"{self.url('~')} {self.verify} {self.ca_file}"
 
     @functools.cached_property
@@ -516,9 +640,10 @@ class Provider:
 
     def at(self, place: str) -> Provider:
         """This provider at the server that has a model's id or a list's path."""
-        urls = (re.sub(here, there, self.base_url) for pattern, here, there in self.kind.servers
-                if re.search(pattern, place))
-        return replace(self, base_url=next(urls, self.base_url)) if self.kind.servers else self
+        for pattern, here, there in self.kind.servers:
+            if re.search(pattern, place):
+                return replace(self, base_url=re.sub(here, there, self.base_url))
+        return self
 
     def url(self, path: str) -> str:
         """The URL of a path below the base URL or, after a ~, below the server's root."""
@@ -530,8 +655,8 @@ class Provider:
 DEMO_PROVIDER = Provider("demo", DEMO_KIND, DEMO_KIND.base_url)
 
 # ======== Config =============================================================================
-# In: the starter below or a JSON file of the same shape, and the environment. Out: a Config, or
-# an OgxError that names the file, the path inside it and what was expected. Pure.
+# From the starter below or a JSON file of the same shape, and the environment, comes a Config, or
+# an OgxError that names the file, the path inside it and what was expected.
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8321
 TIERS = ("haiku", "sonnet", "opus", "fable")
@@ -545,13 +670,13 @@ STARTER_ALIASES = ("claude-haiku-4-5-20251001", "claude-sonnet-4-5-20250514",
 
 @dataclass(frozen=True)
 class Alias:
-    """A registered model id: provider_id may be "all", provider_model_id "auto". `targets` are
-    ids of models in the order they are tried, where it names several."""
+    """A registered model id: provider_id may be "all", provider_model_id "auto". `targets`: the
+    ids of several models, in the order they are tried."""
 
     model_id: str
     provider_id: str
     provider_model_id: str
-    targets: tuple[str, ...] = ()
+    targets: Strings = ()
 
 
 def limit(default: float, words: str) -> Any:
@@ -583,185 +708,135 @@ class Config:
     retries: int = 3  # of a request that failed before its first event
     retry_seconds: float = 5.0  # of waiting between them in all
     limits: Limits = Limits()
-    host_names: tuple[str, ...] = ()  # that clients may call the server by, in lower case
+    host_names: Strings = ()  # that clients may call the server by, in lower case
     show_thinking: bool = True  # where a client asks to omit it, as Claude Code does, too
 
 
 def starter_config() -> Json:
     """The built-in configuration; starter.json holds the same (a test compares them)."""
-    lines = []
+    entries = []
     for kind in sorted(PROVIDER_KINDS.values(), key=lambda kind: kind.signed):
-        keys, urls = "|".join(kind.key_vars), "|".join(kind.url_vars)
-        switches, verify = "|".join(kind.switches), kind.verify_var
+        keys, urls, switches = map("|".join, (kind.key_vars, kind.url_vars, kind.switches))
         settings = {"base_url": f"${{env.{urls}:={kind.base_url}}}" if urls else kind.base_url,
-                    "api_key": f"${{env.{keys}:=}}",
-                    **({"verify": f"${{env.{verify}:=true}}"} if verify else {})}
-        if switches:  # by which it is on
-            lines.append({"provider_id": f"${{env.{switches}:+{kind.name}}}",
-                          "provider_type": f"remote::{kind.name}", "config": settings})
-    alias = {"provider_id": "all", "provider_model_id": "auto", "model_type": "llm"}
-    models = [{"model_id": model_id, **alias} for model_id in STARTER_ALIASES]
-    return {
-        "version": 2, "distro_name": "starter",
-        "providers": {"inference": lines},
-        "registered_resources": {"models": models},
-        "server": {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "discover_local": True}}
+                    "api_key": f"${{env.{keys}:=}}"}
+        if kind.verify_var:
+            settings["verify"] = f"${{env.{kind.verify_var}:=true}}"
+        if switches:
+            entries.append({"provider_id": f"${{env.{switches}:+{kind.name}}}",
+                            "provider_type": f"remote::{kind.name}", "config": settings})
+    models = [{"model_id": model_id, "provider_id": "all", "provider_model_id": "auto",
+               "model_type": "llm"} for model_id in STARTER_ALIASES]
+    return {"version": 2, "distro_name": "starter", "providers": {"inference": entries},
+            "registered_resources": {"models": models},
+            "server": {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "discover_local": True}}
 
 
-def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Config:
-    """The Config a parsed file describes; raises OgxError(400) naming the wrong place."""
-    root = Node(expanded(tree, environ, source), source)
-    root.only("version", "distro_name", "providers", "registered_resources", "server")
-    server = root.child("server")
-    own = ("host", "port", "discover_local", "retries", "retry_seconds", "host_names")
-    server.only(*own, "show_thinking", *asdict(Limits()))
-    entries = root.child("providers").items("inference")
-    providers = [p for p in (provider_from_node(entry) for entry in entries) if p]
-    ids = [provider.id for provider in providers]
-    for provider_id in ids:
-        if ids.count(provider_id) > 1:
-            raise OgxError(400, f"{source}: two providers have the provider_id '{provider_id}'")
-    entries = root.child("registered_resources").items("models")
-    aliases = [alias_from_node(entry, ids) for entry in entries]
-    tiers = {tier: environ.get(f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL", "") for tier in TIERS}
-    port = port_number(server.value("port", DEFAULT_PORT), server.path("port"))
-    port = port_number(environ.get("OGX_PORT") or port, "OGX_PORT")
-    variables = Node({name: value for name, value in environ.items() if value}, "environment")
-    limits = Limits(**{name: variables.number(f"OGX_{name.upper()}", server.number(name, usual))
-                       for name, usual in asdict(Limits()).items()})
-    return Config(
-        server.text("host", DEFAULT_HOST), port, tuple(providers), tuple(aliases), tiers,
-        server.flag("discover_local", True), int(server.number("retries", 3)),
-        server.number("retry_seconds", 5.0), limits,
-        tuple(server.text("host_names", "").lower().replace(",", " ").split()),
-        server.flag("show_thinking", True))
+class Text(str):
+    """A text of the configuration, which knows where it stands."""
+
+    place = ""  # its path, or the variable it came from
+
+    def at(self, place: str) -> Text:
+        self.place = place
+        return self
+
+    def wrong(self, expected: str) -> OgxError:
+        return wrong_value(self.place, expected, self)
 
 
 def expanded(node: Any, environ: Mapping[str, str], where: str) -> Any:
-    """The tree with each `${env.VAR}`, `${env.VAR:=default}` and `${env.VAR:+value}` replaced.
-    As in OGX, an empty variable counts as unset. `A|B` stands for the first of them that is set."""
+    """The tree with `${env.VAR}`, `${env.VAR:=default}` and `${env.VAR:+value}` replaced. As in
+    OGX, an empty variable counts as unset. `A|B` is the first of them that is set."""
     if isinstance(node, dict):
-        dot = "." if ": " in where else ": "
-        return {k: expanded(v, environ, f"{where}{dot}{k}") for k, v in node.items()}
+        return {k: expanded(v, environ, path_of(where, k)) for k, v in node.items()}
     if isinstance(node, list):
         return [expanded(v, environ, f"{where}[{i}]") for i, v in enumerate(node)]
     if not isinstance(node, str):
         return node
     used: list[str] = []
 
-    def replaced(match: re.Match[str]) -> str:
-        names, operator, operand = match.groups()
-        name = next((n for n in names.split("|") if environ.get(n)), "")
-        if operator == ":+":
-            return operand if name else ""
-        if not name and operator is None:
+    def value_of(reference: re.Match[str]) -> str:
+        names, mark, operand = reference.groups()
+        name = next(filter(environ.get, names.split("|")), "")
+        if name and mark != ":+":
+            used.append(name)
+            return environ[name]
+        if mark is None:
             raise OgxError(400, f"{where}: the environment variable {names} is not set")
-        used.extend([name] if name else [])
-        return environ[name] if name else operand
+        return operand if name or mark == ":=" else ""
 
-    inside = ENV_REFERENCE.sub(replaced, node)  # a default may itself hold one reference
-    told = FromVariable(ENV_REFERENCE.sub(replaced, inside) if inside != node else node)
-    told.variable = "".join(used[:1])
-    return told
+    inner = ENV_REFERENCE.sub(value_of, node)
+    text = ENV_REFERENCE.sub(value_of, inner)  # a default may itself hold a reference
+    return Text(text).at((*used, where)[0])
 
 
-class FromVariable(str):
-    """A text, and the variable that gave it, if one did."""
-
-    variable = ""
-
-
-class Node:
-    """A place in the configuration tree: reads typed values, names the path of a wrong one."""
-
-    def __init__(self, value: Any, where: str) -> None:
-        self.where = where
-        if not isinstance(value, dict):
-            raise self.wrong("", "an object", value)
-        self.fields = value
-
-    def path(self, key: str) -> str:
-        """Its place, or the variable that it came from."""
-        dot = "." if ": " in self.where else ": "
-        return getattr(self.fields.get(key), "variable", "") or f"{self.where}{dot}{key}"
-
-    def wrong(self, key: str, expected: str, value: Any) -> OgxError:
-        place = self.path(key) if key else self.where
-        hidden = key == "api_key" or value and isinstance(value, (dict, list))  # it may hold a key
-        shown = "something else" if hidden else json.dumps(value)[:80]
-        return OgxError(400, f"{place}: expected {expected}, got {shown}")
-
-    def only(self, *keys: str) -> None:
-        for key in self.fields:
-            if key not in keys:
-                raise OgxError(400, f"{self.path(key)}: unknown key, expected {', '.join(keys)}")
-
-    def value(self, key: str, default: Any) -> Any:
-        value = self.fields.get(key)
-        return default if value is None else value
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self.value(key, default)
-        if not isinstance(value, str) or (default is None and not value):
-            raise self.wrong(key, "a string", value)
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.value(key, default)
-        if str(value).lower() not in ("true", "false"):
-            raise self.wrong(key, "true or false", value)
-        return str(value).lower() == "true"
-
-    def number(self, key: str, default: float) -> float:
-        given = self.value(key, default)
-        value = json_or_none(given) if isinstance(given, str) else given
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
-            raise self.wrong(key, "a number from 0 to 999999 (run --help tells its unit)", given)
-        return float(value)
-
-    def child(self, key: str) -> Node:
-        return Node(self.value(key, {}), self.path(key))
-
-    def items(self, key: str) -> list[Node]:
-        value = self.value(key, [])
-        if not isinstance(value, list):
-            raise self.wrong(key, "a list", value)
-        return [Node(item, f"{self.path(key)}[{i}]") for i, item in enumerate(value)]
+def path_of(where: str, name: str) -> str:
+    """A path and a name: `my.json` -> `my.json: server` -> `my.json: server.port`."""
+    return f"{where}{'.' if ': ' in where else ': '}{name}"
 
 
-def provider_from_node(node: Node) -> Provider | None:
-    """A configured provider, or None for an entry whose provider_id is empty (switched off)."""
-    node.only("provider_id", "provider_type", "config")
-    provider_id = node.text("provider_id", "")
-    if not provider_id:
+def checked(value: Any, table: Any, where: str) -> Any:
+    """A part of a file with usual values for what it lacks; OgxError(400) for unknown names and
+    wrong types. Strings may stand for flags and numbers, since variables hold nothing else."""
+    where = getattr(value, "place", where)
+    if table is None or callable(table):
+        return table(value, where) if table else value
+    if value is None:
+        value = type(table)() if isinstance(table, (dict, list)) else table
+    given, expected = value, TYPE_NAMES[type(table)]
+    if isinstance(value, str) and isinstance(table, NUMBER):  # a flag is a number, too
+        given = json_or_none(value.lower())
+    if type(table) in NUMBER:
+        if type(given) in NUMBER and 0 <= given < 1e6:
+            return float(given)
+        expected = "a number from 0 to 999999 (run --help tells its unit)"
+    elif isinstance(given, dict) and isinstance(table, dict):
+        return checked_object(given, table, where)
+    elif isinstance(given, list) and isinstance(table, list):
+        return [checked(item, table[0], f"{where}[{i}]") for i, item in enumerate(given)]
+    elif isinstance(given, type(table)):
+        return Text(given).at(where) if isinstance(given, str) else given
+    raise wrong_value(where, expected, value)
+
+
+def checked_object(node: Json, table: Mapping[Any, Any], where: str) -> Json:
+    for name in node:
+        if not {name, ...} & table.keys():
+            raise OgxError(400, f"{path_of(where, name)}: unknown key, expected "
+                                f"{', '.join(table)}")
+    return {name: checked(node.get(name), table.get(name, table.get(...)), path_of(where, name))
+            for name in {**table, **node} if name is not ...}
+
+
+def provider_or_none(value: Any, where: str) -> Provider | None:
+    """The provider of an entry; None where an empty provider_id switches it off."""
+    if isinstance(value, dict) and not value.get("provider_id"):
         return None
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", provider_id):
-        raise node.wrong("provider_id", "letters, digits, '.', '_' or '-'", provider_id)
-    type_name = node.text("provider_type")
-    kind = PROVIDER_KINDS.get(type_name.partition("remote::")[2])
+    entry = checked(value, ENTRY, where)
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", entry["provider_id"]):
+        raise entry["provider_id"].wrong("letters, digits, '.', '_' or '-'")
+    kind = PROVIDER_KINDS.get(entry["provider_type"].partition("remote::")[2])
     if kind is None:
-        known = ", ".join(f"remote::{name}" for name in PROVIDER_KINDS)
-        raise node.wrong("provider_type", f"one of {known}", type_name)
-    settings = node.child("config")
-    settings.only("base_url", "api_key", "dialect", "verify", "ca_file", "headers", "key_header")
-    api_key = settings.text("api_key", "").strip(AROUND)
-    if re.search(r"[^\x21-\x7e]", api_key):
-        place = settings.path("api_key")
-        raise OgxError(400, f"{place}: expected a key of printable ASCII without spaces")
-    dialect = settings.text("dialect", "auto")
-    if dialect not in ("auto", "responses", *BOTH):
-        raise settings.wrong("dialect", '"auto", "messages", "chat" or "responses"', dialect)
-    url, parts = checked_base_url(settings, kind)
-    headers = checked_headers(settings, api_key)
+        types = ", ".join(f"remote::{name}" for name in PROVIDER_KINDS)
+        raise entry["provider_type"].wrong(f"one of {types}")
+    settings = entry["config"]
+    api_key = settings["api_key"].strip(AROUND)
+    if re.search("[^!-~]", api_key):
+        raise OgxError(400, f"{settings['api_key'].place}: expected a key of printable ASCII "
+                            "without spaces")
+    if settings["dialect"] not in ("auto", "responses", *BOTH):
+        raise settings["dialect"].wrong('"auto", "messages", "chat" or "responses"')
+    url, parts = checked_base_url(settings["base_url"], kind)
+    headers = checked_headers(settings["headers"], settings["key_header"], api_key)
     if parts.username is not None:
         headers = {"authorization": basic_auth(parts), **headers}
-    if settings.text("key_header", ""):
+    if settings["key_header"]:
         kind = replace(kind, key_headers=())
-    secrets = [parts.password or "", urllib.parse.unquote(parts.password or ""), *headers.values()]
+    password = parts.password or ""
+    secrets = [password, urllib.parse.unquote(password), *headers.values()]
     return Provider(
-        provider_id, kind, url, api_key, dialect, settings.flag("verify", True),
-        settings.text("ca_file", ""), tuple(headers.items()),
-        (*secrets, *" ".join(secrets).split()))
+        entry["provider_id"], kind, url, api_key, settings["dialect"], settings["verify"],
+        settings["ca_file"], tuple(headers.items()), (*secrets, *" ".join(secrets).split()))
 
 
 def basic_auth(url: urllib.parse.SplitResult) -> str:
@@ -770,35 +845,31 @@ def basic_auth(url: urllib.parse.SplitResult) -> str:
     return "Basic " + binascii.b2a_base64(pair.encode(), newline=False).decode()
 
 
-def checked_headers(node: Node, key: str) -> dict[str, str]:
+def checked_headers(own: dict[str, Text], key_header: Text, key: str) -> dict[str, str]:
     """The user's own headers by lower-case name, the one for the key included."""
-    given, name = node.child("headers"), node.text("key_header", "")
-    told = [(given.path(n), n.lower(), given.text(n, "").strip()) for n in given.fields]
-    told += [(node.path("key_header"), name.lower(), key)] if name else []
-    for place, name, value in told:
+    given = [(value.place, name.lower(), value.strip()) for name, value in own.items()]
+    if key_header:
+        given.append((key_header.place, key_header.lower(), key))
+    for place, name, value in given:
         if not HEADER.fullmatch(f"{name}\n{value}"):
-            words = "a header of printable ASCII that doesn't frame the request"
-            raise OgxError(400, f"{BAD_ID.sub('?', place)}: expected {words}")
-    return {name: value for _, name, value in told if value}
+            raise OgxError(400, f"{BAD_ID.sub('?', place)}: expected a header of printable ASCII "
+                                "that doesn't frame the request")
+    return {name: value for _, name, value in given if value}
 
 
-def checked_base_url(node: Node, kind: ProviderKind) -> tuple[str, urllib.parse.SplitResult]:
+def checked_base_url(given: Text, kind: ProviderKind) -> tuple[str, urllib.parse.SplitResult]:
     """The URL without its user and a trailing slash, and all its parts. Without a scheme it gets
     `http://` where servers are local or it has a port, without a path the usual one."""
-    url = node.text("base_url", "").strip(AROUND) or kind.base_url
-    bare = url and "://" not in url
-    if bare and (kind.enabled_by == "url" or re.match("[^/]+:[0-9]", url)):
+    url = given.strip(AROUND) or kind.base_url
+    is_local = kind.enabled_by == "url" or re.match("[^/]+:[0-9]", url)
+    if url and "://" not in url and is_local:
         url = "http://" + url
-    try:
-        parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or re.search("[^!-~]|[?#]", url):
+    parts = url_parts(url)
+    if parts is None:
         before, _, rest = url.rpartition("@")  # before it may be a password, behind a ? a key
         shown, *query = re.split("[?#]", rest)
         words = "a URL that ends before ? and #" if query else "a URL like http://localhost:8000/v1"
-        raise node.wrong("base_url", words, "***@" * bool(before) + shown)
+        raise wrong_value(given.place, words, "***@" * bool(before) + shown)
     path = parts.path.rstrip("/")
     for ending in ("/chat/completions", "/messages"):
         path = path.removesuffix(ending).rstrip("/")
@@ -806,46 +877,79 @@ def checked_base_url(node: Node, kind: ProviderKind) -> tuple[str, urllib.parse.
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path or usual}", parts
 
 
-def alias_from_node(node: Node, provider_ids: Sequence[str]) -> Alias:
-    node.only("model_id", "provider_id", "provider_model_id", "model_type")
-    if node.text("model_type", "llm") != "llm":
-        raise node.wrong("model_type", '"llm"', node.fields["model_type"])
-    provider_id = node.text("provider_id", "all")
-    if provider_id != "all" and provider_id not in provider_ids:
-        expected = ", ".join(sorted([*provider_ids, "all"]))
-        raise node.wrong("provider_id", f"a configured provider ({expected})", provider_id)
-    targets = node.fields.get("provider_model_id")
-    if isinstance(targets, list):
-        if not targets or not all(isinstance(t, str) and t for t in targets):
-            raise node.wrong("provider_model_id", "a model's id or a list of them", targets)
-        return Alias(node.text("model_id"), "all", targets[0], tuple(targets))
-    return Alias(node.text("model_id"), provider_id, node.text("provider_model_id", "auto"))
+def target_or_auto(value: Any, where: str) -> Any:
+    value = "auto" if value in (None, "") else value
+    if not 1 <= len(as_list(value)) <= 32 or not all(map(is_id, as_list(value))):
+        raise wrong_value(where, f"an id of 1 to {MAX_ID} characters or a list of them, "
+                                 "at most 32 of them", value)
+    return value
 
 
-def port_number(value: Any, where: str) -> int:
-    """A TCP port from a number or its digits; 0 lets the system choose."""
-    if re.fullmatch("[0-9]{1,5}", str(value)) and int(value) <= 65535:
-        return int(value)
-    raise OgxError(400, f"{where}: expected a port from 0 to 65535, got {json.dumps(value)[:80]}")
+def alias_from_entry(entry: Json, provider_ids: Collection[str]) -> Alias:
+    model_id = entry["model_id"]
+    if not is_id(model_id) or model_id.strip() != model_id:
+        raise model_id.wrong("1 to 256 characters without control characters or outer spaces")
+    if entry["model_type"] != "llm":
+        raise entry["model_type"].wrong('"llm"')
+    if entry["provider_id"] not in ("all", *provider_ids):
+        names = ", ".join(sorted(["all", *provider_ids]))
+        raise entry["provider_id"].wrong(f"a configured provider ({names})")
+    target = entry["provider_model_id"]
+    if isinstance(target, list):
+        return Alias(model_id, "all", target[0], tuple(target))
+    return Alias(model_id, entry["provider_id"], target)
+
+
+# What the objects of a file hold: usual values, whose types count; None: any value; `...`: any
+# other name; or a function of the value, None where it's missing, and its place.
+ALIAS: Json = {"model_id": "", "provider_id": "all", "provider_model_id": target_or_auto,
+               "model_type": "llm"}
+ENTRY: Json = {"provider_id": "", "provider_type": "", "config": {
+    "base_url": "", "api_key": "", "dialect": "auto", "verify": True, "ca_file": "",
+    "headers": {...: ""}, "key_header": ""}}
+FILE: Json = {
+    "version": None, "distro_name": None, "providers": {"inference": [provider_or_none], ...: None},
+    "registered_resources": {"models": [ALIAS], ...: None},
+    "server": {
+        "host": DEFAULT_HOST, "discover_local": True, "retries": 3, "retry_seconds": 5,
+        "port": lambda value, where: port_number(DEFAULT_PORT if value is None else value, where),
+        "host_names": "", "show_thinking": True, **asdict(Limits())}}
+
+
+def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Config:
+    """The Config that a parsed file describes; OgxError(400) names a wrong place."""
+    root = checked(expanded(tree, environ, source), FILE, source)
+    server, providers = root["server"], [p for p in root["providers"]["inference"] if p]
+    ids = [provider.id for provider in providers]
+    for provider_id in ids:
+        if ids.count(provider_id) > 1:
+            raise OgxError(400, f"{source}: two providers have the provider_id '{provider_id}'")
+    aliases = [alias_from_entry(entry, ids) for entry in root["registered_resources"]["models"]]
+    tiers = {tier: environ.get(f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL", "") for tier in TIERS}
+    usual = {f"OGX_{name.upper()}": server[name] for name in asdict(Limits())}
+    limits = checked({name: environ.get(name) or None for name in usual}, usual, "environment")
+    return Config(
+        server["host"], port_number(environ.get("OGX_PORT") or server["port"], "OGX_PORT"),
+        tuple(providers), tuple(aliases), tiers, server["discover_local"], int(server["retries"]),
+        server["retry_seconds"], Limits(*limits.values()),
+        tuple(server["host_names"].lower().replace(",", " ").split()), server["show_thinking"])
 
 
 # ======== Registry ===========================================================================
-# Which provider serves a model id. Lists come in from discovery; nothing here does I/O, so every
-# answer is computed when asked and heals by itself when a provider comes or goes.
+# Which provider serves a model id. Lists come in from discovery; every answer is computed when
+# asked, and heals by itself when a provider comes or goes.
 
 # Ids that aren't chat models, for lists that don't say; found with public model maps.
 NOT_LLM = re.compile(
-    r"embed|rerank|whisper|transcri|(^|[-_./])tts|speech|audio|realtime|dall-?e|(^|[-_./])image|"
-    r"imagen|flux|stable-diffusion|sdxl|canvas|nano-banana|moderation|guard|ocr|sora|"
-    r"(^|[-_./])veo|video|t2v|i2v|lyria|bge-|gte-|(^|[-_./])e5-|minilm|colbert|nomic|jina-|"
-    r"voyage-|m2-bert|davinci-00|babbage|orpheus|playai|kokoro|parakeet|scribe|chirp|reward|"
-    r"computer-use|deep-research|search-(api|preview)", re.I)
+    r"(^|[-_./])(tts|image|veo|e5-)|embed|rerank|whisper|transcri|speech|audio|realtime|dall-?e|"
+    r"imagen|flux|stable-diffusion|sdxl|canvas|nano-banana|moderation|guard|ocr|sora|video|t2v|"
+    r"i2v|lyria|bge-|gte-|minilm|colbert|nomic|jina-|voyage-|m2-bert|davinci-00|babbage|orpheus|"
+    r"playai|kokoro|parakeet|scribe|chirp|reward|computer-use|deep-research|"
+    r"search-(api|preview)", re.I)
 # Fields of list entries with the context window and the output limit, in tokens: Anthropic, vLLM,
 # Groq, Together and OpenRouter, LM Studio, Mistral, Fireworks, llama.cpp.
 CONTEXT_FIELDS = ("max_input_tokens", "max_model_len", "context_window", "context_length",
-                  "loaded_context_length", "max_context_length", "contextLength",
-                  "n_ctx")
-ID_FIELDS = ("id", "name", "inferenceProfileId", "modelId")
+                  "loaded_context_length", "max_context_length", "contextLength", "n_ctx")
 OUTPUT_FIELDS = ("max_completion_tokens", "max_output_length", "max_tokens")
 PRO = re.compile(r"(^|[-_./])pro\b", re.I)
 MOST_REGISTERED = 2000  # ids
@@ -875,26 +979,26 @@ class Model:
 
 
 def models_from_list(provider: Provider, payload: Any) -> list[Model]:
-    """The LLMs of a provider's model list: {"data": [...]}, {"models": [...]} or a bare list."""
+    """The LLMs of a provider's list: {"data": [...]}, {"models": [...]} or a bare list."""
     if isinstance(payload, dict):
         names = ("data", "models", "inferenceProfileSummaries", "modelSummaries")
-        payload = next((payload[name] for name in names if payload.get(name)), [])
+        payload = next(filter(None, map(payload.get, names)), [])
     models: dict[str, Model] = {}
     for entry in map(dict_or_empty, payload if isinstance(payload, list) else ()):
-        upstream_id = next((entry[name] for name in ID_FIELDS if entry.get(name)), None)
-        if (not isinstance(upstream_id, str) or len(upstream_id) > MAX_ID
-                or BAD_ID.search(upstream_id) or not is_llm(upstream_id, entry)):
+        ids = map(entry.get, ("id", "name", "inferenceProfileId", "modelId"))
+        upstream_id: Any = next(filter(None, ids), None)
+        if not is_id(upstream_id) or not is_llm(upstream_id, entry):
             continue
         upstream_id = re.sub("^models/", "", upstream_id)
-        created = first_number(entry, ("created",)) or 0
+        created = whole_number(entry.get("created"))
         limits = {**entry, **dict_or_empty(entry.get("meta")),
                   **dict_or_empty(entry.get("top_provider"))}
         models.setdefault(upstream_id, Model(
             f"{provider.id}/{upstream_id}", provider.at(upstream_id), upstream_id,
             created if created < 1 << 32 else 0,
             first_number(limits, CONTEXT_FIELDS), first_number(limits, OUTPUT_FIELDS)))
-    # The newest first, but those called "pro" last, which tend to be slow and dear: the first one
-    # is what a tier means where nothing else is chosen.
+    # The newest first, which a tier means where nothing else is chosen; last those called "pro",
+    # which tend to be slow and dear.
     return sorted(models.values(), key=lambda m: (bool(PRO.search(m.upstream_id)), -m.created))
 
 
@@ -907,17 +1011,25 @@ def is_llm(upstream_id: str, entry: Json) -> bool:
         return bool(capabilities["completion_chat"])
     if isinstance(capabilities, list) and capabilities:
         return "completion" in capabilities
-    if NOT_LLM.search(str(entry.get("type"))) or entry.get("supports_chat") is False:
-        return False
     modalities = dict_or_empty(entry.get("architecture")).get("output_modalities")
-    if isinstance(modalities, list) and "text" not in modalities:
+    if entry.get("supports_chat") is False or (
+            isinstance(modalities, list) and "text" not in modalities):
         return False
-    return not NOT_LLM.search(upstream_id)
+    return not NOT_LLM.search(f"{entry.get('type')}/{upstream_id}")
 
 
-def first_number(fields: Json, names: Iterable[str]) -> int | None:
-    """The first positive whole number among the named fields."""
-    return next(filter(None, (whole_number(fields.get(name)) for name in names)), None)
+def model_entry(model: Model, alias_of: str = "", learned: Sequence[str] = ()) -> Json:
+    """A model as OpenAI's list and Anthropic's both have it; custom_metadata is OGX's."""
+    created = datetime.fromtimestamp(model.created, timezone.utc)
+    notes = {"alias_of": alias_of, "warning": model.warning, "learned": learned}
+    metadata = {"model_type": "llm", "provider_id": model.provider.id,
+                "provider_resource_id": model.upstream_id,
+                **{name: value for name, value in notes.items() if value}}
+    return {
+        "id": model.id, "object": "model", "created": model.created, "owned_by": model.provider.id,
+        "type": "model", "display_name": model.id, "created_at": f"{created:%Y-%m-%dT%H:%M:%SZ}",
+        "lifecycle": "active", "capabilities": None, "max_input_tokens": model.context,
+        "max_tokens": model.max_output, "custom_metadata": metadata}
 
 
 class Registry:
@@ -926,7 +1038,7 @@ class Registry:
         self.aliases = {alias.model_id: alias for alias in config.aliases}
         self.tiers = dict(config.tiers)
         self.lists: dict[str, list[Model]] = {}  # provider id -> its LLMs
-        self.problems: dict[str, str] = {}  # provider id -> what was wrong at the last asking
+        self.problems: dict[str, str] = {}  # provider id -> why its last list failed
         self.native: dict[str, bool] = {}  # provider id -> whether it has a Messages API
         self.uncounted: frozenset[tuple[str, str]] = frozenset()  # id, URL that counts no tokens
         self._by_id: dict[str, Model] = {}
@@ -963,36 +1075,37 @@ class Registry:
         return self._by_id.get(model.served)
 
     def resolve(self, model_id: str) -> Model:
-        """The model that serves an id; OgxError(404) when none does."""
         return self.chain(model_id)[0]
 
     def chain(self, model_id: str) -> list[Model]:
-        """The models to try for an id, in order; OgxError(404) when there is none.
-        An alias may name several. Others have one, in this order: a listed id; an alias with a
-        fixed target; a tier chosen by ANTHROPIC_DEFAULT_*_MODEL; an upstream's bare id where only
-        one provider has it; an alias for `auto`, and any `claude-*` id by its family, which both
-        mean the first LLM, or the first of that family; `provider/anything`; `anyone/claude-*`."""
+        """The models to try for an id, in order; OgxError(404) when there is none. An alias may
+        name several. Other ids mean one, the first of: a listed id; an alias's fixed target; the
+        tier's of ANTHROPIC_DEFAULT_*_MODEL; a bare id that one provider alone lists; for an alias
+        of `auto` and any `claude-*` the first LLM, if possible of that family; `provider/anything`;
+        `anyone/claude-*`."""
         wanted = model_id.strip().removesuffix("[1m]")
         alias = self.aliases.get(wanted)
         if alias and alias.provider_id not in (*self.providers, "all"):
-            gone = alias.provider_id
-            raise OgxError(404, f"the provider '{gone}' of model '{wanted}' is not configured")
+            raise OgxError(404, f"the provider '{alias.provider_id}' of model '{wanted}' is not "
+                                "configured")
         if alias and alias.targets:
-            found = [self._named(t) or self._bare(t) or self._routed(t) for t in alias.targets]
+            models = [self._explicit(target) for target in alias.targets]
         else:
-            found = [self._named(wanted) or self._by_tier(wanted) or self._bare(wanted)
-                     or self._automatic(wanted) or self._routed(wanted)]
-        models = [m if m.id == model_id else replace(m, id=model_id) for m in found if m]
-        if not models and alias:
-            raise OgxError(404, f"no provider serves a target of model '{wanted[:200]}'")
+            models = [self._named(wanted) or self._by_tier(wanted) or self._bare(wanted)
+                      or self._automatic(wanted) or self._routed(wanted)]
         claude = re.search("(?<=[./:])claude-.*", wanted)  # behind its vendor
-        if not models and claude:
-            return [replace(model, id=model_id) for model in self.chain(claude[0])]
-        if not models:
-            hint = near_miss(model_id, [*(m.id for m in self.models()), *self.aliases])
-            words = f"model '{model_id[:200]}' not found.{hint}"
-            raise OgxError(404, f"{words} GET /v1/models lists what there is.")
-        return models
+        if claude and not alias and not any(models):
+            models = [*self.chain(claude[0])]
+        if any(models):
+            return [replace(model, id=model_id) for model in models if model]
+        if alias:
+            raise OgxError(404, f"no provider serves a target of model '{wanted[:200]}'")
+        hint = near_miss(model_id, [*(m.id for m in self.models()), *self.aliases])
+        raise OgxError(404, f"model '{model_id[:200]}' not found.{hint} GET /v1/models lists what "
+                            "there is.")
+
+    def _explicit(self, wanted: str) -> Model | None:
+        return self._named(wanted) or self._bare(wanted) or self._routed(wanted)
 
     def _named(self, wanted: str) -> Model | None:
         if wanted in self._by_id:
@@ -1007,53 +1120,63 @@ class Registry:
         chosen = self.tiers.get(tier or "", "").removesuffix("[1m]")
         if not chosen or chosen == wanted:
             return None
-        found = self._named(chosen) or self._bare(chosen) or self._routed(chosen)
-        if found is None and not tier_of(chosen):  # one that names a tier would go in circles
-            variable = f"ANTHROPIC_DEFAULT_{str(tier).upper()}_MODEL"
-            raise OgxError(404, f"{variable} names '{chosen[:200]}', which no provider here serves")
-        return found
+        model = self._explicit(chosen)
+        if model is None and not tier_of(chosen):  # a tier that names a tier means the first LLM
+            raise OgxError(404, f"ANTHROPIC_DEFAULT_{str(tier).upper()}_MODEL names "
+                                f"'{chosen[:200]}', which no provider here serves")
+        return model
 
     def _automatic(self, wanted: str) -> Model | None:
         alias, tier = self.aliases.get(wanted), tier_of(wanted)
-        if alias is None and not tier and not wanted.startswith("claude-"):
+        if not (alias or tier or wanted.startswith("claude-")):
             return None
-        if alias is None or alias.provider_id == "all":
-            # Those of providers that were down at the last asking come last.
-            candidates = sorted(self.models(), key=lambda m: m.provider.id in self.problems)
-        else:
-            candidates = self.lists.get(alias.provider_id, [])
-        if alias and alias.provider_model_id != "auto":
-            candidates = [m for m in candidates if m.upstream_id == alias.provider_model_id]
-        if not candidates:
-            reasons = "; ".join(f"{pid}: {why}" for pid, why in self.problems.items())
-            reasons = reasons or "no provider lists a model"
-            raise OgxError(404, f"no model to serve '{wanted[:200]}' ({reasons})")
-        family = (m for m in candidates if m.provider.id == candidates[0].provider.id
+        alias = alias or Alias(wanted, "all", "auto")
+        models = [m for m in self.models() if alias.provider_id in ("all", m.provider.id)
+                  and alias.provider_model_id in ("auto", m.upstream_id)]
+        if not models:
+            problems = "; ".join(f"{pid}: {why}" for pid, why in self.problems.items())
+            raise OgxError(404, f"no model to serve '{wanted[:200]}' "
+                                f"({problems or 'no provider lists a model'})")
+        models.sort(key=lambda m: m.provider.id in self.problems)  # who may be down comes last
+        family = (m for m in models if m.provider.id == models[0].provider.id
                   and tier_of(re.sub(r"^.*\.(?=claude-)", "", m.upstream_id)) == tier)
-        return next(family, candidates[0]) if tier else candidates[0]
+        return next(family, models[0]) if tier else models[0]
 
     def _bare(self, wanted: str) -> Model | None:
         same = [m for m in self.models() if m.upstream_id == wanted]
         return same[0] if len(same) == 1 else None
 
     def _routed(self, wanted: str) -> Model | None:
-        provider_id, slash, rest = wanted.partition("/")
-        if slash and rest and provider_id in self.providers:
-            listed = (m for m in self.lists.get(provider_id, []) if m.upstream_id == rest)
-            return next(listed, Model(wanted, self.providers[provider_id].at(rest), rest))
-        return None
+        provider_id, _, upstream_id = wanted.partition("/")
+        if not upstream_id or provider_id not in self.providers:
+            return None
+        server = self.providers[provider_id].at(upstream_id)
+        return self._by_id.get(wanted) or Model(wanted, server, upstream_id)
 
 
-def near_miss(word: str, known: Iterable[str]) -> str:
-    """` Did you mean '...'?` where a known id is near to the word, else nothing."""
+def registered_alias(body: Any, registry: Registry) -> Alias:
+    """The alias that a POST /v1/models asks for; OgxError 400 or 409."""
+    expect(body, "", {"model_id": str})
+    given = {name: body[name] for name in ALIAS if body.get(name) not in (None, "")}
+    alias = alias_from_entry(checked(given, ALIAS, "the model"), registry.providers)
+    if any(model.id == alias.model_id for model in registry.models()):
+        raise OgxError(409, f"model_id: '{alias.model_id}' is a provider's own id")
+    if len({*registry.aliases, alias.model_id}) > MOST_REGISTERED:
+        raise OgxError(400, f"model_id: {MOST_REGISTERED} are registered; delete one before")
+    return alias
+
+
+def near_miss(asked: str, known: Iterable[str]) -> str:
+    """` Did you mean '...'?` where a known id is near to the one asked for, else nothing."""
     import difflib  # only now, to start sooner and smaller
 
-    # Comparing takes long: only with the ids that have most words in common.
-    words = set(re.findall(r"[a-z]+|[0-9]+", word[:MAX_ID].lower()))
-    common = ((len(words.intersection(re.findall(r"[a-z]+|[0-9]+", other.lower()))), other)
-              for other in itertools.islice(known, 5000))
-    best = [other for _, other in sorted(common, reverse=True)[:20]]
-    near = difflib.get_close_matches(word[:MAX_ID], best, 1, 0.5)
+    def parts(text: str) -> set[str]:
+        return set(re.findall("[a-z]+|[0-9]+", text.lower()))
+
+    # Comparing takes long: only with the ids that have most parts in common.
+    asked, own = asked[:MAX_ID], parts(asked[:MAX_ID])
+    likely = sorted(itertools.islice(known, 5000), key=lambda other: len(own & parts(other)))
+    near = difflib.get_close_matches(asked, likely[-20:], 1, 0.5)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
@@ -1086,7 +1209,6 @@ NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dep
 VALUES = ("enum", "const", "default", "examples", "input")
 ANSWER_NOTE = "Your last answer must be JSON alone, valid against this JSON schema: "
 ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_format is taken
-CONTENT, NUMBER = (str, list), (int, float)
 BLOCK_FIELDS: dict[str, dict[str, type]] = {  # what translation relies on
     "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict},
     "thinking": {"thinking": str}, "tool_use": {"id": str, "name": str, "input": dict},
@@ -1098,36 +1220,7 @@ OPTIONS = {"tools": list, "tool_choice": dict, "stop_sequences": list, "stream":
            "temperature": NUMBER, "top_p": NUMBER, "top_k": int, "thinking": dict,
            "output_config": dict, "output_format": dict, "metadata": dict, "system": CONTENT}
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
-KIND_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
-              float: "a number", bool: "true or false", type(None): "null", NUMBER: "a number",
-              CONTENT: "a string or a list of content blocks"}
 PLACEHOLDER = "DeferredToolPlaceholder"  # Claude Code's; stands for tools that may be found later
-
-
-def finite_number(text: str) -> float:
-    """The number; ValueError for Python's NaN and Infinity, which 1e999 is too."""
-    number = float(text)
-    if math.isfinite(number):
-        return number
-    raise ValueError(f"{text} is no number of JSON")
-
-
-STRICT_JSON = json.JSONDecoder(parse_constant=finite_number, parse_float=finite_number)
-
-
-def parsed_json(body: bytes) -> Any:
-    """The JSON of a request's body; OgxError(400) says where it breaks."""
-    if not body:
-        raise OgxError(400, "the request has no body; expected a JSON object")
-    if has_too_many_elements(body):
-        raise OgxError(413, f"the request's JSON has more than {MAX_ELEMENTS:,} elements")
-    try:
-        # As "utf-8-sig", but without its detour through Python.
-        return STRICT_JSON.decode(body.decode().removeprefix("\ufeff"))
-    except UnicodeDecodeError:
-        raise OgxError(400, "the request's body is not UTF-8") from None
-    except ValueError as error:
-        raise OgxError(400, f"the request's body is not JSON: {error}") from None
 
 
 def checked_json(body: bytes, counting: bool = False) -> Json:
@@ -1141,25 +1234,6 @@ def checked_json(body: bytes, counting: bool = False) -> Json:
         config = request.get("output_config") or {}
         request["output_config"] = {"format": request["output_format"], **config}
     return request
-
-
-COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False)
-
-
-def json_bytes(value: Json) -> bytes:
-    return COMPACT_JSON.encode(value).encode("ascii")
-
-
-HALF_PAIR = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|"
-                       rb"(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F]..)")
-
-
-def without_halves(data: bytes) -> bytes:
-    """JSON with U+FFFD for half surrogate pairs: servers refuse a whole body for one."""
-    if not HALF_PAIR.search(data):
-        return data
-    marked = data.replace(b"\\\\", b"\0")  # what is a text's own backslash
-    return HALF_PAIR.sub(rb"\\ufffd", marked).replace(b"\0", b"\\\\")
 
 
 def check_request(request: Any, counting: bool = False) -> None:
@@ -1245,30 +1319,6 @@ def is_client_tool(tool: Json) -> bool:
     return tool.get("type") in (None, "custom") or "input_schema" in tool
 
 
-def expect(node: Any, where: str, kinds: Mapping[str, Any], required: bool = True) -> None:
-    """Check the fields of an object, the request's body where it has no place: each is of a type,
-    or among some types or words. Null counts as absent."""
-    if type(node) is not dict:
-        raise wrong(where or "the request body", "an object" if where else "a JSON object", node)
-    for name in kinds if required else sorted(kinds.keys() & node.keys()):
-        kind, value = kinds[name], node.get(name)
-        if type(value) is kind or (value is None and not required):
-            continue
-        if isinstance(kind, tuple) and (value in kind or type(value) in kind):
-            continue
-        place = f"{where}.{name}" if where else name
-        if value is None:
-            raise OgxError(400, f"{place}: field required")
-        if kind not in KIND_NAMES:
-            shown = json.dumps(value)[:80]
-            raise OgxError(400, f"{place}: expected one of {', '.join(kind)}, got {shown}")
-        raise wrong(place, KIND_NAMES[kind], value)
-
-
-def wrong(where: str, expected: str, value: Any) -> OgxError:
-    return OgxError(400, f"{where}: expected {expected}, got {KIND_NAMES[type(value)]}")
-
-
 def refuse_untranslatable(request: Json, native: bool = False) -> None:
     """Raise OgxError(400) for what only Anthropic can do. The SDK's tool runner reads this error
     code and goes on without server-side threads. Where a 400 names `safeguards`, whose verdicts
@@ -1304,26 +1354,6 @@ def dropped_names(request: Json, sent: Json, all_of_them: bool) -> str:
     return ", ".join(BAD_ID.sub("?", name[:40]) for name in names[:10])
 
 
-def registered_alias(body: Any, registry: Registry) -> Alias:
-    """The alias that a POST /v1/models asks for; OgxError 400 or 409."""
-    expect(body, "", {"model_id": str})
-    names = ("model_id", "provider_id", "provider_model_id", "model_type")
-    given = {name: body[name] for name in names if body.get(name) not in (None, "")}
-    alias = alias_from_node(Node(given, "the model"), list(registry.providers))
-    targets = alias.targets or (alias.provider_model_id,)
-    if len(targets) > 32 or max(map(len, targets)) > MAX_ID:
-        raise OgxError(400, f"provider_model_id: expected an id of 1 to {MAX_ID} characters, or a "
-                            "list of at most 32 of them")
-    if not re.fullmatch(r"\S(.{0,254}\S)?", alias.model_id) or BAD_ID.search(alias.model_id):
-        raise OgxError(400, "model_id: expected 1 to 256 characters without control characters or "
-                            "outer spaces")
-    if any(model.id == alias.model_id for model in registry.models()):
-        raise OgxError(409, f"model_id: '{alias.model_id}' is a provider's own id")
-    if len({*registry.aliases, alias.model_id}) > MOST_REGISTERED:
-        raise OgxError(400, f"model_id: {MOST_REGISTERED} are registered; delete one before")
-    return alias
-
-
 # ======== History ============================================================================
 # A conversation for other dialects: turns in an order that all upstreams accept, words for blocks
 # that they don't have, signatures that hold what must go back to them. Pure.
@@ -1350,10 +1380,6 @@ def blocks_of(content: Any) -> list[Json]:
 def system_text(request: Json) -> str:
     texts = map(block_text, blocks_of(request.get("system")))
     return "\n\n".join(t for t in texts if not t.startswith(BILLING_HEADER))
-
-
-def text_part(text: str) -> Json:
-    return {"type": "text", "text": text}
 
 
 @dataclass
@@ -2275,10 +2301,6 @@ def plain_schema(root: Json) -> Json:
         return {**branches[0], **node} if branches else {**node, **typed}
 
     return plain(root, top=True)
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def conversation_key(request: Json) -> str:
@@ -5876,18 +5898,6 @@ def retry_delay(error: OgxError, retries: int, backoff: float) -> float | None:
     return None if retry_after else backoff * 2**retries * random.uniform(0.8, 1.2)
 
 
-def model_entry(model: Model, alias_of: str = "", learned: Sequence[str] = ()) -> Json:
-    """A model as OpenAI's list and Anthropic's both have it; custom_metadata is OGX's."""
-    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.created))
-    noted = {"alias_of": alias_of, "warning": model.warning, "learned": learned}
-    metadata = {"model_type": "llm", "provider_id": model.provider.id,
-                "provider_resource_id": model.upstream_id,
-                **{name: value for name, value in noted.items() if value}}
-    return {
-        "id": model.id, "object": "model", "created": model.created, "owned_by": model.provider.id,
-        "type": "model", "display_name": model.id, "created_at": created, "lifecycle": "active",
-        "capabilities": None, "max_input_tokens": model.context, "max_tokens": model.max_output,
-        "custom_metadata": metadata}
 
 
 # ======== Server =============================================================================
@@ -6636,12 +6646,8 @@ def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
         if port is None:
             port = port_number(environ.get("OGX_PORT") or DEFAULT_PORT, "OGX_PORT")
     url = url if "://" in url else f"http://{url}"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
+    parts = url_parts(url)
+    if parts is None:
         raise OgxError(400, f"--url: expected a URL like http://localhost:8321, got '{url}'")
     if port is not None and parts.port is None:
         parts = parts._replace(netloc=f"{parts.netloc}:{port}")

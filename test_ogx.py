@@ -706,7 +706,7 @@ class TestTheFile:
         assert downward == set()
 
     def test_nothing_above_the_line_does_io(self):
-        above = SOURCE[SOURCE.index("# ======== Errors") : SOURCE.index(IO_LINE)]
+        above = SOURCE[SOURCE.index("# ======== Values") : SOURCE.index(IO_LINE)]
         tree = ast.parse(above)
         used = {n.value.id for n in ast.walk(tree)
                 if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}  # fmt: skip
@@ -862,6 +862,81 @@ def strip_docstrings(tree):
 
 
 # ---- one class per section ------------------------------------------------------------------
+
+
+class TestValues:
+    @pytest.mark.parametrize("page", [
+        lambda n: b"<html>" + b"<script>" * n, lambda n: b"<html>" + b"<title>" * n,
+        lambda n: b"<html>" + b"<" * n, lambda n: b"<html><title>" + b"a " * n, lambda n: b" " * n,
+        lambda n: b"x" * n], ids=["script", "title", "open", "words", "space", "letters"])
+    def test_odd_pages_are_told_at_once(self, page):
+        assert len(ogx.beginning(page(100_000))) <= 520
+        assert min(cpu(ogx.beginning, page(500_000)) for _ in range(3)) < 0.5  # once half a minute
+
+    @pytest.mark.parametrize("size", range(5, 40))
+    def test_no_part_of_a_key_is_left_by_a_cut(self, size):
+        key = "sk-proj-abc_DEF.123/+=~"
+        shown = ogx.cut(f"key: {key} is wrong", size)
+        assert key in shown or "sk-" not in shown
+        assert ogx.cut("\u4f60\u597d" * 20, size).startswith("\u4f60\u597d" * (size // 2))
+
+    @pytest.mark.parametrize(
+        ("make", "fits"),
+        [
+            (lambda n: b'{"a":[' + b"[]," * n + b"1]}", False),
+            (lambda n: b'{"a":"' + b"[]," * n + b'"}', True),
+            (lambda n: b'{"a":"' + rb"\"," * n + b'"}', True),
+            (lambda n: b"[" + b"1," * 2 * n + b"1]", False),
+            (lambda n: b'{"a":"' + b"[]," * n, True),  # broken, as the parser says then
+            (lambda n: b"[" * 3 * n, False),
+        ],
+        ids=["lists", "text", "escapes", "numbers", "open", "depth"],
+    )
+    def test_json_of_too_many_elements_is_not_read(self, make, fits):
+        data = make(600_000)
+        assert ogx.has_too_many_elements(data) is not fits
+        assert ogx.has_too_many_elements(data.decode()) is not fits
+        error = None if make(1).endswith(b"}") and fits else refused(ogx.parsed_json, data)
+        assert error is None or error.status == (400 if fits else 413)
+
+    def test_elements_are_counted_in_little_memory(self):
+        """A group in the expression for strings kept 100 bytes for each character."""
+        data = b'["' + b"a," * 1_000_001 + b'"]'
+        tracemalloc.start()
+        assert not ogx.has_too_many_elements(data)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 10 * len(data)
+
+    @cases(
+        ("given", "sent"),
+        [
+            (r'{"a":"x\ud83d"}', r'{"a":"x\ufffd"}'), (r'["\ude00"]', r'["\ufffd"]'),
+            (r'["\ud83d\ud83d\ude00\ude00"]', r'["\ufffd\ud83d\ude00\ufffd"]'),
+            (r'["\ud83d \ude00"]', r'["\ufffd \ufffd"]'), (r'{"\udfff":1}', r'{"\ufffd":1}'),
+            (r'["\\\\\ud83d"]', r'["\\\\\ufffd"]'),
+            (r'["\uD83D \uDe00 \uD83D\uDE00"]', r'["\ufffd \ufffd \uD83D\uDE00"]'),
+            (r'["\\\ud83d\\ude00"]', r'["\\\ufffd\\ude00"]'),
+            # what are pairs, or words about them
+            (r'["\ud83d\ude00"]', None), (r'["\\ud83d"]', None),
+            (r'["\\ud83d\\ude00 \\\\udfff"]', None), (r'["\u0d83 ud83d \ud7ff\ue000"]', None),
+        ],
+    )  # fmt: skip
+    def test_half_of_a_pair_is_a_replacement_character(self, given, sent):
+        made = ogx.without_halves(given.encode())
+        assert made == (sent or given).encode()
+        json.dumps(json.loads(made), ensure_ascii=False).encode()  # whole characters alone
+
+    def test_half_pairs_are_replaced_in_linear_time(self):
+        def seconds(text):
+            begun = time.process_time()
+            ogx.without_halves(text)
+            return time.process_time() - begun
+
+        for piece in (rb"\ud83d", rb"\\", rb"\\ud83d", rb"\ud83d\ude00", rb"\ud83d\\\\"):
+            small, large = (min(seconds(b'"' + piece * n + b'"') for _ in range(3))
+                            for n in (20_000, 160_000))  # fmt: skip
+            assert large < 40 * max(small, 0.001)
 
 
 class TestErrors:
@@ -1114,24 +1189,71 @@ class TestErrors:
         assert error.headers == {"x-should-retry": "false"}
 
 
-    @pytest.mark.parametrize("page", [
-        lambda n: b"<html>" + b"<script>" * n, lambda n: b"<html>" + b"<title>" * n,
-        lambda n: b"<html>" + b"<" * n, lambda n: b"<html><title>" + b"a " * n, lambda n: b" " * n,
-        lambda n: b"x" * n], ids=["script", "title", "open", "words", "space", "letters"])
-    def test_odd_pages_are_told_at_once(self, page):
-        assert len(ogx.beginning(page(100_000))) <= 520
-        assert min(cpu(ogx.beginning, page(500_000)) for _ in range(3)) < 0.5  # once half a minute
-
-    @pytest.mark.parametrize("size", range(5, 40))
-    def test_no_part_of_a_key_is_left_by_a_cut(self, size):
-        key = "sk-proj-abc_DEF.123/+=~"
-        shown = ogx.cut(f"key: {key} is wrong", size)
-        assert key in shown or "sk-" not in shown
-        assert ogx.cut("\u4f60\u597d" * 20, size).startswith("\u4f60\u597d" * (size // 2))
-
     def test_an_errors_words_hold_no_control_character(self):
         body = ogx.OgxError(400, "a\x1b]0;b\x07\n\u202ec", quote="\ud800").body("r")
         assert body["error"]["message"] == "a?]0;b?\n?c?"
+
+
+class TestChecks:
+    @pytest.mark.parametrize(
+        ("body", "status", "words"),
+        [(b"", 400, "the request has no body; expected a JSON object"),
+         (b"{", 400, "the request's body is not JSON: Expecting property name"),
+         (b'"\xff"', 400, "the request's body is not UTF-8"),
+         (b"[NaN]", 400, "NaN is no number of JSON"), (b"1e999", 400, "1e999 is no number"),
+         (b"[" * 1_000_001, 413, "has more than 1,000,000 elements")],
+        ids=["nothing", "open", "bytes", "NaN", "infinite", "elements"],
+    )  # fmt: skip
+    def test_a_body_that_is_no_json_says_why(self, body, status, words):
+        error = refused(ogx.parsed_json, body)
+        assert error.status == status and words in error.message
+
+    def test_a_byte_order_mark_is_no_part_of_a_body(self):
+        assert ogx.parsed_json(b'\xef\xbb\xbf{"a": 1.5}') == {"a": 1.5}
+
+    def test_a_wrong_value_is_shown_unless_it_may_hold_a_key(self):
+        for value, shown in ((5, "5"), ("x" * 99, '"' + "x" * 79), ([], "[]"),
+                             (["k"], "something else"), ({"a": "k"}, "something else")):
+            assert ogx.wrong_value("f: a", "b", value).message == f"f: a: expected b, got {shown}"
+        assert ogx.wrong_value("f: p.api_key", "b", 5).message.endswith("got something else")
+
+    @pytest.mark.parametrize(
+        ("node", "types", "required", "words"),
+        [
+            ({"a": "x"}, {"a": str}, True, None), ({"a": None}, {"a": str}, False, None),
+            ({}, {"a": str}, False, None), ({"a": 1}, {"a": (int, float)}, True, None),
+            ({"a": "x"}, {"a": ("x", "y")}, True, None),
+            ({}, {"a": str}, True, "n.a: field required"),
+            ({"a": None}, {"a": str}, True, "n.a: field required"),
+            ({"a": True}, {"a": int}, True, "n.a: expected a whole number, got true or false"),
+            ({"a": "z"}, {"a": ("x", "y")}, False, 'n.a: expected one of x, y, got "z"'),
+            (["a"], {"a": str}, True, "n: expected an object, got a list"),
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_fields_are_of_a_type_or_among_words(self, node, types, required, words):
+        if words is None:
+            ogx.expect(node, "n", types, required)
+        else:
+            assert refused(ogx.expect, node, "n", types, required).message == words
+
+    @cases("value", [-1, 65536, "", "x", " 80", 80.0, None, True])
+    def test_what_is_no_port_is_told(self, value):
+        error = refused(ogx.port_number, value, "p")
+        assert error.message == f"p: expected a port from 0 to 65535, got {json.dumps(value)}"
+        assert [ogx.port_number(port, "p") for port in (0, "0", 65535, "8321")] == [
+            0, 0, 65535, 8321]  # fmt: skip
+
+    @pytest.mark.parametrize("url", [
+        "", "h", "h:1", "ftp://h", "http://", "http://h:0", "http://h:65536", "http://h:x",
+        "http://[::1", "http://a b", "http://h/\u00e9", "http://h\n", "http://h/?a", "http://h#a"])
+    def test_what_is_no_url_of_a_server_has_no_parts(self, url):
+        assert ogx.url_parts(url) is None
+
+    def test_a_url_may_have_a_user_a_port_and_a_path(self):
+        parts = ogx.url_parts("https://me:pw@[::1]:8000/v1/")
+        assert (parts.username, parts.hostname, parts.port, parts.path) == (
+            "me", "::1", 8000, "/v1/")  # fmt: skip
 
 
 class TestProviders:
@@ -1533,6 +1655,24 @@ class TestConfig:
                  "config": {"api_key": "sk-secret 1"}}  # fmt: skip
         error = refused(self.build, providers={"inference": [entry]})
         assert "sk-secret" not in error.message
+
+    @pytest.mark.parametrize("provider_id", ["", None, "${env.UNSET:+mine}"])
+    def test_an_entry_without_an_id_is_off_whatever_it_holds(self, provider_id):
+        entry = {"provider_id": provider_id, "provider_type": "remote::odd",
+                 "config": {"verify": "maybe"}}  # fmt: skip
+        assert self.build(providers={"inference": [entry]}).providers == ()
+
+    @pytest.mark.parametrize("entry", [{"model_id": ""}, {"model_id": " a"}, {"model_id": "a\n"},
+                                       {"model_id": "a" * 257}, {}], ids=lambda e: str(e)[:30])
+    def test_a_models_id_that_nobody_can_ask_for_is_a_mistake(self, entry):
+        error = refused(self.build, registered_resources={"models": [entry]})
+        assert error.message.startswith(
+            "my.json: registered_resources.models[0].model_id: expected 1 to 256 characters")
+
+    def test_other_parts_of_an_ogx_file_are_passed_over(self):
+        built = self.build(providers={"safety": [5]}, registered_resources={"shields": "x"},
+                           version="2", distro_name=None)  # fmt: skip
+        assert (built.providers, built.aliases) == ((), ())
 
     def test_two_servers_of_one_kind(self):
         entries = [{"provider_id": f"gpu{i}", "provider_type": "remote::vllm",
@@ -2054,64 +2194,6 @@ class TestRequests:
     def test_media_that_an_upstream_cannot_see_are_told_whatever_they_are(self):
         rtf = {**pdf(), "source": {"type": "base64", "media_type": "text/rtf", "data": ""}}
         assert "text/rtf, 1 kB" in chat(request(user([rtf])), "vllm")["messages"][0]["content"]
-
-    @cases(
-        ("given", "sent"),
-        [
-            (r'{"a":"x\ud83d"}', r'{"a":"x\ufffd"}'), (r'["\ude00"]', r'["\ufffd"]'),
-            (r'["\ud83d\ud83d\ude00\ude00"]', r'["\ufffd\ud83d\ude00\ufffd"]'),
-            (r'["\ud83d \ude00"]', r'["\ufffd \ufffd"]'), (r'{"\udfff":1}', r'{"\ufffd":1}'),
-            (r'["\\\\\ud83d"]', r'["\\\\\ufffd"]'),
-            (r'["\uD83D \uDe00 \uD83D\uDE00"]', r'["\ufffd \ufffd \uD83D\uDE00"]'),
-            (r'["\\\ud83d\\ude00"]', r'["\\\ufffd\\ude00"]'),
-            # what are pairs, or words about them
-            (r'["\ud83d\ude00"]', None), (r'["\\ud83d"]', None),
-            (r'["\\ud83d\\ude00 \\\\udfff"]', None), (r'["\u0d83 ud83d \ud7ff\ue000"]', None),
-        ],
-    )  # fmt: skip
-    def test_half_of_a_pair_is_a_replacement_character(self, given, sent):
-        made = ogx.without_halves(given.encode())
-        assert made == (sent or given).encode()
-        json.dumps(json.loads(made), ensure_ascii=False).encode()  # whole characters alone
-
-    def test_half_pairs_are_replaced_in_linear_time(self):
-        def seconds(text):
-            begun = time.process_time()
-            ogx.without_halves(text)
-            return time.process_time() - begun
-
-        for piece in (rb"\ud83d", rb"\\", rb"\\ud83d", rb"\ud83d\ude00", rb"\ud83d\\\\"):
-            small, large = (min(seconds(b'"' + piece * n + b'"') for _ in range(3))
-                            for n in (20_000, 160_000))  # fmt: skip
-            assert large < 40 * max(small, 0.001)
-
-    @pytest.mark.parametrize(
-        ("make", "fits"),
-        [
-            (lambda n: b'{"a":[' + b"[]," * n + b"1]}", False),
-            (lambda n: b'{"a":"' + b"[]," * n + b'"}', True),
-            (lambda n: b'{"a":"' + rb"\"," * n + b'"}', True),
-            (lambda n: b"[" + b"1," * 2 * n + b"1]", False),
-            (lambda n: b'{"a":"' + b"[]," * n, True),  # broken, as the parser says then
-            (lambda n: b"[" * 3 * n, False),
-        ],
-        ids=["lists", "text", "escapes", "numbers", "open", "depth"],
-    )
-    def test_json_of_too_many_elements_is_not_read(self, make, fits):
-        data = make(600_000)
-        assert ogx.has_too_many_elements(data) is not fits
-        assert ogx.has_too_many_elements(data.decode()) is not fits
-        error = None if make(1).endswith(b"}") and fits else refused(ogx.parsed_json, data)
-        assert error is None or error.status == (400 if fits else 413)
-
-    def test_elements_are_counted_in_little_memory(self):
-        """A group in the expression for strings kept 100 bytes for each character."""
-        data = b'["' + b"a," * 1_000_001 + b'"]'
-        tracemalloc.start()
-        assert not ogx.has_too_many_elements(data)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 10 * len(data)
 
     @cases(("stops", "fits"), [
         (["a" * 4000], True), (["a" * 4001], False), (["ab"] * 2001, False)])
