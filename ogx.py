@@ -27,7 +27,8 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
     Events         build, write, read and fold Anthropic events
     Chat           OpenAI Chat Completions: request there, chunks back
     Messages       Anthropic's own format, for upstreams that speak it
-    Responses      OpenAI's Responses, and the table of dialects
+    Responses      OpenAI's Responses: request there, events back
+    Dialects       the table of what upstreams speak, and the demo model
     Remedies       what an upstream's refusal teaches
     Log            what people read: the log, and lines at a terminal
     Store          what must outlive a request, or the process
@@ -1064,18 +1065,7 @@ BLOCK_TYPES = frozenset((
     "mcp_tool_listing", "container_upload", "compaction", "fallback"))
 UNSEEN_BLOCKS = ("thinking", "redacted_thinking", "mcp_tool_listing", "fallback")
 SIGNATURE_MARK = '{"ogx":'  # begins the signatures that we made: JSON with what goes back upstream
-MEDIA_TYPES = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"),
-               "document": ("application/pdf",)}
 MAX_STOPS = 4000  # characters of all stop sequences
-MAX_IMAGE = 5 * 1024 * 1024  # characters of base64, as at Anthropic
-# What JSON schemas are made of (other keywords constrain, and the client checks them itself), what
-# holds schemas by names that are no keywords, and what holds any values.
-STRUCTURE = ("type", "description", "properties", "required", "items", "enum", "anyOf", "oneOf",
-             "allOf", "$ref", "$defs", "definitions")
-NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-VALUES = ("enum", "const", "default", "examples", "input")
-ANSWER_NOTE = "Your last answer must be JSON alone, valid against this JSON schema: "
-ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_format is taken
 CONTENT, NUMBER = (str, list), (int, float)
 MESSAGE_FIELDS = {"role": ("user", "assistant", "system"), "content": CONTENT}
 BLOCK_FIELDS: dict[str, dict[str, type]] = {  # what translation relies on
@@ -1225,16 +1215,6 @@ def check_options(body: Json) -> None:
     output_format = config.get("format") or {}
     if output_format.get("type") == "json_schema":
         expect(output_format, "output_config.format", {"schema": dict})
-
-
-def search_notice(request: Json) -> str:
-    """Words for the user where nothing but a server's tool was asked for, as Claude Code's
-    WebSearch does, and the upstream has none: else it would look like a search without results."""
-    tools = request.get("tools") or ()
-    if not tools or any(is_client_tool(tool) for tool in tools):
-        return ""
-    names = ", ".join(tool.get("name") or str(tool.get("type")) for tool in tools)
-    return f"[{names} is not available with this model; what follows is from its own memory.]\n\n"
 
 
 def is_client_tool(tool: Json) -> bool:
@@ -1449,6 +1429,14 @@ def block_text(block: Json) -> str:
     return f"[{kind}] {json.dumps(content, ensure_ascii=False)}"
 
 
+# What JSON schemas are made of (other keywords constrain, and the client checks them itself), what
+# holds schemas by names that are no keywords, and what holds any values.
+STRUCTURE = ("type", "description", "properties", "required", "items", "enum", "anyOf", "oneOf",
+             "allOf", "$ref", "$defs", "definitions")
+NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+VALUES = ("enum", "const", "default", "examples", "input")
+
+
 def without_keywords(tree: Any, gone: Collection[str], lost: list[Any], path: str = "input") -> Any:
     """JSON without some fields or, in a schema, keywords, wherever they stand as such; the place,
     name and value of each go to `lost`. "*": without all but STRUCTURE."""
@@ -1463,10 +1451,8 @@ def without_keywords(tree: Any, gone: Collection[str], lost: list[Any], path: st
         elif name in NAMED_SCHEMAS and isinstance(value, dict):
             kept[name] = {k: without_keywords(v, gone, lost, f"{path}.{k}")
                           for k, v in value.items()}
-        elif name in VALUES:
-            kept[name] = value
         else:
-            kept[name] = without_keywords(value, gone, lost, path)
+            kept[name] = value if name in VALUES else without_keywords(value, gone, lost, path)
     return kept
 
 
@@ -1480,33 +1466,6 @@ def kept_in(block: Json, dialect: str, owner: str) -> Json:
     signature = str(block.get("signature") or block.get("data"))
     kept = dict_or_empty(json_or_none(signature if signature.startswith(SIGNATURE_MARK) else ""))
     return kept if (kept.get("ogx"), kept.get("by")) == (dialect, owner) else {}
-
-
-def answer_way(request: Json, kind: ProviderKind) -> tuple[str, Json]:
-    """How an answer by a schema is asked for, and the schema: by response "format", by a "tool"
-    that must be called, or in "words"; "" where none is asked for."""
-    schema: Json | None = ((request.get("output_config") or {}).get("format") or {}).get("schema")
-    if schema is None:
-        return "", {}
-    beside = any(map(is_client_tool, request.get("tools") or ()))
-    if kind.answer_by == "format" and (kind.format_with_tools or not beside):
-        return "format", schema
-    is_input = not beside and schema.get("type") in (None, "object")  # it can be a tool's
-    return ("tool" if is_input and kind.answer_by == "tool" else "words"), schema
-
-
-def json_answer(text: str, schema: Json) -> str:
-    """The JSON in a model's words that fits a schema's top level; "" where there is none."""
-    kind, needed = schema.get("type"), schema.get("required")
-    fitting = {"object": dict, "array": list}.get(str(kind), object)
-    begins = (at for at in map(text.find, "[{") if at >= 0)
-    for part in (text.strip(), text[min(begins, default=0) : max(map(text.rfind, "]}")) + 1]):
-        value: Any = json_or_none(part)
-        names = needed if isinstance(value, dict) and isinstance(needed, list) else ()
-        whole = value is not None and all(str(name) in value for name in names)
-        if whole and isinstance(value, fitting):
-            return part
-    return ""
 
 
 def document_text(block: Json) -> str:
@@ -1968,19 +1927,6 @@ class SseReader:
         return self.feed(b"\n\n") if self._rest or self._data else []
 
 
-# ======== Chat ===============================================================================
-# OpenAI's Chat Completions. chat_request() makes the request, ChatTranslator turns chunks into
-# events; a completion that wasn't streamed is one big chunk. Pure.
-
-# Models that take reasoning_effort; others may refuse it. By name, since lists don't tell.
-REASONS = re.compile(
-    r"(^|[/:_-])(o[134](-|$)|gpt-(5|6|oss)|deepseek-(r|v4|reasoner)|qwq|magistral)|"
-    r"thinking|reasoner|qwen3(?!.{0,250}(instruct|coder))", re.I)
-ROOT_UNIONS = ("anyOf", "oneOf", "allOf", "enum", "not")
-UNTOLD = ("$schema", "title", "additionalProperties")  # where they are lost
-MAX_RULES = 200  # characters of others in a tool's description
-MAX_INLINED = 30_000  # characters of definitions in a tool's schema
-TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # OpenAI's rule; Anthropic allows 128 characters
 STOP_REASONS = (  # words in a finish_reason -> stop_reason; "": it broke off
     ("error|abort|cancel|fail|network|connect|time.?out|interrupt|resource|malformed|unexpected|"
      "incomplete|call_filter", ""),
@@ -1991,38 +1937,155 @@ STOP_REASONS = (  # words in a finish_reason -> stop_reason; "": it broke off
     ("stop|eos|end_turn|complete|done|tool|function_call", "end_turn"))
 
 
+class Translator:
+    """Turns what an upstream sends into the events of one message; each dialect has its `_read`."""
+
+    _holds = False  # the text until the end
+
+    def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
+        self.writer = writer
+        self.usage: Usage | None = None
+        self.done = False
+        self._model, self._origin = model, model.origin
+        self._stop_reason = ""
+        self._stop_sequence: str | None = None
+        self._refused = False
+        self._chunks = 0
+        self._searches = 0
+
+    def feed(self, data: bytes) -> None:
+        """Write the events for the data of one server-sent event, or for a whole answer."""
+        if self.done:
+            return
+        if data.strip() == b"[DONE]":
+            self.end()
+            return
+        chunk = json_or_none(data)
+        if chunk is None:
+            raise unknown_data(f"{self._origin} sent no JSON but", data)
+        self._chunks += 1
+        try:
+            self._read(chunk, data)
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            raise unknown_data(f"{self._origin} sent what has no known shape:", data) from None
+        if self.writer.stopped:
+            self.end()
+
+    def end(self) -> None:
+        """Write the last events; OgxError(502) if the upstream stopped without saying why."""
+        if self.done:
+            return
+        if not self._stop_reason and not self.writer.stopped:
+            raise OgxError(502, f"{self._origin} ended the answer before it was complete")
+        self._flush()
+        self.done = True
+        if self.usage is None:  # our estimate, and about a token a chunk
+            self.usage = Usage(self.writer.input_tokens, self._chunks)
+        self.usage.searches = self._searches
+        stop_sequence = self.writer.stopped or self._stop_sequence
+        reason = "stop_sequence" if stop_sequence else self._stop_reason
+        self.writer.finish("refusal" if self._refused else reason, stop_sequence, self.usage)
+
+    def _read(self, chunk: Json, data: bytes) -> None:
+        raise NotImplementedError
+
+    def _flush(self) -> None:
+        """Write what is held until the end."""
+
+    def _reason(self, finish: Any) -> str:
+        """Return the stop_reason for an upstream's. Raise OgxError where that tells of a failure,
+        or where it is unknown and there is no answer."""
+        words = one_line(str(finish))
+        reasons = (reason for stems, reason in STOP_REASONS if re.search(stems, words.lower()))
+        reason = next(reasons, "end_turn" if self.writer.wrote or self._holds else "")
+        if not reason:
+            raise upstream_error(Refusal(502, f"the answer broke off: {words}"), self._origin, {})
+        return reason
+
+    def _error(self, data: bytes) -> OgxError:
+        return upstream_error(refusal_from_body(200, data), self._origin, {})
+
+
+def usage_from_openai(usage: Json, estimate: int = 0) -> Usage:
+    """Return Anthropic's usage for that of OpenAI's APIs, whose input includes cached tokens."""
+    details = dict_or_empty(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
+    numbers = {**usage, **details}
+
+    def number(*names: str) -> int:
+        return first_number(numbers, names) or 0
+
+    read = number("cached_tokens", "prompt_cache_hit_tokens")
+    written = number("cache_write_tokens")
+    prompt = number("prompt_tokens", "input_tokens") or estimate
+    output = number("completion_tokens", "output_tokens")
+    output = max(output, number("total_tokens") - prompt)  # xAI counts reasoning apart
+    return Usage(max(0, prompt - read - written), output, read, written)
+
+
+# ======== Chat ===============================================================================
+# OpenAI's Chat Completions; a completion that wasn't streamed is one big chunk. Pure.
+
+# Ids of models that take reasoning_effort; others may refuse it.
+REASONERS = re.compile(
+    r"(^|[/:_-])(o[134](-|$)|gpt-(5|6|oss)|deepseek-(r|v4|reasoner)|qwq|magistral)|"
+    r"thinking|reasoner|qwen3(?!.{0,250}(instruct|coder))", re.I)
+UNIONS = ("anyOf", "oneOf", "allOf")
+ROOT_UNIONS = (*UNIONS, "enum", "not")
+MAX_RULES = 200  # characters of a tool's description about keywords that its schema lost
+MAX_INLINED = 30_000  # characters of definitions in a tool's schema
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # OpenAI's rule; Anthropic allows 128 characters
+MEDIA_TYPES = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"),
+               "document": ("application/pdf",)}
+MAX_IMAGE = 5 * 1024 * 1024  # characters of base64, as at Anthropic
+ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_format is taken
+
+
 def chat_request(request: Json, model: Model) -> Json:
     """The chat completion request for a checked Messages request."""
     kind = model.provider.kind
-    way, schema = answer_way(request, kind)
-    if way == "tool":
-        request = {**request, "tool_choice": {"type": "tool", "name": ANSWER_TOOL}, "tools": [
-            {"name": ANSWER_TOOL, "description": "Give your answer.", "input_schema": schema}]}
+    mode, schema = structured_output(request, kind)
+    if mode == "tool":
+        tool = {"name": ANSWER_TOOL, "description": "Give your answer.", "input_schema": schema}
+        choice = {"type": "tool", "name": ANSWER_TOOL}
+        request = {**request, "tools": [tool], "tool_choice": choice}
     names = ToolNames(request)
-    body: Json = {"model": model.upstream_id, "messages": chat_messages(request, model, names)}
-    limit = request["max_tokens"]
-    body[kind.max_tokens_field] = min(limit, model.max_output) if model.max_output else limit
-    body.update(tool_fields(request, names, kind))
-    sampling = ("temperature", "top_p", "top_k") if kind.top_k else ("temperature", "top_p")
-    body.update({name: request[name] for name in sampling if request.get(name) is not None})
-    if request.get("stop_sequences"):
-        body["stop"] = request["stop_sequences"][:4]  # the most it takes
-    if kind.cache_key and conversation_key(request):
-        body["prompt_cache_key"] = conversation_key(request)
-    effort = reasoning_effort(request) if takes_effort(model.upstream_id) else None
-    if effort:
-        body["reasoning_effort"] = effort
-    if way == "format":
-        body["response_format"] = response_format(schema)
-    if request.get("stream") or (kind.stream_above and limit > kind.stream_above):
-        body["stream"] = True
-        body["stream_options"] = {"include_usage": True}
-    return body
+    most = request["max_tokens"]
+    streamed = request.get("stream") or (kind.stream_above and most > kind.stream_above)
+    return {
+        "model": model.upstream_id, "messages": chat_messages(request, model, names),
+        kind.max_tokens_field: min(most, model.max_output or most),
+        **tool_fields(request, names, kind),
+        **filled_in({
+            "temperature": request.get("temperature"), "top_p": request.get("top_p"),
+            "top_k": request.get("top_k") if kind.top_k else None,
+            "stop": (request.get("stop_sequences") or [])[:4],  # the most it takes
+            "prompt_cache_key": conversation_key(request) if kind.cache_key else "",
+            "reasoning_effort": reasoning_effort(request, model),
+            "response_format": response_format(schema) if mode == "format" else None,
+            "stream": True if streamed else None,
+            "stream_options": {"include_usage": True} if streamed else None})}
+
+
+def filled_in(fields: Json) -> Json:
+    """The fields that have a value; 0 and False are values."""
+    return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
+
+
+@dataclass
+class ToolCall:
+    id: str = ""
+    name: str = ""
+    pieces: list[str] = field(default_factory=list)  # of its arguments
+    size: int = 0  # of them, in characters
+
+    @property
+    def arguments(self) -> str:
+        return "".join(self.pieces)
 
 
 class ToolNames:
-    """Tool names as a chat upstream takes them, and back: those that break OpenAI's rule get
-    their odd characters replaced and a hash of the whole name, so that none collide."""
+    """Tool names as a chat upstream takes them, and back: odd characters are replaced, and a hash
+    of the whole name keeps such names apart."""
 
     def __init__(self, request: Json) -> None:
         named = [tool["name"] for tool in request.get("tools") or () if tool.get("name")]
@@ -2035,41 +2098,41 @@ class ToolNames:
         return f"{re.sub('[^a-zA-Z0-9_-]', '_', name)[:55]}_{digest}"
 
     def continues(self, call: ToolCall, rest: str) -> bool:
-        """Whether a call's name isn't whole yet and goes on so: some servers send it in pieces."""
-        begun = not call.size and call.name not in self._originals
-        return begun and any(known.startswith(call.name + rest) for known in self._originals)
+        """Whether a call's name goes on so: some servers send it in pieces."""
+        unfinished = not call.size and call.name not in self._originals
+        return unfinished and any(n.startswith(call.name + rest) for n in self._originals)
 
     def back(self, name: str) -> str:
-        """The client's name. What chat templates leave around it (`functions.Bash`,
-        `Bash<|channel|>commentary`, `<tool_call>Bash`) is no part of it."""
+        """The client's name, without what chat templates leave around it (`functions.Bash`,
+        `Bash<|channel|>commentary`, `<tool_call>Bash`)."""
         if name in self._originals:
             return self._originals[name]
         words = re.findall(r"[\w.-]+", re.sub(r"<[^<>]*>", " ", name))
         parts = (part for word in words for part in (word, word.split(".")[-1]))
-        known = (self._originals[part] for part in parts if part in self._originals)
-        return next(known, "".join(words[:1]) if "<" in name else name)
+        originals = (self._originals[part] for part in parts if part in self._originals)
+        return next(originals, "".join(words[:1]) if "<" in name else name)
 
 
 def chat_messages(request: Json, model: Model, names: ToolNames) -> list[Json]:
-    """The system prompt and the history as chat messages that strict providers accept. What a user
-    says at one place is one message or, where none can follow a tool's, goes into the last one."""
+    """The system prompt and the history as chat messages that strict providers accept. The user's
+    in a row become one or, where none may follow a tool's, are added to that."""
     kind = model.provider.kind
-    way, schema = answer_way(request, kind)
-    note = ANSWER_NOTE + json.dumps(schema) if way == "words" else ""
-    notes = (system_text(request), unserved_tools_note(request, kind), note)
-    head = "\n\n".join(filter(None, notes))
-    messages: list[Json] = [{"role": "system", "content": head}] if head else []
+    mode, schema = structured_output(request, kind)
+    note = "Your last answer must be JSON alone, valid against this JSON schema: "
+    note = note + json.dumps(schema) if mode == "words" else ""
+    system = paragraphs([system_text(request), unserved_tools_note(request, kind), note])
+    messages: list[Json] = [{"role": "system", "content": system}] if system else []
     turns = turns_from_messages(request["messages"], kind.system_anywhere)
-    told = [m for m in turn_messages(turns, model, names) if m["content"] or m.get("tool_calls")]
-    for role, group in itertools.groupby(told, key=operator.itemgetter("role")):
+    history = (m for turn in turns for m in turn_messages(turn, model, names)
+               if m["content"] or m.get("tool_calls"))
+    for role, group in itertools.groupby(history, key=operator.itemgetter("role")):
         if role != "user":
             messages += group
             continue
         content: Any = [part for message in group for part in message["content"]]
         if all(part["type"] == "text" for part in content):  # not every server takes a list
             content = "\n\n".join(part["text"] for part in content)
-        after_tool = bool(messages) and messages[-1]["role"] == "tool"
-        if after_tool and not kind.user_after_tool:
+        if messages and messages[-1]["role"] == "tool" and not kind.user_after_tool:
             if isinstance(content, str):
                 messages[-1]["content"] += f"\n\n{content}"
                 continue
@@ -2078,19 +2141,22 @@ def chat_messages(request: Json, model: Model, names: ToolNames) -> list[Json]:
     return messages
 
 
-def turn_messages(turns: Iterable[Turn], model: Model, names: ToolNames) -> Iterator[Json]:
-    """Turns as messages: a user's content is a list of parts; what held thinking alone is empty."""
+def paragraphs(texts: Iterable[str]) -> str:
+    return "\n\n".join(filter(None, texts))
+
+
+def turn_messages(turn: Turn, model: Model, names: ToolNames) -> Iterator[Json]:
+    """A turn as messages; a user's content is a list of parts."""
     kind = model.provider.kind
-    for turn in turns:
-        if turn.role == "assistant":
-            yield assistant_message(turn.blocks, model, names)
-        elif turn.role == "results":
-            yield from tool_messages(turn.blocks, kind)
-        elif turn.role == "system":
-            yield {"role": "system", "content": "\n\n".join(map(block_text, turn.blocks))}
-        else:
-            parts = [attachment_part(b, kind) or text_part(block_text(b)) for b in turn.blocks]
-            yield {"role": "user", "content": parts}
+    if turn.role == "assistant":
+        yield assistant_message(turn.blocks, model, names)
+    elif turn.role == "results":
+        yield from tool_messages(turn.blocks, kind)
+    elif turn.role == "system":
+        yield {"role": "system", "content": paragraphs(map(block_text, turn.blocks))}
+    else:
+        parts = [attachment_part(b, kind) or text_part(block_text(b)) for b in turn.blocks]
+        yield {"role": "user", "content": parts}
 
 
 def sent_tools(request: Json, kind: ProviderKind) -> list[Json]:
@@ -2099,23 +2165,37 @@ def sent_tools(request: Json, kind: ProviderKind) -> list[Json]:
     return tools[: kind.max_tools or None]
 
 
-def unserved_tools_note(request: Json, kind: ProviderKind, served: str = "") -> str:
-    """Words for the model about tools that only Anthropic's servers run (web search, say) or that
-    are too many; `served` is how the types of those begin that the upstream has as well."""
-    known = {PLACEHOLDER, *(tool["name"] for tool in sent_tools(request, kind))}
-    names = [t.get("name") or str(t.get("type")) for t in request.get("tools") or ()
-             if not served or not str(t.get("type")).startswith(served)]
-    names = [name for name in names if name not in known]
-    if not names:
+def tool_name(tool: Json) -> str:
+    return str(tool.get("name") or tool.get("type"))
+
+
+def unserved_tools_note(request: Json, kind: ProviderKind, served: tuple[str, ...] = ()) -> str:
+    """Words for the model about tools that are too many, or that only Anthropic's servers run
+    (web search, say) and the upstream doesn't; types of those that it runs begin with `served`."""
+    sent = {PLACEHOLDER, *(tool["name"] for tool in sent_tools(request, kind))}
+    unserved = [tool_name(tool) for tool in request.get("tools") or ()
+                if tool_name(tool) not in sent and not str(tool.get("type")).startswith(served)]
+    if not unserved:
         return ""
-    return f"These tools are not available through this gateway: {', '.join(names)}. " \
+    return f"These tools are not available through this gateway: {', '.join(unserved)}. " \
            "If one of them is needed, tell the user so plainly."
 
 
+def search_notice(request: Json) -> str:
+    """Words for the user where all tools are Anthropic's, as for Claude Code's WebSearch: else it
+    would look like a search without results."""
+    tools = request.get("tools") or ()
+    if not tools or any(map(is_client_tool, tools)):
+        return ""
+    names = ", ".join(map(tool_name, tools))
+    return f"[{names} is not available with this model; what follows is from its own memory.]\n\n"
+
+
 def assistant_message(blocks: Sequence[Json], model: Model, names: ToolNames) -> Json:
-    """An assistant turn: its texts, its tool calls, and its reasoning where that is due."""
-    kind, extra = model.provider.kind, dict(model.provider.kind.tool_call_extra)
-    text = "\n\n".join(filter(None, (block_text(b) for b in blocks if b["type"] != "tool_use")))
+    """An assistant turn with its texts and tool calls, and its reasoning where that is due."""
+    kind = model.provider.kind
+    extra = dict(kind.tool_call_extra)
+    text = paragraphs(block_text(b) for b in blocks if b["type"] != "tool_use")
     message: Json = {"role": "assistant", "content": text}
     calls: list[Json] = []
     for block in blocks:
@@ -2126,13 +2206,13 @@ def assistant_message(blocks: Sequence[Json], model: Model, names: ToolNames) ->
                           "function": function, **extra})
             extra = {}  # of parallel calls the first is signed
         elif kind.own_reasoning and block["type"] != "text":
-            kept = kept_in(block, "chat", model.served)
-            extra = {k: kept[k] for k in ("extra_content",) if k in kept} or extra
-            if isinstance(kept.get("reasoning_details"), list):
-                message.setdefault("reasoning_details", []).extend(kept["reasoning_details"])
+            state = kept_in(block, "chat", model.served)
+            if "extra_content" in state:
+                extra = {"extra_content": state["extra_content"]}
+            if isinstance(state.get("reasoning_details"), list):
+                message.setdefault("reasoning_details", []).extend(state["reasoning_details"])
     if calls:
-        message["tool_calls"] = calls
-        message["content"] = text or None
+        message.update(tool_calls=calls, content=text or None)
     if kind.reasoning_echo:
         thoughts = [b["thinking"] for b in blocks if b["type"] == "thinking"]
         message[kind.reasoning_echo] = "\n".join(thoughts) or " "
@@ -2140,8 +2220,8 @@ def assistant_message(blocks: Sequence[Json], model: Model, names: ToolNames) ->
 
 
 def tool_messages(results: Sequence[Json], kind: ProviderKind) -> Iterator[Json]:
-    """One tool message per result, in order; then one user message with their images and
-    files, which tool messages can't hold."""
+    """A tool message per result, then a user message with their images and files, which no tool
+    message can hold."""
     attachments: list[Json] = []
     for result in results:
         texts = [TOOL_ERROR] if result.get("is_error") else []
@@ -2154,19 +2234,22 @@ def tool_messages(results: Sequence[Json], kind: ProviderKind) -> Iterator[Json]
                     f"{result['tool_use_id']}]"
             texts.append(f"{label} follows in the next user message.")
             attachments += [text_part(f"{label}:"), part]
-        content = "\n".join(texts) or "(no output)"
-        call_id = tool_call_id(result["tool_use_id"], kind)
-        yield {"role": "tool", "tool_call_id": call_id, "content": content}
+        yield {"role": "tool", "tool_call_id": tool_call_id(result["tool_use_id"], kind),
+               "content": "\n".join(texts) or "(no output)"}
     if attachments:
         yield {"role": "user", "content": attachments}
 
 
 def tool_call_id(call_id: str, kind: ProviderKind) -> str:
-    """The id of a call as the upstream takes it: the same for the call and for its result."""
+    """A call's id, or another in its place that the upstream takes."""
     if not kind.tool_ids or re.fullmatch(kind.tool_ids, call_id):
         return call_id
-    digest = uuid.uuid5(uuid.NAMESPACE_OID, ascii(call_id)).hex
+    digest = hex_digest(call_id)
     return digest if re.fullmatch(kind.tool_ids, digest) else digest[:9]
+
+
+def hex_digest(text: str) -> str:
+    return uuid.uuid5(uuid.NAMESPACE_OID, ascii(text)).hex
 
 
 def attachment_part(block: Json, kind: ProviderKind) -> Json | None:
@@ -2183,70 +2266,73 @@ def attachment_part(block: Json, kind: ProviderKind) -> Json | None:
 
 
 def data_url(block: Json) -> str:
-    """The source's own URL, or its base64 data as a data: URL. What Anthropic doesn't take either
-    is refused in its words, in which Claude Code reads that it must leave an image out."""
-    kind, source = block["type"], block["source"]
+    """The source's URL, or its base64 data as a data: URL. What Anthropic refuses is refused
+    in its words (OgxError 400), in which Claude Code reads that it must leave an image out."""
+    block_type, source = block["type"], block["source"]
     if source["type"] == "url":
         return str(source["url"])
-    size = len(source["data"])
-    if source["media_type"] not in MEDIA_TYPES[kind]:
-        known = ", ".join(MEDIA_TYPES[kind])
-        raise OgxError(400, f"{kind}.source.base64.media_type: expected one of {known}")
-    if kind == "image" and size > MAX_IMAGE:
-        words = f"image exceeds 5 MB maximum: {size} bytes > {MAX_IMAGE} bytes"
-        raise OgxError(400, f"image.source.base64: {words}")
+    size, allowed = len(source["data"]), MEDIA_TYPES[block_type]
+    if source["media_type"] not in allowed:
+        expected = ", ".join(allowed)
+        raise OgxError(400, f"{block_type}.source.base64.media_type: expected one of {expected}")
+    if block_type == "image" and size > MAX_IMAGE:
+        raise OgxError(400, "image.source.base64: image exceeds 5 MB maximum: "
+                            f"{size} bytes > {MAX_IMAGE} bytes")
     return f"data:{source['media_type']};base64,{source['data']}"
 
 
 def tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
-    """`tools`, `tool_choice` and `parallel_tool_calls`, each only where there is a tool."""
+    """Return `tools`, `tool_choice` and `parallel_tool_calls`, each only where there is a tool."""
     tools = [chat_tool(tool, names, kind) for tool in sent_tools(request, kind)]
     if not tools:
         return {}
-    fields: Json = {"tools": tools}
+    made: Json = {"tools": tools}
     choice = request.get("tool_choice") or {}
     if choice.get("type") == "tool":
         name = names.there(choice["name"])
         named = [tool for tool in tools if tool["function"]["name"] == name]
         if named and kind.named_tool_choice:
-            fields["tool_choice"] = {"type": "function", "function": {"name": name}}
+            made["tool_choice"] = {"type": "function", "function": {"name": name}}
         elif named:
-            fields = {"tools": named, "tool_choice": "required"}
+            made = {"tools": named, "tool_choice": "required"}
     elif choice:
-        fields["tool_choice"] = {"any": "required"}.get(choice["type"], choice["type"])
+        made["tool_choice"] = "required" if choice["type"] == "any" else choice["type"]
     if choice.get("disable_parallel_tool_use"):
-        fields["parallel_tool_calls"] = False
-    return fields
+        made["parallel_tool_calls"] = False
+    return made
 
 
 def chat_tool(tool: Json, names: ToolNames, kind: ProviderKind) -> Json:
     """A tool as a function; its schema's root is always an object with properties."""
-    made = plainer_tool(tool, kind)
-    schema = {k: v for k, v in made["input_schema"].items() if k != "$schema"}
-    parameters = {**schema, "type": "object", "properties": schema.get("properties") or {}}
-    told = {k: made[k] for k in ("description",) if made.get(k)}
-    function = {"name": names.there(tool["name"]), **told, "parameters": parameters}
-    return {"type": "function", "function": function}
+    tool = plainer_tool(tool, kind)
+    schema = {**tool["input_schema"], "type": "object"}
+    schema["properties"] = schema.get("properties") or {}
+    schema.pop("$schema", None)
+    function = {"name": names.there(tool["name"]), "description": tool.get("description"),
+                "parameters": schema}
+    return {"type": "function", "function": filled_in(function)}
 
 
 def plainer_tool(tool: Json, kind: ProviderKind) -> Json:
-    """A tool whose description and schema the upstream takes. What constraints the schema loses on
-    the way stands in the description, rules where they are short."""
+    """A tool with a description and a schema that the upstream takes. The description tells
+    what constraints the schema loses on the way, as far as they are short."""
     schema, refused = tool.get("input_schema") or {}, kind.refused_keywords
-    words, note, most = tool.get("description") or "", "", kind.max_description or 1 << 30
     plain = "$ref" in refused or not kind.root_unions
     unions = {k: schema[k] for k in ROOT_UNIONS if plain and k in schema}
     if unions or "$ref" in refused:
         schema = plain_schema(schema)
     lost: list[Any] = []
     schema = without_keywords(schema, refused, lost) if refused else schema
+    note = ""
     for path, name, value in lost:
         rule = f"\n{path} has {name} {json.dumps(value)}"
-        note += rule if name not in UNTOLD and len(note + rule) <= MAX_RULES else ""
+        constrains = name not in ("$schema", "title", "additionalProperties")
+        note += rule if constrains and len(note + rule) <= MAX_RULES else ""
     if unions:
         note += f"\n\nThe input must be valid against this JSON schema, too: {json.dumps(unions)}"
-    words = (words[: max(0, most - len(note))] + note)[:most]
-    return {**tool, "input_schema": schema, **({"description": words} if words else {})}
+    description, most = tool.get("description") or "", kind.max_description or 1 << 30
+    description = (description[: max(0, most - len(note))] + note)[:most]
+    return {**tool, "input_schema": schema, **filled_in({"description": description})}
 
 
 def plain_schema(root: Json) -> Json:
@@ -2254,39 +2340,49 @@ def plain_schema(root: Json) -> Json:
     what all branches do) and no `$ref`: that is inlined, but in itself and while there is room."""
     room = MAX_INLINED
 
-    def plain(node: Any, within: tuple[Any, ...] = (), top: bool = False) -> Json:
+    def resolved(ref: Any, within: tuple[Any, ...]) -> Json:
         nonlocal room
+        target: Any = root if ref not in within and room > 0 else {}
+        for name in str(ref).split("/")[1:]:
+            target = dict_or_empty(target).get(name)
+        room -= len(str(target))
+        return dict_or_empty(target) or {"type": "object"}
+
+    def plain(node: Any, within: tuple[Any, ...] = (), at_root: bool = False) -> Json:
         node = {k: v for k, v in dict_or_empty(node).items() if k not in ("$defs", "definitions")}
         ref = node.pop("$ref", None)
         if ref is not None:
-            target: Any = root if ref not in within and room > 0 else {}
-            for name in str(ref).split("/")[1:]:
-                target = dict_or_empty(target).get(name)
-            room -= len(str(target))
-            node = {**(dict_or_empty(target) or {"type": "object"}), **node}
-            return plain(node, (*within, ref), top)
-        kinds = [kind for kind in as_list(node.pop("type", None)) if kind != "null"]
-        typed = {"type": kinds[0]} if kinds else {}
-        unions = [dict_or_empty(b) for k in ROOT_UNIONS[:3] for b in as_list(node.pop(k, None))]
-        branches = [plain({**typed, **b}, within) for b in unions if b.get("type") != "null"]
+            return plain({**resolved(ref, within), **node}, (*within, ref), at_root)
+        types = [name for name in as_list(node.pop("type", None)) if name != "null"]
+        typed = {"type": types[0]} if types else {}
+        options = [dict_or_empty(option) for k in UNIONS for option in as_list(node.pop(k, None))]
+        branches = [plain({**typed, **o}, within) for o in options if o.get("type") != "null"]
         own = {k: plain(v, within) for k, v in dict_or_empty(node.pop("properties", None)).items()}
-        if kinds[:1] == ["array"]:
+        if types[:1] == ["array"]:
             node["items"] = [*as_list(node.get("items")), {}][0] or {"type": "string"}
         node = {k: plain(v, within) if isinstance(v, dict) and k not in VALUES else v
                 for k, v in node.items()}
-        if own or top:
-            for name, inner in (p for b in branches for p in b.get("properties", {}).items()):
-                if own.setdefault(name, inner) != inner:
-                    known = own[name]["anyOf"] if [*own[name]] == ["anyOf"] else [own[name]]
-                    own[name] = {"anyOf": [*known, inner]}
+        if own or at_root:
             gone = ROOT_UNIONS + ("additionalProperties",) * bool(branches)
             node = {k: v for k, v in node.items() if k not in gone}
-            return {**node, "type": "object", "properties": own}
+            objects = [own, *(branch.get("properties", {}) for branch in branches)]
+            return {**node, "type": "object", "properties": united_properties(objects)}
         if len(branches) > 1:
             return {**node, "anyOf": branches}
         return {**branches[0], **node} if branches else {**node, **typed}
 
-    return plain(root, top=True)
+    return plain(root, at_root=True)
+
+
+def united_properties(objects: Iterable[Json]) -> Json:
+    """The properties of several objects; one that differs is any of what it is in them."""
+    schemas: dict[str, list[Any]] = collections.defaultdict(list)
+    for properties in objects:
+        for name, schema in properties.items():
+            if schema not in schemas[name]:
+                schemas[name].append(schema)
+    return {name: {"anyOf": any_of} if any_of[1:] else any_of[0]
+            for name, any_of in schemas.items()}
 
 
 def as_list(value: Any) -> list[Any]:
@@ -2294,39 +2390,61 @@ def as_list(value: Any) -> list[Any]:
 
 
 def conversation_key(request: Json) -> str:
-    """What keeps a conversation's requests on one cache: Claude Code's session, which it writes
-    as JSON into metadata.user_id, or else a digest of that; at most 64 characters."""
+    """What keeps a conversation's requests on one cache, at most 64 characters: Claude
+    Code's session, which it writes as JSON into metadata.user_id, or else a digest of that."""
     user_id = str((request.get("metadata") or {}).get("user_id") or "")
-    if not user_id:
-        return ""
     session = dict_or_empty(json_or_none(user_id)).get("session_id")
     if isinstance(session, str) and 0 < len(session) <= 64 and session.isascii():
         return session
-    return uuid.uuid5(uuid.NAMESPACE_OID, ascii(user_id)).hex
+    return hex_digest(user_id) if user_id else ""
 
 
-@functools.lru_cache(maxsize=256)
-def takes_effort(upstream_id: str) -> bool:
-    """Whether a model, by its name, takes reasoning_effort."""
-    return bool(REASONS.search(upstream_id[:MAX_ID]))
-
-
-def reasoning_effort(request: Json) -> str | None:
-    """OpenAI's effort: "none" where thinking is disabled, else the last `output_config.effort` of
-    the request and its messages, else by the thinking budget; None leaves the model's default."""
+def reasoning_effort(request: Json, model: Model, default: str = "") -> str:
+    """OpenAI's effort: "none" where thinking is disabled, else the last effort in the
+    `output_config` of the request and its messages, else by the thinking budget, else the default;
+    "" for a model that by its name takes none."""
     thinking = request.get("thinking") or {}
     configs = [m.get("output_config") or {} for m in (request, *request["messages"])]
     efforts = [c["effort"] for c in configs if c.get("effort") in EFFORTS]
     budget = thinking.get("budget_tokens")
+    if not REASONERS.search(model.upstream_id[:MAX_ID]):
+        return ""
     if thinking.get("type") == "disabled":
         return "none"
     if efforts or thinking.get("type") != "enabled" or not isinstance(budget, int):
-        return efforts[-1] if efforts else None
+        return efforts[-1] if efforts else default
     return "low" if budget <= 2048 else "medium" if budget <= 8192 else "high"
 
 
+def structured_output(request: Json, kind: ProviderKind) -> tuple[str, Json]:
+    """The mode of structured output and its schema: by response "format", by a "tool" that must be
+    called, or in "words"; "" where none is asked for."""
+    schema: Json | None = ((request.get("output_config") or {}).get("format") or {}).get("schema")
+    if schema is None:
+        return "", {}
+    has_tools = any(map(is_client_tool, request.get("tools") or ()))
+    if kind.answer_by == "format" and (kind.format_with_tools or not has_tools):
+        return "format", schema
+    fits_tool = not has_tools and schema.get("type") in (None, "object")
+    return ("tool" if fits_tool and kind.answer_by == "tool" else "words"), schema
+
+
+def extracted_json(text: str, schema: Json) -> str:
+    """The JSON in a model's words that fits a schema's top level; "" if there is none."""
+    expected = {"object": dict, "array": list}.get(str(schema.get("type")), object)
+    required = schema.get("required")
+    start = min((at for at in map(text.find, "[{") if at >= 0), default=0)
+    for part in (text.strip(), text[start : max(map(text.rfind, "]}")) + 1]):
+        value: Any = json_or_none(part)
+        names = required if isinstance(value, dict) and isinstance(required, list) else ()
+        has_all = value is not None and all(str(name) in value for name in names)
+        if has_all and isinstance(value, expected):
+            return part
+    return ""
+
+
 def response_format(schema: Json) -> Json:
-    """A JSON schema answer; `strict` only where the schema obeys OpenAI's rule for it."""
+    """The field that asks for JSON; `strict` only where the schema obeys OpenAI's rule."""
     schema_field = {"name": "answer", "schema": schema, "strict": is_strict(schema)}
     return {"type": "json_schema", "json_schema": schema_field}
 
@@ -2344,136 +2462,71 @@ def is_strict(schema: Any) -> bool:
     return whole and all(map(is_strict, schema.values()))
 
 
-class Translator:
-    """What an upstream sends, to the events of one message; each dialect `_read`s in its way."""
-
-    _holds = False
-
-    def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
-        self.writer = writer
-        self.usage: Usage | None = None
-        self.done = False
-        self._model, self._origin = model, model.origin
-        self._names = ToolNames(request)
-        self._stop_reason = ""
-        self._stop_sequence: str | None = None
-        self._refused = False
-        self._chunks = 0
-
-    def feed(self, data: bytes) -> None:
-        """Write the events for the data of one server-sent event, or for a whole answer."""
-        if self.done:
-            return
-        if data.strip() == b"[DONE]":
-            self.end()
-            return
-        chunk = json_or_none(data)
-        if chunk is None:
-            raise unknown_data(f"{self._origin} sent no JSON but", data)
-        self._chunks += 1
-        try:
-            self._read(chunk, data)
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-            raise unknown_data(f"{self._origin} sent what has no known shape:", data) from None
-
-    def end(self) -> None:
-        """Write the last events; OgxError(502) where the upstream stopped without saying why."""
-        if self.done:
-            return
-        if not self._stop_reason:
-            raise OgxError(502, f"{self._origin} ended the answer before it was complete")
-        self.done = True
-        if self.usage is None:  # not told: our estimate, and about a token a chunk
-            self.usage = Usage(self.writer.input_tokens, self._chunks)
-        reason = "refusal" if self._refused else self._stop_reason
-        self.writer.finish(reason, self._stop_sequence, self.usage)
-
-    def _read(self, chunk: Json, data: bytes) -> None:
-        raise NotImplementedError
-
-    def _reason(self, finish: Any) -> str:
-        """The stop_reason for an upstream's; an error where that tells of one, or where nobody
-        knows it and there is no answer."""
-        words = one_line(str(finish))
-        found = (reason for stems, reason in STOP_REASONS if re.search(stems, words.lower()))
-        reason = next(found, "end_turn" if self.writer.wrote or self._holds else "")
-        if not reason:
-            raise upstream_error(Refusal(502, f"the answer broke off: {words}"), self._origin, {})
-        return reason
-
-    def _error(self, data: bytes) -> OgxError:
-        return upstream_error(refusal_from_body(200, data), self._origin, {})
-
-
 class ChatTranslator(Translator):
-    """Chunks of one completion to the events of one message."""
+    """Turns the chunks of one completion into the events of one message."""
 
     def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
         super().__init__(writer, request, model)
+        self._names = ToolNames(request)
         self._stops = request.get("stop_sequences") or ()
         self._calls: list[ToolCall] = []
         self._by_id: dict[str, ToolCall] = {}
         self._by_index: dict[Any, ToolCall] = {}  # the last of each
-        self._thoughts = ThoughtSplitter()
+        self._tags = ThinkTagParser()
         self._details: dict[Any, Json] = {}  # reasoning that goes back as it came
         self._notice = search_notice(request)
-        way, self._schema = answer_way(request, model.provider.kind)
-        self._holds = way in ("tool", "words")  # the text, since what isn't JSON is no part of it
+        mode, self._schema = structured_output(request, model.provider.kind)
+        self._holds = mode in ("tool", "words")  # since what isn't JSON is no part of the answer
         self._held: list[str] = []
         self._text = self._held.append if self._holds else writer.text
-        self._usual = UsualChunk()
-        self._learns = bool(request.get("stream")) and not self._stops
+        self._template = ChunkTemplate(bool(request.get("stream")) and not self._stops)
 
     def feed(self, data: bytes) -> None:
-        text = self._usual.text_in(data)
-        if text and not self._details and self.writer.goes_on(self._usual.kind, text):
+        text = self._template.text_in(data)
+        if text and not self._details and self.writer.goes_on(self._template.block_type, text):
             self._chunks += 1
             return
         count = len(self.writer.events)
         super().feed(data)
-        if self._learns and not self._details and len(self.writer.events) == count + 1:
-            self._learns = self._usual.learn(data, self.writer.events[-1], self._thoughts.kind)
+        if self._template.learns and not self._details and len(self.writer.events) == count + 1:
+            self._template.learn(data, self.writer.events[-1], self._tags.block_type)
 
     def _read(self, chunk: Json, data: bytes) -> None:
         choices = chunk.get("choices") or ()
         if is_failure(chunk) or any(choice.get("error") for choice in choices):
             raise self._error(data)
-        for teller in (*choices, dict_or_empty(chunk.get("x_groq")), chunk):
-            if isinstance(teller.get("usage"), dict):
-                self.usage = usage_from_chat(teller["usage"])
+        for holder in (*choices, dict_or_empty(chunk.get("x_groq")), chunk):
+            if isinstance(holder.get("usage"), dict):
+                self.usage = usage_from_openai(holder["usage"])
         for choice in choices:
             self._read_choice(choice)
-        if self.writer.stopped:
-            self._stop_reason, self._stop_sequence = "stop_sequence", self.writer.stopped
-            self.end()
 
-    def end(self) -> None:
-        if self._stop_reason and not self.done:
-            self._write(self._thoughts.end())
-            self._sign()
-            if self._stop_sequence is not None:
-                self._stop_reason = "stop_sequence"
-            if self._holds:
-                self._write_answer()
-        super().end()
+    def _flush(self) -> None:
+        self._write(self._tags.end())
+        self._sign()
+        if self._holds:
+            self._write_answer()
 
     def _write_answer(self) -> None:
-        """The JSON in the model's answer, and nothing else. An answer that is complete and has none
-        of the right shape is an error: the client could not tell it from one that has."""
-        calls = ("".join(call.pieces) for call in self._calls if call.name == ANSWER_TOOL)
-        text = next(calls, "".join(self._held))
-        found = json_answer(text, self._schema)
-        complete = self._stop_reason == "end_turn" and not self._refused
-        if complete and not found and not self.writer.tools:
+        """Write the JSON in the model's answer, and nothing else. OgxError(502) for a complete
+        answer that has none of the right shape: the client could not tell it from one that has."""
+        arguments = (call.arguments for call in self._calls if call.name == ANSWER_TOOL)
+        text = next(arguments, "".join(self._held))
+        found = extracted_json(text, self._schema)
+        complete = self._stop_reason == "end_turn" and not self._stop_sequence
+        if complete and not found and not self._refused and not self.writer.tools:
             words = "answered with no JSON of the shape that was asked for"
             raise OgxError(502, f"{self._origin} {words}", quote=f" but: {one_line(text)}")
         self.writer.text(found or text)
 
     def _sign(self) -> None:
         if self._details:
-            kept = {"reasoning_details": list(self._details.values())}
-            self.writer.signature(signature_of("chat", self._model.served, kept))
+            self._write_state({"reasoning_details": list(self._details.values())})
             self._details = {}
+
+    def _write_state(self, state: Json) -> None:
+        """Write what the provider needs back as a signature."""
+        self.writer.signature(signature_of("chat", self._model.served, state))
 
     def _read_choice(self, choice: Json) -> None:
         self.writer.text(self._notice)
@@ -2484,9 +2537,8 @@ class ChatTranslator(Translator):
             self.writer.thinking(reasoning)
         if delta.get("reasoning_details"):
             self._read_details(delta["reasoning_details"], bool(reasoning))
-        content = delta.get("content")
-        if content:
-            self._read_content(content)
+        if delta.get("content"):
+            self._read_content(delta["content"])
         if delta.get("refusal"):
             self._refused = True
             self.writer.text(delta["refusal"])
@@ -2499,20 +2551,21 @@ class ChatTranslator(Translator):
             self._stop_sequence = choice["stop_reason"]
 
     def _read_details(self, details: Sequence[Json], shown: bool) -> None:
-        """OpenRouter's reasoning, which goes back whole: pieces of one index are joined."""
+        """Take in OpenRouter's reasoning, which goes back whole: pieces of one index are joined."""
         for detail in details:
             self.writer.thinking("" if shown else detail.get("text") or detail.get("summary") or "")
             key = (detail.get("index", len(self._details)), detail.get("type"))
             whole = self._details.setdefault(key, {})
-            for name in (name for name in detail if detail[name] is not None):
-                joined = name in ("text", "summary")
-                whole[name] = whole.get(name, "") + detail[name] if joined else detail[name]
+            for name, value in detail.items():
+                if value is not None:
+                    is_piece = name in ("text", "summary")
+                    whole[name] = whole.get(name, "") + value if is_piece else value
 
     def _read_content(self, content: Any) -> None:
-        """Text, or Mistral's list of parts, whose thinking parts hold texts of their own."""
+        """Take in text, or Mistral's list of parts, of which thinking holds texts of its own."""
         self._sign()
         if isinstance(content, str):
-            self._write(self._thoughts.feed(content))
+            self._write(self._tags.feed(content))
             return
         for part in content if isinstance(content, list) else ():
             if part.get("type") == "thinking":
@@ -2522,15 +2575,15 @@ class ChatTranslator(Translator):
                 self._text(part["text"])
 
     def _write(self, pieces: Iterable[tuple[str, str]]) -> None:
-        for kind, text in pieces:
-            (self.writer.thinking if kind == "thinking" else self._text)(text)
+        for block_type, text in pieces:
+            (self.writer.thinking if block_type == "thinking" else self._text)(text)
 
     def _read_call(self, fragment: Json) -> None:
         self._sign()
-        self._write((kind, text) for kind, text in self._thoughts.end() if text.strip())
+        self._write(piece for piece in self._tags.end() if piece[1].strip())
         function = fragment.get("function") or {}
-        call_id, name = str(fragment.get("id") or ""), function.get("name") or ""
-        name = self._names.back(name) if name else ""
+        call_id = str(fragment.get("id") or "")
+        name = self._names.back(function.get("name") or "")
         arguments = function.get("arguments") or ""
         if isinstance(arguments, dict):  # some servers send the object itself
             arguments = json.dumps(arguments)
@@ -2538,14 +2591,14 @@ class ChatTranslator(Translator):
         if self._names.continues(call, name):
             call.name = self._names.back(call.name + name)
         call.id, call.name = call.id or call_id, call.name or name
-        self._by_id.setdefault(call.id, call)
-        if arguments and "".join(call.pieces[:2]) == "{}":  # which was no part of them
+        if call_id:
+            self._by_id[call_id] = call
+        if arguments and call.size == 2 and call.arguments == "{}":  # which was no part of them
             call.pieces, call.size = [], 0
-        if 0 < call.size <= len(arguments) and arguments.startswith("".join(call.pieces)):
+        if 0 < call.size <= len(arguments) and arguments.startswith(call.arguments):
             arguments = arguments[call.size :]  # all of them so far, once more
         if fragment.get("extra_content") and not call.size:  # Gemini's signature
-            kept = {"extra_content": fragment["extra_content"]}
-            self.writer.signature(signature_of("chat", self._model.served, kept))
+            self._write_state({"extra_content": fragment["extra_content"]})
         call.pieces.append(arguments)
         call.size += len(arguments)
         held = arguments == "{}" and call.size == 2
@@ -2554,140 +2607,123 @@ class ChatTranslator(Translator):
             self.writer.tool(id(call), call.id, name, "" if held else arguments)
 
     def _call_of(self, index: Any, call_id: str, name: str) -> ToolCall:
-        """The call a fragment belongs to, or a new one.
+        """The call that a fragment belongs to, or a new one.
         Servers leave out the index, the id or both, number every call 0, or repeat id and name
         with each fragment. A new id begins a call; without ids, so does a new name, or the same
         name when the call's arguments are whole."""
-        if call_id and call_id in self._by_id:
+        if call_id in self._by_id:
             return self._by_id[call_id]
-        found = self._by_index.get(index)
-        if index is None and self._calls:
-            found = self._calls[-1]
-        fresh = bool(found and found.id and call_id)
-        if found and name and found.name and not call_id:
-            fresh = index is None or found.name != name or is_json("".join(found.pieces))
-            fresh = fresh and not self._names.continues(found, name)
-        if found is None or fresh:
-            found = self._by_index[index] = ToolCall()
-            self._calls.append(found)
-        return found
+        call = self._calls[-1] if index is None and self._calls else self._by_index.get(index)
+        if call and call_id:
+            is_new = bool(call.id)
+        elif call and call.name and name:
+            is_new = index is None or call.name != name or is_json(call.arguments)
+            is_new = is_new and not self._names.continues(call, name)
+        else:
+            is_new = False
+        if call is None or is_new:
+            call = self._by_index[index] = ToolCall()
+            self._calls.append(call)
+        return call
 
 
-class UsualChunk:
-    """What the chunks of a stream have in common when they bring nothing but text. One that has
-    the same bytes around its text comes to the same event and needn't be parsed, which would be
-    two thirds of the work. OpenAI's `obfuscation`, noise of any length, may differ."""
+class ChunkTemplate:
+    """What the chunks of a stream have before and after their text. A chunk that differs in nothing
+    but its text needn't be parsed, which would be two thirds of the work. OpenAI's `obfuscation`,
+    noise of any length, may differ too."""
 
     PLAIN = re.compile(  # text escaped just as we would
         rb'"(?:[^"\\\x00-\x1f\x7f-\xff]|\\["\\bfnrt]|\\u(?!00[0-7])[0-9a-f]{4})+"')
     NOISE = re.compile(rb'"obfuscation": ?"[A-Za-z0-9]*"')
 
-    def __init__(self) -> None:
-        self.kind = ""  # of the block that the text belongs to
-        self._before = b"\0"  # with which no chunk begins
-        self._after = self._quiet = b""  # what follows the text; the same without noise
-        self._in_vain = 0  # chunks learned from since one was recognised
+    def __init__(self, learns: bool) -> None:
+        self.learns = learns  # while it is of use
+        self.block_type = ""  # of the block that the text belongs to
+        self._prefix = b"\0"  # with which no chunk begins
+        self._suffix = self._quiet_suffix = b""  # the second without noise
+        self._misses = 0  # chunks learned from since one was recognised
 
     def text_in(self, chunk: bytes) -> str | None:
-        """The text, in JSON's quotes; None where the chunk is another, and must be parsed."""
-        if not chunk.startswith(self._before) or len(chunk) > MAX_HEAD:
+        """The text, in JSON's quotes; None for another chunk, which must be parsed."""
+        if not chunk.startswith(self._prefix) or len(chunk) > MAX_HEAD:
             return None
-        match = self.PLAIN.match(chunk, len(self._before))
+        match = self.PLAIN.match(chunk, len(self._prefix))
         if match is None:
             return None
-        after = chunk[match.end() :]
-        if after != self._after and self.NOISE.sub(b"", after) != self._quiet:
+        suffix = chunk[match.end() :]
+        if suffix != self._suffix and self.NOISE.sub(b"", suffix) != self._quiet_suffix:
             return None
-        self._in_vain = 0
+        self._misses = 0
         return match.group().decode("ascii")
 
-    def learn(self, chunk: bytes, event: Json | bytes, thoughts: str) -> bool:
-        """Take in a chunk and the one event it came to; False once that is of no use. `thoughts`
-        is what the text was found to be: its thinking may end in any chunk."""
+    def learn(self, chunk: bytes, event: Json | bytes, tagged: str) -> None:
+        """Take in a chunk and the one event it came to. `tagged` is what ThinkTagParser found its
+        text to be: thinking may end in any chunk."""
         delta = {} if isinstance(event, bytes) else event.get("delta") or {}
-        kind = DELTA_FIELDS.get(delta.get("type", ""), "")
-        if kind in ("text", "thinking") and thoughts != "thinking":
-            text = json.encoder.encode_basestring_ascii(delta[kind]).encode("ascii")
-            before, found, after = chunk.partition(text)
-            if found and text not in after and self.PLAIN.fullmatch(text):
-                self.kind, self._before, self._after = kind, before, after
-                self._quiet = self.NOISE.sub(b"", after)
-        self._in_vain += 1
-        return self._in_vain < 10
+        block_type = DELTA_FIELDS.get(delta.get("type", ""), "")
+        if block_type in ("text", "thinking") and tagged != "thinking":
+            text = json.encoder.encode_basestring_ascii(delta[block_type]).encode("ascii")
+            prefix, found, suffix = chunk.partition(text)
+            if found and text not in suffix and self.PLAIN.fullmatch(text):
+                self.block_type, self._prefix, self._suffix = block_type, prefix, suffix
+                self._quiet_suffix = self.NOISE.sub(b"", suffix)
+        self._misses += 1
+        self.learns = self._misses < 10
 
 
-class ThoughtSplitter:
+class ThinkTagParser:
     """Tells the thinking that some servers leave in the text, at its beginning and between <think>
-    and </think>, from the text. What may yet become a mark is held."""
+    and </think>, from the text. A partial tag is buffered."""
 
-    MARKS = ("<think>", "<thinking>", "<thought>")
+    TAGS = ("<think>", "<thinking>", "<thought>")
 
     def __init__(self) -> None:
-        self.kind = ""  # "thinking" or "text", once it is known
-        self._held = self._closing = ""
-        self._spaces: list[str] = []  # behind what is held, while the kind isn't known
-        self._after_mark = False  # white space there is the mark's
+        self.block_type = ""  # "thinking" or "text", once it is known
+        self._buffer: list[str] = []  # joined only once there is something to see
+        self._end_tag = ""
+        self._after_tag = False  # white space there is no part of the words
 
     def feed(self, text: str) -> list[tuple[str, str]]:
-        """("thinking" or "text", words) pairs."""
-        pieces = []
-        if not self.kind and not text.strip():  # joined once, with the words behind them
-            self._spaces.append(text)
-            return []
-        text = text.lstrip() if self._after_mark else text
-        self._held = "".join((self._held, *self._spaces, text))
-        self._spaces.clear()
-        self._after_mark = self._after_mark and not self._held
-        if not self.kind:
-            begun = self._held.lstrip()
-            if begun.startswith(self.MARKS):
-                opening = next(mark for mark in self.MARKS if begun.startswith(mark))
-                self.kind, self._closing = "thinking", f"</{opening[1:]}"
-                self._held = begun[len(opening) :].lstrip()
-                self._after_mark = not self._held
-            elif begun[:1] not in ("", "<") or not any(m.startswith(begun) for m in self.MARKS):
-                self.kind = "text"
-        if self.kind == "thinking":
-            thought, closing, rest = self._held.partition(self._closing)
-            if closing:
-                self.kind, self._held = "text", rest.lstrip()
-                self._after_mark = not self._held
-            else:
-                lengths = range(len(self._closing) - 1, 0, -1)
-                kept = next((n for n in lengths if thought.endswith(self._closing[:n])), 0)
-                self._held = thought[len(thought) - kept :]
-                thought = thought[: len(thought) - kept]
-            pieces.append(("thinking", thought))
-        return pieces + self.end() if self.kind == "text" else pieces
+        """Pairs of a block type, "thinking" or "text", and words."""
+        if self._after_tag:
+            text = text.lstrip()
+            self._after_tag = not text
+        self._buffer.append(text)
+        if not self.block_type and text.strip():
+            self._look_for_tag("".join(self._buffer))
+        pieces = self._thinking() if self.block_type == "thinking" else []
+        return pieces + self.end() if self.block_type == "text" else pieces
 
     def end(self) -> list[tuple[str, str]]:
-        """What was held."""
-        held, self._held = "".join((self._held, *self._spaces)), ""
-        self._spaces.clear()
-        return [(self.kind or "text", held)]
+        """What was buffered."""
+        words, self._buffer = "".join(self._buffer), []
+        return [(self.block_type or "text", words)]
 
+    def _look_for_tag(self, words: str) -> None:
+        self._buffer = [words]
+        words = words.lstrip()
+        tag = next((tag for tag in self.TAGS if words.startswith(tag)), "")
+        if tag:
+            self._end_tag = f"</{tag[1:]}"
+            self._begin("thinking", words[len(tag) :])
+        elif not any(tag.startswith(words) for tag in self.TAGS):
+            self.block_type = "text"
 
-@dataclass
-class ToolCall:
-    id: str = ""
-    name: str = ""
-    pieces: list[str] = field(default_factory=list)  # of its arguments
-    size: int = 0  # of them, in characters
+    def _begin(self, block_type: str, words: str) -> None:
+        self.block_type = block_type
+        self._buffer = [words.lstrip()]
+        self._after_tag = not self._buffer[0]
 
-
-def usage_from_chat(usage: Json, estimate: int = 0) -> Usage:
-    """Anthropic's usage from that of OpenAI's APIs, whose input includes what the cache held."""
-    details = dict_or_empty(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
-    numbers = {**usage, **details}
-
-    def told(*names: str) -> int:
-        return first_number(numbers, names) or 0
-
-    read, written = told("cached_tokens", "prompt_cache_hit_tokens"), told("cache_write_tokens")
-    prompt = told("prompt_tokens", "input_tokens") or estimate
-    output = told("completion_tokens", "output_tokens")
-    output = max(output, told("total_tokens") - prompt)  # xAI counts reasoning apart
-    return Usage(max(0, prompt - read - written), output, read, written)
+    def _thinking(self) -> list[tuple[str, str]]:
+        thought, found, rest = "".join(self._buffer).partition(self._end_tag)
+        if found:
+            self._begin("text", rest)
+        else:
+            sizes = range(len(self._end_tag) - 1, 0, -1)
+            partial = next((n for n in sizes if thought.endswith(self._end_tag[:n])), 0)
+            self._buffer = [thought[len(thought) - partial :]]
+            thought = thought[: len(thought) - partial]
+        return [("thinking", thought)]
 
 
 # ======== Messages ===========================================================================
@@ -2707,12 +2743,15 @@ USAGE_FIELDS = ("input_tokens", "output_tokens", "cache_read_input_tokens",
 
 
 def lost_natively(request: Json, kind: ProviderKind) -> set[str]:
-    """What in a request a server of this kind would refuse, or lose in silence: such a request is
-    translated instead. The names are those of ProviderKind.native_gaps."""
+    """The features of a request that a server of this kind refuses or loses in silence, by the
+    names of ProviderKind.native_gaps: with any the request is translated instead."""
     gaps = {*kind.native_gaps, *(["image"] if not kind.images else [])}
     if not gaps:
         return set()
-    used: set[str] = set()
+    blocks = [block for m in request["messages"] for block in blocks_of(m["content"])]
+    blocks += [inner for block in blocks if block["type"] == "tool_result"
+               for inner in blocks_of(block.get("content"))]
+    used = {b["type"] if b["type"] in CORE_BLOCKS else "server_tool" for b in blocks}
     if (request.get("output_config") or {}).get("format"):
         used.add("output_format")
     if (request.get("tool_choice") or {"type": "auto"}) != {"type": "auto"}:
@@ -2720,32 +2759,27 @@ def lost_natively(request: Json, kind: ProviderKind) -> set[str]:
     tools = request.get("tools") or ()
     if not all(is_client_tool(t) or t.get("name") == PLACEHOLDER for t in tools):
         used.add("server_tool")
-    for message in request["messages"]:
-        blocks = blocks_of(message["content"])
-        results = (block for block in blocks if block["type"] == "tool_result")
-        for block in [*blocks, *(inner for r in results for inner in blocks_of(r.get("content")))]:
-            used.add(block["type"] if block["type"] in CORE_BLOCKS else "server_tool")
-            if block["type"] == "image" and block["source"]["type"] != "base64":
-                used.add("url_image")
-            if block.get("is_error"):
-                used.add("is_error")
+    if any(b["type"] == "image" and b["source"]["type"] != "base64" for b in blocks):
+        used.add("url_image")
+    if any(block.get("is_error") for block in blocks):
+        used.add("is_error")
     return used & gaps
 
 
 def messages_request(request: Json, model: Model) -> Json:
-    """The request as it goes to an upstream that speaks Messages: every field as it came, but for
-    what is Claude Code's and Anthropic's own business, and what the row says isn't taken."""
+    """The request for an upstream that speaks Messages: every field as it came, but for what is
+    Claude Code's and Anthropic's own business, and what the row says isn't taken."""
     kind, body = model.provider.kind, {**request, "model": model.upstream_id}
     body.pop("output_format", None)  # stands in output_config
-    system, tools = request.get("system"), request.get("tools")
     if not kind.is_anthropic:
-        if isinstance(system, list):
-            body["system"] = [b for b in system if not block_text(b).startswith(BILLING_HEADER)]
-        if tools:
-            body["tools"] = [tool for tool in tools if tool.get("name") != PLACEHOLDER]
-        body["messages"] = [m if m["role"] == "assistant" else plainer(m, kind)
+        if isinstance(body.get("system"), list):
+            body["system"] = [block for block in body["system"]
+                              if not block_text(block).startswith(BILLING_HEADER)]
+        if body.get("tools"):
+            body["tools"] = [tool for tool in body["tools"] if tool.get("name") != PLACEHOLDER]
+        body["messages"] = [m if m["role"] == "assistant" else with_plainer_content(m, kind)
                             for m in with_reminders(request["messages"])]
-    if tools and (kind.refused_keywords or kind.max_description):
+    if body.get("tools") and (kind.refused_keywords or kind.max_description):
         body["tools"] = [plainer_tool(tool, kind) if "input_schema" in tool else tool
                          for tool in body["tools"]]
     if kind.is_anthropic or kind.native_models:  # Claude itself
@@ -2759,24 +2793,25 @@ def with_reminders(messages: Sequence[Json]) -> Sequence[Json]:
     if all(message["role"] != "system" for message in messages):
         return messages
     turns = itertools.groupby(turns_from_messages(messages, False),
-                              lambda turn: turn.role.replace("results", "user"))
+                              lambda turn: "assistant" if turn.role == "assistant" else "user")
     return [{"role": role, "content": [block for turn in group for block in turn.blocks]}
             for role, group in turns]
 
 
-def plainer(holder: Json, kind: ProviderKind) -> Json:
-    """A message or a tool result with words in the place of images where the model sees none; a
-    result with one text in the place of several in a row, of which some servers show the first."""
+def with_plainer_content(holder: Json, kind: ProviderKind) -> Json:
+    """A message or a tool result with words in place of images for a model that sees none. Texts
+    in a row become one in a result, since some servers show the first alone."""
     content, is_result = holder.get("content"), "tool_use_id" in holder
     if not isinstance(content, list) or (is_result and kind.images and len(content) < 2):
         return holder
-    told = [text_part(block_text(b)) if b["type"] == "image" and not kind.images
-            else plainer(b, kind) if b["type"] == "tool_result" else b for b in content]
+    blocks = [text_part(block_text(b)) if b["type"] == "image" and not kind.images
+              else with_plainer_content(b, kind) if b["type"] == "tool_result" else b
+              for b in content]
     if is_result:
-        runs = [list(group) for _, group in itertools.groupby(told, operator.itemgetter("type"))]
-        told = [block for r in runs for block in (r if r[0]["type"] != "text" else [
-            {**r[-1], "text": "\n".join(block["text"] for block in r)}])]
-    return holder if told == content else {**holder, "content": told}
+        runs = [list(same) for _, same in itertools.groupby(blocks, operator.itemgetter("type"))]
+        blocks = [block for same in runs for block in (same if same[0]["type"] != "text" else [
+            {**same[-1], "text": "\n".join(text["text"] for text in same)}])]
+    return holder if blocks == content else {**holder, "content": blocks}
 
 
 def finished_messages(body: Json) -> Json:
@@ -2785,7 +2820,7 @@ def finished_messages(body: Json) -> Json:
     budget = thinking.get("budget_tokens")
     if not isinstance(budget, int) or not isinstance(limit, int) or (budget and budget < limit):
         return body
-    if limit <= 1024:  # the least that Anthropic takes
+    if limit <= 1024:  # the least budget that Anthropic takes
         return {name: value for name, value in body.items() if name != "thinking"}
     budget = limit - 1 if budget else max(1024, limit // 2)
     return {**body, "thinking": {**thinking, "budget_tokens": budget}}
@@ -2794,10 +2829,9 @@ def finished_messages(body: Json) -> Json:
 def without_foreign_thoughts(message: Json) -> Json:
     """The message without thinking that Anthropic didn't sign, and would refuse."""
     content = message["content"]
-    if isinstance(content, str):
+    if isinstance(content, str) or not any(map(is_foreign_thought, content)):
         return message
-    kept = [block for block in content if not is_foreign_thought(block)]
-    return {**message, "content": kept} if len(kept) < len(content) else message
+    return {**message, "content": [b for b in content if not is_foreign_thought(b)]}
 
 
 def is_foreign_thought(block: Json) -> bool:
@@ -2808,8 +2842,8 @@ def is_foreign_thought(block: Json) -> bool:
 
 
 def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
-    """The client's own bytes with another model's id, where nothing else differs and the id comes
-    first, as Claude Code and the SDKs write it; None where the body must be written anew."""
+    """The client's own bytes with the model's id of a body that differs in nothing else; None where
+    it does, or the id isn't the first field, as Claude Code and the SDKs write it."""
     same = body == {**request, "model": body["model"]}  # identical values aren't looked into
     match = MODEL_FIELD.match(raw, raw.find(b'"'))
     if not same or not match or raw[: match.start()].strip() != b"{":
@@ -2821,78 +2855,70 @@ def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
 
 
 def last_event(data: bytes) -> tuple[int, bytes]:
-    """Where in these events one ends a stream, and what tells so, b"" where nothing does."""
+    """Where in these events one ends a stream, and the bytes that tell it; b"" if none does."""
     if b"message_stop" not in data and b"error" not in data:  # nearly all; the rest takes longer
         return 0, b""
-    found = LAST_LINE.search(b"\n" + data)
-    if found:
-        return found.start(), found.group()
+    match = LAST_LINE.search(b"\n" + data)
+    if match:
+        return match.start(), match.group()
     return 0, next((mark for mark in LAST_TYPES if mark in data), b"")
 
 
 class NativeStream:
-    """A native stream's bytes with the model's id that the client asked for; tells when it is
-    complete and what it used. Only whole events are handed on, so that a ping or an error can
+    """Passes a native stream on with the model's id that the client asked for; tells when it is
+    complete and what it used. Only whole events are passed on, so that a ping or an error can
     stand after any of them."""
 
     def __init__(self, model_id: str) -> None:
         self._model = rb"\1" + json.dumps(model_id).encode().replace(b"\\", rb"\\")
-        self._rest: list[bytes] = []  # the beginning of an event, in pieces
-        self._size = 0  # of it
-        self._edge = b""  # its last bytes
+        self._rest = bytearray()  # the beginning of an event
         self._named = False  # the first event, which names the model, went by
-        self._tail = b""
+        self._tail = b""  # of what was passed on
         self.ended = False  # the last event came: message_stop, or an error
         self.error = b""  # its data, or what came in a stream's place
 
     def feed(self, data: bytes) -> bytes:
-        joint = self._edge + data
-        end = len(joint) if joint.endswith(b"\n\n") else max(
-            (joint.rfind(mark) + len(mark) for mark in EVENT_ENDS if mark in joint), default=0)
-        at = max(0, end - len(self._edge))
-        events = b"".join((*self._rest, data[:at])) if end else b""
-        if end:
-            self._rest, self._size, self._edge = [], 0, b""
-        self._rest.append(data[at:])
-        self._size += len(data) - at
-        self._edge = (self._edge + data[at:])[-3:]
-        if self._size > MAX_EVENT:
+        """The events that are whole by now."""
+        seen = max(0, len(self._rest) - 3)  # less of an end that was cut
+        self._rest += data
+        ends = ((self._rest.rfind(mark, seen), len(mark)) for mark in EVENT_ENDS)
+        end = max((at + size for at, size in ends if at >= 0), default=0)
+        events = bytes(self._rest[:end])
+        del self._rest[:end]
+        if len(self._rest) > MAX_EVENT:
             raise OgxError(502, "the upstream sent an event that is too large")
-        return self._handed_on(events)
+        return self._passed_on(events)
 
     def end(self) -> bytes:
         """The last event where only the blank line after it is missing."""
-        rest, self._rest = b"".join(self._rest), []
+        rest, self._rest = bytes(self._rest), bytearray()
         if last_event(rest)[1]:
-            return self._handed_on(rest + b"\n\n")
+            return self._passed_on(rest + b"\n\n")
         self.error = self.error or rest
         return b""
 
-    def _handed_on(self, data: bytes) -> bytes:
+    def _passed_on(self, data: bytes) -> bytes:
         if not self._named and b"message_start" in data:
-            self._named = True
-            start = data[:MAX_HEAD]  # where it stands in any server's
-            data = MODEL_FIELD.sub(self._model, start, count=1) + data[MAX_HEAD:]
-        self._tail = (self._tail + data)[-2000:] if len(data) < 2000 else data[-2000:]
-        at, last = last_event(data)
-        if last:
-            self.ended = True
-            if b"error" in last:
-                told = SseReader().feed(data[at:])[:1] or [last]
-                self.error, data = told[0], data[:at]
+            self._named = True  # in the head of any server's
+            data = MODEL_FIELD.sub(self._model, data[:MAX_HEAD], count=1) + data[MAX_HEAD:]
+        self._tail = (self._tail + data[-2000:])[-2000:]
+        at, mark = last_event(data)
+        self.ended = self.ended or bool(mark)
+        if b"error" in mark:
+            self.error = (SseReader().feed(data[at:]) or [mark])[0]
+            return data[:at]
         return data
 
     @property
     def usage(self) -> Usage | None:
         """The tokens that the last events told, for the log."""
         found = dict(re.findall(rb'"(\w+_tokens)"\s*:\s*(\d{1,15})', self._tail))
-        told = (found.get(name.encode(), 0) for name in USAGE_FIELDS)
-        return Usage(*map(int, told)) if found else None
+        numbers = (int(found.get(name.encode(), 0)) for name in USAGE_FIELDS)
+        return Usage(*numbers) if found else None
 
 
 # ======== Responses ==========================================================================
-# OpenAI's Responses, which its newest models need for tools; then the table of dialects, and that
-# of the built-in demo model, which answers a chat stream of its own making. Pure.
+# OpenAI's Responses, which its newest models need for tools. Pure.
 
 ENCRYPTED, SOURCES = "reasoning.encrypted_content", "web_search_call.action.sources"
 SEARCH_ID = "srvtoolu_ws_"  # begins the ids of searches that we served: `ws_...` is OpenAI's own id
@@ -2902,53 +2928,50 @@ def responses_request(request: Json, model: Model) -> Json:
     """The Responses request for a checked Messages request; reasoning_effort is put in its place
     by finished_responses(), after the lessons."""
     kind, names = model.provider.kind, ToolNames(request)
-    note = unserved_tools_note(request, kind, "web_search")
-    body: Json = {
-        "model": model.upstream_id,
-        "input": [item for turn in turns_from_messages(request["messages"], kind.system_anywhere)
-                  for item in input_items(turn, model.provider, names)],
-        "max_output_tokens": max(16, min(request["max_tokens"], model.max_output or 1 << 40)),
-        "store": False, "include": [ENCRYPTED]}
-    for place, item in enumerate(body["input"]):
+    note = unserved_tools_note(request, kind, ("web_search",))
+    items = [item for turn in turns_from_messages(request["messages"], kind.system_anywhere)
+             for item in input_items(turn, model.provider, names)]
+    for place, item in enumerate(items):
         if item.get("role") == "assistant":  # OpenAI's types want an id; unstored, any will do
             item["id"] = f"msg_{place}"
-    told = {"instructions": "\n\n".join(filter(None, (system_text(request), note))),
+    mode, schema = structured_output(request, kind)
+    answer_format = {"type": "json_schema", **response_format(schema)["json_schema"]}
+    effort = reasoning_effort(request, model, "medium")
+    return {
+        "model": model.upstream_id, "input": items, "store": False, "include": [ENCRYPTED],
+        "max_output_tokens": max(16, min(request["max_tokens"], model.max_output or 1 << 40)),
+        **flat_tool_fields(request, names, kind),
+        **filled_in({
+            "instructions": paragraphs([system_text(request), note]),
             "prompt_cache_key": conversation_key(request),
-            "stream": request.get("stream") or bool(kind.stream_above)}
-    body.update({name: value for name, value in told.items() if value})
-    body.update(flat_tool_fields(request, names, kind))
-    body.update({n: request[n] for n in ("temperature", "top_p") if request.get(n) is not None})
-    if takes_effort(model.upstream_id):
-        body["reasoning_effort"] = reasoning_effort(request) or "medium"
-        body["reasoning"] = {"summary": "auto"} if kind.summaries else {}
-    output_format = (request.get("output_config") or {}).get("format")
-    if output_format:
-        body["text"] = {"format": {"type": "json_schema", **response_format(
-            output_format["schema"])["json_schema"]}}
-    return body
+            "stream": request.get("stream") or bool(kind.stream_above) or None,
+            "temperature": request.get("temperature"), "top_p": request.get("top_p"),
+            "reasoning_effort": effort,
+            "reasoning": {"summary": "auto"} if effort and kind.summaries else None,
+            "text": {"format": answer_format} if mode else None})}
 
 
 def finished_responses(body: Json) -> Json:
     """The body with its effort where Responses has it."""
-    effort = body.pop("reasoning_effort", None)
-    if effort:
-        body["reasoning"] = {**(body.get("reasoning") or {}), "effort": effort}
-    return body
+    finished = {name: value for name, value in body.items() if name != "reasoning_effort"}
+    if body.get("reasoning_effort"):
+        effort = {"effort": body["reasoning_effort"]}
+        finished["reasoning"] = {**(body.get("reasoning") or {}), **effort}
+    return finished
 
 
 def input_items(turn: Turn, provider: Provider, names: ToolNames) -> Iterator[Json]:
     """A turn of the history as input items; reasoning that led to nothing would be refused."""
-    kind = provider.kind
     if turn.role == "results":
         for result in turn.blocks:
-            parts = [input_part(b, kind) for b in blocks_of(result.get("content"))]
+            parts = [input_part(b, provider.kind) for b in blocks_of(result.get("content"))]
             if result.get("is_error"):
                 parts.insert(0, {"type": "input_text", "text": TOOL_ERROR.strip()})
             output: Any = parts
             if all(part["type"] == "input_text" for part in parts):
                 output = "\n".join(part["text"] for part in parts) or "(no output)"
-            call_id = tool_call_id(result["tool_use_id"], kind)
-            yield {"type": "function_call_output", "call_id": call_id, "output": output}
+            yield {"type": "function_call_output", "output": output,
+                   "call_id": tool_call_id(result["tool_use_id"], provider.kind)}
     elif turn.role == "assistant":
         items = [item for b in turn.blocks for item in assistant_items(b, provider, names)]
         while items and items[-1].get("type") == "reasoning":
@@ -2956,27 +2979,28 @@ def input_items(turn: Turn, provider: Provider, names: ToolNames) -> Iterator[Js
         yield from items
     else:
         role = "developer" if turn.role == "system" else "user"
-        yield {"role": role, "content": [input_part(block, kind) for block in turn.blocks]}
+        yield {"role": role, "content": [input_part(b, provider.kind) for b in turn.blocks]}
 
 
 def assistant_items(block: Json, provider: Provider, names: ToolNames) -> Iterator[Json]:
     """What the model said, called or thought before; of thoughts, those it signed itself."""
+    block_type = block["type"]
     use_id = str(block.get("id") or block.get("tool_use_id"))
-    if block["type"] == "tool_use":
+    if block_type == "tool_use":
         yield {"type": "function_call", "call_id": tool_call_id(use_id, provider.kind),
                "name": names.there(block["name"]),
                "arguments": json.dumps(block["input"], ensure_ascii=False)}
     elif use_id.startswith(SEARCH_ID):
-        if block["type"] == "server_tool_use" and provider.kind.own_reasoning:
+        if block_type == "server_tool_use" and provider.kind.own_reasoning:
             yield {"type": "web_search_call", "id": use_id[9:], "status": "completed",
                    "action": {"type": "search", **dict_or_empty(block.get("input"))}}
-    elif block["type"] in ("thinking", "redacted_thinking"):
-        kept = kept_in(block, "responses", provider.id) if provider.kind.own_reasoning else {}
-        if all(isinstance(kept.get(name), str) for name in ("id", "encrypted_content")):
+    elif block_type in ("thinking", "redacted_thinking"):
+        state = kept_in(block, "responses", provider.id) if provider.kind.own_reasoning else {}
+        own = {name: state.get(name) for name in ("id", "encrypted_content")}
+        if all(isinstance(value, str) for value in own.values()):
             thought = block.get("thinking")
             summary = [{"type": "summary_text", "text": thought}] if thought else []
-            yield {"type": "reasoning", "id": kept["id"], "summary": summary,
-                   "encrypted_content": kept["encrypted_content"]}
+            yield {"type": "reasoning", "summary": summary, **own}
     elif block_text(block):
         content = [{"type": "output_text", "text": block_text(block), "annotations": []}]
         yield {"type": "message", "role": "assistant", "status": "completed", "content": content}
@@ -2994,103 +3018,104 @@ def input_part(block: Json, kind: ProviderKind) -> Json:
 
 def flat_tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
     """Tool fields as Responses has them: flat, not strict, and with its own web search."""
-    fields, given = tool_fields(request, names, kind), request.get("tools") or []
-    searches = [tool for tool in given if str(tool.get("type")).startswith("web_search")]
+    made = tool_fields(request, names, kind)
     tools = [{"type": "function", "strict": False, **tool["function"]}
-             for tool in fields.get("tools", ())]
-    tools += map(search_tool, searches)
-    for tool in searches:
-        fields["include"] = [ENCRYPTED, SOURCES]
+             for tool in made.get("tools", ())]
+    for tool in request.get("tools") or ():
+        if not str(tool.get("type")).startswith("web_search"):
+            continue
+        tools.append(search_tool(tool))
+        made["include"] = [ENCRYPTED, SOURCES]
         if tool.get("max_uses"):
-            fields["max_tool_calls"] = tool["max_uses"]
-        wanted = {"type": "auto", **(request.get("tool_choice") or {})}
-        if wanted.get("name") in (None, tool.get("name")):
-            forced = {"any": "required", "tool": "required"}
-            fields.setdefault("tool_choice", forced.get(wanted["type"], wanted["type"]))
-    choice = fields.get("tool_choice")
-    if isinstance(choice, dict):
-        fields["tool_choice"] = {"type": "function", **choice["function"]}
-    return {**fields, "tools": tools} if tools else {}
+            made["max_tool_calls"] = tool["max_uses"]
+        choice = {"type": "auto", **(request.get("tool_choice") or {})}
+        if choice.get("name") in (None, tool.get("name")):
+            forced = choice["type"] in ("any", "tool")
+            made.setdefault("tool_choice", "required" if forced else choice["type"])
+    if isinstance(made.get("tool_choice"), dict):
+        made["tool_choice"] = {"type": "function", **made["tool_choice"]["function"]}
+    return {**made, "tools": tools} if tools else {}
 
 
 def search_tool(tool: Json) -> Json:
     """Anthropic's web search as the provider's own."""
-    filters = {k: tool[k] for k in ("allowed_domains",) if tool.get(k)}
-    options = {"filters": filters, "user_location": tool.get("user_location")}
-    return {"type": "web_search", **{k: v for k, v in options.items() if v}}
+    domains = tool.get("allowed_domains")
+    return filled_in({"type": "web_search", "user_location": tool.get("user_location"),
+                      "filters": {"allowed_domains": domains} if domains else None})
 
 
 class ResponsesTranslator(Translator):
-    """Events of one response to the events of one message; a whole response is read as events."""
+    """Turns the events of one response into those of one message; a whole response is read as
+    events."""
 
     def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
         super().__init__(writer, request, model)
-        self._streamed: set[Any] = set()  # indices of items whose deltas came
-        self._searches = 0
+        self._names = ToolNames(request)
+        self._streamed: set[Any] = {None}  # indices of items whose deltas came
 
     def _read(self, chunk: Json, data: bytes) -> None:
         if chunk.get("object") != "response":
             self._read_event(chunk)
             return
         for index, item in enumerate(chunk.get("output") or ()):
-            kind = "response.output_item.done"
-            self._read_event({"type": kind, "output_index": index, "item": item})
+            self._read_item(index, item)
         status = chunk.get("status") or "completed"
         self._read_event({"type": f"response.{status}", "response": chunk})
 
     def _read_event(self, event: Json) -> None:
-        kind, index = event.get("type") or "error", event.get("output_index")
-        self._streamed.add(index if kind.endswith(".delta") else None)
-        if kind in ("response.output_text.delta", "response.refusal.delta"):
-            self._refused = self._refused or kind == "response.refusal.delta"
+        event_type, index = event.get("type") or "error", event.get("output_index")
+        if event_type.endswith(".delta"):
+            self._streamed.add(index)
+        if event_type in ("response.output_text.delta", "response.refusal.delta"):
+            self._refused = self._refused or event_type == "response.refusal.delta"
             self.writer.text(event["delta"])
-        elif kind == "response.function_call_arguments.delta":
+        elif event_type == "response.function_call_arguments.delta":
             self.writer.tool(index, "", "", event["delta"])
-        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+        elif event_type in ("response.reasoning_summary_text.delta",
+                            "response.reasoning_text.delta"):
             self.writer.thinking(event["delta"])
-        elif kind == "response.reasoning_summary_part.added" and event.get("summary_index"):
+        elif event_type == "response.reasoning_summary_part.added" and event.get("summary_index"):
             self.writer.thinking("\n\n")
-        elif kind == "response.output_text.annotation.added":
+        elif event_type == "response.output_text.annotation.added":
             self._read_citation(event["annotation"])
-        elif kind == "response.output_item.added":
+        elif event_type == "response.output_item.added":
             item = event["item"]
             if item["type"] == "function_call":
                 self.writer.tool(index, item["call_id"], self._names.back(item["name"]), "")
-        elif kind == "response.output_item.done":
+        elif event_type == "response.output_item.done":
             self._read_item(index, event["item"])
-        elif kind in ("response.completed", "response.incomplete"):
+        elif event_type in ("response.completed", "response.incomplete"):
             self._finish(event["response"])
-        elif kind == "response.failed" or (kind[:9] != "response." and is_failure(event)):
+        elif event_type == "response.failed" or (
+                event_type[:9] != "response." and is_failure(event)):
             raise self._error(json.dumps(event).encode())
-        if self.writer.stopped and not self.done:
-            self._finish({})
 
     def _read_item(self, index: Any, item: Json) -> None:
-        """An item at its end: what its deltas didn't bring, and what only its end tells."""
-        kind, whole = item["type"], index not in self._streamed
-        if kind == "function_call" and whole:
+        """Take in an item at its end: what its deltas didn't bring, and what only its end tells."""
+        item_type, whole = item["type"], index not in self._streamed
+        if item_type == "function_call" and whole:
             name, arguments = self._names.back(item["name"]), item.get("arguments") or ""
             self.writer.tool(index, item["call_id"], name, arguments)
-        elif kind == "message":
+        elif item_type == "message":
             for part in item.get("content") or () if whole else ():
                 self._refused = self._refused or part["type"] == "refusal"
                 self.writer.text(part.get("text") or part.get("refusal") or "")
                 for annotation in part.get("annotations") or ():
                     self._read_citation(annotation)
             self.writer.end_text()
-        elif kind == "reasoning":
+        elif item_type == "reasoning":
             if whole:
                 parts = item.get("summary") or item.get("content") or ()
                 self.writer.thinking("\n\n".join(part.get("text") or "" for part in parts))
             if item.get("encrypted_content"):
-                kept = {name: item[name] for name in ("id", "encrypted_content")}
+                state = {name: item[name] for name in ("id", "encrypted_content")}
                 owner = self._model.provider.id  # only it can read its own
-                self.writer.signature(signature_of("responses", owner, kept))
-        elif kind == "web_search_call":
+                self.writer.signature(signature_of("responses", owner, state))
+        elif item_type == "web_search_call":
             self._read_search(item)
 
     def _read_search(self, item: Json) -> None:
-        """A search by the provider, or a page it opened, as Anthropic's server tool shows one."""
+        """Show a search by the provider, or a page it opened, as Anthropic's server tool does."""
         action = item.get("action") or {}
         self._searches += action.get("type") == "search"
         use_id = "srvtoolu_" + re.sub(r"[^A-Za-z0-9_]", "_", item["id"])
@@ -3099,35 +3124,35 @@ class ResponsesTranslator(Translator):
                            "caller": {"type": "direct"}})
         results = [{"type": "web_search_result", "url": source["url"], "page_age": None,
                     "title": source.get("title") or source["url"], "encrypted_content": ""}
-                   for source in action.get("sources") or [action]
-                   if source.get("url")]
+                   for source in action.get("sources") or [action] if source.get("url")]
         self.writer.whole({"type": "web_search_tool_result", "tool_use_id": use_id,
                            "content": results, "caller": {"type": "direct"}})
 
     def _read_citation(self, annotation: Json) -> None:
         if annotation.get("type") == "url_citation":
+            url = annotation["url"]
             self.writer.citation({
-                "type": "web_search_result_location", "url": annotation["url"], "cited_text": "",
-                "title": annotation.get("title") or annotation["url"],
-                "encrypted_index": ""})
+                "type": "web_search_result_location", "url": url, "cited_text": "",
+                "title": annotation.get("title") or url, "encrypted_index": ""})
 
     def _finish(self, response: Json) -> None:
-        self.usage = usage_from_chat(response.get("usage") or {}, self.writer.input_tokens)
-        self.usage.searches = self._searches
-        why = (response.get("incomplete_details") or {}).get("reason") or response.get("status")
-        self._stop_sequence = self.writer.stopped
-        self._stop_reason = "stop_sequence" if self.writer.stopped else self._reason(why or "stop")
+        self.usage = usage_from_openai(response.get("usage") or {}, self.writer.input_tokens)
+        reason = (response.get("incomplete_details") or {}).get("reason") or response.get("status")
+        self._stop_reason = self._reason(reason or "stop")
         self.end()
+
+
+# ======== Dialects ===========================================================================
+# What upstreams speak, as a table: how requests are made and answers are read. The demo model is
+# a row too; it answers a chat stream of its own making. Pure.
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """What an upstream speaks: how requests are made and answers are read."""
-
     request: Callable[[Json, Model], Json]
     translator: Callable[[MessageWriter, Json, Model], Translator] = Translator
     finished: Callable[[Json], Json] = lambda body: body  # the request after the lessons
-    native: bool = False  # Anthropic's own format: handed on as it is, and never translated
+    native: bool = False  # Anthropic's own format: passed on as it is, and never translated
 
 
 def demo_request(request: Json, model: Model) -> Json:
@@ -3160,19 +3185,21 @@ COUNTED_FIELDS = ("model", "messages", "tools", "instructions", "input")
 
 def request_path(dialect: str, kind: ProviderKind) -> str:
     """Where requests of a dialect go, below the provider's base URL."""
-    paths = {"messages": kind.messages_path, "responses": kind.openai_root + "/responses"}
-    return paths.get(dialect, kind.openai_root + "/chat/completions")
+    if dialect == "messages":
+        return kind.messages_path
+    return kind.openai_root + ("/responses" if dialect == "responses" else "/chat/completions")
 
 
 def ways_to_count(name: str, request: Json, model: Model) -> Iterator[tuple[Sequence[str], Json]]:
-    """The paths where an upstream counts a request's tokens, and what is sent there, best first;
-    of two paths the first makes the text for the second."""
-    kind, via = model.provider.kind, "responses" if name == "responses" else "chat"
+    """Yield the paths where an upstream counts a request's tokens and what is sent there, best
+    first; of two paths the first makes the text for the second."""
+    kind = model.provider.kind
     if DIALECTS[name].native:
         yield [kind.messages_path + "/count_tokens"], messages_request(request, model)
-    paths = kind.tokenizer if via == "chat" else ("/responses/input_tokens",)
+    paths = ("/responses/input_tokens",) if name == "responses" else kind.tokenizer
     if paths:
-        body = DIALECTS[via].request({"max_tokens": 1, **request}, model)
+        translated = DIALECTS["responses" if name == "responses" else "chat"]
+        body = translated.request({"max_tokens": 1, **request}, model)
         yield paths, {field: body[field] for field in COUNTED_FIELDS if field in body}
 
 

@@ -3322,7 +3322,7 @@ class TestChat:
         ],
     )  # fmt: skip
     def test_usage_of_every_provider(self, usage, counts):
-        made = ogx.usage_from_chat(usage)
+        made = ogx.usage_from_openai(usage)
         assert (made.input, made.output, made.cache_read, made.cache_written) == counts
 
     def test_groqs_usage_comes_in_a_field_of_its_own(self):
@@ -3572,7 +3572,7 @@ class TestChat:
         """The bytes that the data of chunks comes to, and how many of them were parsed."""
         writer = ogx.MessageWriter(ogx.new_message("msg_1", "m", 5))
         translator = ogx.ChatTranslator(writer, request(stream=True), model())
-        translator._learns = learns
+        translator._template.learns = learns
         parsed = []
         read = translator._read
         translator._read = lambda chunk, data: (parsed.append(data), read(chunk, data))
@@ -3604,7 +3604,7 @@ class TestChat:
         translator = ogx.ChatTranslator(writer, request(stream=True), model())
         for chunk in chunks:
             translator.feed(chunk)
-        assert translator._learns is False
+        assert translator._template.learns is False
 
     def test_usual_chunks_among_all_others_come_to_the_same_bytes(self):
         """Seeded streams of everything a chunk can be, in any order."""
@@ -3650,9 +3650,9 @@ class TestChat:
     @pytest.mark.parametrize("piece", ["\n   ", " ", "<", "</thin", "word "])
     def test_the_work_grows_with_the_text_alone(self, begins, piece):
         def read(pieces):
-            splitter = ogx.ThoughtSplitter()
-            told = [piece for words in (begins, *pieces, "x") for piece in splitter.feed(words)]
-            return told + splitter.end()
+            tags = ogx.ThinkTagParser()
+            found = [piece for words in (begins, *pieces, "x") for piece in tags.feed(words)]
+            return found + tags.end()
 
         check_linear(read, lambda n: [piece] * n, 4000)
         words = "".join(words for _, words in read([piece] * 50))
@@ -3694,7 +3694,7 @@ class TestChat:
         assert message["usage"]["cache_read_input_tokens"] == 0
 
     def test_whole_numbers_are_counts_however_they_are_written(self):
-        usage = ogx.usage_from_chat({"prompt_tokens": 10.0, "completion_tokens": (1 << 53) - 1})
+        usage = ogx.usage_from_openai({"prompt_tokens": 10.0, "completion_tokens": (1 << 53) - 1})
         assert (usage.input, usage.output) == (10, (1 << 53) - 1)
 
 
@@ -4356,6 +4356,8 @@ class TestResponses:
             assert client.post(request(stream=True))[0] == 200
         assert upstream.heads[0][0] == "/v1/chat/completions"
 
+
+class TestDialects:
     def test_each_dialect_a_row_names_exists(self):
         kinds = [*ogx.PROVIDER_KINDS.values(), ogx.DEMO_KIND]
         named = {name for kind in kinds for name in kind.dialects}
