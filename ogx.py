@@ -1938,7 +1938,7 @@ STOP_REASONS = (  # words in a finish_reason -> stop_reason; "": it broke off
 
 
 class Translator:
-    """Turns what an upstream sends into the events of one message; each dialect has its `_read`."""
+    """Turns what an upstream sends into the events of one message; each dialect `_read`s it."""
 
     _holds = False  # the text until the end
 
@@ -1993,8 +1993,8 @@ class Translator:
         """Write what is held until the end."""
 
     def _reason(self, finish: Any) -> str:
-        """Return the stop_reason for an upstream's. Raise OgxError where that tells of a failure,
-        or where it is unknown and there is no answer."""
+        """The stop_reason for an upstream's; OgxError where that tells of a failure, or is unknown
+        and there is no answer."""
         words = one_line(str(finish))
         reasons = (reason for stems, reason in STOP_REASONS if re.search(stems, words.lower()))
         reason = next(reasons, "end_turn" if self.writer.wrote or self._holds else "")
@@ -2007,7 +2007,7 @@ class Translator:
 
 
 def usage_from_openai(usage: Json, estimate: int = 0) -> Usage:
-    """Return Anthropic's usage for that of OpenAI's APIs, whose input includes cached tokens."""
+    """Anthropic's usage from OpenAI's, whose input includes what was cached."""
     details = dict_or_empty(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
     numbers = {**usage, **details}
 
@@ -2025,7 +2025,7 @@ def usage_from_openai(usage: Json, estimate: int = 0) -> Usage:
 # ======== Chat ===============================================================================
 # OpenAI's Chat Completions; a completion that wasn't streamed is one big chunk. Pure.
 
-# Ids of models that take reasoning_effort; others may refuse it.
+# Names of models that take reasoning_effort; others may refuse it.
 REASONERS = re.compile(
     r"(^|[/:_-])(o[134](-|$)|gpt-(5|6|oss)|deepseek-(r|v4|reasoner)|qwq|magistral)|"
     r"thinking|reasoner|qwen3(?!.{0,250}(instruct|coder))", re.I)
@@ -2048,13 +2048,12 @@ def chat_request(request: Json, model: Model) -> Json:
         tool = {"name": ANSWER_TOOL, "description": "Give your answer.", "input_schema": schema}
         choice = {"type": "tool", "name": ANSWER_TOOL}
         request = {**request, "tools": [tool], "tool_choice": choice}
-    names = ToolNames(request)
     most = request["max_tokens"]
     streamed = request.get("stream") or (kind.stream_above and most > kind.stream_above)
     return {
-        "model": model.upstream_id, "messages": chat_messages(request, model, names),
+        "model": model.upstream_id, "messages": chat_messages(request, model),
         kind.max_tokens_field: min(most, model.max_output or most),
-        **tool_fields(request, names, kind),
+        **tool_fields(request, kind),
         **filled_in({
             "temperature": request.get("temperature"), "top_p": request.get("top_p"),
             "top_k": request.get("top_k") if kind.top_k else None,
@@ -2083,19 +2082,20 @@ class ToolCall:
         return "".join(self.pieces)
 
 
+def name_there(name: str) -> str:
+    """A tool's name as a chat upstream takes it: a hash of the whole keeps changed names apart."""
+    if TOOL_NAME.fullmatch(name):
+        return name
+    digest = f"{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
+    return f"{re.sub('[^a-zA-Z0-9_-]', '_', name)[:55]}_{digest}"
+
+
 class ToolNames:
-    """Tool names as a chat upstream takes them, and back: odd characters are replaced, and a hash
-    of the whole name keeps such names apart."""
+    """The client's names of its tools, by what the upstream calls them."""
 
     def __init__(self, request: Json) -> None:
-        named = [tool["name"] for tool in request.get("tools") or () if tool.get("name")]
-        self._originals: dict[str, str] = {self.there(name): name for name in named}
-
-    def there(self, name: str) -> str:
-        if TOOL_NAME.fullmatch(name):
-            return name
-        digest = f"{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
-        return f"{re.sub('[^a-zA-Z0-9_-]', '_', name)[:55]}_{digest}"
+        names = [tool["name"] for tool in request.get("tools") or () if tool.get("name")]
+        self._originals: dict[str, str] = {name_there(name): name for name in names}
 
     def continues(self, call: ToolCall, rest: str) -> bool:
         """Whether a call's name goes on so: some servers send it in pieces."""
@@ -2113,9 +2113,9 @@ class ToolNames:
         return next(originals, "".join(words[:1]) if "<" in name else name)
 
 
-def chat_messages(request: Json, model: Model, names: ToolNames) -> list[Json]:
-    """The system prompt and the history as chat messages that strict providers accept. The user's
-    in a row become one or, where none may follow a tool's, are added to that."""
+def chat_messages(request: Json, model: Model) -> list[Json]:
+    """The system prompt and the history as messages that strict providers accept. The user's in a
+    row become one or, where none may follow a tool's, are added to that."""
     kind = model.provider.kind
     mode, schema = structured_output(request, kind)
     note = "Your last answer must be JSON alone, valid against this JSON schema: "
@@ -2123,7 +2123,7 @@ def chat_messages(request: Json, model: Model, names: ToolNames) -> list[Json]:
     system = paragraphs([system_text(request), unserved_tools_note(request, kind), note])
     messages: list[Json] = [{"role": "system", "content": system}] if system else []
     turns = turns_from_messages(request["messages"], kind.system_anywhere)
-    history = (m for turn in turns for m in turn_messages(turn, model, names)
+    history = (m for turn in turns for m in turn_messages(turn, model)
                if m["content"] or m.get("tool_calls"))
     for role, group in itertools.groupby(history, key=operator.itemgetter("role")):
         if role != "user":
@@ -2145,11 +2145,11 @@ def paragraphs(texts: Iterable[str]) -> str:
     return "\n\n".join(filter(None, texts))
 
 
-def turn_messages(turn: Turn, model: Model, names: ToolNames) -> Iterator[Json]:
+def turn_messages(turn: Turn, model: Model) -> Iterator[Json]:
     """A turn as messages; a user's content is a list of parts."""
     kind = model.provider.kind
     if turn.role == "assistant":
-        yield assistant_message(turn.blocks, model, names)
+        yield assistant_message(turn.blocks, model)
     elif turn.role == "results":
         yield from tool_messages(turn.blocks, kind)
     elif turn.role == "system":
@@ -2160,7 +2160,6 @@ def turn_messages(turn: Turn, model: Model, names: ToolNames) -> Iterator[Json]:
 
 
 def sent_tools(request: Json, kind: ProviderKind) -> list[Json]:
-    """The tools that the client runs, as many as the upstream takes."""
     tools = [tool for tool in request.get("tools") or () if is_client_tool(tool)]
     return tools[: kind.max_tools or None]
 
@@ -2170,8 +2169,8 @@ def tool_name(tool: Json) -> str:
 
 
 def unserved_tools_note(request: Json, kind: ProviderKind, served: tuple[str, ...] = ()) -> str:
-    """Words for the model about tools that are too many, or that only Anthropic's servers run
-    (web search, say) and the upstream doesn't; types of those that it runs begin with `served`."""
+    """Words for the model about tools that are too many or run at Anthropic alone, as web search;
+    types that begin with `served` run at the upstream too."""
     sent = {PLACEHOLDER, *(tool["name"] for tool in sent_tools(request, kind))}
     unserved = [tool_name(tool) for tool in request.get("tools") or ()
                 if tool_name(tool) not in sent and not str(tool.get("type")).startswith(served)]
@@ -2182,8 +2181,8 @@ def unserved_tools_note(request: Json, kind: ProviderKind, served: tuple[str, ..
 
 
 def search_notice(request: Json) -> str:
-    """Words for the user where all tools are Anthropic's, as for Claude Code's WebSearch: else it
-    would look like a search without results."""
+    """Words for the user where all tools run at Anthropic: Claude Code's WebSearch would look like
+    one without results."""
     tools = request.get("tools") or ()
     if not tools or any(map(is_client_tool, tools)):
         return ""
@@ -2191,8 +2190,8 @@ def search_notice(request: Json) -> str:
     return f"[{names} is not available with this model; what follows is from its own memory.]\n\n"
 
 
-def assistant_message(blocks: Sequence[Json], model: Model, names: ToolNames) -> Json:
-    """An assistant turn with its texts and tool calls, and its reasoning where that is due."""
+def assistant_message(blocks: Sequence[Json], model: Model) -> Json:
+    """An assistant turn: texts, tool calls, and the reasoning that the upstream wants back."""
     kind = model.provider.kind
     extra = dict(kind.tool_call_extra)
     text = paragraphs(block_text(b) for b in blocks if b["type"] != "tool_use")
@@ -2201,7 +2200,7 @@ def assistant_message(blocks: Sequence[Json], model: Model, names: ToolNames) ->
     for block in blocks:
         if block["type"] == "tool_use":
             arguments = json.dumps(block["input"], ensure_ascii=False)
-            function = {"name": names.there(block["name"]), "arguments": arguments}
+            function = {"name": name_there(block["name"]), "arguments": arguments}
             calls.append({"id": tool_call_id(block["id"], kind), "type": "function",
                           "function": function, **extra})
             extra = {}  # of parallel calls the first is signed
@@ -2220,8 +2219,7 @@ def assistant_message(blocks: Sequence[Json], model: Model, names: ToolNames) ->
 
 
 def tool_messages(results: Sequence[Json], kind: ProviderKind) -> Iterator[Json]:
-    """A tool message per result, then a user message with their images and files, which no tool
-    message can hold."""
+    """A message per result, then a user's with their images and files, which those can't hold."""
     attachments: list[Json] = []
     for result in results:
         texts = [TOOL_ERROR] if result.get("is_error") else []
@@ -2241,7 +2239,7 @@ def tool_messages(results: Sequence[Json], kind: ProviderKind) -> Iterator[Json]
 
 
 def tool_call_id(call_id: str, kind: ProviderKind) -> str:
-    """A call's id, or another in its place that the upstream takes."""
+    """A call's id, or in its place one that the upstream takes."""
     if not kind.tool_ids or re.fullmatch(kind.tool_ids, call_id):
         return call_id
     digest = hex_digest(call_id)
@@ -2253,7 +2251,7 @@ def hex_digest(text: str) -> str:
 
 
 def attachment_part(block: Json, kind: ProviderKind) -> Json | None:
-    """The chat part for an image or a PDF; None for what must become text."""
+    """An image or a PDF as a part of a message; None for what must become text."""
     source = block.get("source") or {}
     if block["type"] == "image" and source["type"] in ("base64", "url") and kind.images:
         return {"type": "image_url", "image_url": {"url": data_url(block)}}
@@ -2266,30 +2264,29 @@ def attachment_part(block: Json, kind: ProviderKind) -> Json | None:
 
 
 def data_url(block: Json) -> str:
-    """The source's URL, or its base64 data as a data: URL. What Anthropic refuses is refused
-    in its words (OgxError 400), in which Claude Code reads that it must leave an image out."""
-    block_type, source = block["type"], block["source"]
+    """The URL of a source, a data: URL for base64. OgxError(400) has Anthropic's words, from which
+    Claude Code knows that it must leave an image out."""
+    source, place = block["source"], f"{block['type']}.source.base64"
     if source["type"] == "url":
         return str(source["url"])
-    size, allowed = len(source["data"]), MEDIA_TYPES[block_type]
+    size, allowed = len(source["data"]), MEDIA_TYPES[block["type"]]
     if source["media_type"] not in allowed:
-        expected = ", ".join(allowed)
-        raise OgxError(400, f"{block_type}.source.base64.media_type: expected one of {expected}")
-    if block_type == "image" and size > MAX_IMAGE:
-        raise OgxError(400, "image.source.base64: image exceeds 5 MB maximum: "
-                            f"{size} bytes > {MAX_IMAGE} bytes")
+        raise OgxError(400, f"{place}.media_type: expected one of {', '.join(allowed)}")
+    if block["type"] == "image" and size > MAX_IMAGE:
+        words = f"image exceeds 5 MB maximum: {size} bytes > {MAX_IMAGE} bytes"
+        raise OgxError(400, f"{place}: {words}")
     return f"data:{source['media_type']};base64,{source['data']}"
 
 
-def tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
-    """Return `tools`, `tool_choice` and `parallel_tool_calls`, each only where there is a tool."""
-    tools = [chat_tool(tool, names, kind) for tool in sent_tools(request, kind)]
+def tool_fields(request: Json, kind: ProviderKind) -> Json:
+    """`tools`, `tool_choice` and `parallel_tool_calls`; none of them without a tool."""
+    tools = [chat_tool(tool, kind) for tool in sent_tools(request, kind)]
     if not tools:
         return {}
     made: Json = {"tools": tools}
     choice = request.get("tool_choice") or {}
     if choice.get("type") == "tool":
-        name = names.there(choice["name"])
+        name = name_there(choice["name"])
         named = [tool for tool in tools if tool["function"]["name"] == name]
         if named and kind.named_tool_choice:
             made["tool_choice"] = {"type": "function", "function": {"name": name}}
@@ -2302,20 +2299,20 @@ def tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
     return made
 
 
-def chat_tool(tool: Json, names: ToolNames, kind: ProviderKind) -> Json:
-    """A tool as a function; its schema's root is always an object with properties."""
+def chat_tool(tool: Json, kind: ProviderKind) -> Json:
+    """A tool as a function, whose schema is an object with properties."""
     tool = plainer_tool(tool, kind)
     schema = {**tool["input_schema"], "type": "object"}
     schema["properties"] = schema.get("properties") or {}
     schema.pop("$schema", None)
-    function = {"name": names.there(tool["name"]), "description": tool.get("description"),
-                "parameters": schema}
-    return {"type": "function", "function": filled_in(function)}
+    described = {"description": tool["description"]} if tool.get("description") else {}
+    function = {"name": name_there(tool["name"]), **described, "parameters": schema}
+    return {"type": "function", "function": function}
 
 
 def plainer_tool(tool: Json, kind: ProviderKind) -> Json:
-    """A tool with a description and a schema that the upstream takes. The description tells
-    what constraints the schema loses on the way, as far as they are short."""
+    """A tool with a schema that the upstream takes; its description tells the constraints that the
+    schema lost, if they are short."""
     schema, refused = tool.get("input_schema") or {}, kind.refused_keywords
     plain = "$ref" in refused or not kind.root_unions
     unions = {k: schema[k] for k in ROOT_UNIONS if plain and k in schema}
@@ -2332,12 +2329,12 @@ def plainer_tool(tool: Json, kind: ProviderKind) -> Json:
         note += f"\n\nThe input must be valid against this JSON schema, too: {json.dumps(unions)}"
     description, most = tool.get("description") or "", kind.max_description or 1 << 30
     description = (description[: max(0, most - len(note))] + note)[:most]
-    return {**tool, "input_schema": schema, **filled_in({"description": description})}
+    return {**tool, "input_schema": schema, **({"description": description} if description else {})}
 
 
 def plain_schema(root: Json) -> Json:
     """A schema with one type in each node, items in each array, no union at the root (it allows
-    what all branches do) and no `$ref`: that is inlined, but in itself and while there is room."""
+    what any branch does), and what each `$ref` stands for in its place, while there is room."""
     room = MAX_INLINED
 
     def resolved(ref: Any, within: tuple[Any, ...]) -> Json:
@@ -2375,7 +2372,7 @@ def plain_schema(root: Json) -> Json:
 
 
 def united_properties(objects: Iterable[Json]) -> Json:
-    """The properties of several objects; one that differs is any of what it is in them."""
+    """All properties of some objects; one that differs may be as in any of them."""
     schemas: dict[str, list[Any]] = collections.defaultdict(list)
     for properties in objects:
         for name, schema in properties.items():
@@ -2390,8 +2387,8 @@ def as_list(value: Any) -> list[Any]:
 
 
 def conversation_key(request: Json) -> str:
-    """What keeps a conversation's requests on one cache, at most 64 characters: Claude
-    Code's session, which it writes as JSON into metadata.user_id, or else a digest of that."""
+    """At most 64 characters that tell conversations apart, for the prompt cache: the session that
+    Claude Code writes as JSON into metadata.user_id, or a digest of that."""
     user_id = str((request.get("metadata") or {}).get("user_id") or "")
     session = dict_or_empty(json_or_none(user_id)).get("session_id")
     if isinstance(session, str) and 0 < len(session) <= 64 and session.isascii():
@@ -2400,25 +2397,24 @@ def conversation_key(request: Json) -> str:
 
 
 def reasoning_effort(request: Json, model: Model, default: str = "") -> str:
-    """OpenAI's effort: "none" where thinking is disabled, else the last effort in the
-    `output_config` of the request and its messages, else by the thinking budget, else the default;
-    "" for a model that by its name takes none."""
+    """OpenAI's effort: "none" for disabled thinking, else the last effort in an `output_config`,
+    else by the thinking budget, else the default; "" for a model that takes none."""
     thinking = request.get("thinking") or {}
-    configs = [m.get("output_config") or {} for m in (request, *request["messages"])]
-    efforts = [c["effort"] for c in configs if c.get("effort") in EFFORTS]
-    budget = thinking.get("budget_tokens")
     if not REASONERS.search(model.upstream_id[:MAX_ID]):
         return ""
     if thinking.get("type") == "disabled":
         return "none"
+    configs = [m.get("output_config") or {} for m in (request, *request["messages"])]
+    efforts = [c["effort"] for c in configs if c.get("effort") in EFFORTS]
+    budget = thinking.get("budget_tokens")
     if efforts or thinking.get("type") != "enabled" or not isinstance(budget, int):
         return efforts[-1] if efforts else default
     return "low" if budget <= 2048 else "medium" if budget <= 8192 else "high"
 
 
 def structured_output(request: Json, kind: ProviderKind) -> tuple[str, Json]:
-    """The mode of structured output and its schema: by response "format", by a "tool" that must be
-    called, or in "words"; "" where none is asked for."""
+    """How structured output is asked for, and its schema: by response "format", by a "tool" that
+    must be called, or in "words"; "" for none."""
     schema: Json | None = ((request.get("output_config") or {}).get("format") or {}).get("schema")
     if schema is None:
         return "", {}
@@ -2430,23 +2426,22 @@ def structured_output(request: Json, kind: ProviderKind) -> tuple[str, Json]:
 
 
 def extracted_json(text: str, schema: Json) -> str:
-    """The JSON in a model's words that fits a schema's top level; "" if there is none."""
+    """The JSON in a model's words that fits the top of a schema; "" if there is none."""
     expected = {"object": dict, "array": list}.get(str(schema.get("type")), object)
     required = schema.get("required")
     start = min((at for at in map(text.find, "[{") if at >= 0), default=0)
     for part in (text.strip(), text[start : max(map(text.rfind, "]}")) + 1]):
         value: Any = json_or_none(part)
-        names = required if isinstance(value, dict) and isinstance(required, list) else ()
-        has_all = value is not None and all(str(name) in value for name in names)
-        if has_all and isinstance(value, expected):
+        names = as_list(required) if isinstance(value, dict) else ()
+        fits = value is not None and isinstance(value, expected)
+        if fits and all(str(name) in value for name in names):
             return part
     return ""
 
 
 def response_format(schema: Json) -> Json:
-    """The field that asks for JSON; `strict` only where the schema obeys OpenAI's rule."""
-    schema_field = {"name": "answer", "schema": schema, "strict": is_strict(schema)}
-    return {"type": "json_schema", "json_schema": schema_field}
+    named = {"name": "answer", "schema": schema, "strict": is_strict(schema)}
+    return {"type": "json_schema", "json_schema": named}
 
 
 def is_strict(schema: Any) -> bool:
@@ -2455,29 +2450,28 @@ def is_strict(schema: Any) -> bool:
         return all(map(is_strict, schema))
     if not isinstance(schema, dict):
         return True
-    properties, required = schema.get("properties") or {}, schema.get("required") or []
-    closed = schema.get("additionalProperties") is False and isinstance(required, list)
-    is_object = schema.get("type") == "object" or (properties and isinstance(properties, dict))
-    whole = not is_object or (closed and all(name in required for name in properties))
-    return whole and all(map(is_strict, schema.values()))
+    properties = dict_or_empty(schema.get("properties"))
+    if properties or schema.get("type") == "object":
+        required = as_list(schema.get("required"))
+        if schema.get("additionalProperties") is not False or any(
+                name not in required for name in properties):
+            return False
+    return all(map(is_strict, schema.values()))
 
 
 class ChatTranslator(Translator):
-    """Turns the chunks of one completion into the events of one message."""
-
     def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
         super().__init__(writer, request, model)
         self._names = ToolNames(request)
         self._stops = request.get("stop_sequences") or ()
-        self._calls: list[ToolCall] = []
-        self._by_id: dict[str, ToolCall] = {}
-        self._by_index: dict[Any, ToolCall] = {}  # the last of each
+        self._calls: dict[Any, ToolCall] = {}  # by id, and the last one of each index
+        self._last_call: ToolCall | None = None
         self._tags = ThinkTagParser()
         self._details: dict[Any, Json] = {}  # reasoning that goes back as it came
         self._notice = search_notice(request)
         mode, self._schema = structured_output(request, model.provider.kind)
         self._holds = mode in ("tool", "words")  # since what isn't JSON is no part of the answer
-        self._held: list[str] = []
+        self._held: list[str] = []  # texts, or the arguments of ANSWER_TOOL
         self._text = self._held.append if self._holds else writer.text
         self._template = ChunkTemplate(bool(request.get("stream")) and not self._stops)
 
@@ -2508,10 +2502,9 @@ class ChatTranslator(Translator):
             self._write_answer()
 
     def _write_answer(self) -> None:
-        """Write the JSON in the model's answer, and nothing else. OgxError(502) for a complete
-        answer that has none of the right shape: the client could not tell it from one that has."""
-        arguments = (call.arguments for call in self._calls if call.name == ANSWER_TOOL)
-        text = next(arguments, "".join(self._held))
+        """Write only the JSON in the model's answer; OgxError(502) for a complete answer without
+        any of the right shape."""
+        text = "".join(self._held)
         found = extracted_json(text, self._schema)
         complete = self._stop_reason == "end_turn" and not self._stop_sequence
         if complete and not found and not self._refused and not self.writer.tools:
@@ -2525,7 +2518,6 @@ class ChatTranslator(Translator):
             self._details = {}
 
     def _write_state(self, state: Json) -> None:
-        """Write what the provider needs back as a signature."""
         self.writer.signature(signature_of("chat", self._model.served, state))
 
     def _read_choice(self, choice: Json) -> None:
@@ -2551,7 +2543,7 @@ class ChatTranslator(Translator):
             self._stop_sequence = choice["stop_reason"]
 
     def _read_details(self, details: Sequence[Json], shown: bool) -> None:
-        """Take in OpenRouter's reasoning, which goes back whole: pieces of one index are joined."""
+        """Take in OpenRouter's reasoning, which goes back with the pieces of an index joined."""
         for detail in details:
             self.writer.thinking("" if shown else detail.get("text") or detail.get("summary") or "")
             key = (detail.get("index", len(self._details)), detail.get("type"))
@@ -2562,7 +2554,7 @@ class ChatTranslator(Translator):
                     whole[name] = whole.get(name, "") + value if is_piece else value
 
     def _read_content(self, content: Any) -> None:
-        """Take in text, or Mistral's list of parts, of which thinking holds texts of its own."""
+        """Take in text, or Mistral's list of parts, where thinking is a list of texts."""
         self._sign()
         if isinstance(content, str):
             self._write(self._tags.feed(content))
@@ -2592,7 +2584,7 @@ class ChatTranslator(Translator):
             call.name = self._names.back(call.name + name)
         call.id, call.name = call.id or call_id, call.name or name
         if call_id:
-            self._by_id[call_id] = call
+            self._calls[call_id] = call
         if arguments and call.size == 2 and call.arguments == "{}":  # which was no part of them
             call.pieces, call.size = [], 0
         if 0 < call.size <= len(arguments) and arguments.startswith(call.arguments):
@@ -2601,19 +2593,21 @@ class ChatTranslator(Translator):
             self._write_state({"extra_content": fragment["extra_content"]})
         call.pieces.append(arguments)
         call.size += len(arguments)
+        if self._holds and call.name == ANSWER_TOOL:
+            self._held = call.pieces
+            return
         held = arguments == "{}" and call.size == 2
         name = "" if self._names.continues(call, "") else call.name
-        if not self._holds or call.name != ANSWER_TOOL:
-            self.writer.tool(id(call), call.id, name, "" if held else arguments)
+        self.writer.tool(id(call), call.id, name, "" if held else arguments)
 
     def _call_of(self, index: Any, call_id: str, name: str) -> ToolCall:
         """The call that a fragment belongs to, or a new one.
         Servers leave out the index, the id or both, number every call 0, or repeat id and name
         with each fragment. A new id begins a call; without ids, so does a new name, or the same
         name when the call's arguments are whole."""
-        if call_id in self._by_id:
-            return self._by_id[call_id]
-        call = self._calls[-1] if index is None and self._calls else self._by_index.get(index)
+        if call_id in self._calls:
+            return self._calls[call_id]
+        call = self._last_call if index is None else self._calls.get(index)
         if call and call_id:
             is_new = bool(call.id)
         elif call and call.name and name:
@@ -2622,15 +2616,14 @@ class ChatTranslator(Translator):
         else:
             is_new = False
         if call is None or is_new:
-            call = self._by_index[index] = ToolCall()
-            self._calls.append(call)
+            call = self._last_call = self._calls[index] = ToolCall()
         return call
 
 
 class ChunkTemplate:
-    """What the chunks of a stream have before and after their text. A chunk that differs in nothing
-    but its text needn't be parsed, which would be two thirds of the work. OpenAI's `obfuscation`,
-    noise of any length, may differ too."""
+    """What a stream's chunks have before and after their text. One that differs in nothing else
+    needn't be parsed, which would be two thirds of the work. `obfuscation`, OpenAI's noise of any
+    length, may differ too."""
 
     PLAIN = re.compile(  # text escaped just as we would
         rb'"(?:[^"\\\x00-\x1f\x7f-\xff]|\\["\\bfnrt]|\\u(?!00[0-7])[0-9a-f]{4})+"')
@@ -2644,7 +2637,7 @@ class ChunkTemplate:
         self._misses = 0  # chunks learned from since one was recognised
 
     def text_in(self, chunk: bytes) -> str | None:
-        """The text, in JSON's quotes; None for another chunk, which must be parsed."""
+        """The text in JSON's quotes; None for a chunk that must be parsed."""
         if not chunk.startswith(self._prefix) or len(chunk) > MAX_HEAD:
             return None
         match = self.PLAIN.match(chunk, len(self._prefix))
@@ -2657,8 +2650,8 @@ class ChunkTemplate:
         return match.group().decode("ascii")
 
     def learn(self, chunk: bytes, event: Json | bytes, tagged: str) -> None:
-        """Take in a chunk and the one event it came to. `tagged` is what ThinkTagParser found its
-        text to be: thinking may end in any chunk."""
+        """Learn from a chunk and its one event. `tagged` is what ThinkTagParser took the text for:
+        thinking may end in any chunk."""
         delta = {} if isinstance(event, bytes) else event.get("delta") or {}
         block_type = DELTA_FIELDS.get(delta.get("type", ""), "")
         if block_type in ("text", "thinking") and tagged != "thinking":
@@ -2672,58 +2665,54 @@ class ChunkTemplate:
 
 
 class ThinkTagParser:
-    """Tells the thinking that some servers leave in the text, at its beginning and between <think>
-    and </think>, from the text. A partial tag is buffered."""
+    """Tells text from the thinking that some servers leave at its beginning, between <think> and
+    </think>. A partial tag is buffered."""
 
     TAGS = ("<think>", "<thinking>", "<thought>")
 
     def __init__(self) -> None:
         self.block_type = ""  # "thinking" or "text", once it is known
-        self._buffer: list[str] = []  # joined only once there is something to see
+        self._begun = False  # the first words after a tag, or without one, came
+        self._buffer: list[str] = []
         self._end_tag = ""
-        self._after_tag = False  # white space there is no part of the words
 
     def feed(self, text: str) -> list[tuple[str, str]]:
-        """Pairs of a block type, "thinking" or "text", and words."""
-        if self._after_tag:
-            text = text.lstrip()
-            self._after_tag = not text
+        """Pairs of a block type and words."""
         self._buffer.append(text)
-        if not self.block_type and text.strip():
-            self._look_for_tag("".join(self._buffer))
-        pieces = self._thinking() if self.block_type == "thinking" else []
-        return pieces + self.end() if self.block_type == "text" else pieces
+        if not self._begun and not text.strip():  # it is joined once, with the words behind it
+            return []
+        words = "".join(self._buffer)
+        self._buffer = []
+        if not self.block_type:
+            start = words.lstrip()
+            tag = next((tag for tag in self.TAGS if start.startswith(tag)), "")
+            if tag:
+                self.block_type, self._end_tag = "thinking", f"</{tag[1:]}"
+                return self.feed(start[len(tag) :])
+            if any(tag.startswith(start) for tag in self.TAGS):
+                self._buffer = [words]
+                return []
+            self.block_type = "text"
+        elif not self._begun:  # white space after a tag is the tag's
+            words = words.lstrip()
+        self._begun = True
+        return [("text", words)] if self.block_type == "text" else self._thinking(words)
+
+    def _thinking(self, words: str) -> list[tuple[str, str]]:
+        thought, end_tag, rest = words.partition(self._end_tag)
+        if end_tag:
+            self.block_type, self._begun = "text", False
+            return [("thinking", thought), *self.feed(rest)]
+        sizes = range(len(self._end_tag) - 1, 0, -1)
+        partial = next((n for n in sizes if thought.endswith(self._end_tag[:n])), 0)
+        self._buffer = [thought[len(thought) - partial :]]
+        return [("thinking", thought[: len(thought) - partial])]
 
     def end(self) -> list[tuple[str, str]]:
-        """What was buffered."""
-        words, self._buffer = "".join(self._buffer), []
+        """What is buffered, but for white space after a tag."""
+        words = "".join(self._buffer) if self._begun or not self.block_type else ""
+        self._buffer = []
         return [(self.block_type or "text", words)]
-
-    def _look_for_tag(self, words: str) -> None:
-        self._buffer = [words]
-        words = words.lstrip()
-        tag = next((tag for tag in self.TAGS if words.startswith(tag)), "")
-        if tag:
-            self._end_tag = f"</{tag[1:]}"
-            self._begin("thinking", words[len(tag) :])
-        elif not any(tag.startswith(words) for tag in self.TAGS):
-            self.block_type = "text"
-
-    def _begin(self, block_type: str, words: str) -> None:
-        self.block_type = block_type
-        self._buffer = [words.lstrip()]
-        self._after_tag = not self._buffer[0]
-
-    def _thinking(self) -> list[tuple[str, str]]:
-        thought, found, rest = "".join(self._buffer).partition(self._end_tag)
-        if found:
-            self._begin("text", rest)
-        else:
-            sizes = range(len(self._end_tag) - 1, 0, -1)
-            partial = next((n for n in sizes if thought.endswith(self._end_tag[:n])), 0)
-            self._buffer = [thought[len(thought) - partial :]]
-            thought = thought[: len(thought) - partial]
-        return [("thinking", thought)]
 
 
 # ======== Messages ===========================================================================
@@ -2743,8 +2732,7 @@ USAGE_FIELDS = ("input_tokens", "output_tokens", "cache_read_input_tokens",
 
 
 def lost_natively(request: Json, kind: ProviderKind) -> set[str]:
-    """The features of a request that a server of this kind refuses or loses in silence, by the
-    names of ProviderKind.native_gaps: with any the request is translated instead."""
+    """What of ProviderKind.native_gaps a request has, which is translated then."""
     gaps = {*kind.native_gaps, *(["image"] if not kind.images else [])}
     if not gaps:
         return set()
@@ -2767,8 +2755,8 @@ def lost_natively(request: Json, kind: ProviderKind) -> set[str]:
 
 
 def messages_request(request: Json, model: Model) -> Json:
-    """The request for an upstream that speaks Messages: every field as it came, but for what is
-    Claude Code's and Anthropic's own business, and what the row says isn't taken."""
+    """The request as it came, but for what is Claude Code's and Anthropic's own business, and what
+    the row says isn't taken."""
     kind, body = model.provider.kind, {**request, "model": model.upstream_id}
     body.pop("output_format", None)  # stands in output_config
     if not kind.is_anthropic:
@@ -2777,7 +2765,7 @@ def messages_request(request: Json, model: Model) -> Json:
                               if not block_text(block).startswith(BILLING_HEADER)]
         if body.get("tools"):
             body["tools"] = [tool for tool in body["tools"] if tool.get("name") != PLACEHOLDER]
-        body["messages"] = [m if m["role"] == "assistant" else with_plainer_content(m, kind)
+        body["messages"] = [m if m["role"] == "assistant" else plainer_content(m, kind)
                             for m in with_reminders(request["messages"])]
     if body.get("tools") and (kind.refused_keywords or kind.max_description):
         body["tools"] = [plainer_tool(tool, kind) if "input_schema" in tool else tool
@@ -2788,8 +2776,8 @@ def messages_request(request: Json, model: Model) -> Json:
 
 
 def with_reminders(messages: Sequence[Json]) -> Sequence[Json]:
-    """Messages with the system's as marked text of the user: most servers move them to the top,
-    and then read the whole conversation anew."""
+    """Messages with the system's as marked text of the user: most servers move those to the top,
+    which spoils prefix caches."""
     if all(message["role"] != "system" for message in messages):
         return messages
     turns = itertools.groupby(turns_from_messages(messages, False),
@@ -2798,20 +2786,19 @@ def with_reminders(messages: Sequence[Json]) -> Sequence[Json]:
             for role, group in turns]
 
 
-def with_plainer_content(holder: Json, kind: ProviderKind) -> Json:
-    """A message or a tool result with words in place of images for a model that sees none. Texts
-    in a row become one in a result, since some servers show the first alone."""
+def plainer_content(holder: Json, kind: ProviderKind) -> Json:
+    """A message or a tool result with words for images where the model sees none; a result's texts
+    in a row are one, since some servers show only the first."""
     content, is_result = holder.get("content"), "tool_use_id" in holder
     if not isinstance(content, list) or (is_result and kind.images and len(content) < 2):
         return holder
     blocks = [text_part(block_text(b)) if b["type"] == "image" and not kind.images
-              else with_plainer_content(b, kind) if b["type"] == "tool_result" else b
-              for b in content]
+              else plainer_content(b, kind) if b["type"] == "tool_result" else b for b in content]
     if is_result:
         runs = [list(same) for _, same in itertools.groupby(blocks, operator.itemgetter("type"))]
         blocks = [block for same in runs for block in (same if same[0]["type"] != "text" else [
             {**same[-1], "text": "\n".join(text["text"] for text in same)}])]
-    return holder if blocks == content else {**holder, "content": blocks}
+    return {**holder, "content": blocks}
 
 
 def finished_messages(body: Json) -> Json:
@@ -2829,21 +2816,20 @@ def finished_messages(body: Json) -> Json:
 def without_foreign_thoughts(message: Json) -> Json:
     """The message without thinking that Anthropic didn't sign, and would refuse."""
     content = message["content"]
-    if isinstance(content, str) or not any(map(is_foreign_thought, content)):
+    if isinstance(content, str):
         return message
     return {**message, "content": [b for b in content if not is_foreign_thought(b)]}
 
 
 def is_foreign_thought(block: Json) -> bool:
-    if block["type"] not in ("thinking", "redacted_thinking"):
-        return False
-    signature = str(block.get("signature") or block.get("data") or "")
-    return not signature or signature.startswith(SIGNATURE_MARK)
+    signature = str(block.get("signature") or block.get("data") or SIGNATURE_MARK)
+    is_thought = block["type"] in ("thinking", "redacted_thinking")
+    return is_thought and signature.startswith(SIGNATURE_MARK)
 
 
 def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
-    """The client's own bytes with the model's id of a body that differs in nothing else; None where
-    it does, or the id isn't the first field, as Claude Code and the SDKs write it."""
+    """The client's bytes with another model's id; None where the body differs in more, or the id
+    isn't the first field, as Claude Code and the SDKs write it."""
     same = body == {**request, "model": body["model"]}  # identical values aren't looked into
     match = MODEL_FIELD.match(raw, raw.find(b'"'))
     if not same or not match or raw[: match.start()].strip() != b"{":
@@ -2855,7 +2841,7 @@ def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
 
 
 def last_event(data: bytes) -> tuple[int, bytes]:
-    """Where in these events one ends a stream, and the bytes that tell it; b"" if none does."""
+    """Where in these events the last of a stream is, and the bytes that tell it; b"" for none."""
     if b"message_stop" not in data and b"error" not in data:  # nearly all; the rest takes longer
         return 0, b""
     match = LAST_LINE.search(b"\n" + data)
@@ -2865,9 +2851,8 @@ def last_event(data: bytes) -> tuple[int, bytes]:
 
 
 class NativeStream:
-    """Passes a native stream on with the model's id that the client asked for; tells when it is
-    complete and what it used. Only whole events are passed on, so that a ping or an error can
-    stand after any of them."""
+    """Passes a native stream on with the model's id that the client asked for; tells its end and
+    usage. Only whole events go on, so that a ping or an error can follow any of them."""
 
     def __init__(self, model_id: str) -> None:
         self._model = rb"\1" + json.dumps(model_id).encode().replace(b"\\", rb"\\")
@@ -2878,7 +2863,6 @@ class NativeStream:
         self.error = b""  # its data, or what came in a stream's place
 
     def feed(self, data: bytes) -> bytes:
-        """The events that are whole by now."""
         seen = max(0, len(self._rest) - 3)  # less of an end that was cut
         self._rest += data
         ends = ((self._rest.rfind(mark, seen), len(mark)) for mark in EVENT_ENDS)
@@ -2890,7 +2874,7 @@ class NativeStream:
         return self._passed_on(events)
 
     def end(self) -> bytes:
-        """The last event where only the blank line after it is missing."""
+        """The last event, if only the blank line after it is missing."""
         rest, self._rest = bytes(self._rest), bytearray()
         if last_event(rest)[1]:
             return self._passed_on(rest + b"\n\n")
@@ -2925,12 +2909,12 @@ SEARCH_ID = "srvtoolu_ws_"  # begins the ids of searches that we served: `ws_...
 
 
 def responses_request(request: Json, model: Model) -> Json:
-    """The Responses request for a checked Messages request; reasoning_effort is put in its place
-    by finished_responses(), after the lessons."""
-    kind, names = model.provider.kind, ToolNames(request)
+    """The Responses request for a checked Messages request; after the lessons finished_responses()
+    puts reasoning_effort in its place."""
+    kind = model.provider.kind
     note = unserved_tools_note(request, kind, ("web_search",))
     items = [item for turn in turns_from_messages(request["messages"], kind.system_anywhere)
-             for item in input_items(turn, model.provider, names)]
+             for item in input_items(turn, model.provider)]
     for place, item in enumerate(items):
         if item.get("role") == "assistant":  # OpenAI's types want an id; unstored, any will do
             item["id"] = f"msg_{place}"
@@ -2940,7 +2924,7 @@ def responses_request(request: Json, model: Model) -> Json:
     return {
         "model": model.upstream_id, "input": items, "store": False, "include": [ENCRYPTED],
         "max_output_tokens": max(16, min(request["max_tokens"], model.max_output or 1 << 40)),
-        **flat_tool_fields(request, names, kind),
+        **flat_tool_fields(request, kind),
         **filled_in({
             "instructions": paragraphs([system_text(request), note]),
             "prompt_cache_key": conversation_key(request),
@@ -2952,7 +2936,6 @@ def responses_request(request: Json, model: Model) -> Json:
 
 
 def finished_responses(body: Json) -> Json:
-    """The body with its effort where Responses has it."""
     finished = {name: value for name, value in body.items() if name != "reasoning_effort"}
     if body.get("reasoning_effort"):
         effort = {"effort": body["reasoning_effort"]}
@@ -2960,8 +2943,8 @@ def finished_responses(body: Json) -> Json:
     return finished
 
 
-def input_items(turn: Turn, provider: Provider, names: ToolNames) -> Iterator[Json]:
-    """A turn of the history as input items; reasoning that led to nothing would be refused."""
+def input_items(turn: Turn, provider: Provider) -> Iterator[Json]:
+    """A turn as input items; reasoning that led to nothing would be refused."""
     if turn.role == "results":
         for result in turn.blocks:
             parts = [input_part(b, provider.kind) for b in blocks_of(result.get("content"))]
@@ -2973,7 +2956,7 @@ def input_items(turn: Turn, provider: Provider, names: ToolNames) -> Iterator[Js
             yield {"type": "function_call_output", "output": output,
                    "call_id": tool_call_id(result["tool_use_id"], provider.kind)}
     elif turn.role == "assistant":
-        items = [item for b in turn.blocks for item in assistant_items(b, provider, names)]
+        items = [item for b in turn.blocks for item in assistant_items(b, provider)]
         while items and items[-1].get("type") == "reasoning":
             items.pop()
         yield from items
@@ -2982,13 +2965,13 @@ def input_items(turn: Turn, provider: Provider, names: ToolNames) -> Iterator[Js
         yield {"role": role, "content": [input_part(b, provider.kind) for b in turn.blocks]}
 
 
-def assistant_items(block: Json, provider: Provider, names: ToolNames) -> Iterator[Json]:
-    """What the model said, called or thought before; of thoughts, those it signed itself."""
+def assistant_items(block: Json, provider: Provider) -> Iterator[Json]:
+    """What the model said, called, or thought and signed itself."""
     block_type = block["type"]
     use_id = str(block.get("id") or block.get("tool_use_id"))
     if block_type == "tool_use":
         yield {"type": "function_call", "call_id": tool_call_id(use_id, provider.kind),
-               "name": names.there(block["name"]),
+               "name": name_there(block["name"]),
                "arguments": json.dumps(block["input"], ensure_ascii=False)}
     elif use_id.startswith(SEARCH_ID):
         if block_type == "server_tool_use" and provider.kind.own_reasoning:
@@ -3007,7 +2990,7 @@ def assistant_items(block: Json, provider: Provider, names: ToolNames) -> Iterat
 
 
 def input_part(block: Json, kind: ProviderKind) -> Json:
-    """A block as a part of the input; here tool results may hold images and files too."""
+    """A block as a part of a message, or of a tool's output."""
     part = attachment_part(block, kind)
     if part is None:
         return {"type": "input_text", "text": block_text(block)}
@@ -3016,9 +2999,9 @@ def input_part(block: Json, kind: ProviderKind) -> Json:
     return {"type": "input_file", **part["file"]}
 
 
-def flat_tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
-    """Tool fields as Responses has them: flat, not strict, and with its own web search."""
-    made = tool_fields(request, names, kind)
+def flat_tool_fields(request: Json, kind: ProviderKind) -> Json:
+    """Tool fields with flat tools that aren't strict, and the provider's own web search."""
+    made = tool_fields(request, kind)
     tools = [{"type": "function", "strict": False, **tool["function"]}
              for tool in made.get("tools", ())]
     for tool in request.get("tools") or ():
@@ -3038,16 +3021,12 @@ def flat_tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Jso
 
 
 def search_tool(tool: Json) -> Json:
-    """Anthropic's web search as the provider's own."""
     domains = tool.get("allowed_domains")
     return filled_in({"type": "web_search", "user_location": tool.get("user_location"),
                       "filters": {"allowed_domains": domains} if domains else None})
 
 
 class ResponsesTranslator(Translator):
-    """Turns the events of one response into those of one message; a whole response is read as
-    events."""
-
     def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
         super().__init__(writer, request, model)
         self._names = ToolNames(request)
@@ -3064,34 +3043,33 @@ class ResponsesTranslator(Translator):
 
     def _read_event(self, event: Json) -> None:
         event_type, index = event.get("type") or "error", event.get("output_index")
-        if event_type.endswith(".delta"):
+        name = event_type.removeprefix("response.")
+        if name.endswith(".delta"):
             self._streamed.add(index)
-        if event_type in ("response.output_text.delta", "response.refusal.delta"):
-            self._refused = self._refused or event_type == "response.refusal.delta"
+        if name in ("output_text.delta", "refusal.delta"):
+            self._refused = self._refused or name == "refusal.delta"
             self.writer.text(event["delta"])
-        elif event_type == "response.function_call_arguments.delta":
+        elif name == "function_call_arguments.delta":
             self.writer.tool(index, "", "", event["delta"])
-        elif event_type in ("response.reasoning_summary_text.delta",
-                            "response.reasoning_text.delta"):
+        elif name in ("reasoning_summary_text.delta", "reasoning_text.delta"):
             self.writer.thinking(event["delta"])
-        elif event_type == "response.reasoning_summary_part.added" and event.get("summary_index"):
+        elif name == "reasoning_summary_part.added" and event.get("summary_index"):
             self.writer.thinking("\n\n")
-        elif event_type == "response.output_text.annotation.added":
+        elif name == "output_text.annotation.added":
             self._read_citation(event["annotation"])
-        elif event_type == "response.output_item.added":
+        elif name == "output_item.added":
             item = event["item"]
             if item["type"] == "function_call":
                 self.writer.tool(index, item["call_id"], self._names.back(item["name"]), "")
-        elif event_type == "response.output_item.done":
+        elif name == "output_item.done":
             self._read_item(index, event["item"])
-        elif event_type in ("response.completed", "response.incomplete"):
+        elif name in ("completed", "incomplete"):
             self._finish(event["response"])
-        elif event_type == "response.failed" or (
-                event_type[:9] != "response." and is_failure(event)):
+        elif name == "failed" or (name == event_type and is_failure(event)):
             raise self._error(json.dumps(event).encode())
 
     def _read_item(self, index: Any, item: Json) -> None:
-        """Take in an item at its end: what its deltas didn't bring, and what only its end tells."""
+        """Take in from a complete item what its deltas didn't bring."""
         item_type, whole = item["type"], index not in self._streamed
         if item_type == "function_call" and whole:
             name, arguments = self._names.back(item["name"]), item.get("arguments") or ""
@@ -3115,7 +3093,7 @@ class ResponsesTranslator(Translator):
             self._read_search(item)
 
     def _read_search(self, item: Json) -> None:
-        """Show a search by the provider, or a page it opened, as Anthropic's server tool does."""
+        """Show the provider's search, or a page that it opened, as Anthropic's tool does."""
         action = item.get("action") or {}
         self._searches += action.get("type") == "search"
         use_id = "srvtoolu_" + re.sub(r"[^A-Za-z0-9_]", "_", item["id"])
@@ -3143,8 +3121,7 @@ class ResponsesTranslator(Translator):
 
 
 # ======== Dialects ===========================================================================
-# What upstreams speak, as a table: how requests are made and answers are read. The demo model is
-# a row too; it answers a chat stream of its own making. Pure.
+# What upstreams speak: how requests are made and answers are read, as a table. Pure.
 
 
 @dataclass(frozen=True)

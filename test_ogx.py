@@ -2028,7 +2028,7 @@ class TestRequests:
     @pytest.mark.parametrize("kind", ["openai", "groq", "mistral"])
     def test_the_work_grows_with_the_request_alone(self, kind, make):
         check_linear(lambda messages: ogx.chat_messages(
-            request(*messages), model(kind), ogx.ToolNames({})), make, 2000)  # fmt: skip
+            request(*messages), model(kind)), make, 2000)  # fmt: skip
 
     @pytest.mark.parametrize(
         ("make", "fits"),
@@ -2562,13 +2562,13 @@ class TestChat:
         kind = dataclasses.replace(ogx.PROVIDER_KINDS["vllm"], user_after_tool=False)
         owner = dataclasses.replace(provider("vllm"), kind=kind)
         asked = ogx.Model("m", owner, "m")
-        messages = ogx.chat_messages(request(*turns), asked, ogx.ToolNames(request()))
+        messages = ogx.chat_messages(request(*turns), asked)
         assert [m["role"] for m in messages] == ["user", "assistant", "tool"]
         assert messages[-1]["content"] == "out\n\nand?"
 
     def test_there_an_image_from_a_result_follows_a_word_of_the_model(self):
         turns = [user("go"), assistant([call("a")]), user([result("a", [image()])])]
-        messages = ogx.chat_messages(request(*turns), model("mistral"), ogx.ToolNames(request()))
+        messages = ogx.chat_messages(request(*turns), model("mistral"))
         assert [m["role"] for m in messages] == ["user", "assistant", "tool", "assistant", "user"]
         assert messages[3]["content"] and messages[4]["content"][1]["type"] == "image_url"
 
