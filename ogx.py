@@ -1940,18 +1940,17 @@ STOP_REASONS = (  # words in a finish_reason -> stop_reason; "": it broke off
 class Translator:
     """Turns what an upstream sends into the events of one message; each dialect `_read`s it."""
 
+    usage: Usage | None = None
+    done = False
+    _stop_reason = ""
+    _stop_sequence: str | None = None
+    _refused = False
     _holds = False  # the text until the end
+    _chunks = 0
+    _searches = 0
 
     def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
-        self.writer = writer
-        self.usage: Usage | None = None
-        self.done = False
-        self._model, self._origin = model, model.origin
-        self._stop_reason = ""
-        self._stop_sequence: str | None = None
-        self._refused = False
-        self._chunks = 0
-        self._searches = 0
+        self.writer, self._model, self._origin = writer, model, model.origin
 
     def feed(self, data: bytes) -> None:
         """Write the events for the data of one server-sent event, or for a whole answer."""
@@ -1977,12 +1976,12 @@ class Translator:
             return
         if not self._stop_reason and not self.writer.stopped:
             raise OgxError(502, f"{self._origin} ended the answer before it was complete")
+        stop_sequence = self.writer.stopped or self._stop_sequence
         self._flush()
         self.done = True
         if self.usage is None:  # our estimate, and about a token a chunk
             self.usage = Usage(self.writer.input_tokens, self._chunks)
         self.usage.searches = self._searches
-        stop_sequence = self.writer.stopped or self._stop_sequence
         reason = "stop_sequence" if stop_sequence else self._stop_reason
         self.writer.finish("refusal" if self._refused else reason, stop_sequence, self.usage)
 
@@ -2060,7 +2059,8 @@ def chat_request(request: Json, model: Model) -> Json:
             "stop": (request.get("stop_sequences") or [])[:4],  # the most it takes
             "prompt_cache_key": conversation_key(request) if kind.cache_key else "",
             "reasoning_effort": reasoning_effort(request, model),
-            "response_format": response_format(schema) if mode == "format" else None,
+            "response_format": {"type": "json_schema", "json_schema": answer_format(schema)}
+            if mode == "format" else None,
             "stream": True if streamed else None,
             "stream_options": {"include_usage": True} if streamed else None})}
 
@@ -2070,7 +2070,7 @@ def filled_in(fields: Json) -> Json:
     return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
 
 
-@dataclass
+@dataclass(eq=False)
 class ToolCall:
     id: str = ""
     name: str = ""
@@ -2283,20 +2283,20 @@ def tool_fields(request: Json, kind: ProviderKind) -> Json:
     tools = [chat_tool(tool, kind) for tool in sent_tools(request, kind)]
     if not tools:
         return {}
-    made: Json = {"tools": tools}
+    body: Json = {"tools": tools}
     choice = request.get("tool_choice") or {}
     if choice.get("type") == "tool":
         name = name_there(choice["name"])
         named = [tool for tool in tools if tool["function"]["name"] == name]
         if named and kind.named_tool_choice:
-            made["tool_choice"] = {"type": "function", "function": {"name": name}}
+            body["tool_choice"] = {"type": "function", "function": {"name": name}}
         elif named:
-            made = {"tools": named, "tool_choice": "required"}
+            body = {"tools": named, "tool_choice": "required"}
     elif choice:
-        made["tool_choice"] = "required" if choice["type"] == "any" else choice["type"]
+        body["tool_choice"] = "required" if choice["type"] == "any" else choice["type"]
     if choice.get("disable_parallel_tool_use"):
-        made["parallel_tool_calls"] = False
-    return made
+        body["parallel_tool_calls"] = False
+    return body
 
 
 def chat_tool(tool: Json, kind: ProviderKind) -> Json:
@@ -2323,8 +2323,8 @@ def plainer_tool(tool: Json, kind: ProviderKind) -> Json:
     note = ""
     for path, name, value in lost:
         rule = f"\n{path} has {name} {json.dumps(value)}"
-        constrains = name not in ("$schema", "title", "additionalProperties")
-        note += rule if constrains and len(note + rule) <= MAX_RULES else ""
+        if name not in ("$schema", "title", "additionalProperties"):
+            note += rule if len(note + rule) <= MAX_RULES else ""
     if unions:
         note += f"\n\nThe input must be valid against this JSON schema, too: {json.dumps(unions)}"
     description, most = tool.get("description") or "", kind.max_description or 1 << 30
@@ -2376,7 +2376,7 @@ def united_properties(objects: Iterable[Json]) -> Json:
     schemas: dict[str, list[Any]] = collections.defaultdict(list)
     for properties in objects:
         for name, schema in properties.items():
-            if schema not in schemas[name]:
+            if schemas[name][-1:] != [schema]:
                 schemas[name].append(schema)
     return {name: {"anyOf": any_of} if any_of[1:] else any_of[0]
             for name, any_of in schemas.items()}
@@ -2439,9 +2439,8 @@ def extracted_json(text: str, schema: Json) -> str:
     return ""
 
 
-def response_format(schema: Json) -> Json:
-    named = {"name": "answer", "schema": schema, "strict": is_strict(schema)}
-    return {"type": "json_schema", "json_schema": named}
+def answer_format(schema: Json) -> Json:
+    return {"name": "answer", "schema": schema, "strict": is_strict(schema)}
 
 
 def is_strict(schema: Any) -> bool:
@@ -2460,18 +2459,20 @@ def is_strict(schema: Any) -> bool:
 
 
 class ChatTranslator(Translator):
+    _last_call: ToolCall | None = None
+    _answer: ToolCall | None = None  # of ANSWER_TOOL
+
     def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
         super().__init__(writer, request, model)
         self._names = ToolNames(request)
         self._stops = request.get("stop_sequences") or ()
         self._calls: dict[Any, ToolCall] = {}  # by id, and the last one of each index
-        self._last_call: ToolCall | None = None
         self._tags = ThinkTagParser()
         self._details: dict[Any, Json] = {}  # reasoning that goes back as it came
         self._notice = search_notice(request)
         mode, self._schema = structured_output(request, model.provider.kind)
         self._holds = mode in ("tool", "words")  # since what isn't JSON is no part of the answer
-        self._held: list[str] = []  # texts, or the arguments of ANSWER_TOOL
+        self._held: list[str] = []
         self._text = self._held.append if self._holds else writer.text
         self._template = ChunkTemplate(bool(request.get("stream")) and not self._stops)
 
@@ -2504,13 +2505,13 @@ class ChatTranslator(Translator):
     def _write_answer(self) -> None:
         """Write only the JSON in the model's answer; OgxError(502) for a complete answer without
         any of the right shape."""
-        text = "".join(self._held)
-        found = extracted_json(text, self._schema)
+        text = self._answer.arguments if self._answer else "".join(self._held)
+        answer = extracted_json(text, self._schema)
         complete = self._stop_reason == "end_turn" and not self._stop_sequence
-        if complete and not found and not self._refused and not self.writer.tools:
+        if complete and not answer and not self._refused and not self.writer.tools:
             words = "answered with no JSON of the shape that was asked for"
             raise OgxError(502, f"{self._origin} {words}", quote=f" but: {one_line(text)}")
-        self.writer.text(found or text)
+        self.writer.text(answer or text)
 
     def _sign(self) -> None:
         if self._details:
@@ -2585,36 +2586,32 @@ class ChatTranslator(Translator):
         call.id, call.name = call.id or call_id, call.name or name
         if call_id:
             self._calls[call_id] = call
-        if arguments and call.size == 2 and call.arguments == "{}":  # which was no part of them
+        if arguments and call.size == 2 and call.arguments == "{}":  # in place of those to come
             call.pieces, call.size = [], 0
         if 0 < call.size <= len(arguments) and arguments.startswith(call.arguments):
-            arguments = arguments[call.size :]  # all of them so far, once more
+            arguments = arguments[call.size :]  # they came from the beginning again
         if fragment.get("extra_content") and not call.size:  # Gemini's signature
             self._write_state({"extra_content": fragment["extra_content"]})
         call.pieces.append(arguments)
         call.size += len(arguments)
         if self._holds and call.name == ANSWER_TOOL:
-            self._held = call.pieces
+            self._answer = self._answer or call
             return
         held = arguments == "{}" and call.size == 2
         name = "" if self._names.continues(call, "") else call.name
-        self.writer.tool(id(call), call.id, name, "" if held else arguments)
+        self.writer.tool(call, call.id, name, "" if held else arguments)
 
     def _call_of(self, index: Any, call_id: str, name: str) -> ToolCall:
-        """The call that a fragment belongs to, or a new one.
-        Servers leave out the index, the id or both, number every call 0, or repeat id and name
-        with each fragment. A new id begins a call; without ids, so does a new name, or the same
-        name when the call's arguments are whole."""
+        """The call that a fragment belongs to, or a new one. Servers leave out the index, the id
+        or both, number every call 0, or repeat id and name with each fragment. A new id begins a
+        call; without ids so does a new name, or the same when the call's arguments are whole."""
         if call_id in self._calls:
             return self._calls[call_id]
         call = self._last_call if index is None else self._calls.get(index)
-        if call and call_id:
-            is_new = bool(call.id)
-        elif call and call.name and name:
+        is_new = call is None or bool(call.id and call_id)
+        if call and call.name and name and not call_id:
             is_new = index is None or call.name != name or is_json(call.arguments)
             is_new = is_new and not self._names.continues(call, name)
-        else:
-            is_new = False
         if call is None or is_new:
             call = self._last_call = self._calls[index] = ToolCall()
         return call
@@ -2629,12 +2626,13 @@ class ChunkTemplate:
         rb'"(?:[^"\\\x00-\x1f\x7f-\xff]|\\["\\bfnrt]|\\u(?!00[0-7])[0-9a-f]{4})+"')
     NOISE = re.compile(rb'"obfuscation": ?"[A-Za-z0-9]*"')
 
+    block_type = ""  # of the block that the text belongs to
+    _prefix = b"\0"  # with which no chunk begins
+    _suffix = _quiet_suffix = b""  # the second without noise
+    _misses = 0  # chunks learned from since one was recognised
+
     def __init__(self, learns: bool) -> None:
         self.learns = learns  # while it is of use
-        self.block_type = ""  # of the block that the text belongs to
-        self._prefix = b"\0"  # with which no chunk begins
-        self._suffix = self._quiet_suffix = b""  # the second without noise
-        self._misses = 0  # chunks learned from since one was recognised
 
     def text_in(self, chunk: bytes) -> str | None:
         """The text in JSON's quotes; None for a chunk that must be parsed."""
@@ -2670,11 +2668,12 @@ class ThinkTagParser:
 
     TAGS = ("<think>", "<thinking>", "<thought>")
 
+    block_type = ""  # "thinking" or "text", once it is known
+    _begun = False  # the first words after a tag, or without one, came
+    _end_tag = ""
+
     def __init__(self) -> None:
-        self.block_type = ""  # "thinking" or "text", once it is known
-        self._begun = False  # the first words after a tag, or without one, came
         self._buffer: list[str] = []
-        self._end_tag = ""
 
     def feed(self, text: str) -> list[tuple[str, str]]:
         """Pairs of a block type and words."""
@@ -2740,17 +2739,13 @@ def lost_natively(request: Json, kind: ProviderKind) -> set[str]:
     blocks += [inner for block in blocks if block["type"] == "tool_result"
                for inner in blocks_of(block.get("content"))]
     used = {b["type"] if b["type"] in CORE_BLOCKS else "server_tool" for b in blocks}
-    if (request.get("output_config") or {}).get("format"):
-        used.add("output_format")
-    if (request.get("tool_choice") or {"type": "auto"}) != {"type": "auto"}:
-        used.add("tool_choice")
-    tools = request.get("tools") or ()
-    if not all(is_client_tool(t) or t.get("name") == PLACEHOLDER for t in tools):
-        used.add("server_tool")
-    if any(b["type"] == "image" and b["source"]["type"] != "base64" for b in blocks):
-        used.add("url_image")
-    if any(block.get("is_error") for block in blocks):
-        used.add("is_error")
+    tools, choice = request.get("tools") or (), request.get("tool_choice")
+    used.update(name for name, is_used in {
+        "output_format": (request.get("output_config") or {}).get("format"),
+        "tool_choice": choice and choice != {"type": "auto"},
+        "server_tool": not all(is_client_tool(t) or t.get("name") == PLACEHOLDER for t in tools),
+        "url_image": any(b["type"] == "image" and b["source"]["type"] != "base64" for b in blocks),
+        "is_error": any(block.get("is_error") for block in blocks)}.items() if is_used)
     return used & gaps
 
 
@@ -2789,12 +2784,12 @@ def with_reminders(messages: Sequence[Json]) -> Sequence[Json]:
 def plainer_content(holder: Json, kind: ProviderKind) -> Json:
     """A message or a tool result with words for images where the model sees none; a result's texts
     in a row are one, since some servers show only the first."""
-    content, is_result = holder.get("content"), "tool_use_id" in holder
-    if not isinstance(content, list) or (is_result and kind.images and len(content) < 2):
+    blocks = holder.get("content")
+    if not isinstance(blocks, list):
         return holder
     blocks = [text_part(block_text(b)) if b["type"] == "image" and not kind.images
-              else plainer_content(b, kind) if b["type"] == "tool_result" else b for b in content]
-    if is_result:
+              else plainer_content(b, kind) if b["type"] == "tool_result" else b for b in blocks]
+    if "tool_use_id" in holder:
         runs = [list(same) for _, same in itertools.groupby(blocks, operator.itemgetter("type"))]
         blocks = [block for same in runs for block in (same if same[0]["type"] != "text" else [
             {**same[-1], "text": "\n".join(text["text"] for text in same)}])]
@@ -2803,13 +2798,13 @@ def plainer_content(holder: Json, kind: ProviderKind) -> Json:
 
 def finished_messages(body: Json) -> Json:
     """The body with a thinking budget below the output limit, which a lesson may have lowered."""
-    thinking, limit = body.get("thinking") or {}, body.get("max_tokens")
+    thinking, most = body.get("thinking") or {}, body.get("max_tokens")
     budget = thinking.get("budget_tokens")
-    if not isinstance(budget, int) or not isinstance(limit, int) or (budget and budget < limit):
+    if not isinstance(budget, int) or not isinstance(most, int) or (budget and budget < most):
         return body
-    if limit <= 1024:  # the least budget that Anthropic takes
+    if most <= 1024:  # the least budget that Anthropic takes
         return {name: value for name, value in body.items() if name != "thinking"}
-    budget = limit - 1 if budget else max(1024, limit // 2)
+    budget = most - 1 if budget else max(1024, most // 2)
     return {**body, "thinking": {**thinking, "budget_tokens": budget}}
 
 
@@ -2854,13 +2849,14 @@ class NativeStream:
     """Passes a native stream on with the model's id that the client asked for; tells its end and
     usage. Only whole events go on, so that a ping or an error can follow any of them."""
 
+    ended = False  # the last event came: message_stop, or an error
+    error = b""  # its data, or what came in a stream's place
+    _named = False  # the first event, which names the model, went by
+    _tail = b""  # of what was passed on
+
     def __init__(self, model_id: str) -> None:
         self._model = rb"\1" + json.dumps(model_id).encode().replace(b"\\", rb"\\")
         self._rest = bytearray()  # the beginning of an event
-        self._named = False  # the first event, which names the model, went by
-        self._tail = b""  # of what was passed on
-        self.ended = False  # the last event came: message_stop, or an error
-        self.error = b""  # its data, or what came in a stream's place
 
     def feed(self, data: bytes) -> bytes:
         seen = max(0, len(self._rest) - 3)  # less of an end that was cut
@@ -2919,7 +2915,7 @@ def responses_request(request: Json, model: Model) -> Json:
         if item.get("role") == "assistant":  # OpenAI's types want an id; unstored, any will do
             item["id"] = f"msg_{place}"
     mode, schema = structured_output(request, kind)
-    answer_format = {"type": "json_schema", **response_format(schema)["json_schema"]}
+    text_format = {"type": "json_schema", **answer_format(schema)}
     effort = reasoning_effort(request, model, "medium")
     return {
         "model": model.upstream_id, "input": items, "store": False, "include": [ENCRYPTED],
@@ -2932,14 +2928,14 @@ def responses_request(request: Json, model: Model) -> Json:
             "temperature": request.get("temperature"), "top_p": request.get("top_p"),
             "reasoning_effort": effort,
             "reasoning": {"summary": "auto"} if effort and kind.summaries else None,
-            "text": {"format": answer_format} if mode else None})}
+            "text": {"format": text_format} if mode else None})}
 
 
 def finished_responses(body: Json) -> Json:
-    finished = {name: value for name, value in body.items() if name != "reasoning_effort"}
-    if body.get("reasoning_effort"):
-        effort = {"effort": body["reasoning_effort"]}
-        finished["reasoning"] = {**(body.get("reasoning") or {}), **effort}
+    finished, effort = {**body}, body.get("reasoning_effort")
+    finished.pop("reasoning_effort", None)
+    if effort:
+        finished["reasoning"] = {**(body.get("reasoning") or {}), "effort": effort}
     return finished
 
 
@@ -3001,29 +2997,24 @@ def input_part(block: Json, kind: ProviderKind) -> Json:
 
 def flat_tool_fields(request: Json, kind: ProviderKind) -> Json:
     """Tool fields with flat tools that aren't strict, and the provider's own web search."""
-    made = tool_fields(request, kind)
+    body = tool_fields(request, kind)
     tools = [{"type": "function", "strict": False, **tool["function"]}
-             for tool in made.get("tools", ())]
+             for tool in body.get("tools", ())]
+    choice = {"type": "auto", **(request.get("tool_choice") or {})}
     for tool in request.get("tools") or ():
-        if not str(tool.get("type")).startswith("web_search"):
-            continue
-        tools.append(search_tool(tool))
-        made["include"] = [ENCRYPTED, SOURCES]
-        if tool.get("max_uses"):
-            made["max_tool_calls"] = tool["max_uses"]
-        choice = {"type": "auto", **(request.get("tool_choice") or {})}
-        if choice.get("name") in (None, tool.get("name")):
-            forced = choice["type"] in ("any", "tool")
-            made.setdefault("tool_choice", "required" if forced else choice["type"])
-    if isinstance(made.get("tool_choice"), dict):
-        made["tool_choice"] = {"type": "function", **made["tool_choice"]["function"]}
-    return {**made, "tools": tools} if tools else {}
-
-
-def search_tool(tool: Json) -> Json:
-    domains = tool.get("allowed_domains")
-    return filled_in({"type": "web_search", "user_location": tool.get("user_location"),
-                      "filters": {"allowed_domains": domains} if domains else None})
+        if str(tool.get("type")).startswith("web_search"):
+            tools.append({"type": "web_search", **filled_in({
+                "user_location": tool.get("user_location"),
+                "filters": filled_in({"allowed_domains": tool.get("allowed_domains")})})})
+            body["include"] = [ENCRYPTED, SOURCES]
+            if tool.get("max_uses"):
+                body["max_tool_calls"] = tool["max_uses"]
+            if choice.get("name") in (None, tool.get("name")):
+                forced = choice["type"] in ("any", "tool")
+                body.setdefault("tool_choice", "required" if forced else choice["type"])
+    if isinstance(body.get("tool_choice"), dict):
+        body["tool_choice"] = {"type": "function", **body["tool_choice"]["function"]}
+    return {**body, "tools": tools} if tools else {}
 
 
 class ResponsesTranslator(Translator):
@@ -3146,8 +3137,8 @@ def demo_stream(body: Json) -> Iterator[bytes]:
     """The demo model's answer as a chat completion stream, a word at a time."""
     words = re.findall(r"\S+\s*", body["text"])
     usage = {"prompt_tokens": body["prompt_tokens"], "completion_tokens": len(words)}
-    choices: list[Json] = [{"index": 0, "delta": {"content": word}} for word in words]
-    for choice in [*choices, {"index": 0, "delta": {}, "finish_reason": "stop"}]:
+    for delta, finish in [*(({"content": word}, None) for word in words), ({}, "stop")]:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
         yield f"data: {json.dumps({'choices': [choice], 'usage': usage})}\n\n".encode()
 
 
@@ -3168,16 +3159,16 @@ def request_path(dialect: str, kind: ProviderKind) -> str:
 
 
 def ways_to_count(name: str, request: Json, model: Model) -> Iterator[tuple[Sequence[str], Json]]:
-    """Yield the paths where an upstream counts a request's tokens and what is sent there, best
-    first; of two paths the first makes the text for the second."""
+    """The paths where an upstream counts a request's tokens, and what is sent there, best first;
+    of two paths the first makes the text for the second."""
     kind = model.provider.kind
     if DIALECTS[name].native:
         yield [kind.messages_path + "/count_tokens"], messages_request(request, model)
-    paths = ("/responses/input_tokens",) if name == "responses" else kind.tokenizer
+    via = "responses" if name == "responses" else "chat"
+    paths = kind.tokenizer if via == "chat" else ("/responses/input_tokens",)
     if paths:
-        translated = DIALECTS["responses" if name == "responses" else "chat"]
-        body = translated.request({"max_tokens": 1, **request}, model)
-        yield paths, {field: body[field] for field in COUNTED_FIELDS if field in body}
+        body = DIALECTS[via].request({"max_tokens": 1, **request}, model)
+        yield paths, {name: body[name] for name in COUNTED_FIELDS if name in body}
 
 
 # ======== Remedies ===========================================================================

@@ -2878,6 +2878,12 @@ class TestChat:
         plain = ogx.plain_schema({"oneOf": [{"properties": {"kind": kind}} for kind in kinds]})
         assert plain["properties"] == {"kind": {"anyOf": kinds}}
 
+    def test_what_branches_agree_on_is_no_union(self):
+        one, other = {"type": "string"}, {"type": "integer"}
+        plain = ogx.plain_schema({"properties": {"a": one, "b": one}, "anyOf": [
+            {"properties": {"a": one}}, {"properties": {"a": one, "b": other, "c": other}}]})
+        assert plain["properties"] == {"a": one, "b": {"anyOf": [one, other]}, "c": other}
+
     def test_a_root_that_is_a_reference_or_a_union_becomes_one_object(self):
         branch = {"type": "object", "properties": {"b": {"type": "string"}}, "required": ["b"]}
         root = {"$ref": "#/definitions/Both", "definitions": {
@@ -3412,6 +3418,11 @@ class TestChat:
         for (call_id, *_), (expected, *_) in zip(made, calls):
             assert call_id == expected or (expected is None and call_id.startswith("toolu_"))
         assert message["stop_reason"] == "tool_use"
+
+    def test_calls_without_ids_are_told_apart_however_many_there_are(self):
+        chunks = [delta(tool_calls=[fragment(0, None, "A", f'{{"n":{n}}}')]) for n in range(50)]
+        message = folded(*chunks, delta("tool_calls"))
+        assert [block["input"]["n"] for block in message["content"]] == [*range(50)]
 
     NAMES = (
         ("two pieces", [[fragment(0, "a", "get_", "")], [fragment(0, None, "weather", "")],
@@ -4203,6 +4214,14 @@ class TestResponses:
                               stops=["END"])  # fmt: skip
         assert (message["content"][0]["text"], message["stop_sequence"]) == ("a ", "END")
 
+    def test_a_stop_sequence_ends_a_whole_response_at_its_end(self):
+        items = [{"type": "message", "content": [{"type": "output_text", "text": "a END b"}]},
+                 {"type": "function_call", "call_id": "c", "name": "Bash", "arguments": "{}"}]
+        message = self.folded({"object": "response", "status": "completed", "output": items,
+                               "usage": {"input_tokens": 5, "output_tokens": 6}}, stops=["END"])
+        assert [block["type"] for block in message["content"]] == ["text", "tool_use"]
+        assert (message["content"][0]["text"], message["usage"]["output_tokens"]) == ("a ", 6)
+
     def test_a_stop_sequence_is_not_looked_for_across_messages(self):
         parts = piece("output_text", 0, "a EN"), piece("output_text", 1, "D b")
         message = self.folded(parts[0], ended(0, type="message"), parts[1], completed(),
@@ -4362,6 +4381,13 @@ class TestDialects:
         kinds = [*ogx.PROVIDER_KINDS.values(), ogx.DEMO_KIND]
         named = {name for kind in kinds for name in kind.dialects}
         assert named | {"responses"} == set(ogx.DIALECTS)
+
+    @pytest.mark.parametrize("name", list(ogx.DIALECTS))
+    def test_a_request_is_finished_in_a_copy(self, name):
+        body = {"max_tokens": 500, "reasoning_effort": "low", "thinking": {"budget_tokens": 900}}
+        before = copy.deepcopy(body)
+        finished = ogx.DIALECTS[name].finished(body)
+        assert body == before and (finished is body or finished != body)
 
     def test_the_demo_model_answers_honestly(self):
         with serving(ogx.DEMO_PROVIDER) as client:
