@@ -2048,7 +2048,7 @@ def chat_request(request: Json, model: Model) -> Json:
         choice = {"type": "tool", "name": ANSWER_TOOL}
         request = {**request, "tools": [tool], "tool_choice": choice}
     most = request["max_tokens"]
-    streamed = request.get("stream") or (kind.stream_above and most > kind.stream_above)
+    streaming = {"stream": True, "stream_options": {"include_usage": True}}
     return {
         "model": model.upstream_id, "messages": chat_messages(request, model),
         kind.max_tokens_field: min(most, model.max_output or most),
@@ -2060,14 +2060,13 @@ def chat_request(request: Json, model: Model) -> Json:
             "prompt_cache_key": conversation_key(request) if kind.cache_key else "",
             "reasoning_effort": reasoning_effort(request, model),
             "response_format": {"type": "json_schema", "json_schema": answer_format(schema)}
-            if mode == "format" else None,
-            "stream": True if streamed else None,
-            "stream_options": {"include_usage": True} if streamed else None})}
+            if mode == "format" else None}),
+        **(streaming if request.get("stream") or 0 < kind.stream_above < most else {})}
 
 
-def filled_in(fields: Json) -> Json:
+def filled_in(values: Json) -> Json:
     """The fields that have a value; 0 and False are values."""
-    return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
+    return {name: value for name, value in values.items() if value not in (None, "", [], {})}
 
 
 @dataclass(eq=False)
@@ -2082,7 +2081,7 @@ class ToolCall:
         return "".join(self.pieces)
 
 
-def name_there(name: str) -> str:
+def upstream_name(name: str) -> str:
     """A tool's name as a chat upstream takes it: a hash of the whole keeps changed names apart."""
     if TOOL_NAME.fullmatch(name):
         return name
@@ -2095,7 +2094,7 @@ class ToolNames:
 
     def __init__(self, request: Json) -> None:
         names = [tool["name"] for tool in request.get("tools") or () if tool.get("name")]
-        self._originals: dict[str, str] = {name_there(name): name for name in names}
+        self._originals: dict[str, str] = {upstream_name(name): name for name in names}
 
     def continues(self, call: ToolCall, rest: str) -> bool:
         """Whether a call's name goes on so: some servers send it in pieces."""
@@ -2164,20 +2163,19 @@ def sent_tools(request: Json, kind: ProviderKind) -> list[Json]:
     return tools[: kind.max_tools or None]
 
 
-def tool_name(tool: Json) -> str:
-    return str(tool.get("name") or tool.get("type"))
+def tool_names(tools: Iterable[Json]) -> str:
+    return ", ".join(tool.get("name") or str(tool.get("type")) for tool in tools)
 
 
 def unserved_tools_note(request: Json, kind: ProviderKind, served: tuple[str, ...] = ()) -> str:
     """Words for the model about tools that are too many or run at Anthropic alone, as web search;
     types that begin with `served` run at the upstream too."""
     sent = {PLACEHOLDER, *(tool["name"] for tool in sent_tools(request, kind))}
-    unserved = [tool_name(tool) for tool in request.get("tools") or ()
-                if tool_name(tool) not in sent and not str(tool.get("type")).startswith(served)]
-    if not unserved:
-        return ""
-    return f"These tools are not available through this gateway: {', '.join(unserved)}. " \
-           "If one of them is needed, tell the user so plainly."
+    names = tool_names(tool for tool in request.get("tools") or ()
+                       if tool.get("name") not in sent
+                       and not str(tool.get("type")).startswith(served))
+    return names and f"These tools are not available through this gateway: {names}. " \
+                     "If one of them is needed, tell the user so plainly."
 
 
 def search_notice(request: Json) -> str:
@@ -2186,36 +2184,32 @@ def search_notice(request: Json) -> str:
     tools = request.get("tools") or ()
     if not tools or any(map(is_client_tool, tools)):
         return ""
-    names = ", ".join(map(tool_name, tools))
-    return f"[{names} is not available with this model; what follows is from its own memory.]\n\n"
+    return f"[{tool_names(tools)} is not available with this model; what follows is from its own " \
+           "memory.]\n\n"
 
 
 def assistant_message(blocks: Sequence[Json], model: Model) -> Json:
     """An assistant turn: texts, tool calls, and the reasoning that the upstream wants back."""
     kind = model.provider.kind
     extra = dict(kind.tool_call_extra)
-    text = paragraphs(block_text(b) for b in blocks if b["type"] != "tool_use")
-    message: Json = {"role": "assistant", "content": text}
     calls: list[Json] = []
+    details: list[Json] = []
     for block in blocks:
         if block["type"] == "tool_use":
             arguments = json.dumps(block["input"], ensure_ascii=False)
-            function = {"name": name_there(block["name"]), "arguments": arguments}
+            function = {"name": upstream_name(block["name"]), "arguments": arguments}
             calls.append({"id": tool_call_id(block["id"], kind), "type": "function",
                           "function": function, **extra})
             extra = {}  # of parallel calls the first is signed
         elif kind.own_reasoning and block["type"] != "text":
             state = kept_in(block, "chat", model.served)
-            if "extra_content" in state:
-                extra = {"extra_content": state["extra_content"]}
-            if isinstance(state.get("reasoning_details"), list):
-                message.setdefault("reasoning_details", []).extend(state["reasoning_details"])
-    if calls:
-        message.update(tool_calls=calls, content=text or None)
-    if kind.reasoning_echo:
-        thoughts = [b["thinking"] for b in blocks if b["type"] == "thinking"]
-        message[kind.reasoning_echo] = "\n".join(thoughts) or " "
-    return message
+            extra = filled_in({"extra_content": state.get("extra_content")}) or extra
+            details += as_list(state.get("reasoning_details"))
+    text = paragraphs(block_text(b) for b in blocks if b["type"] != "tool_use")
+    thoughts = "\n".join(b["thinking"] for b in blocks if b["type"] == "thinking")
+    return {"role": "assistant", "content": text or None if calls else text,
+            **filled_in({"reasoning_details": details, "tool_calls": calls}),
+            **({kind.reasoning_echo: thoughts or " "} if kind.reasoning_echo else {})}
 
 
 def tool_messages(results: Sequence[Json], kind: ProviderKind) -> Iterator[Json]:
@@ -2273,8 +2267,8 @@ def data_url(block: Json) -> str:
     if source["media_type"] not in allowed:
         raise OgxError(400, f"{place}.media_type: expected one of {', '.join(allowed)}")
     if block["type"] == "image" and size > MAX_IMAGE:
-        words = f"image exceeds 5 MB maximum: {size} bytes > {MAX_IMAGE} bytes"
-        raise OgxError(400, f"{place}: {words}")
+        excess = f"{size} bytes > {MAX_IMAGE} bytes"
+        raise OgxError(400, f"{place}: image exceeds 5 MB maximum: {excess}")
     return f"data:{source['media_type']};base64,{source['data']}"
 
 
@@ -2286,7 +2280,7 @@ def tool_fields(request: Json, kind: ProviderKind) -> Json:
     body: Json = {"tools": tools}
     choice = request.get("tool_choice") or {}
     if choice.get("type") == "tool":
-        name = name_there(choice["name"])
+        name = upstream_name(choice["name"])
         named = [tool for tool in tools if tool["function"]["name"] == name]
         if named and kind.named_tool_choice:
             body["tool_choice"] = {"type": "function", "function": {"name": name}}
@@ -2306,7 +2300,7 @@ def chat_tool(tool: Json, kind: ProviderKind) -> Json:
     schema["properties"] = schema.get("properties") or {}
     schema.pop("$schema", None)
     described = {"description": tool["description"]} if tool.get("description") else {}
-    function = {"name": name_there(tool["name"]), **described, "parameters": schema}
+    function = {"name": upstream_name(tool["name"]), **described, "parameters": schema}
     return {"type": "function", "function": function}
 
 
@@ -2738,15 +2732,15 @@ def lost_natively(request: Json, kind: ProviderKind) -> set[str]:
     blocks = [block for m in request["messages"] for block in blocks_of(m["content"])]
     blocks += [inner for block in blocks if block["type"] == "tool_result"
                for inner in blocks_of(block.get("content"))]
-    used = {b["type"] if b["type"] in CORE_BLOCKS else "server_tool" for b in blocks}
     tools, choice = request.get("tools") or (), request.get("tool_choice")
-    used.update(name for name, is_used in {
+    features = {
         "output_format": (request.get("output_config") or {}).get("format"),
         "tool_choice": choice and choice != {"type": "auto"},
         "server_tool": not all(is_client_tool(t) or t.get("name") == PLACEHOLDER for t in tools),
         "url_image": any(b["type"] == "image" and b["source"]["type"] != "base64" for b in blocks),
-        "is_error": any(block.get("is_error") for block in blocks)}.items() if is_used)
-    return used & gaps
+        "is_error": any(block.get("is_error") for block in blocks)}
+    used = {b["type"] if b["type"] in CORE_BLOCKS else "server_tool" for b in blocks}
+    return gaps & {*used, *(name for name, is_used in features.items() if is_used)}
 
 
 def messages_request(request: Json, model: Model) -> Json:
@@ -2775,10 +2769,10 @@ def with_reminders(messages: Sequence[Json]) -> Sequence[Json]:
     which spoils prefix caches."""
     if all(message["role"] != "system" for message in messages):
         return messages
-    turns = itertools.groupby(turns_from_messages(messages, False),
-                              lambda turn: "assistant" if turn.role == "assistant" else "user")
+    turns = turns_from_messages(messages, False)
+    groups = itertools.groupby(turns, lambda turn: turn.role.replace("results", "user"))
     return [{"role": role, "content": [block for turn in group for block in turn.blocks]}
-            for role, group in turns]
+            for role, group in groups]
 
 
 def plainer_content(holder: Json, kind: ProviderKind) -> Json:
@@ -2855,7 +2849,7 @@ class NativeStream:
     _tail = b""  # of what was passed on
 
     def __init__(self, model_id: str) -> None:
-        self._model = rb"\1" + json.dumps(model_id).encode().replace(b"\\", rb"\\")
+        self._model = json.dumps(model_id).encode()
         self._rest = bytearray()  # the beginning of an event
 
     def feed(self, data: bytes) -> bytes:
@@ -2879,11 +2873,13 @@ class NativeStream:
 
     def _passed_on(self, data: bytes) -> bytes:
         if not self._named and b"message_start" in data:
-            self._named = True  # in the head of any server's
-            data = MODEL_FIELD.sub(self._model, data[:MAX_HEAD], count=1) + data[MAX_HEAD:]
+            self._named = True
+            match = MODEL_FIELD.search(data[:MAX_HEAD])
+            if match:
+                data = data[: match.end(1)] + self._model + data[match.end() :]
         self._tail = (self._tail + data[-2000:])[-2000:]
         at, mark = last_event(data)
-        self.ended = self.ended or bool(mark)
+        self.ended |= bool(mark)
         if b"error" in mark:
             self.error = (SseReader().feed(data[at:]) or [mark])[0]
             return data[:at]
@@ -2892,9 +2888,9 @@ class NativeStream:
     @property
     def usage(self) -> Usage | None:
         """The tokens that the last events told, for the log."""
-        found = dict(re.findall(rb'"(\w+_tokens)"\s*:\s*(\d{1,15})', self._tail))
-        numbers = (int(found.get(name.encode(), 0)) for name in USAGE_FIELDS)
-        return Usage(*numbers) if found else None
+        counts = dict(re.findall(rb'"(\w+_tokens)"\s*:\s*(\d{1,15})', self._tail))
+        numbers = (int(counts.get(name.encode(), 0)) for name in USAGE_FIELDS)
+        return Usage(*numbers) if counts else None
 
 
 # ======== Responses ==========================================================================
@@ -2967,7 +2963,7 @@ def assistant_items(block: Json, provider: Provider) -> Iterator[Json]:
     use_id = str(block.get("id") or block.get("tool_use_id"))
     if block_type == "tool_use":
         yield {"type": "function_call", "call_id": tool_call_id(use_id, provider.kind),
-               "name": name_there(block["name"]),
+               "name": upstream_name(block["name"]),
                "arguments": json.dumps(block["input"], ensure_ascii=False)}
     elif use_id.startswith(SEARCH_ID):
         if block_type == "server_tool_use" and provider.kind.own_reasoning:
@@ -3038,7 +3034,7 @@ class ResponsesTranslator(Translator):
         if name.endswith(".delta"):
             self._streamed.add(index)
         if name in ("output_text.delta", "refusal.delta"):
-            self._refused = self._refused or name == "refusal.delta"
+            self._refused |= name == "refusal.delta"
             self.writer.text(event["delta"])
         elif name == "function_call_arguments.delta":
             self.writer.tool(index, "", "", event["delta"])
@@ -3067,7 +3063,7 @@ class ResponsesTranslator(Translator):
             self.writer.tool(index, item["call_id"], name, arguments)
         elif item_type == "message":
             for part in item.get("content") or () if whole else ():
-                self._refused = self._refused or part["type"] == "refusal"
+                self._refused |= part["type"] == "refusal"
                 self.writer.text(part.get("text") or part.get("refusal") or "")
                 for annotation in part.get("annotations") or ():
                     self._read_citation(annotation)
@@ -3158,13 +3154,13 @@ def request_path(dialect: str, kind: ProviderKind) -> str:
     return kind.openai_root + ("/responses" if dialect == "responses" else "/chat/completions")
 
 
-def ways_to_count(name: str, request: Json, model: Model) -> Iterator[tuple[Sequence[str], Json]]:
+def ways_to_count(dialect: str, request: Json,
+                  model: Model) -> Iterator[tuple[Sequence[str], Json]]:
     """The paths where an upstream counts a request's tokens, and what is sent there, best first;
     of two paths the first makes the text for the second."""
-    kind = model.provider.kind
-    if DIALECTS[name].native:
+    kind, via = model.provider.kind, "responses" if dialect == "responses" else "chat"
+    if DIALECTS[dialect].native:
         yield [kind.messages_path + "/count_tokens"], messages_request(request, model)
-    via = "responses" if name == "responses" else "chat"
     paths = kind.tokenizer if via == "chat" else ("/responses/input_tokens",)
     if paths:
         body = DIALECTS[via].request({"max_tokens": 1, **request}, model)
