@@ -30,7 +30,8 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
     Events         build, write, read and fold Anthropic events
     Chat           OpenAI Chat Completions: request there, chunks back
     Messages       Anthropic's own format, for upstreams that speak it
-    Responses      OpenAI's Responses, and the table of dialects
+    Responses      OpenAI's Responses: request there, events back
+    Dialects       the table of what upstreams speak, and the demo model
     Remedies       what an upstream's refusal teaches
     HTTP           heads, bodies and their framing, and the guard, for both sides
     Loop           tasks, what they wait for, and the one thread that runs them
@@ -258,7 +259,7 @@ class OgxError(Exception):
         usual = "invalid_request_error" if 400 <= self.status < 500 else "api_error"
         self.type = self.type or ERROR_TYPES.get(self.status, usual)
 
-    def without(self, secrets: Iterable[str]) -> OgxError:
+    def hide(self, secrets: Iterable[str]) -> OgxError:
         """Hide keys that an upstream quoted, in this error itself, and return it."""
         for secret in secrets:
             self.message = self.message.replace(secret, "***")
@@ -485,7 +486,7 @@ class ProviderKind:
     dialects: Strings = ("chat",)
     messages_path: str = "/messages"
     openai_root: str = ""  # where the paths of the other dialects begin
-    native_gaps: Strings = ()  # what its Messages API refuses or loses: see lost_natively()
+    native_gaps: Strings = ()  # what its Messages API refuses or loses: see unsupported_features()
     native_models: str = ""  # pattern of the ids that have it, and nothing else
     is_anthropic: bool = False  # takes all that Claude Code sends as it is
     # OpenAI's Responses API: where these hosts are, or where a refusal told (True), or never.
@@ -625,7 +626,7 @@ class Provider:
     secrets: Strings = field(default=(), repr=False)  # besides the key
 
     @functools.cached_property
-    def connection(self) -> str:
+    def pool_key(self) -> str:
         """Scheme, host, port and trust: what providers that share connections have in common."""
         return f"{self.url('~')} {self.verify} {self.ca_file}"
 
@@ -638,7 +639,7 @@ class Provider:
                 "accept": "application/json, text/event-stream", "accept-encoding": "identity",
                 **dict(self.kind.headers), **key, **dict(self.own_headers)}
 
-    def at(self, place: str) -> Provider:
+    def for_id_or_path(self, place: str) -> Provider:
         """This provider at the server that has a model's id or a list's path."""
         for pattern, here, there in self.kind.servers:
             if re.search(pattern, place):
@@ -679,7 +680,11 @@ class Alias:
     targets: Strings = ()
 
 
-def limit(default: float, words: str) -> Any:
+def tier_variable(tier: str) -> str:
+    return f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL"
+
+
+def limit_field(default: float, words: str) -> Any:
     return field(default=default, metadata={"words": words})
 
 
@@ -687,14 +692,14 @@ def limit(default: float, words: str) -> Any:
 class Limits:
     """What no other side can exceed: `server.NAME` in the configuration, else OGX_NAME."""
 
-    connect_timeout: float = limit(10, "seconds to connect to a provider")
-    first_byte_timeout: float = limit(600, "seconds of silence before an answer begins")
-    idle_timeout: float = limit(300, "seconds of silence within an answer")
-    client_timeout: float = limit(30, "seconds for a client to send its request, or read on")
-    drain_timeout: float = limit(30, "seconds for running answers after a signal to stop")
-    max_body: float = limit(32, "megabytes of a request, after decompression")
-    max_requests: float = limit(1000, "requests that run at once; others get a 529")
-    max_idle: float = limit(1000, "idle connections of clients; the oldest are closed first")
+    connect_timeout: float = limit_field(10, "seconds to connect to a provider")
+    first_byte_timeout: float = limit_field(600, "seconds of silence before an answer begins")
+    idle_timeout: float = limit_field(300, "seconds of silence within an answer")
+    client_timeout: float = limit_field(30, "seconds for a client to send its request, or read on")
+    drain_timeout: float = limit_field(30, "seconds for running answers after a signal to stop")
+    max_body: float = limit_field(32, "megabytes of a request, after decompression")
+    max_requests: float = limit_field(1000, "requests that run at once; others get a 529")
+    max_idle: float = limit_field(1000, "idle connections of clients; the oldest are closed first")
 
 
 @dataclass(frozen=True)
@@ -925,7 +930,7 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
         if ids.count(provider_id) > 1:
             raise OgxError(400, f"{source}: two providers have the provider_id '{provider_id}'")
     aliases = [alias_from_entry(entry, ids) for entry in root["registered_resources"]["models"]]
-    tiers = {tier: environ.get(f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL", "") for tier in TIERS}
+    tiers = {tier: environ.get(tier_variable(tier), "") for tier in TIERS}
     usual = {f"OGX_{name.upper()}": server[name] for name in asdict(Limits())}
     limits = checked({name: environ.get(name) or None for name in usual}, usual, "environment")
     return Config(
@@ -968,7 +973,7 @@ class Model:
     warning: str = ""  # what keeps it from working well
 
     @functools.cached_property
-    def served(self) -> str:
+    def listed_id(self) -> str:
         """The id its provider lists it by, whatever it was asked as."""
         return f"{self.provider.id}/{self.upstream_id}"
 
@@ -994,7 +999,7 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
         limits = {**entry, **dict_or_empty(entry.get("meta")),
                   **dict_or_empty(entry.get("top_provider"))}
         models.setdefault(upstream_id, Model(
-            f"{provider.id}/{upstream_id}", provider.at(upstream_id), upstream_id,
+            f"{provider.id}/{upstream_id}", provider.for_id_or_path(upstream_id), upstream_id,
             created if created < 1 << 32 else 0,
             first_number(limits, CONTEXT_FIELDS), first_number(limits, OUTPUT_FIELDS)))
     # The newest first, which a tier means where nothing else is chosen; last those called "pro",
@@ -1040,7 +1045,8 @@ class Registry:
         self.lists: dict[str, list[Model]] = {}  # provider id -> its LLMs
         self.problems: dict[str, str] = {}  # provider id -> why its last list failed
         self.native: dict[str, bool] = {}  # provider id -> whether it has a Messages API
-        self.uncounted: frozenset[tuple[str, str]] = frozenset()  # id, URL that counts no tokens
+        # Provider ids with the URLs of theirs that count no tokens.
+        self.uncounted_urls: frozenset[tuple[str, str]] = frozenset()
         self._by_id: dict[str, Model] = {}
         self._lock = threading.Lock()
 
@@ -1062,9 +1068,10 @@ class Registry:
                 self.problems = {k: v for k, v in problems.items() if v}
             if native is not None:  # it may be another server now
                 self.native = {**self.native, provider_id: native}
-                self.uncounted = frozenset(p for p in self.uncounted if p[0] != provider_id)
+                others = (pair for pair in self.uncounted_urls if pair[0] != provider_id)
+                self.uncounted_urls = frozenset(others)
             if uncounted_url:
-                self.uncounted |= {(provider_id, uncounted_url)}
+                self.uncounted_urls |= {(provider_id, uncounted_url)}
 
     def models(self) -> list[Model]:
         """All listed LLMs in the order of the providers."""
@@ -1072,7 +1079,7 @@ class Registry:
 
     def listed(self, model: Model) -> Model | None:
         """The model as its provider lists it."""
-        return self._by_id.get(model.served)
+        return self._by_id.get(model.listed_id)
 
     def resolve(self, model_id: str) -> Model:
         return self.chain(model_id)[0]
@@ -1122,8 +1129,8 @@ class Registry:
             return None
         model = self._explicit(chosen)
         if model is None and not tier_of(chosen):  # a tier that names a tier means the first LLM
-            raise OgxError(404, f"ANTHROPIC_DEFAULT_{str(tier).upper()}_MODEL names "
-                                f"'{chosen[:200]}', which no provider here serves")
+            raise OgxError(404, f"{tier_variable(str(tier))} names '{chosen[:200]}', which no "
+                                "provider here serves")
         return model
 
     def _automatic(self, wanted: str) -> Model | None:
@@ -1150,7 +1157,7 @@ class Registry:
         provider_id, _, upstream_id = wanted.partition("/")
         if not upstream_id or provider_id not in self.providers:
             return None
-        server = self.providers[provider_id].at(upstream_id)
+        server = self.providers[provider_id].for_id_or_path(upstream_id)
         return self._by_id.get(wanted) or Model(wanted, server, upstream_id)
 
 
@@ -1198,17 +1205,6 @@ BLOCK_TYPES = frozenset((
     "bash_code_execution_tool_result", "text_editor_code_execution_tool_result",
     "tool_search_tool_result", "advisor_tool_result", "mcp_tool_use", "mcp_tool_result",
     "mcp_tool_listing", "container_upload", "compaction", "fallback"))
-MEDIA_TYPES = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"),
-               "document": ("application/pdf",)}
-MAX_IMAGE = 5 * 1024 * 1024  # characters of base64, as at Anthropic
-# What JSON schemas are made of (other keywords constrain, and the client checks them itself), what
-# holds schemas by names that are no keywords, and what holds any values.
-STRUCTURE = ("type", "description", "properties", "required", "items", "enum", "anyOf", "oneOf",
-             "allOf", "$ref", "$defs", "definitions")
-NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-VALUES = ("enum", "const", "default", "examples", "input")
-ANSWER_NOTE = "Your last answer must be JSON alone, valid against this JSON schema: "
-ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_format is taken
 BLOCK_FIELDS: dict[str, dict[str, type]] = {  # what translation relies on
     "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict},
     "thinking": {"thinking": str}, "tool_use": {"id": str, "name": str, "input": dict},
@@ -1297,19 +1293,9 @@ def check_options(request: Json) -> None:
         expect(choice, "tool_choice", {"name": str}, required=choice["type"] == "tool")
     config = request.get("output_config") or {}
     expect(config, "output_config", {"effort": str, "format": dict}, required=False)
-    answer_format = config.get("format") or request.get("output_format") or {}
-    if answer_format.get("type") == "json_schema":
-        expect(answer_format, "output_config.format", {"schema": dict})
-
-
-def search_notice(request: Json) -> str:
-    """Words for the user where nothing but a server's tool was asked for, as Claude Code's
-    WebSearch does, and the upstream has none: else it would look like a search without results."""
-    tools = request.get("tools") or ()
-    if not tools or any(is_client_tool(tool) for tool in tools):
-        return ""
-    names = ", ".join(tool.get("name") or str(tool.get("type")) for tool in tools)
-    return f"[{names} is not available with this model; what follows is from its own memory.]\n\n"
+    wanted = config.get("format") or request.get("output_format") or {}
+    if wanted.get("type") == "json_schema":
+        expect(wanted, "output_config.format", {"schema": dict})
 
 
 def is_client_tool(tool: Json) -> bool:
@@ -1359,7 +1345,7 @@ def dropped_names(request: Json, sent: Json, all_of_them: bool) -> str:
 # that they don't have, signatures that hold what must go back to them. Pure.
 
 UNSEEN_BLOCKS = ("thinking", "redacted_thinking", "mcp_tool_listing", "fallback")
-SIGNATURE_MARK = '{"ogx":'  # begins those of signature_of()
+SIGNATURE_MARK = '{"ogx":'  # begins those of encode_signature()
 BILLING_HEADER = "x-anthropic-billing-header:"  # varies per prompt and would spoil prefix caches
 TOOL_ERROR = "[The tool reported an error]\n"
 UNICODE_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False)
@@ -1481,6 +1467,14 @@ def block_text(block: Json) -> str:
     return f"[{block_type}] {UNICODE_JSON.encode(content)}"
 
 
+# What JSON schemas are made of (other keywords constrain, and the client checks them itself), what
+# holds schemas by names that are no keywords, and what holds any values.
+STRUCTURE = ("type", "description", "properties", "required", "items", "enum", "anyOf", "oneOf",
+             "allOf", "$ref", "$defs", "definitions")
+NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+VALUES = ("enum", "const", "default", "examples", "input")
+
+
 def without_keywords(tree: Any, gone: Collection[str], lost: list[Any], path: str = "input") -> Any:
     """JSON without some fields or, in a schema, keywords, wherever they stand as such; the place,
     name and value of each go to `lost`. "*": without all but STRUCTURE."""
@@ -1502,43 +1496,16 @@ def without_keywords(tree: Any, gone: Collection[str], lost: list[Any], path: st
     return kept
 
 
-def signature_of(dialect: str, owner: str, state: Json) -> str:
+def encode_signature(dialect: str, owner: str, state: Json) -> str:
     """Return what must go back to `owner`, a model, as a signature that the client keeps for us."""
     return COMPACT_JSON.encode({"ogx": dialect, "by": owner, **state})
 
 
-def kept_in(block: Json, dialect: str, owner: str) -> Json:
+def decode_signature(block: Json, dialect: str, owner: str) -> Json:
     """Return what a block's signature holds for this dialect and owner; {} for nothing."""
     signature = str(block.get("signature") or block.get("data"))
     state = dict_or_empty(json_or_none(signature if signature.startswith(SIGNATURE_MARK) else ""))
     return state if (state.get("ogx"), state.get("by")) == (dialect, owner) else {}
-
-
-def answer_way(request: Json, kind: ProviderKind) -> tuple[str, Json]:
-    """How an answer by a schema is asked for, and the schema: by response "format", by a "tool"
-    that must be called, or in "words"; "" where none is asked for."""
-    schema: Json | None = ((request.get("output_config") or {}).get("format") or {}).get("schema")
-    if schema is None:
-        return "", {}
-    beside = any(map(is_client_tool, request.get("tools") or ()))
-    if kind.answer_by == "format" and (kind.format_with_tools or not beside):
-        return "format", schema
-    is_input = not beside and schema.get("type") in (None, "object")  # it can be a tool's
-    return ("tool" if is_input and kind.answer_by == "tool" else "words"), schema
-
-
-def json_answer(text: str, schema: Json) -> str:
-    """The JSON in a model's words that fits a schema's top level; "" where there is none."""
-    kind, needed = schema.get("type"), schema.get("required")
-    fitting = {"object": dict, "array": list}.get(str(kind), object)
-    begins = (at for at in map(text.find, "[{") if at >= 0)
-    for part in (text.strip(), text[min(begins, default=0) : max(map(text.rfind, "]}")) + 1]):
-        value: Any = json_or_none(part)
-        names = needed if isinstance(value, dict) and isinstance(needed, list) else ()
-        whole = value is not None and all(str(name) in value for name in names)
-        if whole and isinstance(value, fitting):
-            return part
-    return ""
 
 
 def document_text(block: Json) -> str:
@@ -1664,7 +1631,7 @@ class Block:
     pending: list[str] = field(default_factory=list)  # not written yet
     input: list[str] = field(default_factory=list)  # all of a call's
     looks: int = 0  # how often may_close() has parsed the input
-    signature: str = signature_of("", "", {})  # some SDKs drop thinking that has none
+    signature: str = encode_signature("", "", {})  # some SDKs drop thinking that has none
     ended: bool = False
 
     def may_open(self) -> bool:
@@ -1733,7 +1700,7 @@ class MessageWriter:
         if text and not self._hides_thinking:
             self._fragment("thinking", "thinking", text)
 
-    def goes_on(self, block_type: str, escaped: str) -> bool:
+    def append_escaped_delta(self, block_type: str, escaped: str) -> bool:
         """Append a text in JSON's quotes to an open block; return False where none is open."""
         if self._stops or not self._blocks or self._blocks[0].type != block_type:
             return False
@@ -1982,19 +1949,6 @@ class SseReader:
         return self.feed(b"\n\n") if self._rest or self._data else []
 
 
-# ======== Chat ===============================================================================
-# OpenAI's Chat Completions. chat_request() makes the request, ChatTranslator turns chunks into
-# events; a completion that wasn't streamed is one big chunk. Pure.
-
-# Models that take reasoning_effort; others may refuse it. By name, since lists don't tell.
-REASONS = re.compile(
-    r"(^|[/:_-])(o[134](-|$)|gpt-(5|6|oss)|deepseek-(r|v4|reasoner)|qwq|magistral)|"
-    r"thinking|reasoner|qwen3(?!.{0,250}(instruct|coder))", re.I)
-ROOT_UNIONS = ("anyOf", "oneOf", "allOf", "enum", "not")
-UNTOLD = ("$schema", "title", "additionalProperties")  # where they are lost
-MAX_RULES = 200  # characters of others in a tool's description
-MAX_INLINED = 30_000  # characters of definitions in a tool's schema
-TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # OpenAI's rule; Anthropic allows 128 characters
 STOP_REASONS = (  # words in a finish_reason -> stop_reason; "": it broke off
     ("error|abort|cancel|fail|network|connect|time.?out|interrupt|resource|malformed|unexpected|"
      "incomplete|call_filter", ""),
@@ -2005,370 +1959,20 @@ STOP_REASONS = (  # words in a finish_reason -> stop_reason; "": it broke off
     ("stop|eos|end_turn|complete|done|tool|function_call", "end_turn"))
 
 
-def chat_request(request: Json, model: Model) -> Json:
-    """The chat completion request for a checked Messages request."""
-    kind = model.provider.kind
-    way, schema = answer_way(request, kind)
-    if way == "tool":
-        request = {**request, "tool_choice": {"type": "tool", "name": ANSWER_TOOL}, "tools": [
-            {"name": ANSWER_TOOL, "description": "Give your answer.", "input_schema": schema}]}
-    names = ToolNames(request)
-    body: Json = {"model": model.upstream_id, "messages": chat_messages(request, model, names)}
-    limit = request["max_tokens"]
-    body[kind.max_tokens_field] = min(limit, model.max_output) if model.max_output else limit
-    body.update(tool_fields(request, names, kind))
-    sampling = ("temperature", "top_p", "top_k") if kind.top_k else ("temperature", "top_p")
-    body.update({name: request[name] for name in sampling if request.get(name) is not None})
-    if request.get("stop_sequences"):
-        body["stop"] = request["stop_sequences"][:4]  # the most it takes
-    if kind.cache_key and conversation_key(request):
-        body["prompt_cache_key"] = conversation_key(request)
-    effort = reasoning_effort(request) if takes_effort(model.upstream_id) else None
-    if effort:
-        body["reasoning_effort"] = effort
-    if way == "format":
-        body["response_format"] = response_format(schema)
-    if request.get("stream") or (kind.stream_above and limit > kind.stream_above):
-        body["stream"] = True
-        body["stream_options"] = {"include_usage": True}
-    return body
-
-
-class ToolNames:
-    """Tool names as a chat upstream takes them, and back: those that break OpenAI's rule get
-    their odd characters replaced and a hash of the whole name, so that none collide."""
-
-    def __init__(self, request: Json) -> None:
-        named = [tool["name"] for tool in request.get("tools") or () if tool.get("name")]
-        self._originals: dict[str, str] = {self.there(name): name for name in named}
-
-    def there(self, name: str) -> str:
-        if TOOL_NAME.fullmatch(name):
-            return name
-        digest = f"{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
-        return f"{re.sub('[^a-zA-Z0-9_-]', '_', name)[:55]}_{digest}"
-
-    def continues(self, call: ToolCall, rest: str) -> bool:
-        """Whether a call's name isn't whole yet and goes on so: some servers send it in pieces."""
-        begun = not call.size and call.name not in self._originals
-        return begun and any(known.startswith(call.name + rest) for known in self._originals)
-
-    def back(self, name: str) -> str:
-        """The client's name. What chat templates leave around it (`functions.Bash`,
-        `Bash<|channel|>commentary`, `<tool_call>Bash`) is no part of it."""
-        if name in self._originals:
-            return self._originals[name]
-        words = re.findall(r"[\w.-]+", re.sub(r"<[^<>]*>", " ", name))
-        parts = (part for word in words for part in (word, word.split(".")[-1]))
-        known = (self._originals[part] for part in parts if part in self._originals)
-        return next(known, "".join(words[:1]) if "<" in name else name)
-
-
-def chat_messages(request: Json, model: Model, names: ToolNames) -> list[Json]:
-    """The system prompt and the history as chat messages that strict providers accept. What a user
-    says at one place is one message or, where none can follow a tool's, goes into the last one."""
-    kind = model.provider.kind
-    way, schema = answer_way(request, kind)
-    note = ANSWER_NOTE + json.dumps(schema) if way == "words" else ""
-    notes = (system_text(request), unserved_tools_note(request, kind), note)
-    head = "\n\n".join(filter(None, notes))
-    messages: list[Json] = [{"role": "system", "content": head}] if head else []
-    turns = turns_from_messages(request["messages"], kind.system_anywhere)
-    told = [m for m in turn_messages(turns, model, names) if m["content"] or m.get("tool_calls")]
-    for role, group in itertools.groupby(told, key=operator.itemgetter("role")):
-        if role != "user":
-            messages += group
-            continue
-        content: Any = [part for message in group for part in message["content"]]
-        if all(part["type"] == "text" for part in content):  # not every server takes a list
-            content = "\n\n".join(part["text"] for part in content)
-        after_tool = bool(messages) and messages[-1]["role"] == "tool"
-        if after_tool and not kind.user_after_tool:
-            if isinstance(content, str):
-                messages[-1]["content"] += f"\n\n{content}"
-                continue
-            messages.append({"role": "assistant", "content": "Noted."})  # the results, that is
-        messages.append({"role": "user", "content": content})
-    return messages
-
-
-def turn_messages(turns: Iterable[Turn], model: Model, names: ToolNames) -> Iterator[Json]:
-    """Turns as messages: a user's content is a list of parts; what held thinking alone is empty."""
-    kind = model.provider.kind
-    for turn in turns:
-        if turn.role == "assistant":
-            yield assistant_message(turn.blocks, model, names)
-        elif turn.role == "results":
-            yield from tool_messages(turn.blocks, kind)
-        elif turn.role == "system":
-            yield {"role": "system", "content": "\n\n".join(map(block_text, turn.blocks))}
-        else:
-            parts = [attachment_part(b, kind) or text_part(block_text(b)) for b in turn.blocks]
-            yield {"role": "user", "content": parts}
-
-
-def sent_tools(request: Json, kind: ProviderKind) -> list[Json]:
-    """The tools that the client runs, as many as the upstream takes."""
-    tools = [tool for tool in request.get("tools") or () if is_client_tool(tool)]
-    return tools[: kind.max_tools or None]
-
-
-def unserved_tools_note(request: Json, kind: ProviderKind, served: str = "") -> str:
-    """Words for the model about tools that only Anthropic's servers run (web search, say) or that
-    are too many; `served` is how the types of those begin that the upstream has as well."""
-    known = {PLACEHOLDER, *(tool["name"] for tool in sent_tools(request, kind))}
-    names = [t.get("name") or str(t.get("type")) for t in request.get("tools") or ()
-             if not served or not str(t.get("type")).startswith(served)]
-    names = [name for name in names if name not in known]
-    if not names:
-        return ""
-    return f"These tools are not available through this gateway: {', '.join(names)}. " \
-           "If one of them is needed, tell the user so plainly."
-
-
-def assistant_message(blocks: Sequence[Json], model: Model, names: ToolNames) -> Json:
-    """An assistant turn: its texts, its tool calls, and its reasoning where that is due."""
-    kind, extra = model.provider.kind, dict(model.provider.kind.tool_call_extra)
-    text = "\n\n".join(filter(None, (block_text(b) for b in blocks if b["type"] != "tool_use")))
-    message: Json = {"role": "assistant", "content": text}
-    calls: list[Json] = []
-    for block in blocks:
-        if block["type"] == "tool_use":
-            arguments = json.dumps(block["input"], ensure_ascii=False)
-            function = {"name": names.there(block["name"]), "arguments": arguments}
-            calls.append({"id": tool_call_id(block["id"], kind), "type": "function",
-                          "function": function, **extra})
-            extra = {}  # of parallel calls the first is signed
-        elif kind.own_reasoning and block["type"] != "text":
-            kept = kept_in(block, "chat", model.served)
-            extra = {k: kept[k] for k in ("extra_content",) if k in kept} or extra
-            if isinstance(kept.get("reasoning_details"), list):
-                message.setdefault("reasoning_details", []).extend(kept["reasoning_details"])
-    if calls:
-        message["tool_calls"] = calls
-        message["content"] = text or None
-    if kind.reasoning_echo:
-        thoughts = [b["thinking"] for b in blocks if b["type"] == "thinking"]
-        message[kind.reasoning_echo] = "\n".join(thoughts) or " "
-    return message
-
-
-def tool_messages(results: Sequence[Json], kind: ProviderKind) -> Iterator[Json]:
-    """One tool message per result, in order; then one user message with their images and
-    files, which tool messages can't hold."""
-    attachments: list[Json] = []
-    for result in results:
-        texts = [TOOL_ERROR] if result.get("is_error") else []
-        for block in blocks_of(result.get("content")):
-            part = attachment_part(block, kind)
-            if part is None:
-                texts.append(block_text(block))
-                continue
-            label = f"[{block['type']} {len(attachments) // 2 + 1} from tool call " \
-                    f"{result['tool_use_id']}]"
-            texts.append(f"{label} follows in the next user message.")
-            attachments += [text_part(f"{label}:"), part]
-        content = "\n".join(texts) or "(no output)"
-        call_id = tool_call_id(result["tool_use_id"], kind)
-        yield {"role": "tool", "tool_call_id": call_id, "content": content}
-    if attachments:
-        yield {"role": "user", "content": attachments}
-
-
-def tool_call_id(call_id: str, kind: ProviderKind) -> str:
-    """The id of a call as the upstream takes it: the same for the call and for its result."""
-    if not kind.tool_ids or re.fullmatch(kind.tool_ids, call_id):
-        return call_id
-    digest = uuid.uuid5(uuid.NAMESPACE_OID, ascii(call_id)).hex
-    return digest if re.fullmatch(kind.tool_ids, digest) else digest[:9]
-
-
-def attachment_part(block: Json, kind: ProviderKind) -> Json | None:
-    """The chat part for an image or a PDF; None for what must become text."""
-    source = block.get("source") or {}
-    if block["type"] == "image" and source["type"] in ("base64", "url") and kind.images:
-        return {"type": "image_url", "image_url": {"url": data_url(block)}}
-    if block["type"] == "document" and source["type"] == "base64" and kind.files:
-        name = str(block.get("title") or "document")
-        if not name.lower().endswith(".pdf"):  # OpenAI tells a file's type by its name
-            name += ".pdf"
-        return {"type": "file", "file": {"filename": name, "file_data": data_url(block)}}
-    return None
-
-
-def data_url(block: Json) -> str:
-    """The source's own URL, or its base64 data as a data: URL. What Anthropic doesn't take either
-    is refused in its words, in which Claude Code reads that it must leave an image out."""
-    kind, source = block["type"], block["source"]
-    if source["type"] == "url":
-        return str(source["url"])
-    size = len(source["data"])
-    if source["media_type"] not in MEDIA_TYPES[kind]:
-        known = ", ".join(MEDIA_TYPES[kind])
-        raise OgxError(400, f"{kind}.source.base64.media_type: expected one of {known}")
-    if kind == "image" and size > MAX_IMAGE:
-        words = f"image exceeds 5 MB maximum: {size} bytes > {MAX_IMAGE} bytes"
-        raise OgxError(400, f"image.source.base64: {words}")
-    return f"data:{source['media_type']};base64,{source['data']}"
-
-
-def tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
-    """`tools`, `tool_choice` and `parallel_tool_calls`, each only where there is a tool."""
-    tools = [chat_tool(tool, names, kind) for tool in sent_tools(request, kind)]
-    if not tools:
-        return {}
-    fields: Json = {"tools": tools}
-    choice = request.get("tool_choice") or {}
-    if choice.get("type") == "tool":
-        name = names.there(choice["name"])
-        named = [tool for tool in tools if tool["function"]["name"] == name]
-        if named and kind.named_tool_choice:
-            fields["tool_choice"] = {"type": "function", "function": {"name": name}}
-        elif named:
-            fields = {"tools": named, "tool_choice": "required"}
-    elif choice:
-        fields["tool_choice"] = {"any": "required"}.get(choice["type"], choice["type"])
-    if choice.get("disable_parallel_tool_use"):
-        fields["parallel_tool_calls"] = False
-    return fields
-
-
-def chat_tool(tool: Json, names: ToolNames, kind: ProviderKind) -> Json:
-    """A tool as a function; its schema's root is always an object with properties."""
-    made = plainer_tool(tool, kind)
-    schema = {k: v for k, v in made["input_schema"].items() if k != "$schema"}
-    parameters = {**schema, "type": "object", "properties": schema.get("properties") or {}}
-    told = {k: made[k] for k in ("description",) if made.get(k)}
-    function = {"name": names.there(tool["name"]), **told, "parameters": parameters}
-    return {"type": "function", "function": function}
-
-
-def plainer_tool(tool: Json, kind: ProviderKind) -> Json:
-    """A tool whose description and schema the upstream takes. What constraints the schema loses on
-    the way stands in the description, rules where they are short."""
-    schema, refused = tool.get("input_schema") or {}, kind.refused_keywords
-    words, note, most = tool.get("description") or "", "", kind.max_description or 1 << 30
-    plain = "$ref" in refused or not kind.root_unions
-    unions = {k: schema[k] for k in ROOT_UNIONS if plain and k in schema}
-    if unions or "$ref" in refused:
-        schema = plain_schema(schema)
-    lost: list[Any] = []
-    schema = without_keywords(schema, refused, lost) if refused else schema
-    for path, name, value in lost:
-        rule = f"\n{path} has {name} {json.dumps(value)}"
-        note += rule if name not in UNTOLD and len(note + rule) <= MAX_RULES else ""
-    if unions:
-        note += f"\n\nThe input must be valid against this JSON schema, too: {json.dumps(unions)}"
-    words = (words[: max(0, most - len(note))] + note)[:most]
-    return {**tool, "input_schema": schema, **({"description": words} if words else {})}
-
-
-def plain_schema(root: Json) -> Json:
-    """A schema with one type in each node, items in each array, no union at the root (it allows
-    what all branches do) and no `$ref`: that is inlined, but in itself and while there is room."""
-    room = MAX_INLINED
-
-    def plain(node: Any, within: tuple[Any, ...] = (), top: bool = False) -> Json:
-        nonlocal room
-        node = {k: v for k, v in dict_or_empty(node).items() if k not in ("$defs", "definitions")}
-        ref = node.pop("$ref", None)
-        if ref is not None:
-            target: Any = root if ref not in within and room > 0 else {}
-            for name in str(ref).split("/")[1:]:
-                target = dict_or_empty(target).get(name)
-            room -= len(str(target))
-            node = {**(dict_or_empty(target) or {"type": "object"}), **node}
-            return plain(node, (*within, ref), top)
-        kinds = [kind for kind in as_list(node.pop("type", None)) if kind != "null"]
-        typed = {"type": kinds[0]} if kinds else {}
-        unions = [dict_or_empty(b) for k in ROOT_UNIONS[:3] for b in as_list(node.pop(k, None))]
-        branches = [plain({**typed, **b}, within) for b in unions if b.get("type") != "null"]
-        own = {k: plain(v, within) for k, v in dict_or_empty(node.pop("properties", None)).items()}
-        if kinds[:1] == ["array"]:
-            node["items"] = [*as_list(node.get("items")), {}][0] or {"type": "string"}
-        node = {k: plain(v, within) if isinstance(v, dict) and k not in VALUES else v
-                for k, v in node.items()}
-        if own or top:
-            for name, inner in (p for b in branches for p in b.get("properties", {}).items()):
-                if own.setdefault(name, inner) != inner:
-                    known = own[name]["anyOf"] if [*own[name]] == ["anyOf"] else [own[name]]
-                    own[name] = {"anyOf": [*known, inner]}
-            gone = ROOT_UNIONS + ("additionalProperties",) * bool(branches)
-            node = {k: v for k, v in node.items() if k not in gone}
-            return {**node, "type": "object", "properties": own}
-        if len(branches) > 1:
-            return {**node, "anyOf": branches}
-        return {**branches[0], **node} if branches else {**node, **typed}
-
-    return plain(root, top=True)
-
-
-def conversation_key(request: Json) -> str:
-    """What keeps a conversation's requests on one cache: Claude Code's session, which it writes
-    as JSON into metadata.user_id, or else a digest of that; at most 64 characters."""
-    user_id = str((request.get("metadata") or {}).get("user_id") or "")
-    if not user_id:
-        return ""
-    session = dict_or_empty(json_or_none(user_id)).get("session_id")
-    if isinstance(session, str) and 0 < len(session) <= 64 and session.isascii():
-        return session
-    return uuid.uuid5(uuid.NAMESPACE_OID, ascii(user_id)).hex
-
-
-@functools.lru_cache(maxsize=256)
-def takes_effort(upstream_id: str) -> bool:
-    """Whether a model, by its name, takes reasoning_effort."""
-    return bool(REASONS.search(upstream_id[:MAX_ID]))
-
-
-def reasoning_effort(request: Json) -> str | None:
-    """OpenAI's effort: "none" where thinking is disabled, else the last `output_config.effort` of
-    the request and its messages, else by the thinking budget; None leaves the model's default."""
-    thinking = request.get("thinking") or {}
-    configs = [m.get("output_config") or {} for m in (request, *request["messages"])]
-    efforts = [c["effort"] for c in configs if c.get("effort") in EFFORTS]
-    budget = thinking.get("budget_tokens")
-    if thinking.get("type") == "disabled":
-        return "none"
-    if efforts or thinking.get("type") != "enabled" or not isinstance(budget, int):
-        return efforts[-1] if efforts else None
-    return "low" if budget <= 2048 else "medium" if budget <= 8192 else "high"
-
-
-def response_format(schema: Json) -> Json:
-    """A JSON schema answer; `strict` only where the schema obeys OpenAI's rule for it."""
-    schema_field = {"name": "answer", "schema": schema, "strict": is_strict(schema)}
-    return {"type": "json_schema", "json_schema": schema_field}
-
-
-def is_strict(schema: Any) -> bool:
-    """Whether every object closes its properties and requires all of them (OpenAI's rule)."""
-    if isinstance(schema, list):
-        return all(map(is_strict, schema))
-    if not isinstance(schema, dict):
-        return True
-    properties, required = schema.get("properties") or {}, schema.get("required") or []
-    closed = schema.get("additionalProperties") is False and isinstance(required, list)
-    is_object = schema.get("type") == "object" or (properties and isinstance(properties, dict))
-    whole = not is_object or (closed and all(name in required for name in properties))
-    return whole and all(map(is_strict, schema.values()))
-
-
 class Translator:
-    """What an upstream sends, to the events of one message; each dialect `_read`s in its way."""
+    """Turns what an upstream sends into the events of one message; each dialect `_read`s it."""
 
-    _holds = False
+    usage: Usage | None = None
+    done = False
+    _stop_reason = ""
+    _stop_sequence: str | None = None
+    _refused = False
+    _holds = False  # the text until the end
+    _chunks = 0
+    _searches = 0
 
     def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
-        self.writer = writer
-        self.usage: Usage | None = None
-        self.done = False
-        self._model, self._origin = model, model.origin
-        self._names = ToolNames(request)
-        self._stop_reason = ""
-        self._stop_sequence: str | None = None
-        self._refused = False
-        self._chunks = 0
+        self.writer, self._model, self._origin = writer, model, model.origin
 
     def feed(self, data: bytes) -> None:
         """Write the events for the data of one server-sent event, or for a whole answer."""
@@ -2385,28 +1989,36 @@ class Translator:
             self._read(chunk, data)
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
             raise unknown_data(f"{self._origin} sent what has no known shape:", data) from None
+        if self.writer.stopped:
+            self.end()
 
     def end(self) -> None:
-        """Write the last events; OgxError(502) where the upstream stopped without saying why."""
+        """Write the last events; OgxError(502) if the upstream stopped without saying why."""
         if self.done:
             return
-        if not self._stop_reason:
+        if not self._stop_reason and not self.writer.stopped:
             raise OgxError(502, f"{self._origin} ended the answer before it was complete")
+        stop_sequence = self.writer.stopped or self._stop_sequence
+        self._flush()
         self.done = True
-        if self.usage is None:  # not told: our estimate, and about a token a chunk
+        if self.usage is None:  # our estimate, and about a token a chunk
             self.usage = Usage(self.writer.input_tokens, self._chunks)
-        reason = "refusal" if self._refused else self._stop_reason
-        self.writer.finish(reason, self._stop_sequence, self.usage)
+        self.usage.searches = self._searches
+        reason = "stop_sequence" if stop_sequence else self._stop_reason
+        self.writer.finish("refusal" if self._refused else reason, stop_sequence, self.usage)
 
     def _read(self, chunk: Json, data: bytes) -> None:
         raise NotImplementedError
 
+    def _flush(self) -> None:
+        """Write what is held until the end."""
+
     def _reason(self, finish: Any) -> str:
-        """The stop_reason for an upstream's; an error where that tells of one, or where nobody
-        knows it and there is no answer."""
+        """The stop_reason for an upstream's; OgxError where that tells of a failure, or is unknown
+        and there is no answer."""
         words = one_line(str(finish))
-        found = (reason for stems, reason in STOP_REASONS if re.search(stems, words.lower()))
-        reason = next(found, "end_turn" if self.writer.wrote or self._holds else "")
+        reasons = (reason for stems, reason in STOP_REASONS if re.search(stems, words.lower()))
+        reason = next(reasons, "end_turn" if self.writer.wrote or self._holds else "")
         if not reason:
             raise upstream_error(Refusal(502, f"the answer broke off: {words}"), self._origin, {})
         return reason
@@ -2415,75 +2027,511 @@ class Translator:
         return upstream_error(refusal_from_body(200, data), self._origin, {})
 
 
+def usage_from_openai(usage: Json, estimate: int = 0) -> Usage:
+    """Anthropic's usage from OpenAI's, whose input includes what was cached."""
+    details = dict_or_empty(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
+    numbers = {**usage, **details}
+
+    def number(*names: str) -> int:
+        return first_number(numbers, names) or 0
+
+    read = number("cached_tokens", "prompt_cache_hit_tokens")
+    written = number("cache_write_tokens")
+    prompt = number("prompt_tokens", "input_tokens") or estimate
+    output = number("completion_tokens", "output_tokens")
+    output = max(output, number("total_tokens") - prompt)  # xAI counts reasoning apart
+    return Usage(max(0, prompt - read - written), output, read, written)
+
+
+# ======== Chat ===============================================================================
+# OpenAI's Chat Completions; a completion that wasn't streamed is one big chunk. Pure.
+
+# Names of models that take reasoning_effort; others may refuse it.
+REASONERS = re.compile(
+    r"(^|[/:_-])(o[134](-|$)|gpt-(5|6|oss)|deepseek-(r|v4|reasoner)|qwq|magistral)|"
+    r"thinking|reasoner|qwen3(?!.{0,250}(instruct|coder))", re.I)
+UNIONS = ("anyOf", "oneOf", "allOf")
+ROOT_UNIONS = (*UNIONS, "enum", "not")
+MAX_RULES = 200  # characters of a tool's description about keywords that its schema lost
+MAX_INLINED = 30_000  # characters of definitions in a tool's schema
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # OpenAI's rule; Anthropic allows 128 characters
+MEDIA_TYPES = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"),
+               "document": ("application/pdf",)}
+MAX_IMAGE = 5 * 1024 * 1024  # characters of base64, as at Anthropic
+ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_format is taken
+
+
+def chat_request(request: Json, model: Model) -> Json:
+    """The chat completion request for a checked Messages request."""
+    kind = model.provider.kind
+    mode, schema = structured_output(request, kind)
+    if mode == "tool":
+        tool = {"name": ANSWER_TOOL, "description": "Give your answer.", "input_schema": schema}
+        choice = {"type": "tool", "name": ANSWER_TOOL}
+        request = {**request, "tools": [tool], "tool_choice": choice}
+    most = request["max_tokens"]
+    streaming = {"stream": True, "stream_options": {"include_usage": True}}
+    return {
+        "model": model.upstream_id, "messages": chat_messages(request, model),
+        kind.max_tokens_field: min(most, model.max_output or most),
+        **tool_fields(request, kind),
+        **filled_in({
+            "temperature": request.get("temperature"), "top_p": request.get("top_p"),
+            "top_k": request.get("top_k") if kind.top_k else None,
+            "stop": (request.get("stop_sequences") or [])[:4],  # the most it takes
+            "prompt_cache_key": conversation_key(request) if kind.cache_key else "",
+            "reasoning_effort": reasoning_effort(request, model),
+            "response_format": {"type": "json_schema", "json_schema": answer_format(schema)}
+            if mode == "format" else None}),
+        **(streaming if request.get("stream") or 0 < kind.stream_above < most else {})}
+
+
+def filled_in(values: Json) -> Json:
+    """The fields that have a value; 0 and False are values."""
+    return {name: value for name, value in values.items() if value not in (None, "", [], {})}
+
+
+@dataclass(eq=False)
+class ToolCall:
+    id: str = ""
+    name: str = ""
+    pieces: list[str] = field(default_factory=list)  # of its arguments
+    size: int = 0  # of them, in characters
+
+    @property
+    def arguments(self) -> str:
+        return "".join(self.pieces)
+
+
+def upstream_name(name: str) -> str:
+    """A tool's name as a chat upstream takes it: a hash of the whole keeps changed names apart."""
+    if TOOL_NAME.fullmatch(name):
+        return name
+    digest = f"{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
+    return f"{re.sub('[^a-zA-Z0-9_-]', '_', name)[:55]}_{digest}"
+
+
+class ToolNames:
+    """The client's names of its tools, by what the upstream calls them."""
+
+    def __init__(self, request: Json) -> None:
+        names = [tool["name"] for tool in request.get("tools") or () if tool.get("name")]
+        self._originals: dict[str, str] = {upstream_name(name): name for name in names}
+
+    def continues(self, call: ToolCall, rest: str) -> bool:
+        """Whether a call's name goes on so: some servers send it in pieces."""
+        unfinished = not call.size and call.name not in self._originals
+        return unfinished and any(n.startswith(call.name + rest) for n in self._originals)
+
+    def back(self, name: str) -> str:
+        """The client's name, without what chat templates leave around it (`functions.Bash`,
+        `Bash<|channel|>commentary`, `<tool_call>Bash`)."""
+        if name in self._originals:
+            return self._originals[name]
+        words = re.findall(r"[\w.-]+", re.sub(r"<[^<>]*>", " ", name))
+        parts = (part for word in words for part in (word, word.split(".")[-1]))
+        originals = (self._originals[part] for part in parts if part in self._originals)
+        return next(originals, "".join(words[:1]) if "<" in name else name)
+
+
+def chat_messages(request: Json, model: Model) -> list[Json]:
+    """The system prompt and the history as messages that strict providers accept. The user's in a
+    row become one or, where none may follow a tool's, are added to that."""
+    kind = model.provider.kind
+    mode, schema = structured_output(request, kind)
+    note = "Your last answer must be JSON alone, valid against this JSON schema: "
+    note = note + json.dumps(schema) if mode == "words" else ""
+    system = paragraphs([system_text(request), unserved_tools_note(request, kind), note])
+    messages: list[Json] = [{"role": "system", "content": system}] if system else []
+    turns = turns_from_messages(request["messages"], kind.system_anywhere)
+    history = (m for turn in turns for m in turn_messages(turn, model)
+               if m["content"] or m.get("tool_calls"))
+    for role, group in itertools.groupby(history, key=operator.itemgetter("role")):
+        if role != "user":
+            messages += group
+            continue
+        content: Any = [part for message in group for part in message["content"]]
+        if all(part["type"] == "text" for part in content):  # not every server takes a list
+            content = "\n\n".join(part["text"] for part in content)
+        if messages and messages[-1]["role"] == "tool" and not kind.user_after_tool:
+            if isinstance(content, str):
+                messages[-1]["content"] += f"\n\n{content}"
+                continue
+            messages.append({"role": "assistant", "content": "Noted."})  # the results, that is
+        messages.append({"role": "user", "content": content})
+    return messages
+
+
+def paragraphs(texts: Iterable[str]) -> str:
+    return "\n\n".join(filter(None, texts))
+
+
+def turn_messages(turn: Turn, model: Model) -> Iterator[Json]:
+    """A turn as messages; a user's content is a list of parts."""
+    kind = model.provider.kind
+    if turn.role == "assistant":
+        yield assistant_message(turn.blocks, model)
+    elif turn.role == "results":
+        yield from tool_messages(turn.blocks, kind)
+    elif turn.role == "system":
+        yield {"role": "system", "content": paragraphs(map(block_text, turn.blocks))}
+    else:
+        parts = [attachment_part(b, kind) or text_part(block_text(b)) for b in turn.blocks]
+        yield {"role": "user", "content": parts}
+
+
+def sent_tools(request: Json, kind: ProviderKind) -> list[Json]:
+    tools = [tool for tool in request.get("tools") or () if is_client_tool(tool)]
+    return tools[: kind.max_tools or None]
+
+
+def tool_names(tools: Iterable[Json]) -> str:
+    return ", ".join(tool.get("name") or str(tool.get("type")) for tool in tools)
+
+
+def unserved_tools_note(request: Json, kind: ProviderKind, served: tuple[str, ...] = ()) -> str:
+    """Words for the model about tools that are too many or run at Anthropic alone, as web search;
+    types that begin with `served` run at the upstream too."""
+    sent = {PLACEHOLDER, *(tool["name"] for tool in sent_tools(request, kind))}
+    names = tool_names(tool for tool in request.get("tools") or ()
+                       if tool.get("name") not in sent
+                       and not str(tool.get("type")).startswith(served))
+    return names and f"These tools are not available through this gateway: {names}. " \
+                     "If one of them is needed, tell the user so plainly."
+
+
+def search_notice(request: Json) -> str:
+    """Words for the user where all tools run at Anthropic: Claude Code's WebSearch would look like
+    one without results."""
+    tools = request.get("tools") or ()
+    if not tools or any(map(is_client_tool, tools)):
+        return ""
+    return f"[{tool_names(tools)} is not available with this model; what follows is from its own " \
+           "memory.]\n\n"
+
+
+def assistant_message(blocks: Sequence[Json], model: Model) -> Json:
+    """An assistant turn: texts, tool calls, and the reasoning that the upstream wants back."""
+    kind = model.provider.kind
+    extra = dict(kind.tool_call_extra)
+    calls: list[Json] = []
+    details: list[Json] = []
+    for block in blocks:
+        if block["type"] == "tool_use":
+            arguments = json.dumps(block["input"], ensure_ascii=False)
+            function = {"name": upstream_name(block["name"]), "arguments": arguments}
+            calls.append({"id": tool_call_id(block["id"], kind), "type": "function",
+                          "function": function, **extra})
+            extra = {}  # of parallel calls the first is signed
+        elif kind.own_reasoning and block["type"] != "text":
+            state = decode_signature(block, "chat", model.listed_id)
+            extra = filled_in({"extra_content": state.get("extra_content")}) or extra
+            details += as_list(state.get("reasoning_details"))
+    text = paragraphs(block_text(b) for b in blocks if b["type"] != "tool_use")
+    thoughts = "\n".join(b["thinking"] for b in blocks if b["type"] == "thinking")
+    return {"role": "assistant", "content": text or None if calls else text,
+            **filled_in({"reasoning_details": details, "tool_calls": calls}),
+            **({kind.reasoning_echo: thoughts or " "} if kind.reasoning_echo else {})}
+
+
+def tool_messages(results: Sequence[Json], kind: ProviderKind) -> Iterator[Json]:
+    """A message per result, then a user's with their images and files, which those can't hold."""
+    attachments: list[Json] = []
+    for result in results:
+        texts = [TOOL_ERROR] if result.get("is_error") else []
+        for block in blocks_of(result.get("content")):
+            part = attachment_part(block, kind)
+            if part is None:
+                texts.append(block_text(block))
+                continue
+            label = f"[{block['type']} {len(attachments) // 2 + 1} from tool call " \
+                    f"{result['tool_use_id']}]"
+            texts.append(f"{label} follows in the next user message.")
+            attachments += [text_part(f"{label}:"), part]
+        yield {"role": "tool", "tool_call_id": tool_call_id(result["tool_use_id"], kind),
+               "content": "\n".join(texts) or "(no output)"}
+    if attachments:
+        yield {"role": "user", "content": attachments}
+
+
+def tool_call_id(call_id: str, kind: ProviderKind) -> str:
+    """A call's id, or in its place one that the upstream takes."""
+    if not kind.tool_ids or re.fullmatch(kind.tool_ids, call_id):
+        return call_id
+    digest = hex_digest(call_id)
+    return digest if re.fullmatch(kind.tool_ids, digest) else digest[:9]
+
+
+def hex_digest(text: str) -> str:
+    return uuid.uuid5(uuid.NAMESPACE_OID, ascii(text)).hex
+
+
+def attachment_part(block: Json, kind: ProviderKind) -> Json | None:
+    """An image or a PDF as a part of a message; None for what must become text."""
+    source = block.get("source") or {}
+    if block["type"] == "image" and source["type"] in ("base64", "url") and kind.images:
+        return {"type": "image_url", "image_url": {"url": data_url(block)}}
+    if block["type"] == "document" and source["type"] == "base64" and kind.files:
+        name = str(block.get("title") or "document")
+        if not name.lower().endswith(".pdf"):  # OpenAI tells a file's type by its name
+            name += ".pdf"
+        return {"type": "file", "file": {"filename": name, "file_data": data_url(block)}}
+    return None
+
+
+def data_url(block: Json) -> str:
+    """The URL of a source, a data: URL for base64. OgxError(400) has Anthropic's words, from which
+    Claude Code knows that it must leave an image out."""
+    source, place = block["source"], f"{block['type']}.source.base64"
+    if source["type"] == "url":
+        return str(source["url"])
+    size, allowed = len(source["data"]), MEDIA_TYPES[block["type"]]
+    if source["media_type"] not in allowed:
+        raise OgxError(400, f"{place}.media_type: expected one of {', '.join(allowed)}")
+    if block["type"] == "image" and size > MAX_IMAGE:
+        excess = f"{size} bytes > {MAX_IMAGE} bytes"
+        raise OgxError(400, f"{place}: image exceeds 5 MB maximum: {excess}")
+    return f"data:{source['media_type']};base64,{source['data']}"
+
+
+def tool_fields(request: Json, kind: ProviderKind) -> Json:
+    """`tools`, `tool_choice` and `parallel_tool_calls`; none of them without a tool."""
+    tools = [chat_tool(tool, kind) for tool in sent_tools(request, kind)]
+    if not tools:
+        return {}
+    body: Json = {"tools": tools}
+    choice = request.get("tool_choice") or {}
+    if choice.get("type") == "tool":
+        name = upstream_name(choice["name"])
+        named = [tool for tool in tools if tool["function"]["name"] == name]
+        if named and kind.named_tool_choice:
+            body["tool_choice"] = {"type": "function", "function": {"name": name}}
+        elif named:
+            body = {"tools": named, "tool_choice": "required"}
+    elif choice:
+        body["tool_choice"] = "required" if choice["type"] == "any" else choice["type"]
+    if choice.get("disable_parallel_tool_use"):
+        body["parallel_tool_calls"] = False
+    return body
+
+
+def chat_tool(tool: Json, kind: ProviderKind) -> Json:
+    """A tool as a function, whose schema is an object with properties."""
+    tool = plainer_tool(tool, kind)
+    schema = {**tool["input_schema"], "type": "object"}
+    schema["properties"] = schema.get("properties") or {}
+    schema.pop("$schema", None)
+    described = {"description": tool["description"]} if tool.get("description") else {}
+    function = {"name": upstream_name(tool["name"]), **described, "parameters": schema}
+    return {"type": "function", "function": function}
+
+
+def plainer_tool(tool: Json, kind: ProviderKind) -> Json:
+    """A tool with a schema that the upstream takes; its description tells the constraints that the
+    schema lost, if they are short."""
+    schema, refused = tool.get("input_schema") or {}, kind.refused_keywords
+    plain = "$ref" in refused or not kind.root_unions
+    unions = {k: schema[k] for k in ROOT_UNIONS if plain and k in schema}
+    if unions or "$ref" in refused:
+        schema = plain_schema(schema)
+    lost: list[Any] = []
+    schema = without_keywords(schema, refused, lost) if refused else schema
+    note = ""
+    for path, name, value in lost:
+        rule = f"\n{path} has {name} {json.dumps(value)}"
+        if name not in ("$schema", "title", "additionalProperties"):
+            note += rule if len(note + rule) <= MAX_RULES else ""
+    if unions:
+        note += f"\n\nThe input must be valid against this JSON schema, too: {json.dumps(unions)}"
+    description, most = tool.get("description") or "", kind.max_description or 1 << 30
+    description = (description[: max(0, most - len(note))] + note)[:most]
+    return {**tool, "input_schema": schema, **({"description": description} if description else {})}
+
+
+def plain_schema(root: Json) -> Json:
+    """A schema with one type in each node, items in each array, no union at the root (it allows
+    what any branch does), and what each `$ref` stands for in its place, while there is room."""
+    room = MAX_INLINED
+
+    def resolved(ref: Any, within: tuple[Any, ...]) -> Json:
+        nonlocal room
+        target: Any = root if ref not in within and room > 0 else {}
+        for name in str(ref).split("/")[1:]:
+            target = dict_or_empty(target).get(name)
+        room -= len(str(target))
+        return dict_or_empty(target) or {"type": "object"}
+
+    def plain(node: Any, within: tuple[Any, ...] = (), at_root: bool = False) -> Json:
+        node = {k: v for k, v in dict_or_empty(node).items() if k not in ("$defs", "definitions")}
+        ref = node.pop("$ref", None)
+        if ref is not None:
+            return plain({**resolved(ref, within), **node}, (*within, ref), at_root)
+        types = [name for name in as_list(node.pop("type", None)) if name != "null"]
+        typed = {"type": types[0]} if types else {}
+        options = [dict_or_empty(option) for k in UNIONS for option in as_list(node.pop(k, None))]
+        branches = [plain({**typed, **o}, within) for o in options if o.get("type") != "null"]
+        own = {k: plain(v, within) for k, v in dict_or_empty(node.pop("properties", None)).items()}
+        if types[:1] == ["array"]:
+            node["items"] = [*as_list(node.get("items")), {}][0] or {"type": "string"}
+        node = {k: plain(v, within) if isinstance(v, dict) and k not in VALUES else v
+                for k, v in node.items()}
+        if own or at_root:
+            gone = ROOT_UNIONS + ("additionalProperties",) * bool(branches)
+            node = {k: v for k, v in node.items() if k not in gone}
+            objects = [own, *(branch.get("properties", {}) for branch in branches)]
+            return {**node, "type": "object", "properties": united_properties(objects)}
+        if len(branches) > 1:
+            return {**node, "anyOf": branches}
+        return {**branches[0], **node} if branches else {**node, **typed}
+
+    return plain(root, at_root=True)
+
+
+def united_properties(objects: Iterable[Json]) -> Json:
+    """All properties of some objects; one that differs may be as in any of them."""
+    schemas: dict[str, list[Any]] = collections.defaultdict(list)
+    for properties in objects:
+        for name, schema in properties.items():
+            if schemas[name][-1:] != [schema]:
+                schemas[name].append(schema)
+    return {name: {"anyOf": any_of} if any_of[1:] else any_of[0]
+            for name, any_of in schemas.items()}
+
+
+def conversation_key(request: Json) -> str:
+    """At most 64 characters that tell conversations apart, for the prompt cache: the session that
+    Claude Code writes as JSON into metadata.user_id, or a digest of that."""
+    user_id = str((request.get("metadata") or {}).get("user_id") or "")
+    session = dict_or_empty(json_or_none(user_id)).get("session_id")
+    if isinstance(session, str) and 0 < len(session) <= 64 and session.isascii():
+        return session
+    return hex_digest(user_id) if user_id else ""
+
+
+def reasoning_effort(request: Json, model: Model, default: str = "") -> str:
+    """OpenAI's effort: "none" for disabled thinking, else the last effort in an `output_config`,
+    else by the thinking budget, else the default; "" for a model that takes none."""
+    thinking = request.get("thinking") or {}
+    if not REASONERS.search(model.upstream_id[:MAX_ID]):
+        return ""
+    if thinking.get("type") == "disabled":
+        return "none"
+    configs = [m.get("output_config") or {} for m in (request, *request["messages"])]
+    efforts = [c["effort"] for c in configs if c.get("effort") in EFFORTS]
+    budget = thinking.get("budget_tokens")
+    if efforts or thinking.get("type") != "enabled" or not isinstance(budget, int):
+        return efforts[-1] if efforts else default
+    return "low" if budget <= 2048 else "medium" if budget <= 8192 else "high"
+
+
+def structured_output(request: Json, kind: ProviderKind) -> tuple[str, Json]:
+    """How structured output is asked for, and its schema: by response "format", by a "tool" that
+    must be called, or in "words"; "" for none."""
+    schema: Json | None = ((request.get("output_config") or {}).get("format") or {}).get("schema")
+    if schema is None:
+        return "", {}
+    has_tools = any(map(is_client_tool, request.get("tools") or ()))
+    if kind.answer_by == "format" and (kind.format_with_tools or not has_tools):
+        return "format", schema
+    fits_tool = not has_tools and schema.get("type") in (None, "object")
+    return ("tool" if fits_tool and kind.answer_by == "tool" else "words"), schema
+
+
+def extracted_json(text: str, schema: Json) -> str:
+    """The JSON in a model's words that fits the top of a schema; "" if there is none."""
+    expected = {"object": dict, "array": list}.get(str(schema.get("type")), object)
+    required = schema.get("required")
+    start = min((at for at in map(text.find, "[{") if at >= 0), default=0)
+    for part in (text.strip(), text[start : max(map(text.rfind, "]}")) + 1]):
+        value: Any = json_or_none(part)
+        names = as_list(required) if isinstance(value, dict) else ()
+        fits = value is not None and isinstance(value, expected)
+        if fits and all(str(name) in value for name in names):
+            return part
+    return ""
+
+
+def answer_format(schema: Json) -> Json:
+    return {"name": "answer", "schema": schema, "strict": is_strict(schema)}
+
+
+def is_strict(schema: Any) -> bool:
+    """Whether every object closes its properties and requires all of them (OpenAI's rule)."""
+    if isinstance(schema, list):
+        return all(map(is_strict, schema))
+    if not isinstance(schema, dict):
+        return True
+    properties = dict_or_empty(schema.get("properties"))
+    if properties or schema.get("type") == "object":
+        required = as_list(schema.get("required"))
+        if schema.get("additionalProperties") is not False or any(
+                name not in required for name in properties):
+            return False
+    return all(map(is_strict, schema.values()))
+
+
 class ChatTranslator(Translator):
-    """Chunks of one completion to the events of one message."""
+    _last_call: ToolCall | None = None
+    _answer: ToolCall | None = None  # of ANSWER_TOOL
 
     def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
         super().__init__(writer, request, model)
+        self._names = ToolNames(request)
         self._stops = request.get("stop_sequences") or ()
-        self._calls: list[ToolCall] = []
-        self._by_id: dict[str, ToolCall] = {}
-        self._by_index: dict[Any, ToolCall] = {}  # the last of each
-        self._thoughts = ThoughtSplitter()
+        self._calls: dict[Any, ToolCall] = {}  # by id, and the last one of each index
+        self._tags = ThinkTagParser()
         self._details: dict[Any, Json] = {}  # reasoning that goes back as it came
         self._notice = search_notice(request)
-        way, self._schema = answer_way(request, model.provider.kind)
-        self._holds = way in ("tool", "words")  # the text, since what isn't JSON is no part of it
+        mode, self._schema = structured_output(request, model.provider.kind)
+        self._holds = mode in ("tool", "words")  # since what isn't JSON is no part of the answer
         self._held: list[str] = []
         self._text = self._held.append if self._holds else writer.text
-        self._usual = UsualChunk()
-        self._learns = bool(request.get("stream")) and not self._stops
+        self._template = ChunkTemplate(bool(request.get("stream")) and not self._stops)
 
     def feed(self, data: bytes) -> None:
-        text = self._usual.text_in(data)
-        if text and not self._details and self.writer.goes_on(self._usual.kind, text):
+        text, block_type = self._template.text_in(data), self._template.block_type
+        if text and not self._details and self.writer.append_escaped_delta(block_type, text):
             self._chunks += 1
             return
         count = len(self.writer.events)
         super().feed(data)
-        if self._learns and not self._details and len(self.writer.events) == count + 1:
-            self._learns = self._usual.learn(data, self.writer.events[-1], self._thoughts.kind)
+        if self._template.learns and not self._details and len(self.writer.events) == count + 1:
+            self._template.learn(data, self.writer.events[-1], self._tags.block_type)
 
     def _read(self, chunk: Json, data: bytes) -> None:
         choices = chunk.get("choices") or ()
         if is_failure(chunk) or any(choice.get("error") for choice in choices):
             raise self._error(data)
-        for teller in (*choices, dict_or_empty(chunk.get("x_groq")), chunk):
-            if isinstance(teller.get("usage"), dict):
-                self.usage = usage_from_chat(teller["usage"])
+        for holder in (*choices, dict_or_empty(chunk.get("x_groq")), chunk):
+            if isinstance(holder.get("usage"), dict):
+                self.usage = usage_from_openai(holder["usage"])
         for choice in choices:
             self._read_choice(choice)
-        if self.writer.stopped:
-            self._stop_reason, self._stop_sequence = "stop_sequence", self.writer.stopped
-            self.end()
 
-    def end(self) -> None:
-        if self._stop_reason and not self.done:
-            self._write(self._thoughts.end())
-            self._sign()
-            if self._stop_sequence is not None:
-                self._stop_reason = "stop_sequence"
-            if self._holds:
-                self._write_answer()
-        super().end()
+    def _flush(self) -> None:
+        self._write(self._tags.end())
+        self._sign()
+        if self._holds:
+            self._write_answer()
 
     def _write_answer(self) -> None:
-        """The JSON in the model's answer, and nothing else. An answer that is complete and has none
-        of the right shape is an error: the client could not tell it from one that has."""
-        calls = ("".join(call.pieces) for call in self._calls if call.name == ANSWER_TOOL)
-        text = next(calls, "".join(self._held))
-        found = json_answer(text, self._schema)
-        complete = self._stop_reason == "end_turn" and not self._refused
-        if complete and not found and not self.writer.tools:
+        """Write only the JSON in the model's answer; OgxError(502) for a complete answer without
+        any of the right shape."""
+        text = self._answer.arguments if self._answer else "".join(self._held)
+        answer = extracted_json(text, self._schema)
+        complete = self._stop_reason == "end_turn" and not self._stop_sequence
+        if complete and not answer and not self._refused and not self.writer.tools:
             words = "answered with no JSON of the shape that was asked for"
             raise OgxError(502, f"{self._origin} {words}", quote=f" but: {one_line(text)}")
-        self.writer.text(found or text)
+        self.writer.text(answer or text)
 
     def _sign(self) -> None:
         if self._details:
-            kept = {"reasoning_details": list(self._details.values())}
-            self.writer.signature(signature_of("chat", self._model.served, kept))
+            self._write_state({"reasoning_details": list(self._details.values())})
             self._details = {}
+
+    def _write_state(self, state: Json) -> None:
+        self.writer.signature(encode_signature("chat", self._model.listed_id, state))
 
     def _read_choice(self, choice: Json) -> None:
         self.writer.text(self._notice)
@@ -2494,9 +2542,8 @@ class ChatTranslator(Translator):
             self.writer.thinking(reasoning)
         if delta.get("reasoning_details"):
             self._read_details(delta["reasoning_details"], bool(reasoning))
-        content = delta.get("content")
-        if content:
-            self._read_content(content)
+        if delta.get("content"):
+            self._read_content(delta["content"])
         if delta.get("refusal"):
             self._refused = True
             self.writer.text(delta["refusal"])
@@ -2509,20 +2556,21 @@ class ChatTranslator(Translator):
             self._stop_sequence = choice["stop_reason"]
 
     def _read_details(self, details: Sequence[Json], shown: bool) -> None:
-        """OpenRouter's reasoning, which goes back whole: pieces of one index are joined."""
+        """Take in OpenRouter's reasoning, which goes back with the pieces of an index joined."""
         for detail in details:
             self.writer.thinking("" if shown else detail.get("text") or detail.get("summary") or "")
             key = (detail.get("index", len(self._details)), detail.get("type"))
             whole = self._details.setdefault(key, {})
-            for name in (name for name in detail if detail[name] is not None):
-                joined = name in ("text", "summary")
-                whole[name] = whole.get(name, "") + detail[name] if joined else detail[name]
+            for name, value in detail.items():
+                if value is not None:
+                    is_piece = name in ("text", "summary")
+                    whole[name] = whole.get(name, "") + value if is_piece else value
 
     def _read_content(self, content: Any) -> None:
-        """Text, or Mistral's list of parts, whose thinking parts hold texts of their own."""
+        """Take in text, or Mistral's list of parts, where thinking is a list of texts."""
         self._sign()
         if isinstance(content, str):
-            self._write(self._thoughts.feed(content))
+            self._write(self._tags.feed(content))
             return
         for part in content if isinstance(content, list) else ():
             if part.get("type") == "thinking":
@@ -2532,15 +2580,15 @@ class ChatTranslator(Translator):
                 self._text(part["text"])
 
     def _write(self, pieces: Iterable[tuple[str, str]]) -> None:
-        for kind, text in pieces:
-            (self.writer.thinking if kind == "thinking" else self._text)(text)
+        for block_type, text in pieces:
+            (self.writer.thinking if block_type == "thinking" else self._text)(text)
 
     def _read_call(self, fragment: Json) -> None:
         self._sign()
-        self._write((kind, text) for kind, text in self._thoughts.end() if text.strip())
+        self._write(piece for piece in self._tags.end() if piece[1].strip())
         function = fragment.get("function") or {}
-        call_id, name = str(fragment.get("id") or ""), function.get("name") or ""
-        name = self._names.back(name) if name else ""
+        call_id = str(fragment.get("id") or "")
+        name = self._names.back(function.get("name") or "")
         arguments = function.get("arguments") or ""
         if isinstance(arguments, dict):  # some servers send the object itself
             arguments = json.dumps(arguments)
@@ -2548,156 +2596,134 @@ class ChatTranslator(Translator):
         if self._names.continues(call, name):
             call.name = self._names.back(call.name + name)
         call.id, call.name = call.id or call_id, call.name or name
-        self._by_id.setdefault(call.id, call)
-        if arguments and "".join(call.pieces[:2]) == "{}":  # which was no part of them
+        if call_id:
+            self._calls[call_id] = call
+        if arguments and call.size == 2 and call.arguments == "{}":  # in place of those to come
             call.pieces, call.size = [], 0
-        if 0 < call.size <= len(arguments) and arguments.startswith("".join(call.pieces)):
-            arguments = arguments[call.size :]  # all of them so far, once more
+        if 0 < call.size <= len(arguments) and arguments.startswith(call.arguments):
+            arguments = arguments[call.size :]  # they came from the beginning again
         if fragment.get("extra_content") and not call.size:  # Gemini's signature
-            kept = {"extra_content": fragment["extra_content"]}
-            self.writer.signature(signature_of("chat", self._model.served, kept))
+            self._write_state({"extra_content": fragment["extra_content"]})
         call.pieces.append(arguments)
         call.size += len(arguments)
+        if self._holds and call.name == ANSWER_TOOL:
+            self._answer = self._answer or call
+            return
         held = arguments == "{}" and call.size == 2
         name = "" if self._names.continues(call, "") else call.name
-        if not self._holds or call.name != ANSWER_TOOL:
-            self.writer.tool(id(call), call.id, name, "" if held else arguments)
+        self.writer.tool(call, call.id, name, "" if held else arguments)
 
     def _call_of(self, index: Any, call_id: str, name: str) -> ToolCall:
-        """The call a fragment belongs to, or a new one.
-        Servers leave out the index, the id or both, number every call 0, or repeat id and name
-        with each fragment. A new id begins a call; without ids, so does a new name, or the same
-        name when the call's arguments are whole."""
-        if call_id and call_id in self._by_id:
-            return self._by_id[call_id]
-        found = self._by_index.get(index)
-        if index is None and self._calls:
-            found = self._calls[-1]
-        fresh = bool(found and found.id and call_id)
-        if found and name and found.name and not call_id:
-            fresh = index is None or found.name != name or is_json("".join(found.pieces))
-            fresh = fresh and not self._names.continues(found, name)
-        if found is None or fresh:
-            found = self._by_index[index] = ToolCall()
-            self._calls.append(found)
-        return found
+        """The call that a fragment belongs to, or a new one. Servers leave out the index, the id
+        or both, number every call 0, or repeat id and name with each fragment. A new id begins a
+        call; without ids so does a new name, or the same when the call's arguments are whole."""
+        if call_id in self._calls:
+            return self._calls[call_id]
+        call = self._last_call if index is None else self._calls.get(index)
+        is_new = call is None or bool(call.id and call_id)
+        if call and call.name and name and not call_id:
+            is_new = index is None or call.name != name or is_json(call.arguments)
+            is_new = is_new and not self._names.continues(call, name)
+        if call is None or is_new:
+            call = self._last_call = self._calls[index] = ToolCall()
+        return call
 
 
-class UsualChunk:
-    """What the chunks of a stream have in common when they bring nothing but text. One that has
-    the same bytes around its text comes to the same event and needn't be parsed, which would be
-    two thirds of the work. OpenAI's `obfuscation`, noise of any length, may differ."""
+class ChunkTemplate:
+    """What a stream's chunks have before and after their text. One that differs in nothing else
+    needn't be parsed, which would be two thirds of the work. `obfuscation`, OpenAI's noise of any
+    length, may differ too."""
 
     PLAIN = re.compile(  # text escaped just as we would
         rb'"(?:[^"\\\x00-\x1f\x7f-\xff]|\\["\\bfnrt]|\\u(?!00[0-7])[0-9a-f]{4})+"')
     NOISE = re.compile(rb'"obfuscation": ?"[A-Za-z0-9]*"')
 
-    def __init__(self) -> None:
-        self.kind = ""  # of the block that the text belongs to
-        self._before = b"\0"  # with which no chunk begins
-        self._after = self._quiet = b""  # what follows the text; the same without noise
-        self._in_vain = 0  # chunks learned from since one was recognised
+    block_type = ""  # of the block that the text belongs to
+    _prefix = b"\0"  # with which no chunk begins
+    _suffix = _quiet_suffix = b""  # the second without noise
+    _misses = 0  # chunks learned from since one was recognised
+
+    def __init__(self, learns: bool) -> None:
+        self.learns = learns  # while it is of use
 
     def text_in(self, chunk: bytes) -> str | None:
-        """The text, in JSON's quotes; None where the chunk is another, and must be parsed."""
-        if not chunk.startswith(self._before) or len(chunk) > MAX_HEAD:
+        """The text in JSON's quotes; None for a chunk that must be parsed."""
+        if not chunk.startswith(self._prefix) or len(chunk) > MAX_HEAD:
             return None
-        match = self.PLAIN.match(chunk, len(self._before))
+        match = self.PLAIN.match(chunk, len(self._prefix))
         if match is None:
             return None
-        after = chunk[match.end() :]
-        if after != self._after and self.NOISE.sub(b"", after) != self._quiet:
+        suffix = chunk[match.end() :]
+        if suffix != self._suffix and self.NOISE.sub(b"", suffix) != self._quiet_suffix:
             return None
-        self._in_vain = 0
+        self._misses = 0
         return match.group().decode("ascii")
 
-    def learn(self, chunk: bytes, event: Json | bytes, thoughts: str) -> bool:
-        """Take in a chunk and the one event it came to; False once that is of no use. `thoughts`
-        is what the text was found to be: its thinking may end in any chunk."""
+    def learn(self, chunk: bytes, event: Json | bytes, tagged: str) -> None:
+        """Learn from a chunk and its one event. `tagged` is what ThinkTagParser took the text for:
+        thinking may end in any chunk."""
         delta = {} if isinstance(event, bytes) else event.get("delta") or {}
-        kind = DELTA_FIELDS.get(delta.get("type", ""), "")
-        if kind in ("text", "thinking") and thoughts != "thinking":
-            text = json.encoder.encode_basestring_ascii(delta[kind]).encode("ascii")
-            before, found, after = chunk.partition(text)
-            if found and text not in after and self.PLAIN.fullmatch(text):
-                self.kind, self._before, self._after = kind, before, after
-                self._quiet = self.NOISE.sub(b"", after)
-        self._in_vain += 1
-        return self._in_vain < 10
+        block_type = DELTA_FIELDS.get(delta.get("type", ""), "")
+        if block_type in ("text", "thinking") and tagged != "thinking":
+            text = json.encoder.encode_basestring_ascii(delta[block_type]).encode("ascii")
+            prefix, found, suffix = chunk.partition(text)
+            if found and text not in suffix and self.PLAIN.fullmatch(text):
+                self.block_type, self._prefix, self._suffix = block_type, prefix, suffix
+                self._quiet_suffix = self.NOISE.sub(b"", suffix)
+        self._misses += 1
+        self.learns = self._misses < 10
 
 
-class ThoughtSplitter:
-    """Tells the thinking that some servers leave in the text, at its beginning and between <think>
-    and </think>, from the text. What may yet become a mark is held."""
+class ThinkTagParser:
+    """Tells text from the thinking that some servers leave at its beginning, between <think> and
+    </think>. A partial tag is buffered."""
 
-    MARKS = ("<think>", "<thinking>", "<thought>")
+    TAGS = ("<think>", "<thinking>", "<thought>")
+
+    block_type = ""  # "thinking" or "text", once it is known
+    _begun = False  # the first words after a tag, or without one, came
+    _end_tag = ""
 
     def __init__(self) -> None:
-        self.kind = ""  # "thinking" or "text", once it is known
-        self._held = self._closing = ""
-        self._spaces: list[str] = []  # behind what is held, while the kind isn't known
-        self._after_mark = False  # white space there is the mark's
+        self._buffer: list[str] = []
 
     def feed(self, text: str) -> list[tuple[str, str]]:
-        """("thinking" or "text", words) pairs."""
-        pieces = []
-        if not self.kind and not text.strip():  # joined once, with the words behind them
-            self._spaces.append(text)
+        """Pairs of a block type and words."""
+        self._buffer.append(text)
+        if not self._begun and not text.strip():  # it is joined once, with the words behind it
             return []
-        text = text.lstrip() if self._after_mark else text
-        self._held = "".join((self._held, *self._spaces, text))
-        self._spaces.clear()
-        self._after_mark = self._after_mark and not self._held
-        if not self.kind:
-            begun = self._held.lstrip()
-            if begun.startswith(self.MARKS):
-                opening = next(mark for mark in self.MARKS if begun.startswith(mark))
-                self.kind, self._closing = "thinking", f"</{opening[1:]}"
-                self._held = begun[len(opening) :].lstrip()
-                self._after_mark = not self._held
-            elif begun[:1] not in ("", "<") or not any(m.startswith(begun) for m in self.MARKS):
-                self.kind = "text"
-        if self.kind == "thinking":
-            thought, closing, rest = self._held.partition(self._closing)
-            if closing:
-                self.kind, self._held = "text", rest.lstrip()
-                self._after_mark = not self._held
-            else:
-                lengths = range(len(self._closing) - 1, 0, -1)
-                kept = next((n for n in lengths if thought.endswith(self._closing[:n])), 0)
-                self._held = thought[len(thought) - kept :]
-                thought = thought[: len(thought) - kept]
-            pieces.append(("thinking", thought))
-        return pieces + self.end() if self.kind == "text" else pieces
+        words = "".join(self._buffer)
+        self._buffer = []
+        if not self.block_type:
+            start = words.lstrip()
+            tag = next((tag for tag in self.TAGS if start.startswith(tag)), "")
+            if tag:
+                self.block_type, self._end_tag = "thinking", f"</{tag[1:]}"
+                return self.feed(start[len(tag) :])
+            if any(tag.startswith(start) for tag in self.TAGS):
+                self._buffer = [words]
+                return []
+            self.block_type = "text"
+        elif not self._begun:  # white space after a tag is the tag's
+            words = words.lstrip()
+        self._begun = True
+        return [("text", words)] if self.block_type == "text" else self._thinking(words)
+
+    def _thinking(self, words: str) -> list[tuple[str, str]]:
+        thought, end_tag, rest = words.partition(self._end_tag)
+        if end_tag:
+            self.block_type, self._begun = "text", False
+            return [("thinking", thought), *self.feed(rest)]
+        sizes = range(len(self._end_tag) - 1, 0, -1)
+        partial = next((n for n in sizes if thought.endswith(self._end_tag[:n])), 0)
+        self._buffer = [thought[len(thought) - partial :]]
+        return [("thinking", thought[: len(thought) - partial])]
 
     def end(self) -> list[tuple[str, str]]:
-        """What was held."""
-        held, self._held = "".join((self._held, *self._spaces)), ""
-        self._spaces.clear()
-        return [(self.kind or "text", held)]
-
-
-@dataclass
-class ToolCall:
-    id: str = ""
-    name: str = ""
-    pieces: list[str] = field(default_factory=list)  # of its arguments
-    size: int = 0  # of them, in characters
-
-
-def usage_from_chat(usage: Json, estimate: int = 0) -> Usage:
-    """Anthropic's usage from that of OpenAI's APIs, whose input includes what the cache held."""
-    details = dict_or_empty(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
-    numbers = {**usage, **details}
-
-    def told(*names: str) -> int:
-        return first_number(numbers, names) or 0
-
-    read, written = told("cached_tokens", "prompt_cache_hit_tokens"), told("cache_write_tokens")
-    prompt = told("prompt_tokens", "input_tokens") or estimate
-    output = told("completion_tokens", "output_tokens")
-    output = max(output, told("total_tokens") - prompt)  # xAI counts reasoning apart
-    return Usage(max(0, prompt - read - written), output, read, written)
+        """What is buffered, but for white space after a tag."""
+        words = "".join(self._buffer) if self._begun or not self.block_type else ""
+        self._buffer = []
+        return [(self.block_type or "text", words)]
 
 
 # ======== Messages ===========================================================================
@@ -2716,46 +2742,39 @@ USAGE_FIELDS = ("input_tokens", "output_tokens", "cache_read_input_tokens",
                 "cache_creation_input_tokens")
 
 
-def lost_natively(request: Json, kind: ProviderKind) -> set[str]:
-    """What in a request a server of this kind would refuse, or lose in silence: such a request is
-    translated instead. The names are those of ProviderKind.native_gaps."""
+def unsupported_features(request: Json, kind: ProviderKind) -> set[str]:
+    """What of ProviderKind.native_gaps a request has, which is translated then."""
     gaps = {*kind.native_gaps, *(["image"] if not kind.images else [])}
     if not gaps:
         return set()
-    used: set[str] = set()
-    if (request.get("output_config") or {}).get("format"):
-        used.add("output_format")
-    if (request.get("tool_choice") or {"type": "auto"}) != {"type": "auto"}:
-        used.add("tool_choice")
-    tools = request.get("tools") or ()
-    if not all(is_client_tool(t) or t.get("name") == PLACEHOLDER for t in tools):
-        used.add("server_tool")
-    for message in request["messages"]:
-        blocks = blocks_of(message["content"])
-        results = (block for block in blocks if block["type"] == "tool_result")
-        for block in [*blocks, *(inner for r in results for inner in blocks_of(r.get("content")))]:
-            used.add(block["type"] if block["type"] in CORE_BLOCKS else "server_tool")
-            if block["type"] == "image" and block["source"]["type"] != "base64":
-                used.add("url_image")
-            if block.get("is_error"):
-                used.add("is_error")
-    return used & gaps
+    blocks = [block for m in request["messages"] for block in blocks_of(m["content"])]
+    blocks += [inner for block in blocks if block["type"] == "tool_result"
+               for inner in blocks_of(block.get("content"))]
+    tools, choice = request.get("tools") or (), request.get("tool_choice")
+    features = {
+        "output_format": (request.get("output_config") or {}).get("format"),
+        "tool_choice": choice and choice != {"type": "auto"},
+        "server_tool": not all(is_client_tool(t) or t.get("name") == PLACEHOLDER for t in tools),
+        "url_image": any(b["type"] == "image" and b["source"]["type"] != "base64" for b in blocks),
+        "is_error": any(block.get("is_error") for block in blocks)}
+    used = {b["type"] if b["type"] in CORE_BLOCKS else "server_tool" for b in blocks}
+    return gaps & {*used, *(name for name, is_used in features.items() if is_used)}
 
 
 def messages_request(request: Json, model: Model) -> Json:
-    """The request as it goes to an upstream that speaks Messages: every field as it came, but for
-    what is Claude Code's and Anthropic's own business, and what the row says isn't taken."""
+    """The request as it came, but for what is Claude Code's and Anthropic's own business, and what
+    the row says isn't taken."""
     kind, body = model.provider.kind, {**request, "model": model.upstream_id}
     body.pop("output_format", None)  # stands in output_config
-    system, tools = request.get("system"), request.get("tools")
     if not kind.is_anthropic:
-        if isinstance(system, list):
-            body["system"] = [b for b in system if not block_text(b).startswith(BILLING_HEADER)]
-        if tools:
-            body["tools"] = [tool for tool in tools if tool.get("name") != PLACEHOLDER]
-        body["messages"] = [m if m["role"] == "assistant" else plainer(m, kind)
+        if isinstance(body.get("system"), list):
+            body["system"] = [block for block in body["system"]
+                              if not block_text(block).startswith(BILLING_HEADER)]
+        if body.get("tools"):
+            body["tools"] = [tool for tool in body["tools"] if tool.get("name") != PLACEHOLDER]
+        body["messages"] = [m if m["role"] == "assistant" else plainer_content(m, kind)
                             for m in with_reminders(request["messages"])]
-    if tools and (kind.refused_keywords or kind.max_description):
+    if body.get("tools") and (kind.refused_keywords or kind.max_description):
         body["tools"] = [plainer_tool(tool, kind) if "input_schema" in tool else tool
                          for tool in body["tools"]]
     if kind.is_anthropic or kind.native_models:  # Claude itself
@@ -2764,40 +2783,40 @@ def messages_request(request: Json, model: Model) -> Json:
 
 
 def with_reminders(messages: Sequence[Json]) -> Sequence[Json]:
-    """Messages with the system's as marked text of the user: most servers move them to the top,
-    and then read the whole conversation anew."""
+    """Messages with the system's as marked text of the user: most servers move those to the top,
+    which spoils prefix caches."""
     if all(message["role"] != "system" for message in messages):
         return messages
-    turns = itertools.groupby(turns_from_messages(messages, False),
-                              lambda turn: turn.role.replace("results", "user"))
+    turns = turns_from_messages(messages, False)
+    groups = itertools.groupby(turns, lambda turn: turn.role.replace("results", "user"))
     return [{"role": role, "content": [block for turn in group for block in turn.blocks]}
-            for role, group in turns]
+            for role, group in groups]
 
 
-def plainer(holder: Json, kind: ProviderKind) -> Json:
-    """A message or a tool result with words in the place of images where the model sees none; a
-    result with one text in the place of several in a row, of which some servers show the first."""
-    content, is_result = holder.get("content"), "tool_use_id" in holder
-    if not isinstance(content, list) or (is_result and kind.images and len(content) < 2):
+def plainer_content(holder: Json, kind: ProviderKind) -> Json:
+    """A message or a tool result with words for images where the model sees none; a result's texts
+    in a row are one, since some servers show only the first."""
+    blocks = holder.get("content")
+    if not isinstance(blocks, list):
         return holder
-    told = [text_part(block_text(b)) if b["type"] == "image" and not kind.images
-            else plainer(b, kind) if b["type"] == "tool_result" else b for b in content]
-    if is_result:
-        runs = [list(group) for _, group in itertools.groupby(told, operator.itemgetter("type"))]
-        told = [block for r in runs for block in (r if r[0]["type"] != "text" else [
-            {**r[-1], "text": "\n".join(block["text"] for block in r)}])]
-    return holder if told == content else {**holder, "content": told}
+    blocks = [text_part(block_text(b)) if b["type"] == "image" and not kind.images
+              else plainer_content(b, kind) if b["type"] == "tool_result" else b for b in blocks]
+    if "tool_use_id" in holder:
+        runs = [list(same) for _, same in itertools.groupby(blocks, operator.itemgetter("type"))]
+        blocks = [block for same in runs for block in (same if same[0]["type"] != "text" else [
+            {**same[-1], "text": "\n".join(text["text"] for text in same)}])]
+    return {**holder, "content": blocks}
 
 
 def finished_messages(body: Json) -> Json:
     """The body with a thinking budget below the output limit, which a lesson may have lowered."""
-    thinking, limit = body.get("thinking") or {}, body.get("max_tokens")
+    thinking, most = body.get("thinking") or {}, body.get("max_tokens")
     budget = thinking.get("budget_tokens")
-    if not isinstance(budget, int) or not isinstance(limit, int) or (budget and budget < limit):
+    if not isinstance(budget, int) or not isinstance(most, int) or (budget and budget < most):
         return body
-    if limit <= 1024:  # the least that Anthropic takes
+    if most <= 1024:  # the least budget that Anthropic takes
         return {name: value for name, value in body.items() if name != "thinking"}
-    budget = limit - 1 if budget else max(1024, limit // 2)
+    budget = most - 1 if budget else max(1024, most // 2)
     return {**body, "thinking": {**thinking, "budget_tokens": budget}}
 
 
@@ -2806,20 +2825,18 @@ def without_foreign_thoughts(message: Json) -> Json:
     content = message["content"]
     if isinstance(content, str):
         return message
-    kept = [block for block in content if not is_foreign_thought(block)]
-    return {**message, "content": kept} if len(kept) < len(content) else message
+    return {**message, "content": [b for b in content if not is_foreign_thought(b)]}
 
 
 def is_foreign_thought(block: Json) -> bool:
-    if block["type"] not in ("thinking", "redacted_thinking"):
-        return False
-    signature = str(block.get("signature") or block.get("data") or "")
-    return not signature or signature.startswith(SIGNATURE_MARK)
+    signature = str(block.get("signature") or block.get("data") or SIGNATURE_MARK)
+    is_thought = block["type"] in ("thinking", "redacted_thinking")
+    return is_thought and signature.startswith(SIGNATURE_MARK)
 
 
-def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
-    """The client's own bytes with another model's id, where nothing else differs and the id comes
-    first, as Claude Code and the SDKs write it; None where the body must be written anew."""
+def with_model_id(raw: bytes, request: Json, body: Json) -> bytes | None:
+    """The client's bytes with another model's id; None where the body differs in more, or the id
+    isn't the first field, as Claude Code and the SDKs write it."""
     same = body == {**request, "model": body["model"]}  # identical values aren't looked into
     match = MODEL_FIELD.match(raw, raw.find(b'"'))
     if not same or not match or raw[: match.start()].strip() != b"{":
@@ -2831,169 +2848,160 @@ def with_model(raw: bytes, request: Json, body: Json) -> bytes | None:
 
 
 def last_event(data: bytes) -> tuple[int, bytes]:
-    """Where in these events one ends a stream, and what tells so, b"" where nothing does."""
+    """Where in these events the last of a stream is, and the bytes that tell it; b"" for none."""
     if b"message_stop" not in data and b"error" not in data:  # nearly all; the rest takes longer
         return 0, b""
-    found = LAST_LINE.search(b"\n" + data)
-    if found:
-        return found.start(), found.group()
+    match = LAST_LINE.search(b"\n" + data)
+    if match:
+        return match.start(), match.group()
     return 0, next((mark for mark in LAST_TYPES if mark in data), b"")
 
 
 class NativeStream:
-    """A native stream's bytes with the model's id that the client asked for; tells when it is
-    complete and what it used. Only whole events are handed on, so that a ping or an error can
-    stand after any of them."""
+    """Passes a native stream on with the model's id that the client asked for; tells its end and
+    usage. Only whole events go on, so that a ping or an error can follow any of them."""
+
+    ended = False  # the last event came: message_stop, or an error
+    error = b""  # its data, or what came in a stream's place
+    _named = False  # the first event, which names the model, went by
+    _tail = b""  # of what was passed on
 
     def __init__(self, model_id: str) -> None:
-        self._model = rb"\1" + json.dumps(model_id).encode().replace(b"\\", rb"\\")
-        self._rest: list[bytes] = []  # the beginning of an event, in pieces
-        self._size = 0  # of it
-        self._edge = b""  # its last bytes
-        self._named = False  # the first event, which names the model, went by
-        self._tail = b""
-        self.ended = False  # the last event came: message_stop, or an error
-        self.error = b""  # its data, or what came in a stream's place
+        self._model = json.dumps(model_id).encode()
+        self._rest = bytearray()  # the beginning of an event
 
     def feed(self, data: bytes) -> bytes:
-        joint = self._edge + data
-        end = len(joint) if joint.endswith(b"\n\n") else max(
-            (joint.rfind(mark) + len(mark) for mark in EVENT_ENDS if mark in joint), default=0)
-        at = max(0, end - len(self._edge))
-        events = b"".join((*self._rest, data[:at])) if end else b""
-        if end:
-            self._rest, self._size, self._edge = [], 0, b""
-        self._rest.append(data[at:])
-        self._size += len(data) - at
-        self._edge = (self._edge + data[at:])[-3:]
-        if self._size > MAX_EVENT:
+        seen = max(0, len(self._rest) - 3)  # less of an end that was cut
+        self._rest += data
+        ends = ((self._rest.rfind(mark, seen), len(mark)) for mark in EVENT_ENDS)
+        end = max((at + size for at, size in ends if at >= 0), default=0)
+        events = bytes(self._rest[:end])
+        del self._rest[:end]
+        if len(self._rest) > MAX_EVENT:
             raise OgxError(502, "the upstream sent an event that is too large")
-        return self._handed_on(events)
+        return self._passed_on(events)
 
     def end(self) -> bytes:
-        """The last event where only the blank line after it is missing."""
-        rest, self._rest = b"".join(self._rest), []
+        """The last event, if only the blank line after it is missing."""
+        rest, self._rest = bytes(self._rest), bytearray()
         if last_event(rest)[1]:
-            return self._handed_on(rest + b"\n\n")
+            return self._passed_on(rest + b"\n\n")
         self.error = self.error or rest
         return b""
 
-    def _handed_on(self, data: bytes) -> bytes:
+    def _passed_on(self, data: bytes) -> bytes:
         if not self._named and b"message_start" in data:
             self._named = True
-            start = data[:MAX_HEAD]  # where it stands in any server's
-            data = MODEL_FIELD.sub(self._model, start, count=1) + data[MAX_HEAD:]
-        self._tail = (self._tail + data)[-2000:] if len(data) < 2000 else data[-2000:]
-        at, last = last_event(data)
-        if last:
-            self.ended = True
-            if b"error" in last:
-                told = SseReader().feed(data[at:])[:1] or [last]
-                self.error, data = told[0], data[:at]
+            match = MODEL_FIELD.search(data[:MAX_HEAD])
+            if match:
+                data = data[: match.end(1)] + self._model + data[match.end() :]
+        self._tail = (self._tail + data[-2000:])[-2000:]
+        at, mark = last_event(data)
+        self.ended |= bool(mark)
+        if b"error" in mark:
+            self.error = (SseReader().feed(data[at:]) or [mark])[0]
+            return data[:at]
         return data
 
     @property
     def usage(self) -> Usage | None:
         """The tokens that the last events told, for the log."""
-        found = dict(re.findall(rb'"(\w+_tokens)"\s*:\s*(\d{1,15})', self._tail))
-        told = (found.get(name.encode(), 0) for name in USAGE_FIELDS)
-        return Usage(*map(int, told)) if found else None
+        counts = dict(re.findall(rb'"(\w+_tokens)"\s*:\s*(\d{1,15})', self._tail))
+        numbers = (int(counts.get(name.encode(), 0)) for name in USAGE_FIELDS)
+        return Usage(*numbers) if counts else None
 
 
 # ======== Responses ==========================================================================
-# OpenAI's Responses, which its newest models need for tools; then the table of dialects, and that
-# of the built-in demo model, which answers a chat stream of its own making. Pure.
+# OpenAI's Responses, which its newest models need for tools. Pure.
 
 ENCRYPTED, SOURCES = "reasoning.encrypted_content", "web_search_call.action.sources"
 SEARCH_ID = "srvtoolu_ws_"  # begins the ids of searches that we served: `ws_...` is OpenAI's own id
 
 
 def responses_request(request: Json, model: Model) -> Json:
-    """The Responses request for a checked Messages request; reasoning_effort is put in its place
-    by finished_responses(), after the lessons."""
-    kind, names = model.provider.kind, ToolNames(request)
-    note = unserved_tools_note(request, kind, "web_search")
-    body: Json = {
-        "model": model.upstream_id,
-        "input": [item for turn in turns_from_messages(request["messages"], kind.system_anywhere)
-                  for item in input_items(turn, model.provider, names)],
-        "max_output_tokens": max(16, min(request["max_tokens"], model.max_output or 1 << 40)),
-        "store": False, "include": [ENCRYPTED]}
-    for place, item in enumerate(body["input"]):
+    """The Responses request for a checked Messages request; after the lessons finished_responses()
+    puts reasoning_effort in its place."""
+    kind = model.provider.kind
+    note = unserved_tools_note(request, kind, ("web_search",))
+    items = [item for turn in turns_from_messages(request["messages"], kind.system_anywhere)
+             for item in input_items(turn, model.provider)]
+    for place, item in enumerate(items):
         if item.get("role") == "assistant":  # OpenAI's types want an id; unstored, any will do
             item["id"] = f"msg_{place}"
-    told = {"instructions": "\n\n".join(filter(None, (system_text(request), note))),
+    mode, schema = structured_output(request, kind)
+    text_format = {"type": "json_schema", **answer_format(schema)}
+    effort = reasoning_effort(request, model, "medium")
+    return {
+        "model": model.upstream_id, "input": items, "store": False, "include": [ENCRYPTED],
+        "max_output_tokens": max(16, min(request["max_tokens"], model.max_output or 1 << 40)),
+        **flat_tool_fields(request, kind),
+        **filled_in({
+            "instructions": paragraphs([system_text(request), note]),
             "prompt_cache_key": conversation_key(request),
-            "stream": request.get("stream") or bool(kind.stream_above)}
-    body.update({name: value for name, value in told.items() if value})
-    body.update(flat_tool_fields(request, names, kind))
-    body.update({n: request[n] for n in ("temperature", "top_p") if request.get(n) is not None})
-    if takes_effort(model.upstream_id):
-        body["reasoning_effort"] = reasoning_effort(request) or "medium"
-        body["reasoning"] = {"summary": "auto"} if kind.summaries else {}
-    output_format = (request.get("output_config") or {}).get("format")
-    if output_format:
-        body["text"] = {"format": {"type": "json_schema", **response_format(
-            output_format["schema"])["json_schema"]}}
-    return body
+            "stream": request.get("stream") or bool(kind.stream_above) or None,
+            "temperature": request.get("temperature"), "top_p": request.get("top_p"),
+            "reasoning_effort": effort,
+            "reasoning": {"summary": "auto"} if effort and kind.summaries else None,
+            "text": {"format": text_format} if mode else None})}
 
 
 def finished_responses(body: Json) -> Json:
-    """The body with its effort where Responses has it."""
-    effort = body.pop("reasoning_effort", None)
+    finished, effort = {**body}, body.get("reasoning_effort")
+    finished.pop("reasoning_effort", None)
     if effort:
-        body["reasoning"] = {**(body.get("reasoning") or {}), "effort": effort}
-    return body
+        finished["reasoning"] = {**(body.get("reasoning") or {}), "effort": effort}
+    return finished
 
 
-def input_items(turn: Turn, provider: Provider, names: ToolNames) -> Iterator[Json]:
-    """A turn of the history as input items; reasoning that led to nothing would be refused."""
-    kind = provider.kind
+def input_items(turn: Turn, provider: Provider) -> Iterator[Json]:
+    """A turn as input items; reasoning that led to nothing would be refused."""
     if turn.role == "results":
         for result in turn.blocks:
-            parts = [input_part(b, kind) for b in blocks_of(result.get("content"))]
+            parts = [input_part(b, provider.kind) for b in blocks_of(result.get("content"))]
             if result.get("is_error"):
                 parts.insert(0, {"type": "input_text", "text": TOOL_ERROR.strip()})
             output: Any = parts
             if all(part["type"] == "input_text" for part in parts):
                 output = "\n".join(part["text"] for part in parts) or "(no output)"
-            call_id = tool_call_id(result["tool_use_id"], kind)
-            yield {"type": "function_call_output", "call_id": call_id, "output": output}
+            yield {"type": "function_call_output", "output": output,
+                   "call_id": tool_call_id(result["tool_use_id"], provider.kind)}
     elif turn.role == "assistant":
-        items = [item for b in turn.blocks for item in assistant_items(b, provider, names)]
+        items = [item for b in turn.blocks for item in assistant_items(b, provider)]
         while items and items[-1].get("type") == "reasoning":
             items.pop()
         yield from items
     else:
         role = "developer" if turn.role == "system" else "user"
-        yield {"role": role, "content": [input_part(block, kind) for block in turn.blocks]}
+        yield {"role": role, "content": [input_part(b, provider.kind) for b in turn.blocks]}
 
 
-def assistant_items(block: Json, provider: Provider, names: ToolNames) -> Iterator[Json]:
-    """What the model said, called or thought before; of thoughts, those it signed itself."""
+def assistant_items(block: Json, provider: Provider) -> Iterator[Json]:
+    """What the model said, called, or thought and signed itself."""
+    block_type = block["type"]
     use_id = str(block.get("id") or block.get("tool_use_id"))
-    if block["type"] == "tool_use":
+    if block_type == "tool_use":
         yield {"type": "function_call", "call_id": tool_call_id(use_id, provider.kind),
-               "name": names.there(block["name"]),
+               "name": upstream_name(block["name"]),
                "arguments": json.dumps(block["input"], ensure_ascii=False)}
     elif use_id.startswith(SEARCH_ID):
-        if block["type"] == "server_tool_use" and provider.kind.own_reasoning:
+        if block_type == "server_tool_use" and provider.kind.own_reasoning:
             yield {"type": "web_search_call", "id": use_id[9:], "status": "completed",
                    "action": {"type": "search", **dict_or_empty(block.get("input"))}}
-    elif block["type"] in ("thinking", "redacted_thinking"):
-        kept = kept_in(block, "responses", provider.id) if provider.kind.own_reasoning else {}
-        if all(isinstance(kept.get(name), str) for name in ("id", "encrypted_content")):
+    elif block_type in ("thinking", "redacted_thinking"):
+        signed = provider.kind.own_reasoning
+        state = decode_signature(block, "responses", provider.id) if signed else {}
+        own = {name: state.get(name) for name in ("id", "encrypted_content")}
+        if all(isinstance(value, str) for value in own.values()):
             thought = block.get("thinking")
             summary = [{"type": "summary_text", "text": thought}] if thought else []
-            yield {"type": "reasoning", "id": kept["id"], "summary": summary,
-                   "encrypted_content": kept["encrypted_content"]}
+            yield {"type": "reasoning", "summary": summary, **own}
     elif block_text(block):
         content = [{"type": "output_text", "text": block_text(block), "annotations": []}]
         yield {"type": "message", "role": "assistant", "status": "completed", "content": content}
 
 
 def input_part(block: Json, kind: ProviderKind) -> Json:
-    """A block as a part of the input; here tool results may hold images and files too."""
+    """A block as a part of a message, or of a tool's output."""
     part = attachment_part(block, kind)
     if part is None:
         return {"type": "input_text", "text": block_text(block)}
@@ -3002,105 +3010,96 @@ def input_part(block: Json, kind: ProviderKind) -> Json:
     return {"type": "input_file", **part["file"]}
 
 
-def flat_tool_fields(request: Json, names: ToolNames, kind: ProviderKind) -> Json:
-    """Tool fields as Responses has them: flat, not strict, and with its own web search."""
-    fields, given = tool_fields(request, names, kind), request.get("tools") or []
-    searches = [tool for tool in given if str(tool.get("type")).startswith("web_search")]
+def flat_tool_fields(request: Json, kind: ProviderKind) -> Json:
+    """Tool fields with flat tools that aren't strict, and the provider's own web search."""
+    body = tool_fields(request, kind)
     tools = [{"type": "function", "strict": False, **tool["function"]}
-             for tool in fields.get("tools", ())]
-    tools += map(search_tool, searches)
-    for tool in searches:
-        fields["include"] = [ENCRYPTED, SOURCES]
-        if tool.get("max_uses"):
-            fields["max_tool_calls"] = tool["max_uses"]
-        wanted = {"type": "auto", **(request.get("tool_choice") or {})}
-        if wanted.get("name") in (None, tool.get("name")):
-            forced = {"any": "required", "tool": "required"}
-            fields.setdefault("tool_choice", forced.get(wanted["type"], wanted["type"]))
-    choice = fields.get("tool_choice")
-    if isinstance(choice, dict):
-        fields["tool_choice"] = {"type": "function", **choice["function"]}
-    return {**fields, "tools": tools} if tools else {}
-
-
-def search_tool(tool: Json) -> Json:
-    """Anthropic's web search as the provider's own."""
-    filters = {k: tool[k] for k in ("allowed_domains",) if tool.get(k)}
-    options = {"filters": filters, "user_location": tool.get("user_location")}
-    return {"type": "web_search", **{k: v for k, v in options.items() if v}}
+             for tool in body.get("tools", ())]
+    choice = {"type": "auto", **(request.get("tool_choice") or {})}
+    for tool in request.get("tools") or ():
+        if str(tool.get("type")).startswith("web_search"):
+            tools.append({"type": "web_search", **filled_in({
+                "user_location": tool.get("user_location"),
+                "filters": filled_in({"allowed_domains": tool.get("allowed_domains")})})})
+            body["include"] = [ENCRYPTED, SOURCES]
+            if tool.get("max_uses"):
+                body["max_tool_calls"] = tool["max_uses"]
+            if choice.get("name") in (None, tool.get("name")):
+                forced = choice["type"] in ("any", "tool")
+                body.setdefault("tool_choice", "required" if forced else choice["type"])
+    if isinstance(body.get("tool_choice"), dict):
+        body["tool_choice"] = {"type": "function", **body["tool_choice"]["function"]}
+    return {**body, "tools": tools} if tools else {}
 
 
 class ResponsesTranslator(Translator):
-    """Events of one response to the events of one message; a whole response is read as events."""
-
     def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
         super().__init__(writer, request, model)
-        self._streamed: set[Any] = set()  # indices of items whose deltas came
-        self._searches = 0
+        self._names = ToolNames(request)
+        self._streamed: set[Any] = {None}  # indices of items whose deltas came
 
     def _read(self, chunk: Json, data: bytes) -> None:
         if chunk.get("object") != "response":
             self._read_event(chunk)
             return
         for index, item in enumerate(chunk.get("output") or ()):
-            kind = "response.output_item.done"
-            self._read_event({"type": kind, "output_index": index, "item": item})
+            self._read_item(index, item)
         status = chunk.get("status") or "completed"
         self._read_event({"type": f"response.{status}", "response": chunk})
 
     def _read_event(self, event: Json) -> None:
-        kind, index = event.get("type") or "error", event.get("output_index")
-        self._streamed.add(index if kind.endswith(".delta") else None)
-        if kind in ("response.output_text.delta", "response.refusal.delta"):
-            self._refused = self._refused or kind == "response.refusal.delta"
+        event_type, index = event.get("type") or "error", event.get("output_index")
+        name = event_type.removeprefix("response.")
+        if name.endswith(".delta"):
+            self._streamed.add(index)
+        if name in ("output_text.delta", "refusal.delta"):
+            self._refused |= name == "refusal.delta"
             self.writer.text(event["delta"])
-        elif kind == "response.function_call_arguments.delta":
+        elif name == "function_call_arguments.delta":
             self.writer.tool(index, "", "", event["delta"])
-        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+        elif name in ("reasoning_summary_text.delta", "reasoning_text.delta"):
             self.writer.thinking(event["delta"])
-        elif kind == "response.reasoning_summary_part.added" and event.get("summary_index"):
+        elif name == "reasoning_summary_part.added" and event.get("summary_index"):
             self.writer.thinking("\n\n")
-        elif kind == "response.output_text.annotation.added":
+        elif name == "output_text.annotation.added":
             self._read_citation(event["annotation"])
-        elif kind == "response.output_item.added":
+        elif name == "output_item.added":
             item = event["item"]
             if item["type"] == "function_call":
                 self.writer.tool(index, item["call_id"], self._names.back(item["name"]), "")
-        elif kind == "response.output_item.done":
+        elif name == "output_item.done":
             self._read_item(index, event["item"])
-        elif kind in ("response.completed", "response.incomplete"):
+        elif name in ("completed", "incomplete"):
             self._finish(event["response"])
-        elif kind == "response.failed" or (kind[:9] != "response." and is_failure(event)):
+        elif name == "failed" or (name == event_type and is_failure(event)):
             raise self._error(json.dumps(event).encode())
-        if self.writer.stopped and not self.done:
-            self._finish({})
 
     def _read_item(self, index: Any, item: Json) -> None:
-        """An item at its end: what its deltas didn't bring, and what only its end tells."""
-        kind, whole = item["type"], index not in self._streamed
-        if kind == "function_call" and whole:
+        """Take in from a complete item what its deltas didn't bring."""
+        item_type, whole = item["type"], index not in self._streamed
+        if item_type == "function_call" and whole:
             name, arguments = self._names.back(item["name"]), item.get("arguments") or ""
             self.writer.tool(index, item["call_id"], name, arguments)
-        elif kind == "message":
+        elif item_type == "message":
             for part in item.get("content") or () if whole else ():
-                self._refused = self._refused or part["type"] == "refusal"
+                self._refused |= part["type"] == "refusal"
                 self.writer.text(part.get("text") or part.get("refusal") or "")
                 for annotation in part.get("annotations") or ():
                     self._read_citation(annotation)
             self.writer.end_text()
-        elif kind == "reasoning":
+        elif item_type == "reasoning":
             if whole:
                 parts = item.get("summary") or item.get("content") or ()
                 self.writer.thinking("\n\n".join(part.get("text") or "" for part in parts))
             if item.get("encrypted_content"):
-                kept = {name: item[name] for name in ("id", "encrypted_content")}
+                state = {name: item[name] for name in ("id", "encrypted_content")}
                 owner = self._model.provider.id  # only it can read its own
-                self.writer.signature(signature_of("responses", owner, kept))
-        elif kind == "web_search_call":
+                self.writer.signature(encode_signature("responses", owner, state))
+        elif item_type == "web_search_call":
             self._read_search(item)
 
     def _read_search(self, item: Json) -> None:
-        """A search by the provider, or a page it opened, as Anthropic's server tool shows one."""
+        """Show the provider's search, or a page that it opened, as Anthropic's tool does."""
         action = item.get("action") or {}
         self._searches += action.get("type") == "search"
         use_id = "srvtoolu_" + re.sub(r"[^A-Za-z0-9_]", "_", item["id"])
@@ -3109,35 +3108,34 @@ class ResponsesTranslator(Translator):
                            "caller": {"type": "direct"}})
         results = [{"type": "web_search_result", "url": source["url"], "page_age": None,
                     "title": source.get("title") or source["url"], "encrypted_content": ""}
-                   for source in action.get("sources") or [action]
-                   if source.get("url")]
+                   for source in action.get("sources") or [action] if source.get("url")]
         self.writer.whole({"type": "web_search_tool_result", "tool_use_id": use_id,
                            "content": results, "caller": {"type": "direct"}})
 
     def _read_citation(self, annotation: Json) -> None:
         if annotation.get("type") == "url_citation":
+            url = annotation["url"]
             self.writer.citation({
-                "type": "web_search_result_location", "url": annotation["url"], "cited_text": "",
-                "title": annotation.get("title") or annotation["url"],
-                "encrypted_index": ""})
+                "type": "web_search_result_location", "url": url, "cited_text": "",
+                "title": annotation.get("title") or url, "encrypted_index": ""})
 
     def _finish(self, response: Json) -> None:
-        self.usage = usage_from_chat(response.get("usage") or {}, self.writer.input_tokens)
-        self.usage.searches = self._searches
-        why = (response.get("incomplete_details") or {}).get("reason") or response.get("status")
-        self._stop_sequence = self.writer.stopped
-        self._stop_reason = "stop_sequence" if self.writer.stopped else self._reason(why or "stop")
+        self.usage = usage_from_openai(response.get("usage") or {}, self.writer.input_tokens)
+        reason = (response.get("incomplete_details") or {}).get("reason") or response.get("status")
+        self._stop_reason = self._reason(reason or "stop")
         self.end()
+
+
+# ======== Dialects ===========================================================================
+# What upstreams speak: how requests are made and answers are read, as a table. Pure.
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """What an upstream speaks: how requests are made and answers are read."""
-
     request: Callable[[Json, Model], Json]
     translator: Callable[[MessageWriter, Json, Model], Translator] = Translator
     finished: Callable[[Json], Json] = lambda body: body  # the request after the lessons
-    native: bool = False  # Anthropic's own format: handed on as it is, and never translated
+    native: bool = False  # Anthropic's own format: passed on as it is, and never translated
 
 
 def demo_request(request: Json, model: Model) -> Json:
@@ -3154,8 +3152,8 @@ def demo_stream(body: Json) -> Iterator[bytes]:
     """The demo model's answer as a chat completion stream, a word at a time."""
     words = re.findall(r"\S+\s*", body["text"])
     usage = {"prompt_tokens": body["prompt_tokens"], "completion_tokens": len(words)}
-    choices: list[Json] = [{"index": 0, "delta": {"content": word}} for word in words]
-    for choice in [*choices, {"index": 0, "delta": {}, "finish_reason": "stop"}]:
+    for delta, finish in [*(({"content": word}, None) for word in words), ({}, "stop")]:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
         yield f"data: {json.dumps({'choices': [choice], 'usage': usage})}\n\n".encode()
 
 
@@ -3170,20 +3168,22 @@ COUNTED_FIELDS = ("model", "messages", "tools", "instructions", "input")
 
 def request_path(dialect: str, kind: ProviderKind) -> str:
     """Where requests of a dialect go, below the provider's base URL."""
-    paths = {"messages": kind.messages_path, "responses": kind.openai_root + "/responses"}
-    return paths.get(dialect, kind.openai_root + "/chat/completions")
+    if dialect == "messages":
+        return kind.messages_path
+    return kind.openai_root + ("/responses" if dialect == "responses" else "/chat/completions")
 
 
-def ways_to_count(name: str, request: Json, model: Model) -> Iterator[tuple[Sequence[str], Json]]:
+def token_counters(dialect: str, request: Json,
+                  model: Model) -> Iterator[tuple[Sequence[str], Json]]:
     """The paths where an upstream counts a request's tokens, and what is sent there, best first;
     of two paths the first makes the text for the second."""
-    kind, via = model.provider.kind, "responses" if name == "responses" else "chat"
-    if DIALECTS[name].native:
+    kind, via = model.provider.kind, "responses" if dialect == "responses" else "chat"
+    if DIALECTS[dialect].native:
         yield [kind.messages_path + "/count_tokens"], messages_request(request, model)
     paths = kind.tokenizer if via == "chat" else ("/responses/input_tokens",)
     if paths:
         body = DIALECTS[via].request({"max_tokens": 1, **request}, model)
-        yield paths, {field: body[field] for field in COUNTED_FIELDS if field in body}
+        yield paths, {name: body[name] for name in COUNTED_FIELDS if name in body}
 
 
 # ======== Remedies ===========================================================================
@@ -3305,7 +3305,7 @@ def with_lessons(body: Json, lessons: Iterable[Lesson]) -> Json:
     return body
 
 
-def taught_model(model: Model, lessons: Iterable[Lesson]) -> Model:
+def model_with_overrides(model: Model, lessons: Iterable[Lesson]) -> Model:
     learned = {lesson.field: lesson.value for lesson in lessons if lesson.action == "override"}
     if not learned:
         return model
@@ -4447,12 +4447,12 @@ class Lessons:
 
     def of(self, model: Model) -> tuple[Lesson, ...]:
         oldest = time.time() - 30 * 86400
-        lessons = self._lessons.get(model.served, {}).values()
+        lessons = self._lessons.get(model.listed_id, {}).values()
         return tuple(lesson for lesson in lessons if lesson.at > oldest)
 
     def add(self, model: Model, lessons: Iterable[Lesson]) -> None:
         """Keep lessons from now on, each in place of an older one about the same."""
-        served = model.served
+        served = model.listed_id
         for lesson in (replace(lesson, at=time.time()) for lesson in lessons if lesson.keep):
             subject = subject_of(lesson)
             with self._lock:
@@ -4498,7 +4498,7 @@ class Ratios:
 
     def estimate(self, model: Model, prompt: tuple[float, int]) -> int:
         """A prompt's tokens as this model counts; `prompt` is what a TokenCounter gave."""
-        seen = sorted(self._seen.get(model.served, (1.0,)))
+        seen = sorted(self._seen.get(model.listed_id, (1.0,)))
         return round(prompt[0] * seen[len(seen) // 2]) + prompt[1]
 
     def learn(self, model: Model, prompt: tuple[float, int], usage: Usage | None) -> None:
@@ -4508,7 +4508,7 @@ class Ratios:
             if PLAUSIBLE_RATIO[0] < ratio < PLAUSIBLE_RATIO[1]:
                 if len(self._seen) >= MOST_LEARNED:
                     self._seen = {}  # one answer relearns it
-                self._seen[model.served] = [*self._seen.get(model.served, [])[-8:], ratio]
+                self._seen[model.listed_id] = [*self._seen.get(model.listed_id, [])[-8:], ratio]
 
 
 # ======== Signing ============================================================================
@@ -4787,7 +4787,7 @@ class Upstream:
         """A connection to the provider that was used before and is still good."""
         while True:
             with self._lock:
-                idle = self._idle.get(provider.connection)
+                idle = self._idle.get(provider.pool_key)
                 if not idle:
                     return None
                 since, connection, body = idle.pop()
@@ -4802,7 +4802,7 @@ class Upstream:
     def give_back(self, provider: Provider, connection: Connection, body: Body) -> None:
         """Keep a connection for another request."""
         with self._lock:
-            idle, now = self._idle.setdefault(provider.connection, []), time.monotonic()
+            idle, now = self._idle.setdefault(provider.pool_key, []), time.monotonic()
             while idle and now - idle[0][0] > POOL_SECONDS:
                 idle.pop(0)[1].socket.close()
             if len(idle) < POOL_SIZE:
@@ -5172,7 +5172,7 @@ class Discovery:
             if before or provider.id not in self.registry.native:  # may be another version now
                 self._probe(provider)
         except OgxError as error:
-            problem = error.without(self.upstream.secrets(provider)).message
+            problem = error.hide(self.upstream.secrets(provider)).message
         except Exception:  # a list that no one foresaw must not take the others down
             log.exception("reading the model list of %s", provider.id)
             problem = "its model list could not be read"
@@ -5188,7 +5188,7 @@ class Discovery:
         lists = [(kind.list_path, ""), *kind.more_lists]
         for path, id_pattern in lists:
             try:
-                for page in self._pages(provider.at(path), path):
+                for page in self._pages(provider.for_id_or_path(path), path):
                     models += [model for model in models_from_list(provider, page)
                                if re.search(id_pattern, model.upstream_id)]
             except OgxError as error:
@@ -5339,7 +5339,7 @@ class Answer:
             return next(self._opened.rest, b"")
         except OgxError as error:
             secrets = self._opened.reply.secrets() if self._opened.reply else ()
-            raise error.without(secrets) from None
+            raise error.hide(secrets) from None
 
     def close(self) -> None:
         """End it; a connection that still has some of it is closed."""
@@ -5414,11 +5414,11 @@ class Gateway:
             except OgxError as error:
                 if len(chain) > 1 and is_retryable(error):
                     cooling = dict([*self._cooling.items()][1 - MAX_COOLING :])
-                    self._cooling = {**cooling, model.served: time.monotonic() + COOLDOWN}
+                    self._cooling = {**cooling, model.listed_id: time.monotonic() + COOLDOWN}
                 if following is None or not is_retryable(error):
                     raise
-                log.warning("%s: %s failed: %s; trying %s", exchange.request_id, model.served,
-                            one_line(error.message), following.served)
+                log.warning("%s: %s failed: %s; trying %s", exchange.request_id, model.listed_id,
+                            one_line(error.message), following.listed_id)
         raise AssertionError("no chain is empty")
 
     def _chain(self, model_id: str) -> Generator[Step, Any, list[Model]]:
@@ -5430,7 +5430,7 @@ class Gateway:
             yield from self._until_discovered()
             chain = self.registry.chain(model_id)
         now = time.monotonic()
-        return sorted(chain, key=lambda model: self._cooling.get(model.served, 0.0) > now)
+        return sorted(chain, key=lambda model: self._cooling.get(model.listed_id, 0.0) > now)
 
     def _until_discovered(self) -> Steps:
         if not self.discovery.done.is_set():
@@ -5440,13 +5440,14 @@ class Gateway:
     def _try_model(self, model: Model, exchange: Exchange
                    ) -> Generator[Step, Any, Opened]:
         """One model's answer, its refusals remedied and its failures retried."""
-        exchange.served = model.served
+        exchange.served = model.listed_id
         lessons = list(self.lessons.of(model))
         known, retries, waited = len(lessons), 0, 0.0
         refused: Attempt | None = None  # that the last lesson was learned from
         error = OgxError(500, "")  # by which it was refused
         for number in range(1, MAX_REQUESTS + 1):
-            attempt = yield from self._prepare(taught_model(model, lessons), exchange, lessons)
+            taught = model_with_overrides(model, lessons)
+            attempt = yield from self._prepare(taught, exchange, lessons)
             in_vain = attempt.is_like(refused) and lessons[-1].action != "retry"
             if in_vain:  # the lesson changes nothing: the answer would be the same
                 lessons[-1] = replace(lessons[-1], keep=False)
@@ -5454,7 +5455,7 @@ class Gateway:
                 try:
                     answer = yield from self._send(attempt, exchange)
                 except OgxError as failure:
-                    error = replace(failure.without(self.upstream.secrets(model.provider)))
+                    error = replace(failure.hide(self.upstream.secrets(model.provider)))
                 else:
                     yield from self._keep(model, lessons[known:], exchange)
                     return answer
@@ -5509,7 +5510,8 @@ class Gateway:
         if provider.id not in self.registry.native:
             yield from self._until_discovered()
         native = self.registry.native.get(provider.id, False)
-        return "messages" if native and not lost_natively(request, provider.kind) else names[-1]
+        native = native and not unsupported_features(request, provider.kind)
+        return "messages" if native else names[-1]
 
     def _attempt(self, model: Model, exchange: Exchange, lessons: Sequence[Lesson]) -> Attempt:
         """The request in the dialect's words, after the lessons."""
@@ -5522,7 +5524,7 @@ class Gateway:
         sent = dialect.finished(dict(body))
         data, headers = None, {}
         if dialect.native:
-            data = with_model(exchange.raw, exchange.request, sent)
+            data = with_model_id(exchange.raw, exchange.request, sent)
             headers = with_lessons({**exchange.headers}, own)
             headers = {name: value for name, value in headers.items() if value}
         else:
@@ -5566,7 +5568,7 @@ class Gateway:
 
         if attempt.dialect.native:
             read = native_pieces if exchange.stream else native_message_pieces
-            return read(reply, exchange.request["model"], model.served, finish)
+            return read(reply, exchange.request["model"], model.listed_id, finish)
         estimate = self.ratios.estimate(model, prompt)
         translator = new_translator(attempt.dialect, exchange, model, estimate,
                                     self.config.show_thinking)
@@ -5591,7 +5593,7 @@ class Gateway:
         about = "" if lesson.action == "override" else exchange.dialect
         lessons.append(replace(lesson, dialect=about, at=time.time()))
         log.info("%s: %s refused: %s; sent again after: %s", exchange.request_id,
-                 attempt.model.served, one_line(error.message), lesson)
+                 attempt.model.listed_id, one_line(error.message), lesson)
         return True
 
     def _client_error(self, error: OgxError, attempt: Attempt, exchange: Exchange) -> OgxError:
@@ -5623,9 +5625,9 @@ class Gateway:
     def _count(self, exchange: Exchange) -> Generator[Step, Any, Opened]:
         request, count = exchange.request, 0
         chain = yield from self._chain(request["model"])
-        model = taught_model(chain[0], self.lessons.of(chain[0]))
+        model = model_with_overrides(chain[0], self.lessons.of(chain[0]))
         name = yield from self._dialect_of(model, request)
-        for paths, body in ways_to_count(name, request, model):
+        for paths, body in token_counters(name, request, model):
             count = yield from self._count_upstream(model.provider, paths, body, exchange)
             if count:
                 break
@@ -5637,7 +5639,7 @@ class Gateway:
                         exchange: Exchange) -> Generator[Step, Any, int]:
         """What the upstream counts; 0 where it doesn't, and that it has no such path is kept."""
         url, answer = provider.url(paths[0]), {}
-        for path in () if (provider.id, url) in self.registry.uncounted else paths:
+        for path in () if (provider.id, url) in self.registry.uncounted_urls else paths:
             try:
                 reply, data = yield from self.upstream.fetch(
                     provider, path, COUNT_SECONDS, json_bytes(body), exchange.headers)
@@ -5682,7 +5684,7 @@ class Gateway:
         tiers = {}
         for tier in TIERS:
             with suppress(OgxError):
-                tiers[tier] = self.registry.resolve(f"claude-{tier}").served
+                tiers[tier] = self.registry.resolve(f"claude-{tier}").listed_id
         return tiers
 
     def model(self, model_id: str) -> Json:
@@ -5711,7 +5713,7 @@ class Gateway:
         if model_id in self.registry.aliases:
             configured = any(alias.model_id == model_id for alias in self.config.aliases)
             self._put(model_id, {"deleted": True} if configured else None)
-        elif not self.lessons.forget(self.registry.resolve(model_id).served):
+        elif not self.lessons.forget(self.registry.resolve(model_id).listed_id):
             raise OgxError(404, f"nothing was registered or learned for '{model_id[:200]}'")
         return {"id": model_id, "object": "model", "deleted": True, **self._warning()}
 
@@ -6679,10 +6681,6 @@ def command_name() -> str:
     if path.endswith(".py"):
         return f"python3 {shlex.quote(path)}"
     return os.path.basename(path) or "ogx"
-
-
-def tier_variable(tier: str) -> str:
-    return f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL"
 
 
 def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,

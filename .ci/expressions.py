@@ -32,7 +32,8 @@ LOCAL: dict[str, list[Any]] = {
     "here": [here for kind in ogx.PROVIDER_KINDS.values() for _, here, _ in kind.servers],
     "kind.tool_ids": [ogx.NINE, ogx.FORTY],
     "provider.kind.native_models": [k.native_models for k in ogx.PROVIDER_KINDS.values()],
-    "self.PLAIN": [ogx.UsualChunk.PLAIN.pattern], "self.NOISE": [ogx.UsualChunk.NOISE.pattern],
+    "self.PLAIN": [ogx.ChunkTemplate.PLAIN.pattern],
+    "self.NOISE": [ogx.ChunkTemplate.NOISE.pattern],
 }  # fmt: skip
 
 
