@@ -64,6 +64,7 @@ import ogx
 
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "ogx.py").read_text(encoding="utf-8")
+MAX_BYTES = 356_400  # what adds some takes others away, or says why not
 SECTIONS = re.findall(r"^# ======== (.+?) =+$", SOURCE, re.M)
 IO_LINE = "Above this line nothing does I/O"
 
@@ -712,6 +713,23 @@ class TestTheFile:
                 if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}  # fmt: skip
         assert not used & {"os", "socket", "ssl", "select", "shutil", "signal", "sys", "time"}
         assert not {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} & {"open", "print"}
+
+    def test_the_file_keeps_its_measure(self):
+        """Bytes, since lines could only get longer; and those may not, either."""
+        lines = [line for line in SOURCE.splitlines() if line.strip()]
+        assert len(SOURCE.encode()) <= MAX_BYTES
+        assert max(map(len, lines)) <= 100 and sum(map(len, lines)) / len(lines) <= 57.5
+        long = {node.name: node.end_lineno - node.lineno for node in ast.walk(ast.parse(SOURCE))
+                if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 40}
+        assert long == {}
+
+    def test_no_state_belongs_to_the_module(self):
+        tree = ast.parse(SOURCE)
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
+        assigned = [node for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))]
+        names = {name.id for node in assigned for name in ast.walk(node)
+                 if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+        assert {name for name in names if name.islower()} == {"__version__", "log"}
 
     def test_no_provider_is_named_below_its_section(self):
         start = SOURCE.index("# ======== Config")
