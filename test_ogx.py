@@ -726,9 +726,11 @@ class TestTheFile:
     def test_no_state_belongs_to_the_module(self):
         tree = ast.parse(SOURCE)
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
-        assigned = [node for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))]
-        names = {name.id for node in assigned for name in ast.walk(node)
-                 if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+        targets = [target for node in tree.body for target in (
+            node.targets if isinstance(node, ast.Assign) else
+            [node.target] if isinstance(node, ast.AnnAssign) else [])]  # fmt: skip
+        names = {name.id for target in targets for name in ast.walk(target)
+                 if isinstance(name, ast.Name)}  # fmt: skip
         assert {name for name in names if name.islower()} == {"__version__", "log"}
 
     def test_no_provider_is_named_below_its_section(self):
