@@ -3574,29 +3574,25 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 ANTHROPIC_VERSION = "2023-06-01"
 
 
-@dataclass
-class RequestHead:
+class RequestHead(NamedTuple):
     """The request line and the headers of a client's request."""
 
     method: str = ""
     target: str = ""  # path and query
     version: str = ""  # 1.0 or 1.1
-    headers: Headers = field(default_factory=dict)
+    headers: Headers = {}
+    options: Collection[str] = ()  # connection's: close, keep-alive, names of headers for us alone
 
-    @property
-    def options(self) -> list[str]:
-        """The connection header's: close, keep-alive, and names of headers for us alone."""
-        return [word.strip() for word in self.headers.get("connection", "").lower().split(",")]
-
-    @property
     def has_body(self) -> bool:
         return "content-length" in self.headers or "transfer-encoding" in self.headers
 
-    @property
     def closes(self) -> bool:
         """Whether the connection ends with the answer (RFC 9112, 9.3)."""
         keeps = "keep-alive" in self.options and "transfer-encoding" not in self.headers
         return "close" in self.options or (self.version == "1.0" and not keeps)
+
+
+NO_HEAD = RequestHead()
 
 
 def request_head(data: bytes) -> RequestHead:
@@ -3605,8 +3601,10 @@ def request_head(data: bytes) -> RequestHead:
     match = REQUEST_LINE.fullmatch(first)
     if not match:
         raise OgxError(400, "malformed request line")
-    method, target, version = (part.decode() for part in match.groups())
-    return RequestHead(method, target, version, headers_from_bytes(lines))
+    method, target, version = match.group(1, 2, 3)
+    headers = headers_from_bytes(lines)
+    options = [word.strip() for word in headers.get("connection", "").lower().split(",")]
+    return RequestHead(method.decode(), target.decode(), version.decode(), headers, options)
 
 
 def headers_from_bytes(lines: bytes) -> dict[str, str]:
@@ -3955,14 +3953,16 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 SLICE = 0.002  # seconds for which one task, or the run queue, may hold up the others
 
 
-@dataclass(frozen=True, eq=False)
-class Wait:
+class Wait(NamedTuple):
     """What a task waits for: sockets that become ready for READ or WRITE, and until when. To yield
     the same object again costs least; so one that may end too early is renewed only then."""
 
     sockets: tuple[tuple[socket.socket, int], ...] = ()
     until: float = math.inf  # of time.monotonic()
     queued: bool = False  # what comes next takes a while: others that were woken come first
+
+
+NO_WAIT = Wait(until=0.0)  # one that is over
 
 
 class Pause(enum.Enum):
@@ -4915,7 +4915,7 @@ class Reply:
         self._unpacker: Any = None  # of its content-encoding
         self._last_activity = time.monotonic()  # when it sent something, or took some
         self._deadline = math.inf  # of whole()
-        self._wait = Wait(until=0.0)  # the last one, given again while it holds
+        self._wait = NO_WAIT  # the last one, given again while it holds
 
     def secrets(self) -> list[str]:
         """What its errors may quote, and no one may see."""
@@ -4929,7 +4929,7 @@ class Reply:
         connection = idle or self._upstream.new_connection(self._provider, self._timeout)
         self._connection, self._reused = connection, idle is not None
         self._unsent, self._writable = memoryview(self._request(connection.proxy)), True
-        self._last_activity, self._wait = time.monotonic(), Wait(until=0.0)
+        self._last_activity, self._wait = time.monotonic(), NO_WAIT
         self._send()
 
     def _send(self) -> None:
@@ -5024,7 +5024,7 @@ class Reply:
 
     def whole(self, seconds: float, size: int) -> Generator[Step, Any, tuple[bytes, bool]]:
         """The body as far as it comes in time and holds `size` bytes; whether that is all."""
-        self._deadline, self._wait = time.monotonic() + seconds, Wait(until=0.0)
+        self._deadline, self._wait = time.monotonic() + seconds, NO_WAIT
         answer, head = bytearray(), self.head()
         while len(answer) < size and time.monotonic() < self._deadline:
             piece = next(head, None) or self.read()
@@ -5429,6 +5429,8 @@ class Gateway:
         except OgxError:
             yield from self._until_discovered()
             chain = self.registry.chain(model_id)
+        if len(chain) == 1:
+            return chain
         now = time.monotonic()
         return sorted(chain, key=lambda model: self._cooling.get(model.listed_id, 0.0) > now)
 
@@ -6057,12 +6059,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _begin(self) -> None:
         """Begin a request."""
-        self.exchange, self.head = Exchange(fresh_id("req")), RequestHead()
+        self.exchange, self.head = Exchange(fresh_id("req")), NO_HEAD
         self.status = 0  # that was sent
         self._unread = False  # the client's body isn't, or not to its end
         self._probe_at = math.inf  # when to see whether a client that ended its side is there
         self._probe_after = 0.2  # seconds
-        self._waited: tuple[Any, Wait] = (None, Wait(until=0.0))  # the last wait for an answer
+        self._waited: tuple[Any, Wait] = (None, NO_WAIT)  # the last wait for an answer
 
     def handle(self) -> None:
         """Leave the connection to the loop."""
@@ -6119,7 +6121,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             yield Wait(((self.connection, READ),), self._deadline, queued=True)
             data = received(self.connection, size)
         self._deadline += len(data) / 50_000
-        yield OTHERS_FIRST
         return data
 
     def _read_head(self) -> Generator[Step, Any, bytes]:
@@ -6140,6 +6141,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             looked = max(0, len(self._received) - 2)
             self._received = (self._received + data).lstrip(b"\r\n")
             end = HEAD_END.search(self._received, looked)
+            yield OTHERS_FIRST
         if not end:
             return self._received
         head, self._received = self._received[: end.start()], self._received[end.end() :]
@@ -6151,8 +6153,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self._unread:
             raise OgxError(431, "the request's headers are too large")
         self.head = request_head(head)
-        self.close_connection = self.server.stopping or self.head.closes
-        self._unread = self.head.has_body
+        self.close_connection = self.server.stopping or self.head.closes()
+        self._unread = self.head.has_body()
         headers = self.head.headers
         self.exchange.session = headers.get("x-claude-code-session-id", "")[:64]
         self.exchange.headers = {name: headers[name] for name in PASSED_HEADERS
@@ -6162,7 +6164,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _read_body(self) -> Generator[Step, Any, bytes]:
         """The request's body, unpacked."""
         headers = self.head.headers
-        if not self.head.has_body:
+        if not self.head.has_body():
             return b""
         if len(self.server.running) > self.limits.max_requests:
             words = "too many requests are running already (see OGX_MAX_REQUESTS)"
@@ -6180,6 +6182,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pieces.append(body.feed(data))
             size += len(pieces[-1])
             check_size(size, limit)
+            yield OTHERS_FIRST
         self._received = body.rest
         self._unread, coding = False, headers.get("content-encoding", "identity").lower()
         if size > LONG or coding != "identity":
@@ -6339,7 +6342,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Raise an OgxError where the client left while it waits for an answer. It may have sent
         its next request, or closed its own side alone: what is then written to it tells, since
         who left refuses that in a moment."""
-        self._waited = None, Wait(until=0.0)
+        self._waited = None, NO_WAIT
         if len(self._received) > MAX_HEAD:  # of requests to come: the rest can wait
             return
         try:

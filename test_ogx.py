@@ -5780,7 +5780,7 @@ class TestHTTP:
     def test_who_keeps_a_connection_alive(self, line, headers, closes):
         head = f"GET /a?b HTTP/{line}\r\nhost: x\r\n{headers}\r".replace("\r\n\r", "\r")
         parsed = ogx.request_head(head.encode())
-        assert (parsed.method, parsed.target, parsed.closes) == ("GET", "/a?b", closes)
+        assert (parsed.method, parsed.target, parsed.closes()) == ("GET", "/a?b", closes)
 
     @pytest.mark.parametrize("piece", [1, 3, 1000])
     @cases(
