@@ -3157,6 +3157,9 @@ def demo_stream(body: Json) -> Iterator[bytes]:
         yield f"data: {json.dumps({'choices': [choice], 'usage': usage})}\n\n".encode()
 
 
+# A further dialect has a section above, with its request and its Translator; a row here, a path in
+# request_path(), its name in rows' `dialects` and, for users, in provider_or_none(). Its answers come
+# as server-sent events, or as one body.
 DIALECTS = {
     "chat": Dialect(chat_request, ChatTranslator),
     "responses": Dialect(responses_request, ResponsesTranslator, finished_responses),
@@ -3939,8 +3942,9 @@ class AnswerReader:
 # The rules that all else relies on:
 # 1. A task has one owner, the loop or one thread, and only its owner steps it; each step asserts
 #    that. The loop gives a task away before the thread starts, and the thread gives it back.
-# 2. Behind `yield MAY_BLOCK` a task runs in a thread of its own and may wait, until its next yield.
-#    All its other code may be in the loop's thread: it must neither wait nor take long.
+# 2. Code directly behind `yield MAY_BLOCK` runs in a thread of the task's own, and may wait. All
+#    other code of tasks must neither wait nor take long: behind a Wait it runs in the loop's thread,
+#    behind OTHERS_FIRST in whichever it was or in the loop's, in drive() in its caller's.
 # 3. The loop's thread alone touches the selector, the run queue and what is noted about a task;
 #    other threads use what `_lock` guards.
 # 4. Tasks that were woken run at once, but for those whose Wait says `queued`. They run after the
@@ -4672,8 +4676,8 @@ class Signer:
 
 # ======== Upstream ===========================================================================
 # Connections to providers. http.client makes them (TLS, proxies); requests are written and replies
-# are read straight from the socket, which never waits, so that one thread can serve many and every
-# piece is handed on as it comes.
+# are read straight from the socket, which never waits, so that every piece is handed on as it comes.
+# All of it runs in whichever thread steps the caller: the loop's, a task's own or that of drive().
 
 POOL_SECONDS = 50.0  # an idle connection is used no longer: many servers close them after 60
 POOL_SIZE = 64  # idle connections kept for one provider
@@ -4736,8 +4740,8 @@ class Upstream:
     def send(self, provider: Provider, method: str, path: str, body: bytes | None = None,
              headers: Mapping[str, str] = {}, timeout: float | None = None,
              ) -> Generator[Step, Any, Reply]:
-        """Send a request to one of the provider's paths, as far as goes without waiting; the reply
-        is still to be read. OgxError 502 or 504 where the provider can't be reached."""
+        """Send a request to one of the provider's paths; the reply is still to be read. OgxError
+        502 or 504 where the provider can't be reached."""
         if provider.kind.built_in_models:
             return DemoReply(self, provider, body or b"{}")
         own = {"x-ogx-instance": self.instance, **headers}
@@ -6279,8 +6283,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         yield from self._send(200, b"".join(whole))
 
     def _stream(self, answer: Answer) -> Steps:
-        """Write an answer as it comes, with signs of life while nothing does. An error before its
-        first bytes is the caller's to answer."""
+        """Write an answer as it comes, with signs of life while nothing does. Nothing is read from
+        the upstream while the client has yet to take something: that is all the backpressure, and
+        bounds what is kept. An error before the first bytes is the caller's to answer."""
         exchange, tick = self.exchange, self.server.gateway.tick
         written_at = time.monotonic()
         try:
@@ -6328,8 +6333,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return wait
 
     def _look_at_client(self, piece: Piece, sock: Any) -> None:
-        """Raise an OgxError where the client left while it waits for an answer, which is looked at
-        when it did something, before its upstream is asked for long, and ..."""
+        """Notice a disconnect: look when the client's socket has something, when a probe is due, and
+        before long work in a thread."""
         if piece is MAY_BLOCK:
             self._probe()
             if self._probe_at != math.inf:  # it may have left: that shows in a moment
@@ -6339,9 +6344,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._probe()
 
     def _probe(self) -> None:
-        """Raise an OgxError where the client left while it waits for an answer. It may have sent
-        its next request, or closed its own side alone: what is then written to it tells, since
-        who left refuses that in a moment."""
+        """Raise OgxError(499) where the client disconnected while it waits for an answer. It may
+        have sent its next request, or closed its own side alone: what is then written to it
+        tells, since who left refuses that in a moment."""
         self._waited = None, NO_WAIT
         if len(self._received) > MAX_HEAD:  # of requests to come: the rest can wait
             return
