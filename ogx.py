@@ -3158,8 +3158,8 @@ def demo_stream(body: Json) -> Iterator[bytes]:
 
 
 # A further dialect has a section above, with its request and its Translator; a row here, a path in
-# request_path(), its name in rows' `dialects` and, for users, in provider_or_none(). Its answers come
-# as server-sent events, or as one body.
+# request_path(), its name in rows' `dialects` and, for users, in provider_or_none(). Its answers are
+# server-sent events, or one body.
 DIALECTS = {
     "chat": Dialect(chat_request, ChatTranslator),
     "responses": Dialect(responses_request, ResponsesTranslator, finished_responses),
@@ -3943,8 +3943,8 @@ class AnswerReader:
 # 1. A task has one owner, the loop or one thread, and only its owner steps it; each step asserts
 #    that. The loop gives a task away before the thread starts, and the thread gives it back.
 # 2. Code directly behind `yield MAY_BLOCK` runs in a thread of the task's own, and may wait. All
-#    other code of tasks must neither wait nor take long: behind a Wait it runs in the loop's thread,
-#    behind OTHERS_FIRST in whichever it was or in the loop's, in drive() in its caller's.
+#    other code of tasks must neither wait nor take long: behind a Wait it runs in the loop's
+#    thread, behind OTHERS_FIRST in whichever it was or in the loop's, in drive() in its caller's.
 # 3. The loop's thread alone touches the selector, the run queue and what is noted about a task;
 #    other threads use what `_lock` guards.
 # 4. Tasks that were woken run at once, but for those whose Wait says `queued`. They run after the
@@ -4676,7 +4676,7 @@ class Signer:
 
 # ======== Upstream ===========================================================================
 # Connections to providers. http.client makes them (TLS, proxies); requests are written and replies
-# are read straight from the socket, which never waits, so that every piece is handed on as it comes.
+# are read straight from the socket, which never waits: every piece is handed on as it comes.
 # All of it runs in whichever thread steps the caller: the loop's, a task's own or that of drive().
 
 POOL_SECONDS = 50.0  # an idle connection is used no longer: many servers close them after 60
@@ -6333,8 +6333,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return wait
 
     def _look_at_client(self, piece: Piece, sock: Any) -> None:
-        """Notice a disconnect: look when the client's socket has something, when a probe is due, and
-        before long work in a thread."""
+        """Notice a disconnect: look when the client's socket has something, when a probe is due,
+        and before long work in a thread."""
         if piece is MAY_BLOCK:
             self._probe()
             if self._probe_at != math.inf:  # it may have left: that shows in a moment
