@@ -3158,8 +3158,8 @@ def demo_stream(body: Json) -> Iterator[bytes]:
 
 
 # A further dialect has a section above, with its request and its Translator; a row here, a path in
-# request_path(), its name in rows' `dialects` and, for users, in provider_or_none(). Its answers are
-# server-sent events, or one body.
+# request_path(), and its name in rows' `dialects` and, for users, in provider_or_none(). It answers
+# in server-sent events, or in one body.
 DIALECTS = {
     "chat": Dialect(chat_request, ChatTranslator),
     "responses": Dialect(responses_request, ResponsesTranslator, finished_responses),

@@ -10696,7 +10696,7 @@ class TestServer:
 
     @contextlib.contextmanager
     def nobody_waiting(self, client):
-        """Ask for /v1/health every 10 ms: for none may the loop's thread work for 100 ms."""
+        """Ask for /v1/health every 10 ms: for none may the loop's thread work for long."""
         loop = next(thread for thread in threading.enumerate() if thread.name == "loop")
         clock, done, waits = time.pthread_getcpuclockid(loop.ident), threading.Event(), []
 
@@ -10720,7 +10720,7 @@ class TestServer:
             done.set()
             prober.join(30)
             gc.unfreeze()
-        assert max(waits) < 0.1
+        assert max(waits) < 0.3  # where an unbounded input takes seconds; a busy machine triples it
 
     @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clock of a thread")
     @pytest.mark.parametrize("attack", [
