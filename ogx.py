@@ -86,7 +86,7 @@ if sys.version_info < (3, 9):  # noqa: UP036
     sys.exit(f"ogx.py needs Python 3.9 or newer; this is {sys.version.split()[0]}")
 
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from typing import Any, Callable, ClassVar, NamedTuple, Union
@@ -4222,19 +4222,16 @@ def ready_socket(wait: Wait) -> Any:
 
 LOG_LINE = 4000  # bytes
 LOG_QUEUE = 1000  # lines that wait to be written; further ones are counted, and lost
+OWNERS = functools.partial(os.open, mode=0o600)  # opens new files for the user's eyes alone
 
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Has a thread write the lines: a stopped terminal, a full pipe or a slow disk holds up nothing
-    else. With logging's QueueHandler a blocked writer holds the handler's lock, and
-    logging.shutdown hangs at exit."""
+    """Writes in a thread: a stopped terminal, a full pipe or a slow disk holds up nothing else.
+    With logging's QueueHandler a blocked writer makes logging.shutdown hang at exit."""
 
     def __init__(self, path: str = "") -> None:
-        stream = sys.stderr
-        if path:  # a new file is for the user's eyes alone
-            stream = open(path, "a", encoding="utf-8", errors="backslashreplace",  # noqa: SIM115
-                          opener=functools.partial(os.open, mode=0o600))
-        super().__init__(stream)
+        stream = open(path, "a", encoding="utf-8", opener=OWNERS) if path else None  # noqa: SIM115
+        super().__init__(stream)  # None: stderr
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self._path = path  # empty once a failure was told; the thread's
         self._lost = 0  # lines since the queue was full; emit()'s, under the handler's lock
@@ -4277,12 +4274,19 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
                 line.set()
 
 
-def start_log(path: str | None, level: str) -> None:
-    """Log to a file, else to stderr. Raise OgxError where the file can't be opened."""
+@contextmanager
+def os_errors_of(source: str) -> Iterator[None]:
+    """Turn the system's errors into OgxErrors that name their source."""
     try:
-        logging.basicConfig(level=level.upper(), handlers=[LogHandler(path or "")])
+        yield
     except OSError as error:
-        raise OgxError(400, f"--log-file {path}: {error.strerror}") from None
+        raise OgxError(400, f"{source}: {error.strerror or error}") from None
+
+
+def start_log(path: str | None, level: str) -> None:
+    """Log to a file, else to stderr."""
+    with os_errors_of(f"--log-file {path}"):
+        logging.basicConfig(level=level.upper(), handlers=[LogHandler(path or "")])
 
 
 def say(*lines: str, to: str = "stdout") -> None:
@@ -4364,7 +4368,7 @@ class Store:
 
         os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
         with suppress(FileExistsError):  # to open and close one that exists would end its locks
-            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL, 0o600))
+            open(self.path, "x", opener=OWNERS).close()
         if not os.path.isfile(self.path):
             raise ValueError("it is no file")
         database = sqlite3.connect(self.path, timeout=2.0, isolation_level=None)
@@ -5258,8 +5262,7 @@ def call_in_threads(function: Callable[[Provider], None], providers: Iterable[Pr
 def with_loaded_context(model: Model, loaded: Any) -> Model:
     """The model with the context it has in its server's memory, and a warning if that is small.
     Ollama cuts prompts that are longer than it in silence, from the front."""
-    entries = dict_or_empty(loaded).get("models")
-    for entry in map(dict_or_empty, entries if isinstance(entries, list) else ()):
+    for entry in map(dict_or_empty, as_list(dict_or_empty(loaded).get("models"))):
         context = whole_number(entry.get("context_length"))
         if context and model.upstream_id in (entry.get("name"), entry.get("model")):
             small = (f"a context of {context:,} tokens is too small for Claude Code; "
@@ -6606,11 +6609,8 @@ def server_token(options: argparse.Namespace) -> str:
     source, token = "OGX_API_KEY", os.environ.get("OGX_API_KEY", "")
     if options.api_key_file:
         source = f"--api-key-file {options.api_key_file}"
-        try:
-            with open(options.api_key_file, encoding="utf-8", errors="replace") as file:
-                token = file.read().strip()
-        except OSError as error:
-            raise OgxError(400, f"{source}: {error.strerror}") from None
+        with os_errors_of(source), open(options.api_key_file, errors="replace") as file:
+            token = file.read().strip()
         if not token:
             raise OgxError(400, f"{source}: the file is empty")
     if re.search(r"[^\x21-\x7e]", token):
@@ -6624,7 +6624,7 @@ def start_own_server(options: argparse.Namespace, token: str) -> Server:
     log_file = os.path.abspath(f"{state}.log")
     try:
         os.makedirs(os.path.dirname(log_file), mode=0o700, exist_ok=True)
-        os.close(os.open(log_file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600))
+        open(log_file, "w", opener=OWNERS).close()
         start_log(log_file, "info")
     except OSError as error:
         log.addHandler(logging.NullHandler())  # the terminal is Claude Code's
@@ -6686,27 +6686,29 @@ def command_name() -> str:
 def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
                 environ: Mapping[str, str]) -> LaunchPlan:
     """What to set and unset so that Claude Code talks to the server and knows its models."""
-    models = {entry["id"]: entry for entry in listing["data"] if is_listed_llm(entry)}
+    entries = filter(is_listed_llm, map(dict_or_empty, listing["data"]))
+    models = {entry["id"]: entry for entry in entries}
     if not models:
         raise OgxError(404, "Failed to find any LLM models on the OGX server.")
     variables = {**dict.fromkeys(UNSET, ""),
                  "ANTHROPIC_BASE_URL": server.base_url, "ANTHROPIC_AUTH_TOKEN": server.api_key,
                  "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",
                  "CLAUDE_CODE_ATTRIBUTION_HEADER": "0"}  # it would defeat prefix caches
-    ids = sorted(models, key=lambda model_id: is_alias(models[model_id]))  # the others first
+    aliases = {model_id for model_id, entry in models.items()
+               if dict_or_empty(entry.get("custom_metadata")).get("alias_of")}
+    ids = sorted(models, key=aliases.__contains__)  # the others first
     server_choices = dict_or_empty(listing.get("tiers"))
-    entries = []
+    chosen = []
     for tier in TIERS:
         wanted = getattr(options, f"{tier}_model") or options.model
         model_id = tier_choice(wanted, server_choices.get(tier), ids)
         name = tier_variable(tier)
         variables.update({name: model_id, f"{name}_NAME": model_id,
                           f"{name}_DESCRIPTION": f"{tier} tier, served by ogx.py"})
-        entries.append(models.get(model_id, {}))
-    if any(re.search("claude|anthropic", model_id, re.I) and not is_alias(entry)
-           for model_id, entry in models.items()):
+        chosen.append(models.get(model_id, {}))
+    if any(re.search("claude|anthropic", model_id, re.I) for model_id in models.keys() - aliases):
         variables["CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY"] = "1"  # it lists only such ids
-    variables.update(limit_variables(entries))
+    variables.update(limit_variables(chosen))
     for name in ("NO_PROXY", "no_proxy"):  # it looks at the second first
         value = environ.get(name) or environ.get("no_proxy") or environ.get("NO_PROXY") or ""
         hosts = value.replace(",", " ").split()
@@ -6716,12 +6718,9 @@ def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
     return LaunchPlan(variables, options.model or "")
 
 
-def is_listed_llm(entry: Any) -> bool:
-    model_id = dict_or_empty(entry).get("id")
-    if not isinstance(model_id, str) or not 0 < len(model_id) <= MAX_ID or BAD_ID.search(model_id):
-        return False
+def is_listed_llm(entry: Json) -> bool:
     model_type = dict_or_empty(entry.get("custom_metadata")).get("model_type", "llm")
-    return model_type == "llm" and not NOT_LLM.search(model_id)
+    return is_id(entry.get("id")) and model_type == "llm" and not NOT_LLM.search(entry["id"])
 
 
 def tier_choice(wanted: str | None, server_choice: Any, ids: Sequence[str]) -> str:
@@ -6730,10 +6729,6 @@ def tier_choice(wanted: str | None, server_choice: Any, ids: Sequence[str]) -> s
         raise OgxError(404, f"Failed to find model '{wanted}' on the OGX server."
                             f"{near_miss(wanted, ids)}\nAvailable models: {', '.join(ids)}")
     return wanted or (isinstance(server_choice, str) and server_choice) or ids[0]
-
-
-def is_alias(entry: Json) -> bool:
-    return bool(dict_or_empty(entry.get("custom_metadata")).get("alias_of"))
 
 
 def limit_variables(entries: Sequence[Json]) -> dict[str, str]:
@@ -6781,18 +6776,13 @@ def run_claude(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str
     if is_interactive(rest) and not permission_mode(given):
         # Auto mode asks the model's provider for verdicts on tool calls, which only Anthropic has.
         rest[1:1] = ["--permission-mode", "default"]
-    try:
-        handle, path = tempfile.mkstemp(prefix="ogx-", suffix=".json")  # mode 0600
-    except OSError as error:
-        raise OgxError(500, f"can't write a temporary settings file: {error}") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+    temporary = os_errors_of("can't write a temporary settings file")
+    with temporary, tempfile.TemporaryDirectory(prefix="ogx-") as folder:
+        path = os.path.join(folder, "settings.json")
+        with open(path, "w", opener=OWNERS) as file:
             json.dump(merged_settings(given, plan), file)
         rest[1:1] = ["--settings", path]
         return run_program(rest, plan.environment(os.environ))
-    finally:
-        with suppress(OSError):
-            os.unlink(path)
 
 
 def without_settings_flag(argv: Sequence[str]) -> tuple[list[str], str]:
@@ -6885,10 +6875,9 @@ def run_program(argv: Sequence[str], environment: Mapping[str, str]) -> int:
         handlers = {number: signal.signal(number, pass_on)
                     for number in signal.Signals if number.name in ends}
     try:
-        child = subprocess.Popen(argv, env=environment)
+        with os_errors_of(f"Failed to start '{argv[0]}'"):
+            child = subprocess.Popen(argv, env=environment)
         code = child.wait()
-    except OSError as error:
-        raise OgxError(500, f"Failed to start '{argv[0]}': {error.strerror}") from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -6908,8 +6897,9 @@ def print_check(server: Provider, plan: LaunchPlan) -> int:
             began, first = time.monotonic(), 0.0
             verdict = "works, tools too"
             try:
-                first, message = checked_answer(upstream, server, body)
-                check_call(message)
+                events = answered_events(upstream, server, body)
+                start, first = next(events), time.monotonic()
+                check_call(message_from_events([start, *events]))
             except OgxError as error:
                 verdict, failed = without_controls(one_line(error.message)) or "failed", True
             except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
@@ -6929,26 +6919,26 @@ def check_call(message: Json) -> None:
         raise OgxError(502, f"called the tool wrongly, with {json.dumps(calls[0]['input'])[:80]}")
 
 
-def checked_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[float, Json]:
-    """When the first event of a streamed answer came, and the message; OgxError if it failed."""
+def answered_events(upstream: Upstream, server: Provider, body: Json) -> Iterator[Json]:
+    """The events of a streamed answer, at least one; OgxError if it fails."""
     reply = drive(upstream.send(server, "POST", "/v1/messages", json_bytes(body)))
-    first, told = 0.0, list[bytes]()
     try:
         drive(reply.head())
-        for items in reply.items():
-            told += items
-            first = first or (time.monotonic() if told else 0.0)
-            if len(told) > 20_000:
+        items = itertools.chain.from_iterable(reply.items())
+        if reply.status != 200:
+            raise OgxError(502, refusal_from_body(reply.status, b"".join(items)).message)
+        number = 0
+        for number, item in enumerate(items, 1):
+            event = json.loads(item)
+            if event["type"] == "error":
+                raise OgxError(502, refusal_from_body(502, item).message)
+            if number > 20_000:
                 raise OgxError(502, "an answer without end")
+            yield event
+        if not number:
+            raise OgxError(502, "an empty answer")
     finally:
         reply.release()
-    if reply.status != 200:
-        raise OgxError(reply.status, refusal_from_body(reply.status, b"".join(told)).message)
-    events = map(dict_or_empty, map(json_or_none, told))
-    error = next((item for item, event in zip(told, events) if event.get("type") == "error"), b"")
-    if error or not told:
-        raise OgxError(502, refusal_from_body(502, error).message if error else "an empty answer")
-    return first, message_from_events(map(json.loads, told))
 
 
 # ======== Command line =======================================================================
@@ -7092,11 +7082,8 @@ def allow_many_files() -> None:
 
 def server_tls(cert: str, key: str | None) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
+    with os_errors_of(f"--tls-cert {cert}, --tls-key {key or cert}"):
         context.load_cert_chain(cert, key)
-    except OSError as error:
-        files = f"--tls-cert {cert}, --tls-key {key or cert}"
-        raise OgxError(400, f"{files}: {error.strerror or error}") from None
     return context
 
 
