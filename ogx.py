@@ -4234,7 +4234,7 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         super().__init__(stream)  # None: stderr
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self._path = path  # empty once a failure was told; the thread's
-        self._lost = 0  # lines since the queue was full; emit()'s, under the handler's lock
+        self._lost = 0  # lines since the queue was full; under the handler's lock
         self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
@@ -4313,16 +4313,16 @@ STATE_SECONDS = 1.0  # between two looks at the state file
 
 class Store:
     """JSON values by namespace and key, in memory and, but for an empty path, in a file; safe for
-    threads. With a problem, only sync() tries the file again."""
+    threads."""
 
     def __init__(self, path: str = "") -> None:
         self.path = os.path.abspath(path) if path else ""
-        # Why the file lacks something, else empty; anyone may read it.
+        # Why the file lacks something; while set, sync() alone tries the file again.
         self.problem = "" if path else "there is no state file: this is lost when ogx.py stops"
         self._lock = threading.RLock()  # guards the file and all below
         self._saved: dict[tuple[str, str], str] = {}  # what the file held when it was last read
         self._unsaved: dict[tuple[str, str], str] = {}  # what it is to hold; "null": no longer
-        self._version = -1  # the file's: begins anywhere, and each writing adds one
+        self._version = -1  # of the file: begins anywhere, and grows by 1 with each write
         self.sync()
 
     def all(self, namespace: str) -> dict[str, Any]:
@@ -4333,7 +4333,7 @@ class Store:
         return {key: value for key, value in values.items() if isinstance(value, (dict, list))}
 
     def put(self, namespace: str, key: str, value: Any) -> str:
-        """Keep a value, or none. Returns why the file doesn't know it yet, else ""."""
+        """Keep a value, or forget it if None; return `problem`."""
         fact = namespace, key.encode("utf-8", "replace").decode()  # sqlite takes no half characters
         with self._lock:
             self._unsaved[fact] = json.dumps(value)
@@ -4386,7 +4386,7 @@ class Store:
         self._unsaved, self._version = {}, version
 
     def _read(self, database: Any) -> int:
-        """The file's version; what it holds is taken in where it may be new."""
+        """Take in what may be new in the file; return its version."""
         if not database.execute("SELECT * FROM sqlite_master").fetchone():  # it is new, or emptied
             database.execute("CREATE TABLE facts (kind TEXT, key TEXT, value TEXT, at REAL, "
                              "PRIMARY KEY (kind, key))")
@@ -4403,7 +4403,7 @@ class Store:
         return version
 
     def _set_aside(self, error: Exception) -> bool:
-        """Whether a corrupt file was renamed."""
+        """Rename a corrupt file; return whether it was one."""
         if type(error).__name__ != "DatabaseError":  # locked, read-only, another program's
             return False
         with open(self.path, "rb") as file:
@@ -4422,8 +4422,7 @@ class Store:
 def state_path(given: str | None, environ: Mapping[str, str]) -> str:
     """The state file's path; empty where no home directory is known."""
     base = environ.get("XDG_STATE_HOME") or environ.get("LOCALAPPDATA") or "~/.local/state"
-    path = given or environ.get("OGX_STATE") or os.path.join(base, "ogx", "state.sqlite")
-    path = os.path.expanduser(path)
+    path = os.path.expanduser(given or environ.get("OGX_STATE") or f"{base}/ogx/state.sqlite")
     if path.startswith("~"):
         log.warning("no home directory is known, so there is no state file (see --state)")
         return ""
@@ -4439,7 +4438,6 @@ class Lessons:
         self.load()
 
     def load(self) -> None:
-        """Take in what the store holds."""
         with self._lock:
             lessons: dict[str, dict[str, Lesson]] = {}
             for key, entries in self._store.all("lessons").items():
@@ -4455,7 +4453,7 @@ class Lessons:
         return tuple(lesson for lesson in lessons if lesson.at > oldest)
 
     def add(self, model: Model, lessons: Iterable[Lesson]) -> None:
-        """Keep lessons from now on, each in place of an older one about the same."""
+        """Keep lessons, each in place of an older one about the same."""
         served = model.listed_id
         for lesson in (replace(lesson, at=time.time()) for lesson in lessons if lesson.keep):
             subject = subject_of(lesson)
@@ -4466,7 +4464,7 @@ class Lessons:
                     self.forget(next(iter(self._lessons)))
 
     def forget(self, served: str) -> bool:
-        """Whether there was something to forget."""
+        """Forget a model's lessons; return whether there were any."""
         with self._lock:
             lessons = self._lessons.pop(served, {})
             for key in (served, *(f"{served}\n{subject}" for subject in lessons)):
@@ -4480,7 +4478,7 @@ def subject_of(lesson: Lesson) -> str:
 
 
 def lesson_from_json(kept: Any) -> Lesson | None:
-    """A lesson that was kept, its lists as tuples again; None for another version's."""
+    """A lesson from the store, with tuples again; None for another version's."""
     try:
         value = kept["value"]
         if isinstance(value, list):
@@ -4497,8 +4495,7 @@ class Ratios:
     """By model, its tokens for one of our estimate: the median of the last nine answers."""
 
     def __init__(self) -> None:
-        # By model, the last ratios. Lists are replaced, never altered: any thread may call.
-        self._seen: dict[str, list[float]] = {}
+        self._seen: dict[str, list[float]] = {}  # lists are replaced, never altered, for threads
 
     def estimate(self, model: Model, prompt: tuple[float, int]) -> int:
         """A prompt's tokens as this model counts; `prompt` is what a TokenCounter gave."""
@@ -4516,8 +4513,8 @@ class Ratios:
 
 
 # ======== Signing ============================================================================
-# AWS takes a signature (Signature Version 4) instead of a key, made with keys from variables or a
-# profile. Roles and sign-on: `credential_process = aws configure export-credentials --profile X`.
+# AWS takes signatures (version 4), made with keys from variables or a profile; for roles and sign-on
+# with `credential_process = aws configure export-credentials --profile X`.
 
 AWS_KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 PROCESS_SECONDS, PROCESS_BYTES = 30.0, 65536  # of a credential_process and what it prints
@@ -4526,8 +4523,8 @@ SECRET = r"(?i)(secret|token|key|password)[\w\"']{0,30}\s?[=:]\s?\S+|[\w+/=-]{32
 
 def aws_signature(method: str, url: str, headers: Mapping[str, str], body: bytes,
                   keys: Sequence[str], scope: str, now: float) -> dict[str, str]:
-    """The headers that sign a request at `now`, in seconds since 1970. `headers` are signed too,
-    with the host; `keys` are AWS_KEYS' values, `scope` is "region/service". Pure."""
+    """The headers that sign a request and its headers, with the host, at `now`, in seconds since
+    1970. `keys` are AWS_KEYS' values, `scope` is "region/service". Pure."""
     import hashlib  # only now: few need them
     import hmac
 
@@ -4575,8 +4572,7 @@ def with_aws_region(environ: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def keys_from_process(command: str, stopped: threading.Event) -> tuple[float, list[str]]:
-    """Until when a credential_process' keys hold, and AWS_KEYS' values; OgxError(401) where it
-    fails."""
+    """Until when a credential_process' keys hold, and AWS_KEYS' values; or OgxError(401)."""
     import datetime
 
     words = b""
@@ -4593,8 +4589,8 @@ def keys_from_process(command: str, stopped: threading.Event) -> tuple[float, li
 
 
 def output_of(command: str, stopped: threading.Event) -> tuple[bytes, bytes]:
-    """What a command prints, or nothing if it fails, and what it says on stderr. With all that it
-    started it is killed when it takes too long, prints too much, or `stopped` is set."""
+    """A command's stdout, empty if it fails, and stderr. It is killed, with all that it started,
+    when it takes too long, prints too much, or `stopped` is set."""
     import subprocess
 
     end = time.monotonic() + PROCESS_SECONDS
@@ -4623,12 +4619,12 @@ class Signer:
     """Signs with the user's keys of the moment, as files and processes give them."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self.secrets: set[str] = set()  # all that were used; any thread may add or read
+        self.secrets: set[str] = set()  # all that were used
         self._clock = clock  # seconds since 1970
         self._lock = threading.Lock()  # guards _results, and is held while a process runs
         # By command, until when its keys or its failure are told.
         self._results: dict[str, tuple[float, list[str] | OgxError]] = {}
-        self._stopped = threading.Event()  # set by close()
+        self._stopped = threading.Event()
 
     def keys(self, environ: Mapping[str, str]) -> Sequence[str]:
         """AWS_KEYS' values; OgxError(401) where there are none."""
@@ -4656,9 +4652,9 @@ class Signer:
         return result
 
     def close(self) -> None:
-        """End the process that runs."""
+        """End the process that runs, and wait for that."""
         self._stopped.set()
-        with self._lock:  # once it has ended
+        with self._lock:
             pass
 
     def headers(self, signed: str, method: str, url: str, body: bytes | None) -> dict[str, str]:
@@ -4668,9 +4664,8 @@ class Signer:
             return {}
         content = {} if body is None else {"content-type": "application/json"}
         headers = {"host": urllib.parse.urlsplit(url).netloc, **content}
-        keys = self.keys(os.environ)
+        keys, scope = self.keys(os.environ), f"{match[2]}/{match[1]}"
         self.secrets.update(keys[1:])
-        scope = f"{match[2]}/{match[1]}"
         return aws_signature(method, url, headers, body or b"", keys, scope, self._clock())
 
 
@@ -5125,8 +5120,7 @@ class DemoReply(Reply):
 
 
 # ======== Discovery ==========================================================================
-# What the providers serve, asked at the start and again from time to time. Answers go into the
-# registry by its one door, learn().
+# What the providers serve, asked at the start and from time to time, and told to the registry.
 
 LIST_TIMEOUT = 5.0  # seconds for a provider's model list
 MAX_PAGES = 20  # of a model list
@@ -5136,7 +5130,7 @@ SELDOM = 20  # times as long for all others
 
 
 class Discovery:
-    """Asks providers, in threads of its own. `done` is set when each answered or failed once."""
+    """Asks providers in threads. `done` is set when each answered or failed once."""
 
     def __init__(self, config: Config, registry: Registry, upstream: Upstream) -> None:
         self.config = config
@@ -5147,7 +5141,7 @@ class Discovery:
         self._closed = threading.Event()
 
     def start(self) -> None:
-        """Look for local servers where no provider is configured, and begin to ask."""
+        """Begin to ask; local servers where no provider is configured."""
         if not self.registry.providers:
             kinds = PROVIDER_KINDS.values() if self.config.discover_local else ()
             self.registry.adopt(local_providers(self.upstream, kinds))
@@ -5167,7 +5161,7 @@ class Discovery:
                 return
 
     def _ask(self, provider: Provider) -> None:
-        """Ask one provider; a failure keeps the old list and is noted."""
+        """Ask one provider; after a failure its old list stays."""
         before = self.registry.problems.get(provider.id, "")
         models = None
         try:
@@ -5185,7 +5179,7 @@ class Discovery:
         self.registry.learn(provider.id, models, problem)
 
     def _models_of(self, provider: Provider) -> list[Model]:
-        """The LLMs of its lists. OgxError where its one list, or each of several, failed."""
+        """The LLMs of its lists; OgxError if all of them failed."""
         kind, models, failure = provider.kind, list[Model](), None
         if kind.built_in_models:
             return [Model(f"{provider.id}/{name}", provider, name) for name in kind.built_in_models]
@@ -5219,8 +5213,8 @@ class Discovery:
             query = ("&" if "?" in path else "?") + urllib.parse.urlencode({"after_id": last_id})
 
     def _probe(self, provider: Provider) -> None:
-        """Learn whether a server has a Messages API from what it says to an empty request, which
-        costs nothing: only one that knows the path complains about the body."""
+        """Learn whether a server has a Messages API: only then it complains about the body of an
+        empty request, which costs nothing."""
         kind = provider.kind
         if kind.dialects != BOTH or provider.dialect != "auto" or kind.native_models:
             return
@@ -5232,7 +5226,7 @@ class Discovery:
 
 def local_providers(upstream: Upstream, kinds: Iterable[ProviderKind],
                     timeout: float = 0.2) -> list[Provider]:
-    """Servers at their usual loopback ports that identify themselves as what belongs there."""
+    """Servers at their usual ports here that identify themselves."""
     candidates = [Provider(kind.name, kind, f"http://127.0.0.1:{kind.local_port}/v1")
                   for kind in kinds if kind.local_port]
     identified = set()
@@ -5250,7 +5244,7 @@ def local_providers(upstream: Upstream, kinds: Iterable[ProviderKind],
 
 def call_in_threads(function: Callable[[Provider], None], providers: Iterable[Provider],
                     timeout: float) -> None:
-    """Call a function with each provider, all at once; wait so many seconds for each."""
+    """Call a function with all providers at once; wait so many seconds for each."""
     threads = [threading.Thread(target=function, args=(provider,), daemon=True)
                for provider in providers]
     for thread in threads:
@@ -5260,8 +5254,8 @@ def call_in_threads(function: Callable[[Provider], None], providers: Iterable[Pr
 
 
 def with_loaded_context(model: Model, loaded: Any) -> Model:
-    """The model with the context it has in its server's memory, and a warning if that is small.
-    Ollama cuts prompts that are longer than it in silence, from the front."""
+    """The model with the context it has in its server's memory, and a warning if that is small:
+    Ollama cuts longer prompts in silence, from the front."""
     for entry in map(dict_or_empty, as_list(dict_or_empty(loaded).get("models"))):
         context = whole_number(entry.get("context_length"))
         if context and model.upstream_id in (entry.get("name"), entry.get("model")):
