@@ -4513,8 +4513,8 @@ class Ratios:
 
 
 # ======== Signing ============================================================================
-# AWS takes signatures (version 4), made with keys from variables or a profile; for roles and sign-on
-# with `credential_process = aws configure export-credentials --profile X`.
+# AWS takes signatures (version 4), made with keys from variables or a profile. Roles and sign-on:
+# `credential_process = aws configure export-credentials --profile X`.
 
 AWS_KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 PROCESS_SECONDS, PROCESS_BYTES = 30.0, 65536  # of a credential_process and what it prints
@@ -4573,14 +4573,12 @@ def with_aws_region(environ: Mapping[str, str]) -> Mapping[str, str]:
 
 def keys_from_process(command: str, stopped: threading.Event) -> tuple[float, list[str]]:
     """Until when a credential_process' keys hold, and AWS_KEYS' values; or OgxError(401)."""
-    import datetime
-
     words = b""
     try:
         printed, words = output_of(command, stopped)
         keys = json.loads(printed)
         until = (keys.get("Expiration") or "9000-01-01T00:00:00Z").replace("Z", "+00:00")
-        end = datetime.datetime.fromisoformat(until).timestamp()
+        end = datetime.fromisoformat(until).timestamp()
         return end, [keys["AccessKeyId"], keys["SecretAccessKey"], keys.get("SessionToken") or ""]
     except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
         why = re.sub(SECRET, "***", words.decode("utf-8", "replace"))
@@ -6495,12 +6493,12 @@ def not_served_words(path: str) -> str:
 
 
 # ======== Connect ============================================================================
-# `connect claude`: ask the server for its models, plan the environment (pure), then print it or
-# launch Claude Code. What to set and unset was verified with the real client (2.1.332).
+# `connect claude`: plan the environment for a server's models (pure); print it or launch Claude
+# Code. What to set and unset was verified with the real client (2.1.332).
 
 SMALL_WINDOW = 48_000  # tokens; below, the usual output reserve would compact on every turn
-# Each of these would send requests elsewhere, change how they are sent, or choose another model.
-# Variables that the user's own tools need inside Claude Code (AWS_*, GOOGLE_*) stay.
+# These would send requests elsewhere or otherwise, or choose another model. What the user's own
+# tools need inside Claude Code (AWS_*, GOOGLE_*) stays.
 UNSET = (
     "CLAUDE_CODE_USE_VERTEX", "ANTHROPIC_VERTEX_PROJECT_ID", "CLAUDE_CODE_USE_BEDROCK",
     "ANTHROPIC_BEDROCK_SESSION_TOKEN", "CLAUDE_CODE_USE_FOUNDRY", "CLAUDE_CODE_USE_MANTLE",
@@ -6527,8 +6525,6 @@ CHECK_TOOL = {"name": "add", "description": "Add two numbers.", "input_schema": 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """The environment for Claude Code."""
-
     variables: Mapping[str, str]  # "" for those to unset
     model: str = ""  # for all tiers, if the user chose one
 
@@ -6546,7 +6542,7 @@ class LaunchPlan:
 
 
 def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> int:
-    """Launch Claude Code on the server's models, or print the environment; its exit code."""
+    """Launch Claude Code, or print or check what it would get; the exit code."""
     program = "" if options.print_env or options.check else claude_program(os.environ)
     token = server_token(options)
     url = server_url(options, os.environ)
@@ -6586,9 +6582,9 @@ def tell(options: argparse.Namespace, *lines: str) -> None:
 
 def claude_program(environ: Mapping[str, str]) -> str:
     """Claude Code's program, from PATH or where its installers put it."""
-    homes = map(os.path.expanduser, ("~/.local/bin", "~/.claude/local", "~/.npm-global/bin"))
-    places = [*environ.get("PATH", "").split(os.pathsep), *homes, "/usr/local/bin",
-              "/opt/homebrew/bin"]
+    places = [*environ.get("PATH", "").split(os.pathsep), *map(os.path.expanduser, (
+        "~/.local/bin", "~/.claude/local", "~/.npm-global/bin", "/usr/local/bin",
+        "/opt/homebrew/bin"))]
     # Windows looks into the working directory as well.
     program = shutil.which("claude", path=os.pathsep.join(filter(os.path.isabs, places)))
     if not program or not os.path.isabs(program):
@@ -6598,8 +6594,8 @@ def claude_program(environ: Mapping[str, str]) -> str:
 
 
 def server_token(options: argparse.Namespace) -> str:
-    """The token of the server: from --api-key-file (arguments show in the process list, so there
-    is no flag for the token itself), else OGX_API_KEY, else ""."""
+    """The server's token, if any: from --api-key-file (not from an argument, since those show in
+    the process list), else OGX_API_KEY."""
     source, token = "OGX_API_KEY", os.environ.get("OGX_API_KEY", "")
     if options.api_key_file:
         source = f"--api-key-file {options.api_key_file}"
@@ -6613,7 +6609,7 @@ def server_token(options: argparse.Namespace) -> str:
 
 
 def start_own_server(options: argparse.Namespace, token: str) -> Server:
-    """Start a server on a free port, which logs to a new file that the user alone can read."""
+    """Start a server on a free port, with a new log file for the user alone."""
     state = state_path(None, os.environ)
     log_file = os.path.abspath(f"{state}.log")
     try:
@@ -6634,8 +6630,8 @@ def start_own_server(options: argparse.Namespace, token: str) -> Server:
 
 
 def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
-    """The server's URL without /v1: from --url, else --host (a name, an address or a URL) and
-    --port, else OGX_PORT."""
+    """The server's URL without /v1: --url, else --host (a name, address or URL) and --port, else
+    OGX_PORT."""
     url, port = options.url or options.host, options.port
     if not (options.url or "://" in url or re.fullmatch(r"[^:]+:[0-9]+", url)):
         url = f"[{url.strip('[]')}]" if ":" in url else url
@@ -6651,7 +6647,6 @@ def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
 
 
 def model_listing(server: Provider) -> Json:
-    """The server's GET /v1/models."""
     place = f"OGX server at {server.base_url}"
     with closing(Upstream()) as upstream:
         try:
@@ -6671,15 +6666,12 @@ def model_listing(server: Provider) -> Json:
 
 def command_name() -> str:
     """How to call this program again."""
-    path = sys.argv[0] if sys.argv else ""
-    if path.endswith(".py"):
-        return f"python3 {shlex.quote(path)}"
-    return os.path.basename(path) or "ogx"
+    path = sys.argv[0]
+    return f"python3 {shlex.quote(path)}" if path.endswith(".py") else os.path.basename(path)
 
 
 def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
                 environ: Mapping[str, str]) -> LaunchPlan:
-    """What to set and unset so that Claude Code talks to the server and knows its models."""
     entries = filter(is_listed_llm, map(dict_or_empty, listing["data"]))
     models = {entry["id"]: entry for entry in entries}
     if not models:
@@ -6718,7 +6710,7 @@ def is_listed_llm(entry: Json) -> bool:
 
 
 def tier_choice(wanted: str | None, server_choice: Any, ids: Sequence[str]) -> str:
-    """A tier's model: that of the flags, else the server's choice, else the first in the list."""
+    """A tier's model: the flags' choice, else the server's, else the first."""
     if wanted and wanted not in ids:
         raise OgxError(404, f"Failed to find model '{wanted}' on the OGX server."
                             f"{near_miss(wanted, ids)}\nAvailable models: {', '.join(ids)}")
@@ -6726,7 +6718,7 @@ def tier_choice(wanted: str | None, server_choice: Any, ids: Sequence[str]) -> s
 
 
 def limit_variables(entries: Sequence[Json]) -> dict[str, str]:
-    """The window and output limit that hold for all tiers, where the server knows any."""
+    """The window and the output limit that hold for all tiers, if known."""
     window, output = (
         min(filter(None, (whole_number(entry.get(name)) for entry in entries)), default=0)
         for name in ("max_input_tokens", "max_tokens"))
@@ -6749,15 +6741,14 @@ def plan_lines(plan: LaunchPlan) -> list[str]:
 
 
 def shell_lines(plan: LaunchPlan, shell: str = "sh") -> list[str]:
-    """Lines for the shell's `eval`."""
     export, unset, quoted = SHELLS[shell]
     return [export.format(name, quoted(value)) if value else unset.format(name)
             for name, value in plan.variables.items()]
 
 
 def run_claude(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str]) -> int:
-    """Run Claude Code; its exit code. --settings go before all files that it reads; they are in
-    a file, since arguments show in the process list."""
+    """Run Claude Code; its exit code. --settings beat all files that it reads; they are in a file,
+    since arguments show in the process list."""
     import tempfile
 
     rest, source = without_settings_flag(argv)
@@ -6780,10 +6771,8 @@ def run_claude(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str
 
 
 def without_settings_flag(argv: Sequence[str]) -> tuple[list[str], str]:
-    """The arguments without --settings, of which only the last counts, and its value."""
-    rest: list[str] = []
-    settings = ""
-    words = iter(argv)
+    """The arguments without --settings, and the value of the last."""
+    rest, settings, words = list[str](), "", iter(argv)
     for word in words:
         flag, equals, value = word.partition("=")
         if flag == "--settings":
@@ -6794,7 +6783,7 @@ def without_settings_flag(argv: Sequence[str]) -> tuple[list[str], str]:
 
 
 def settings_files() -> list[str]:
-    """Where Claude Code reads settings of the user, the project and the administrator."""
+    """Where Claude Code reads the user's, the project's and the administrator's settings."""
     chosen, home = os.environ.get("CLAUDE_CONFIG_DIR"), os.path.expanduser("~")
     managed = {"darwin": "/Library/Application Support/ClaudeCode",
                "win32": "C:/ProgramData/ClaudeCode"}.get(sys.platform, "/etc/claude-code")
@@ -6807,7 +6796,6 @@ def read_settings(source: str) -> Json | None:
     """Settings from a file or, as Claude Code's --settings takes them, from JSON text, or None."""
     data: str | bytes = source
     if not source.lstrip().startswith("{"):
-        data = b""
         # A project's may link to a device, or to /proc, where sizes are 0.
         with suppress(OSError):
             if os.path.isfile(source) and os.path.getsize(source):
@@ -6818,7 +6806,7 @@ def read_settings(source: str) -> Json | None:
 
 
 def overrides(settings: Json, plan: LaunchPlan) -> bool:
-    """Whether settings would beat the plan: they go before the environment."""
+    """Whether settings would beat the plan's environment."""
     names = map(str.upper, dict_or_empty(settings.get("env")))  # Windows ignores case
     planned = {name.upper() for name in plan.variables}.intersection(names)
     other_model = plan.model and settings.get("model") not in (None, plan.model)
@@ -6830,7 +6818,7 @@ def overriding_files(plan: LaunchPlan) -> list[str]:
 
 
 def merged_settings(given: Json, plan: LaunchPlan) -> Json:
-    """The user's own --settings with the plan on top; "" counts as unset there too."""
+    """The user's own --settings with the plan on top; "" counts as unset."""
     env = {**dict_or_empty(given.get("env")), **plan.variables}
     model = {"model": plan.model} if plan.model else {}
     return {**given, "env": env, "apiKeyHelper": "", **model}
@@ -6844,7 +6832,7 @@ def permission_mode(given: Json) -> str:
 
 
 def is_interactive(argv: Sequence[str]) -> bool:
-    """Whether the arguments start a session that is to ask for permissions as settings say."""
+    """Whether a session starts that asks for permissions as settings say."""
     flags = {word.partition("=")[0] for word in argv[1:]}
     chosen = flags & {"-p", "--print", "--permission-mode", "--dangerously-skip-permissions",
                       "-v", "--version", "-h", "--help"}
@@ -6852,14 +6840,14 @@ def is_interactive(argv: Sequence[str]) -> bool:
 
 
 def run_program(argv: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a program in this terminal; its exit code, as a shell has it."""
+    """Run a program; its exit code, as a shell has it."""
     import subprocess
 
     child: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: Any) -> None:
-        # Ctrl-C reaches the whole foreground group, and Claude Code decides what it means. (It is
-        # handled here and not ignored, since SIG_IGN would be inherited.)
+        # Ctrl-C reaches the whole foreground group, and Claude Code decides what it means. (SIG_IGN
+        # would be inherited.)
         if child and number != signal.SIGINT:
             child.send_signal(number)
 
@@ -6879,7 +6867,7 @@ def run_program(argv: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def print_check(server: Provider, plan: LaunchPlan) -> int:
-    """Try each tier's model with a message and a tool, and print a table; 0 when all work."""
+    """Ask each tier's model to call a tool, and print a table; 0 when all do."""
     tiers_of: dict[str, list[str]] = {}
     for tier in TIERS:
         tiers_of.setdefault(plan.model_of(tier), []).append(tier)
@@ -6888,7 +6876,7 @@ def print_check(server: Provider, plan: LaunchPlan) -> int:
         for model_id, tiers in tiers_of.items():
             body = {"model": model_id, "max_tokens": 1000, "stream": True, "tools": [CHECK_TOOL],
                     "messages": [{"role": "user", "content": "Call the tool add with 2 and 3."}]}
-            began, first = time.monotonic(), 0.0
+            began = first = time.monotonic()
             verdict = "works, tools too"
             try:
                 events = answered_events(upstream, server, body)
@@ -6898,17 +6886,17 @@ def print_check(server: Provider, plan: LaunchPlan) -> int:
                 verdict, failed = without_controls(one_line(error.message)) or "failed", True
             except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
                 verdict, failed = "answers in another format than Anthropic's", True
-            seconds = f"{first - began if first else 0:6.2f} {time.monotonic() - began:6.2f} s"
+            seconds = f"{first - began:6.2f} {time.monotonic() - began:6.2f} s"
             say(f"{model_id:<{width}}  {seconds}  {verdict} ({', '.join(tiers)})")
     return int(failed)
 
 
 def check_call(message: Json) -> None:
-    """Raise OgxError unless a message calls CHECK_TOOL as it wants to be called."""
+    """Raise OgxError unless a message calls CHECK_TOOL rightly."""
     calls = [block for block in message["content"] if block["type"] == "tool_use"]
     if not calls:
-        hint = "does the model, and its server, do tools?"
-        raise OgxError(502, f"answers, but called no tool: {hint}")
+        raise OgxError(502, "answers, but called no tool: does the model, and its server, do "
+                            "tools?")
     if not {"a", "b"} <= set(calls[0]["input"]):
         raise OgxError(502, f"called the tool wrongly, with {json.dumps(calls[0]['input'])[:80]}")
 
