@@ -4284,7 +4284,6 @@ def os_errors_of(source: str) -> Iterator[None]:
 
 
 def start_log(path: str | None, level: str) -> None:
-    """Log to a file, else to stderr."""
     with os_errors_of(f"--log-file {path}"):
         logging.basicConfig(level=level.upper(), handlers=[LogHandler(path or "")])
 
@@ -4305,8 +4304,6 @@ def say(*lines: str, to: str = "stdout") -> None:
 # table, which several servers may share. It never stops serving: what can't be written yet is kept
 # in memory; the log and the answers say so.
 
-MIN_CALIBRATION = 250  # tokens of a prompt: smaller ones are mostly what templates add
-PLAUSIBLE_RATIO = (0.5, 4.0)  # others: providers tell nothing, or leave out what was cached
 MOST_LEARNED = 1000  # models about which something is kept; the first make room for others
 STATE_SECONDS = 1.0  # between two looks at the state file
 
@@ -4503,13 +4500,14 @@ class Ratios:
         return round(prompt[0] * seen[len(seen) // 2]) + prompt[1]
 
     def learn(self, model: Model, prompt: tuple[float, int], usage: Usage | None) -> None:
-        """Compare an estimate with what the upstream told; images would spoil it."""
-        if usage and prompt[0] >= MIN_CALIBRATION and not prompt[1]:
-            ratio = (usage.input + usage.cache_read + usage.cache_written) / prompt[0]
-            if PLAUSIBLE_RATIO[0] < ratio < PLAUSIBLE_RATIO[1]:
-                if len(self._seen) >= MOST_LEARNED:
-                    self._seen = {}  # one answer relearns it
-                self._seen[model.listed_id] = [*self._seen.get(model.listed_id, [])[-8:], ratio]
+        """Compare an estimate with what the upstream told."""
+        if not usage or prompt[0] < 250 or prompt[1]:  # mostly a template's, or an image's tokens
+            return
+        ratio = (usage.input + usage.cache_read + usage.cache_written) / prompt[0]
+        if 0.5 < ratio < 4.0:  # else it tells nothing, or leaves out what was cached
+            if len(self._seen) >= MOST_LEARNED:
+                self._seen = {}  # one answer relearns it
+            self._seen[model.listed_id] = [*self._seen.get(model.listed_id, [])[-8:], ratio]
 
 
 # ======== Signing ============================================================================
@@ -5122,9 +5120,6 @@ class DemoReply(Reply):
 
 LIST_TIMEOUT = 5.0  # seconds for a provider's model list
 MAX_PAGES = 20  # of a model list
-MIN_CONTEXT = 32_000  # tokens; Claude Code's own prompt and tools take 15,000 of them
-REFRESH = 15.0  # seconds between two lists of local servers, and after a problem
-SELDOM = 20  # times as long for all others
 
 
 class Discovery:
@@ -5134,7 +5129,7 @@ class Discovery:
         self.config = config
         self.registry = registry
         self.upstream = upstream
-        self.refresh = REFRESH
+        self.refresh = 15.0  # seconds between lists of local servers, and after a problem
         self.done = threading.Event()
         self._closed = threading.Event()
 
@@ -5151,7 +5146,7 @@ class Discovery:
     def _run(self) -> None:
         for number in itertools.count():
             due = [provider for provider in self.registry.providers.values()
-                   if number % SELDOM == 0 or provider.id in self.registry.problems
+                   if number % 20 == 0 or provider.id in self.registry.problems
                    or is_loopback(address_of(provider.base_url)[1])]
             call_in_threads(self._ask, due, 3 * LIST_TIMEOUT)
             self.done.set()
@@ -5258,8 +5253,8 @@ def with_loaded_context(model: Model, loaded: Any) -> Model:
         context = whole_number(entry.get("context_length"))
         if context and model.upstream_id in (entry.get("name"), entry.get("model")):
             small = (f"a context of {context:,} tokens is too small for Claude Code; "
-                     f"{model.provider.kind.context_hint}")
-            return replace(model, context=context, warning=small if context < MIN_CONTEXT else "")
+                     f"{model.provider.kind.context_hint}")  # whose own prompt takes 15,000
+            return replace(model, context=context, warning=small if context < 32_000 else "")
     return model
 
 
@@ -6500,14 +6495,13 @@ SMALL_WINDOW = 48_000  # tokens; below, the usual output reserve would compact o
 # These would send requests elsewhere or otherwise, or choose another model. What the user's own
 # tools need inside Claude Code (AWS_*, GOOGLE_*) stays.
 UNSET = (
-    "CLAUDE_CODE_USE_VERTEX", "ANTHROPIC_VERTEX_PROJECT_ID", "CLAUDE_CODE_USE_BEDROCK",
-    "ANTHROPIC_BEDROCK_SESSION_TOKEN", "CLAUDE_CODE_USE_FOUNDRY", "CLAUDE_CODE_USE_MANTLE",
-    "CLAUDE_CODE_USE_ANTHROPIC_AWS", "CLAUDE_CODE_USE_ANTHROPIC_GOOGLE_CLOUD",
-    "CLAUDE_CODE_USE_GATEWAY", "ANTHROPIC_UNIX_SOCKET", "ANTHROPIC_API_KEY", "ANTHROPIC_MODEL",
-    "ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_CUSTOM_HEADERS", "CLAUDE_CODE_OAUTH_TOKEN",
-    "CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST", "CLAUDE_CODE_HOST_AUTH_ENV_VAR", "CLAUDECODE",
-    "CLAUDE_CODE_SUBAGENT_MODEL", "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
-    "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "ANTHROPIC_DEFAULT_MODEL")
+    *map("CLAUDE_CODE_USE_{}".format, ("VERTEX", "BEDROCK", "FOUNDRY", "MANTLE", "ANTHROPIC_AWS",
+                                       "ANTHROPIC_GOOGLE_CLOUD", "GATEWAY")),
+    "ANTHROPIC_VERTEX_PROJECT_ID", "ANTHROPIC_BEDROCK_SESSION_TOKEN", "ANTHROPIC_UNIX_SOCKET",
+    "ANTHROPIC_API_KEY", "ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL",
+    "ANTHROPIC_CUSTOM_HEADERS", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST",
+    "CLAUDE_CODE_HOST_AUTH_ENV_VAR", "CLAUDECODE", "CLAUDE_CODE_SUBAGENT_MODEL",
+    "CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "ANTHROPIC_DEFAULT_MODEL")
 CLAUDE_COMMANDS = {  # those that start no session
     "agents", "auth", "auto-mode", "config", "doctor", "install", "mcp", "migrate-installer",
     "plugin", "plugins", "setup-token", "update", "upgrade"}
@@ -7077,9 +7071,9 @@ def config_from_name(name: str, environ: Mapping[str, str]) -> Config:
             with open(name, encoding="utf-8-sig") as file:
                 tree = json.load(file)
         except OSError as error:
-            problem = f"{error.strerror}; expected 'starter' or a JSON file"
-            raise OgxError(400, f"{name}: {problem}") from None
-        except (ValueError, RecursionError) as error:
+            raise OgxError(400, f"{name}: {error.strerror}; expected 'starter' or a JSON file"
+                           ) from None
+        except ValueError as error:
             raise OgxError(400, f"{name}: not JSON: {error}") from None
     return config_from_json(tree, name, environ)
 
