@@ -4570,13 +4570,13 @@ def with_aws_region(environ: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def keys_from_process(command: str, stopped: threading.Event) -> tuple[float, list[str]]:
-    """Until when a credential_process' keys hold, and AWS_KEYS' values; or OgxError(401)."""
+    """Until when to use a credential_process' keys, and AWS_KEYS' values; or OgxError(401)."""
     words = b""
     try:
         printed, words = output_of(command, stopped)
         keys = json.loads(printed)
         until = (keys.get("Expiration") or "9000-01-01T00:00:00Z").replace("Z", "+00:00")
-        end = datetime.fromisoformat(until).timestamp()
+        end = datetime.fromisoformat(until).timestamp() - 60
         return end, [keys["AccessKeyId"], keys["SecretAccessKey"], keys.get("SessionToken") or ""]
     except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
         why = re.sub(SECRET, "***", words.decode("utf-8", "replace"))
@@ -4638,8 +4638,7 @@ class Signer:
             until, result = self._results.get(command, (0.0, []))
             if self._clock() > until:
                 try:
-                    end, result = keys_from_process(command, self._stopped)
-                    until = end - 60
+                    until, result = keys_from_process(command, self._stopped)
                 except OgxError as error:
                     until, result = self._clock() + 5, replace(error)
                 self._results[command] = until, result
@@ -6752,7 +6751,7 @@ def run_claude(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str
     for path in overriding_files(plan):
         if "managed" in os.path.basename(path):
             tell(options, f"  warning: {path} can't be overridden, and names another server or key")
-    if is_interactive(rest) and not permission_mode(given):
+    if is_interactive(rest) and not sets_permission_mode(given):
         # Auto mode asks the model's provider for verdicts on tool calls, which only Anthropic has.
         rest[1:1] = ["--permission-mode", "default"]
     temporary = os_errors_of("can't write a temporary settings file")
@@ -6818,11 +6817,10 @@ def merged_settings(given: Json, plan: LaunchPlan) -> Json:
     return {**given, "env": env, "apiKeyHelper": "", **model}
 
 
-def permission_mode(given: Json) -> str:
-    """The mode that the user's settings choose, or ""."""
+def sets_permission_mode(given: Json) -> bool:
     files = (read_settings(path) or {} for path in settings_files())
-    modes = (dict_or_empty(tree.get("permissions")).get("defaultMode") for tree in (given, *files))
-    return next((str(mode) for mode in modes if mode), "")
+    return any(dict_or_empty(settings.get("permissions")).get("defaultMode")
+               for settings in (given, *files))
 
 
 def is_interactive(argv: Sequence[str]) -> bool:
@@ -6840,16 +6838,13 @@ def run_program(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     child: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: Any) -> None:
-        # Ctrl-C reaches the whole foreground group, and Claude Code decides what it means. (SIG_IGN
-        # would be inherited.)
+        # Ctrl-C reaches the whole group; Claude Code decides. (SIG_IGN would be inherited.)
         if child and number != signal.SIGINT:
             child.send_signal(number)
 
-    handlers: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        ends = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")  # Windows has only the first two
-        handlers = {number: signal.signal(number, pass_on)
-                    for number in signal.Signals if number.name in ends}
+    in_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, pass_on) for number in signal.Signals if in_main
+                and number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")}
     try:
         with os_errors_of(f"Failed to start '{argv[0]}'"):
             child = subprocess.Popen(argv, env=environment)
@@ -6922,7 +6917,6 @@ def answered_events(upstream: Upstream, server: Provider, body: Json) -> Iterato
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
     forwarded = words[split + 1 :]
@@ -6987,9 +6981,8 @@ def add_run(commands: Any) -> None:
 def add_connect(commands: Any) -> None:
     connect = commands.add_parser("connect", help="launch a client on a running server")
     clients = connect.add_subparsers(dest="client", metavar="CLIENT", required=True)
-    claude = clients.add_parser("claude", help="Claude Code",
-                                usage="%(prog)s [options] [-- CLAUDE_ARGS...]")
-    flag = claude.add_argument
+    flag = clients.add_parser("claude", help="Claude Code",
+                              usage="%(prog)s [options] [-- CLAUDE_ARGS...]").add_argument
     flag("--model", help="model for all tiers (default: the server's choice)")
     for tier in TIERS:
         flag(f"--{tier}-model", metavar="MODEL", help=f"model for the {tier} tier")
@@ -7071,8 +7064,8 @@ def config_from_name(name: str, environ: Mapping[str, str]) -> Config:
             with open(name, encoding="utf-8-sig") as file:
                 tree = json.load(file)
         except OSError as error:
-            raise OgxError(400, f"{name}: {error.strerror}; expected 'starter' or a JSON file"
-                           ) from None
+            expected = "expected 'starter' or a JSON file"
+            raise OgxError(400, f"{name}: {error.strerror}; {expected}") from None
         except ValueError as error:
             raise OgxError(400, f"{name}: not JSON: {error}") from None
     return config_from_json(tree, name, environ)
