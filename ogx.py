@@ -86,7 +86,7 @@ if sys.version_info < (3, 9):  # noqa: UP036
     sys.exit(f"ogx.py needs Python 3.9 or newer; this is {sys.version.split()[0]}")
 
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from typing import Any, Callable, ClassVar, NamedTuple, Union
@@ -4226,22 +4226,19 @@ def ready_socket(wait: Wait) -> Any:
 
 LOG_LINE = 4000  # bytes
 LOG_QUEUE = 1000  # lines that wait to be written; further ones are counted, and lost
+OWNERS = functools.partial(os.open, mode=0o600)  # opens new files for the user's eyes alone
 
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Has a thread write the lines: a stopped terminal, a full pipe or a slow disk holds up nothing
-    else. With logging's QueueHandler a blocked writer holds the handler's lock, and
-    logging.shutdown hangs at exit."""
+    """Writes in a thread: a stopped terminal, a full pipe or a slow disk holds up nothing else.
+    With logging's QueueHandler a blocked writer makes logging.shutdown hang at exit."""
 
     def __init__(self, path: str = "") -> None:
-        stream = sys.stderr
-        if path:  # a new file is for the user's eyes alone
-            stream = open(path, "a", encoding="utf-8", errors="backslashreplace",  # noqa: SIM115
-                          opener=functools.partial(os.open, mode=0o600))
-        super().__init__(stream)
+        stream = open(path, "a", encoding="utf-8", opener=OWNERS) if path else None  # noqa: SIM115
+        super().__init__(stream)  # None: stderr
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self._path = path  # empty once a failure was told; the thread's
-        self._lost = 0  # lines since the queue was full; emit()'s, under the handler's lock
+        self._lost = 0  # lines since the queue was full; under the handler's lock
         self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
@@ -4281,12 +4278,18 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
                 line.set()
 
 
-def start_log(path: str | None, level: str) -> None:
-    """Log to a file, else to stderr. Raise OgxError where the file can't be opened."""
+@contextmanager
+def os_errors_of(source: str) -> Iterator[None]:
+    """Turn the system's errors into OgxErrors that name their source."""
     try:
-        logging.basicConfig(level=level.upper(), handlers=[LogHandler(path or "")])
+        yield
     except OSError as error:
-        raise OgxError(400, f"--log-file {path}: {error.strerror}") from None
+        raise OgxError(400, f"{source}: {error.strerror or error}") from None
+
+
+def start_log(path: str | None, level: str) -> None:
+    with os_errors_of(f"--log-file {path}"):
+        logging.basicConfig(level=level.upper(), handlers=[LogHandler(path or "")])
 
 
 def say(*lines: str, to: str = "stdout") -> None:
@@ -4305,24 +4308,22 @@ def say(*lines: str, to: str = "stdout") -> None:
 # table, which several servers may share. It never stops serving: what can't be written yet is kept
 # in memory; the log and the answers say so.
 
-MIN_CALIBRATION = 250  # tokens of a prompt: smaller ones are mostly what templates add
-PLAUSIBLE_RATIO = (0.5, 4.0)  # others: providers tell nothing, or leave out what was cached
 MOST_LEARNED = 1000  # models about which something is kept; the first make room for others
 STATE_SECONDS = 1.0  # between two looks at the state file
 
 
 class Store:
     """JSON values by namespace and key, in memory and, but for an empty path, in a file; safe for
-    threads. With a problem, only sync() tries the file again."""
+    threads."""
 
     def __init__(self, path: str = "") -> None:
         self.path = os.path.abspath(path) if path else ""
-        # Why the file lacks something, else empty; anyone may read it.
+        # Why the file lacks something; while set, sync() alone tries the file again.
         self.problem = "" if path else "there is no state file: this is lost when ogx.py stops"
         self._lock = threading.RLock()  # guards the file and all below
         self._saved: dict[tuple[str, str], str] = {}  # what the file held when it was last read
         self._unsaved: dict[tuple[str, str], str] = {}  # what it is to hold; "null": no longer
-        self._version = -1  # the file's: begins anywhere, and each writing adds one
+        self._version = -1  # of the file: begins anywhere, and grows by 1 with each write
         self.sync()
 
     def all(self, namespace: str) -> dict[str, Any]:
@@ -4333,7 +4334,7 @@ class Store:
         return {key: value for key, value in values.items() if isinstance(value, (dict, list))}
 
     def put(self, namespace: str, key: str, value: Any) -> str:
-        """Keep a value, or none. Returns why the file doesn't know it yet, else ""."""
+        """Keep a value, or forget it if None; return `problem`."""
         fact = namespace, key.encode("utf-8", "replace").decode()  # sqlite takes no half characters
         with self._lock:
             self._unsaved[fact] = json.dumps(value)
@@ -4368,7 +4369,7 @@ class Store:
 
         os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
         with suppress(FileExistsError):  # to open and close one that exists would end its locks
-            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL, 0o600))
+            open(self.path, "x", opener=OWNERS).close()
         if not os.path.isfile(self.path):
             raise ValueError("it is no file")
         database = sqlite3.connect(self.path, timeout=2.0, isolation_level=None)
@@ -4386,7 +4387,7 @@ class Store:
         self._unsaved, self._version = {}, version
 
     def _read(self, database: Any) -> int:
-        """The file's version; what it holds is taken in where it may be new."""
+        """Take in what may be new in the file; return its version."""
         if not database.execute("SELECT * FROM sqlite_master").fetchone():  # it is new, or emptied
             database.execute("CREATE TABLE facts (kind TEXT, key TEXT, value TEXT, at REAL, "
                              "PRIMARY KEY (kind, key))")
@@ -4403,7 +4404,7 @@ class Store:
         return version
 
     def _set_aside(self, error: Exception) -> bool:
-        """Whether a corrupt file was renamed."""
+        """Rename a corrupt file; return whether it was one."""
         if type(error).__name__ != "DatabaseError":  # locked, read-only, another program's
             return False
         with open(self.path, "rb") as file:
@@ -4422,8 +4423,7 @@ class Store:
 def state_path(given: str | None, environ: Mapping[str, str]) -> str:
     """The state file's path; empty where no home directory is known."""
     base = environ.get("XDG_STATE_HOME") or environ.get("LOCALAPPDATA") or "~/.local/state"
-    path = given or environ.get("OGX_STATE") or os.path.join(base, "ogx", "state.sqlite")
-    path = os.path.expanduser(path)
+    path = os.path.expanduser(given or environ.get("OGX_STATE") or f"{base}/ogx/state.sqlite")
     if path.startswith("~"):
         log.warning("no home directory is known, so there is no state file (see --state)")
         return ""
@@ -4439,7 +4439,6 @@ class Lessons:
         self.load()
 
     def load(self) -> None:
-        """Take in what the store holds."""
         with self._lock:
             lessons: dict[str, dict[str, Lesson]] = {}
             for key, entries in self._store.all("lessons").items():
@@ -4455,7 +4454,7 @@ class Lessons:
         return tuple(lesson for lesson in lessons if lesson.at > oldest)
 
     def add(self, model: Model, lessons: Iterable[Lesson]) -> None:
-        """Keep lessons from now on, each in place of an older one about the same."""
+        """Keep lessons, each in place of an older one about the same."""
         served = model.listed_id
         for lesson in (replace(lesson, at=time.time()) for lesson in lessons if lesson.keep):
             subject = subject_of(lesson)
@@ -4466,7 +4465,7 @@ class Lessons:
                     self.forget(next(iter(self._lessons)))
 
     def forget(self, served: str) -> bool:
-        """Whether there was something to forget."""
+        """Forget a model's lessons; return whether there were any."""
         with self._lock:
             lessons = self._lessons.pop(served, {})
             for key in (served, *(f"{served}\n{subject}" for subject in lessons)):
@@ -4480,7 +4479,7 @@ def subject_of(lesson: Lesson) -> str:
 
 
 def lesson_from_json(kept: Any) -> Lesson | None:
-    """A lesson that was kept, its lists as tuples again; None for another version's."""
+    """A lesson from the store, with tuples again; None for another version's."""
     try:
         value = kept["value"]
         if isinstance(value, list):
@@ -4497,8 +4496,7 @@ class Ratios:
     """By model, its tokens for one of our estimate: the median of the last nine answers."""
 
     def __init__(self) -> None:
-        # By model, the last ratios. Lists are replaced, never altered: any thread may call.
-        self._seen: dict[str, list[float]] = {}
+        self._seen: dict[str, list[float]] = {}  # lists are replaced, never altered, for threads
 
     def estimate(self, model: Model, prompt: tuple[float, int]) -> int:
         """A prompt's tokens as this model counts; `prompt` is what a TokenCounter gave."""
@@ -4506,18 +4504,19 @@ class Ratios:
         return round(prompt[0] * seen[len(seen) // 2]) + prompt[1]
 
     def learn(self, model: Model, prompt: tuple[float, int], usage: Usage | None) -> None:
-        """Compare an estimate with what the upstream told; images would spoil it."""
-        if usage and prompt[0] >= MIN_CALIBRATION and not prompt[1]:
-            ratio = (usage.input + usage.cache_read + usage.cache_written) / prompt[0]
-            if PLAUSIBLE_RATIO[0] < ratio < PLAUSIBLE_RATIO[1]:
-                if len(self._seen) >= MOST_LEARNED:
-                    self._seen = {}  # one answer relearns it
-                self._seen[model.listed_id] = [*self._seen.get(model.listed_id, [])[-8:], ratio]
+        """Compare an estimate with what the upstream told."""
+        if not usage or prompt[0] < 250 or prompt[1]:  # mostly a template's, or an image's tokens
+            return
+        ratio = (usage.input + usage.cache_read + usage.cache_written) / prompt[0]
+        if 0.5 < ratio < 4.0:  # else it tells nothing, or leaves out what was cached
+            if len(self._seen) >= MOST_LEARNED:
+                self._seen = {}  # one answer relearns it
+            self._seen[model.listed_id] = [*self._seen.get(model.listed_id, [])[-8:], ratio]
 
 
 # ======== Signing ============================================================================
-# AWS takes a signature (Signature Version 4) instead of a key, made with keys from variables or a
-# profile. Roles and sign-on: `credential_process = aws configure export-credentials --profile X`.
+# AWS takes signatures (version 4), made with keys from variables or a profile. Roles and sign-on:
+# `credential_process = aws configure export-credentials --profile X`.
 
 AWS_KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 PROCESS_SECONDS, PROCESS_BYTES = 30.0, 65536  # of a credential_process and what it prints
@@ -4526,8 +4525,8 @@ SECRET = r"(?i)(secret|token|key|password)[\w\"']{0,30}\s?[=:]\s?\S+|[\w+/=-]{32
 
 def aws_signature(method: str, url: str, headers: Mapping[str, str], body: bytes,
                   keys: Sequence[str], scope: str, now: float) -> dict[str, str]:
-    """The headers that sign a request at `now`, in seconds since 1970. `headers` are signed too,
-    with the host; `keys` are AWS_KEYS' values, `scope` is "region/service". Pure."""
+    """The headers that sign a request and its headers, with the host, at `now`, in seconds since
+    1970. `keys` are AWS_KEYS' values, `scope` is "region/service". Pure."""
     import hashlib  # only now: few need them
     import hmac
 
@@ -4575,16 +4574,13 @@ def with_aws_region(environ: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def keys_from_process(command: str, stopped: threading.Event) -> tuple[float, list[str]]:
-    """Until when a credential_process' keys hold, and AWS_KEYS' values; OgxError(401) where it
-    fails."""
-    import datetime
-
+    """Until when to use a credential_process' keys, and AWS_KEYS' values; or OgxError(401)."""
     words = b""
     try:
         printed, words = output_of(command, stopped)
         keys = json.loads(printed)
         until = (keys.get("Expiration") or "9000-01-01T00:00:00Z").replace("Z", "+00:00")
-        end = datetime.datetime.fromisoformat(until).timestamp()
+        end = datetime.fromisoformat(until).timestamp() - 60
         return end, [keys["AccessKeyId"], keys["SecretAccessKey"], keys.get("SessionToken") or ""]
     except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
         why = re.sub(SECRET, "***", words.decode("utf-8", "replace"))
@@ -4593,8 +4589,8 @@ def keys_from_process(command: str, stopped: threading.Event) -> tuple[float, li
 
 
 def output_of(command: str, stopped: threading.Event) -> tuple[bytes, bytes]:
-    """What a command prints, or nothing if it fails, and what it says on stderr. With all that it
-    started it is killed when it takes too long, prints too much, or `stopped` is set."""
+    """A command's stdout, empty if it fails, and stderr. It is killed, with all that it started,
+    when it takes too long, prints too much, or `stopped` is set."""
     import subprocess
 
     end = time.monotonic() + PROCESS_SECONDS
@@ -4623,12 +4619,12 @@ class Signer:
     """Signs with the user's keys of the moment, as files and processes give them."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self.secrets: set[str] = set()  # all that were used; any thread may add or read
+        self.secrets: set[str] = set()  # all that were used
         self._clock = clock  # seconds since 1970
         self._lock = threading.Lock()  # guards _results, and is held while a process runs
         # By command, until when its keys or its failure are told.
         self._results: dict[str, tuple[float, list[str] | OgxError]] = {}
-        self._stopped = threading.Event()  # set by close()
+        self._stopped = threading.Event()
 
     def keys(self, environ: Mapping[str, str]) -> Sequence[str]:
         """AWS_KEYS' values; OgxError(401) where there are none."""
@@ -4646,8 +4642,7 @@ class Signer:
             until, result = self._results.get(command, (0.0, []))
             if self._clock() > until:
                 try:
-                    end, result = keys_from_process(command, self._stopped)
-                    until = end - 60
+                    until, result = keys_from_process(command, self._stopped)
                 except OgxError as error:
                     until, result = self._clock() + 5, replace(error)
                 self._results[command] = until, result
@@ -4656,9 +4651,9 @@ class Signer:
         return result
 
     def close(self) -> None:
-        """End the process that runs."""
+        """End the process that runs, and wait for that."""
         self._stopped.set()
-        with self._lock:  # once it has ended
+        with self._lock:
             pass
 
     def headers(self, signed: str, method: str, url: str, body: bytes | None) -> dict[str, str]:
@@ -4668,9 +4663,8 @@ class Signer:
             return {}
         content = {} if body is None else {"content-type": "application/json"}
         headers = {"host": urllib.parse.urlsplit(url).netloc, **content}
-        keys = self.keys(os.environ)
+        keys, scope = self.keys(os.environ), f"{match[2]}/{match[1]}"
         self.secrets.update(keys[1:])
-        scope = f"{match[2]}/{match[1]}"
         return aws_signature(method, url, headers, body or b"", keys, scope, self._clock())
 
 
@@ -5125,29 +5119,25 @@ class DemoReply(Reply):
 
 
 # ======== Discovery ==========================================================================
-# What the providers serve, asked at the start and again from time to time. Answers go into the
-# registry by its one door, learn().
+# What the providers serve, asked at the start and from time to time, and told to the registry.
 
 LIST_TIMEOUT = 5.0  # seconds for a provider's model list
 MAX_PAGES = 20  # of a model list
-MIN_CONTEXT = 32_000  # tokens; Claude Code's own prompt and tools take 15,000 of them
-REFRESH = 15.0  # seconds between two lists of local servers, and after a problem
-SELDOM = 20  # times as long for all others
 
 
 class Discovery:
-    """Asks providers, in threads of its own. `done` is set when each answered or failed once."""
+    """Asks providers in threads. `done` is set when each answered or failed once."""
 
     def __init__(self, config: Config, registry: Registry, upstream: Upstream) -> None:
         self.config = config
         self.registry = registry
         self.upstream = upstream
-        self.refresh = REFRESH
+        self.refresh = 15.0  # seconds between lists of local servers, and after a problem
         self.done = threading.Event()
         self._closed = threading.Event()
 
     def start(self) -> None:
-        """Look for local servers where no provider is configured, and begin to ask."""
+        """Begin to ask; local servers where no provider is configured."""
         if not self.registry.providers:
             kinds = PROVIDER_KINDS.values() if self.config.discover_local else ()
             self.registry.adopt(local_providers(self.upstream, kinds))
@@ -5159,7 +5149,7 @@ class Discovery:
     def _run(self) -> None:
         for number in itertools.count():
             due = [provider for provider in self.registry.providers.values()
-                   if number % SELDOM == 0 or provider.id in self.registry.problems
+                   if number % 20 == 0 or provider.id in self.registry.problems
                    or is_loopback(address_of(provider.base_url)[1])]
             call_in_threads(self._ask, due, 3 * LIST_TIMEOUT)
             self.done.set()
@@ -5167,7 +5157,7 @@ class Discovery:
                 return
 
     def _ask(self, provider: Provider) -> None:
-        """Ask one provider; a failure keeps the old list and is noted."""
+        """Ask one provider; after a failure its old list stays."""
         before = self.registry.problems.get(provider.id, "")
         models = None
         try:
@@ -5185,7 +5175,7 @@ class Discovery:
         self.registry.learn(provider.id, models, problem)
 
     def _models_of(self, provider: Provider) -> list[Model]:
-        """The LLMs of its lists. OgxError where its one list, or each of several, failed."""
+        """The LLMs of its lists; OgxError if all of them failed."""
         kind, models, failure = provider.kind, list[Model](), None
         if kind.built_in_models:
             return [Model(f"{provider.id}/{name}", provider, name) for name in kind.built_in_models]
@@ -5219,8 +5209,8 @@ class Discovery:
             query = ("&" if "?" in path else "?") + urllib.parse.urlencode({"after_id": last_id})
 
     def _probe(self, provider: Provider) -> None:
-        """Learn whether a server has a Messages API from what it says to an empty request, which
-        costs nothing: only one that knows the path complains about the body."""
+        """Learn whether a server has a Messages API: only then it complains about the body of an
+        empty request, which costs nothing."""
         kind = provider.kind
         if kind.dialects != BOTH or provider.dialect != "auto" or kind.native_models:
             return
@@ -5232,7 +5222,7 @@ class Discovery:
 
 def local_providers(upstream: Upstream, kinds: Iterable[ProviderKind],
                     timeout: float = 0.2) -> list[Provider]:
-    """Servers at their usual loopback ports that identify themselves as what belongs there."""
+    """Servers at their usual ports here that identify themselves."""
     candidates = [Provider(kind.name, kind, f"http://127.0.0.1:{kind.local_port}/v1")
                   for kind in kinds if kind.local_port]
     identified = set()
@@ -5250,7 +5240,7 @@ def local_providers(upstream: Upstream, kinds: Iterable[ProviderKind],
 
 def call_in_threads(function: Callable[[Provider], None], providers: Iterable[Provider],
                     timeout: float) -> None:
-    """Call a function with each provider, all at once; wait so many seconds for each."""
+    """Call a function with all providers at once; wait so many seconds for each."""
     threads = [threading.Thread(target=function, args=(provider,), daemon=True)
                for provider in providers]
     for thread in threads:
@@ -5260,15 +5250,14 @@ def call_in_threads(function: Callable[[Provider], None], providers: Iterable[Pr
 
 
 def with_loaded_context(model: Model, loaded: Any) -> Model:
-    """The model with the context it has in its server's memory, and a warning if that is small.
-    Ollama cuts prompts that are longer than it in silence, from the front."""
-    entries = dict_or_empty(loaded).get("models")
-    for entry in map(dict_or_empty, entries if isinstance(entries, list) else ()):
+    """The model with the context it has in its server's memory, and a warning if that is small:
+    Ollama cuts longer prompts in silence, from the front."""
+    for entry in map(dict_or_empty, as_list(dict_or_empty(loaded).get("models"))):
         context = whole_number(entry.get("context_length"))
         if context and model.upstream_id in (entry.get("name"), entry.get("model")):
             small = (f"a context of {context:,} tokens is too small for Claude Code; "
-                     f"{model.provider.kind.context_hint}")
-            return replace(model, context=context, warning=small if context < MIN_CONTEXT else "")
+                     f"{model.provider.kind.context_hint}")  # whose own prompt takes 15,000
+            return replace(model, context=context, warning=small if context < 32_000 else "")
     return model
 
 
@@ -6506,21 +6495,20 @@ def not_served_words(path: str) -> str:
 
 
 # ======== Connect ============================================================================
-# `connect claude`: ask the server for its models, plan the environment (pure), then print it or
-# launch Claude Code. What to set and unset was verified with the real client (2.1.332).
+# `connect claude`: plan the environment for a server's models (pure); print it or launch Claude
+# Code. What to set and unset was verified with the real client (2.1.332).
 
 SMALL_WINDOW = 48_000  # tokens; below, the usual output reserve would compact on every turn
-# Each of these would send requests elsewhere, change how they are sent, or choose another model.
-# Variables that the user's own tools need inside Claude Code (AWS_*, GOOGLE_*) stay.
+# These would send requests elsewhere or otherwise, or choose another model. What the user's own
+# tools need inside Claude Code (AWS_*, GOOGLE_*) stays.
 UNSET = (
-    "CLAUDE_CODE_USE_VERTEX", "ANTHROPIC_VERTEX_PROJECT_ID", "CLAUDE_CODE_USE_BEDROCK",
-    "ANTHROPIC_BEDROCK_SESSION_TOKEN", "CLAUDE_CODE_USE_FOUNDRY", "CLAUDE_CODE_USE_MANTLE",
-    "CLAUDE_CODE_USE_ANTHROPIC_AWS", "CLAUDE_CODE_USE_ANTHROPIC_GOOGLE_CLOUD",
-    "CLAUDE_CODE_USE_GATEWAY", "ANTHROPIC_UNIX_SOCKET", "ANTHROPIC_API_KEY", "ANTHROPIC_MODEL",
-    "ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_CUSTOM_HEADERS", "CLAUDE_CODE_OAUTH_TOKEN",
-    "CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST", "CLAUDE_CODE_HOST_AUTH_ENV_VAR", "CLAUDECODE",
-    "CLAUDE_CODE_SUBAGENT_MODEL", "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
-    "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "ANTHROPIC_DEFAULT_MODEL")
+    *map("CLAUDE_CODE_USE_{}".format, ("VERTEX", "BEDROCK", "FOUNDRY", "MANTLE", "ANTHROPIC_AWS",
+                                       "ANTHROPIC_GOOGLE_CLOUD", "GATEWAY")),
+    "ANTHROPIC_VERTEX_PROJECT_ID", "ANTHROPIC_BEDROCK_SESSION_TOKEN", "ANTHROPIC_UNIX_SOCKET",
+    "ANTHROPIC_API_KEY", "ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL",
+    "ANTHROPIC_CUSTOM_HEADERS", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST",
+    "CLAUDE_CODE_HOST_AUTH_ENV_VAR", "CLAUDECODE", "CLAUDE_CODE_SUBAGENT_MODEL",
+    "CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "ANTHROPIC_DEFAULT_MODEL")
 CLAUDE_COMMANDS = {  # those that start no session
     "agents", "auth", "auto-mode", "config", "doctor", "install", "mcp", "migrate-installer",
     "plugin", "plugins", "setup-token", "update", "upgrade"}
@@ -6538,8 +6526,6 @@ CHECK_TOOL = {"name": "add", "description": "Add two numbers.", "input_schema": 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """The environment for Claude Code."""
-
     variables: Mapping[str, str]  # "" for those to unset
     model: str = ""  # for all tiers, if the user chose one
 
@@ -6557,7 +6543,7 @@ class LaunchPlan:
 
 
 def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> int:
-    """Launch Claude Code on the server's models, or print the environment; its exit code."""
+    """Launch Claude Code, or print or check what it would get; the exit code."""
     program = "" if options.print_env or options.check else claude_program(os.environ)
     token = server_token(options)
     url = server_url(options, os.environ)
@@ -6597,9 +6583,9 @@ def tell(options: argparse.Namespace, *lines: str) -> None:
 
 def claude_program(environ: Mapping[str, str]) -> str:
     """Claude Code's program, from PATH or where its installers put it."""
-    homes = map(os.path.expanduser, ("~/.local/bin", "~/.claude/local", "~/.npm-global/bin"))
-    places = [*environ.get("PATH", "").split(os.pathsep), *homes, "/usr/local/bin",
-              "/opt/homebrew/bin"]
+    places = [*environ.get("PATH", "").split(os.pathsep), *map(os.path.expanduser, (
+        "~/.local/bin", "~/.claude/local", "~/.npm-global/bin", "/usr/local/bin",
+        "/opt/homebrew/bin"))]
     # Windows looks into the working directory as well.
     program = shutil.which("claude", path=os.pathsep.join(filter(os.path.isabs, places)))
     if not program or not os.path.isabs(program):
@@ -6609,16 +6595,13 @@ def claude_program(environ: Mapping[str, str]) -> str:
 
 
 def server_token(options: argparse.Namespace) -> str:
-    """The token of the server: from --api-key-file (arguments show in the process list, so there
-    is no flag for the token itself), else OGX_API_KEY, else ""."""
+    """The server's token, if any: from --api-key-file (not from an argument, since those show in
+    the process list), else OGX_API_KEY."""
     source, token = "OGX_API_KEY", os.environ.get("OGX_API_KEY", "")
     if options.api_key_file:
         source = f"--api-key-file {options.api_key_file}"
-        try:
-            with open(options.api_key_file, encoding="utf-8", errors="replace") as file:
-                token = file.read().strip()
-        except OSError as error:
-            raise OgxError(400, f"{source}: {error.strerror}") from None
+        with os_errors_of(source), open(options.api_key_file, errors="replace") as file:
+            token = file.read().strip()
         if not token:
             raise OgxError(400, f"{source}: the file is empty")
     if re.search(r"[^\x21-\x7e]", token):
@@ -6627,12 +6610,12 @@ def server_token(options: argparse.Namespace) -> str:
 
 
 def start_own_server(options: argparse.Namespace, token: str) -> Server:
-    """Start a server on a free port, which logs to a new file that the user alone can read."""
+    """Start a server on a free port, with a new log file for the user alone."""
     state = state_path(None, os.environ)
     log_file = os.path.abspath(f"{state}.log")
     try:
         os.makedirs(os.path.dirname(log_file), mode=0o700, exist_ok=True)
-        os.close(os.open(log_file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600))
+        open(log_file, "w", opener=OWNERS).close()
         start_log(log_file, "info")
     except OSError as error:
         log.addHandler(logging.NullHandler())  # the terminal is Claude Code's
@@ -6648,8 +6631,8 @@ def start_own_server(options: argparse.Namespace, token: str) -> Server:
 
 
 def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
-    """The server's URL without /v1: from --url, else --host (a name, an address or a URL) and
-    --port, else OGX_PORT."""
+    """The server's URL without /v1: --url, else --host (a name, address or URL) and --port, else
+    OGX_PORT."""
     url, port = options.url or options.host, options.port
     if not (options.url or "://" in url or re.fullmatch(r"[^:]+:[0-9]+", url)):
         url = f"[{url.strip('[]')}]" if ":" in url else url
@@ -6665,7 +6648,6 @@ def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
 
 
 def model_listing(server: Provider) -> Json:
-    """The server's GET /v1/models."""
     place = f"OGX server at {server.base_url}"
     with closing(Upstream()) as upstream:
         try:
@@ -6685,36 +6667,35 @@ def model_listing(server: Provider) -> Json:
 
 def command_name() -> str:
     """How to call this program again."""
-    path = sys.argv[0] if sys.argv else ""
-    if path.endswith(".py"):
-        return f"python3 {shlex.quote(path)}"
-    return os.path.basename(path) or "ogx"
+    path = sys.argv[0]
+    return f"python3 {shlex.quote(path)}" if path.endswith(".py") else os.path.basename(path)
 
 
 def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
                 environ: Mapping[str, str]) -> LaunchPlan:
-    """What to set and unset so that Claude Code talks to the server and knows its models."""
-    models = {entry["id"]: entry for entry in listing["data"] if is_listed_llm(entry)}
+    entries = filter(is_listed_llm, map(dict_or_empty, listing["data"]))
+    models = {entry["id"]: entry for entry in entries}
     if not models:
         raise OgxError(404, "Failed to find any LLM models on the OGX server.")
     variables = {**dict.fromkeys(UNSET, ""),
                  "ANTHROPIC_BASE_URL": server.base_url, "ANTHROPIC_AUTH_TOKEN": server.api_key,
                  "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",
                  "CLAUDE_CODE_ATTRIBUTION_HEADER": "0"}  # it would defeat prefix caches
-    ids = sorted(models, key=lambda model_id: is_alias(models[model_id]))  # the others first
+    aliases = {model_id for model_id, entry in models.items()
+               if dict_or_empty(entry.get("custom_metadata")).get("alias_of")}
+    ids = sorted(models, key=aliases.__contains__)  # the others first
     server_choices = dict_or_empty(listing.get("tiers"))
-    entries = []
+    chosen = []
     for tier in TIERS:
         wanted = getattr(options, f"{tier}_model") or options.model
         model_id = tier_choice(wanted, server_choices.get(tier), ids)
         name = tier_variable(tier)
         variables.update({name: model_id, f"{name}_NAME": model_id,
                           f"{name}_DESCRIPTION": f"{tier} tier, served by ogx.py"})
-        entries.append(models.get(model_id, {}))
-    if any(re.search("claude|anthropic", model_id, re.I) and not is_alias(entry)
-           for model_id, entry in models.items()):
+        chosen.append(models.get(model_id, {}))
+    if any(re.search("claude|anthropic", model_id, re.I) for model_id in models.keys() - aliases):
         variables["CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY"] = "1"  # it lists only such ids
-    variables.update(limit_variables(entries))
+    variables.update(limit_variables(chosen))
     for name in ("NO_PROXY", "no_proxy"):  # it looks at the second first
         value = environ.get(name) or environ.get("no_proxy") or environ.get("NO_PROXY") or ""
         hosts = value.replace(",", " ").split()
@@ -6724,28 +6705,21 @@ def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
     return LaunchPlan(variables, options.model or "")
 
 
-def is_listed_llm(entry: Any) -> bool:
-    model_id = dict_or_empty(entry).get("id")
-    if not isinstance(model_id, str) or not 0 < len(model_id) <= MAX_ID or BAD_ID.search(model_id):
-        return False
+def is_listed_llm(entry: Json) -> bool:
     model_type = dict_or_empty(entry.get("custom_metadata")).get("model_type", "llm")
-    return model_type == "llm" and not NOT_LLM.search(model_id)
+    return is_id(entry.get("id")) and model_type == "llm" and not NOT_LLM.search(entry["id"])
 
 
 def tier_choice(wanted: str | None, server_choice: Any, ids: Sequence[str]) -> str:
-    """A tier's model: that of the flags, else the server's choice, else the first in the list."""
+    """A tier's model: the flags' choice, else the server's, else the first."""
     if wanted and wanted not in ids:
         raise OgxError(404, f"Failed to find model '{wanted}' on the OGX server."
                             f"{near_miss(wanted, ids)}\nAvailable models: {', '.join(ids)}")
     return wanted or (isinstance(server_choice, str) and server_choice) or ids[0]
 
 
-def is_alias(entry: Json) -> bool:
-    return bool(dict_or_empty(entry.get("custom_metadata")).get("alias_of"))
-
-
 def limit_variables(entries: Sequence[Json]) -> dict[str, str]:
-    """The window and output limit that hold for all tiers, where the server knows any."""
+    """The window and the output limit that hold for all tiers, if known."""
     window, output = (
         min(filter(None, (whole_number(entry.get(name)) for entry in entries)), default=0)
         for name in ("max_input_tokens", "max_tokens"))
@@ -6768,15 +6742,14 @@ def plan_lines(plan: LaunchPlan) -> list[str]:
 
 
 def shell_lines(plan: LaunchPlan, shell: str = "sh") -> list[str]:
-    """Lines for the shell's `eval`."""
     export, unset, quoted = SHELLS[shell]
     return [export.format(name, quoted(value)) if value else unset.format(name)
             for name, value in plan.variables.items()]
 
 
 def run_claude(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str]) -> int:
-    """Run Claude Code; its exit code. --settings go before all files that it reads; they are in
-    a file, since arguments show in the process list."""
+    """Run Claude Code; its exit code. --settings beat all files that it reads; they are in a file,
+    since arguments show in the process list."""
     import tempfile
 
     rest, source = without_settings_flag(argv)
@@ -6786,28 +6759,21 @@ def run_claude(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str
     for path in overriding_files(plan):
         if "managed" in os.path.basename(path):
             tell(options, f"  warning: {path} can't be overridden, and names another server or key")
-    if is_interactive(rest) and not permission_mode(given):
+    if is_interactive(rest) and not sets_permission_mode(given):
         # Auto mode asks the model's provider for verdicts on tool calls, which only Anthropic has.
         rest[1:1] = ["--permission-mode", "default"]
-    try:
-        handle, path = tempfile.mkstemp(prefix="ogx-", suffix=".json")  # mode 0600
-    except OSError as error:
-        raise OgxError(500, f"can't write a temporary settings file: {error}") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+    temporary = os_errors_of("can't write a temporary settings file")
+    with temporary, tempfile.TemporaryDirectory(prefix="ogx-") as folder:
+        path = os.path.join(folder, "settings.json")
+        with open(path, "w", opener=OWNERS) as file:
             json.dump(merged_settings(given, plan), file)
         rest[1:1] = ["--settings", path]
         return run_program(rest, plan.environment(os.environ))
-    finally:
-        with suppress(OSError):
-            os.unlink(path)
 
 
 def without_settings_flag(argv: Sequence[str]) -> tuple[list[str], str]:
-    """The arguments without --settings, of which only the last counts, and its value."""
-    rest: list[str] = []
-    settings = ""
-    words = iter(argv)
+    """The arguments without --settings, and the value of the last."""
+    rest, settings, words = list[str](), "", iter(argv)
     for word in words:
         flag, equals, value = word.partition("=")
         if flag == "--settings":
@@ -6818,7 +6784,7 @@ def without_settings_flag(argv: Sequence[str]) -> tuple[list[str], str]:
 
 
 def settings_files() -> list[str]:
-    """Where Claude Code reads settings of the user, the project and the administrator."""
+    """Where Claude Code reads the user's, the project's and the administrator's settings."""
     chosen, home = os.environ.get("CLAUDE_CONFIG_DIR"), os.path.expanduser("~")
     managed = {"darwin": "/Library/Application Support/ClaudeCode",
                "win32": "C:/ProgramData/ClaudeCode"}.get(sys.platform, "/etc/claude-code")
@@ -6831,7 +6797,6 @@ def read_settings(source: str) -> Json | None:
     """Settings from a file or, as Claude Code's --settings takes them, from JSON text, or None."""
     data: str | bytes = source
     if not source.lstrip().startswith("{"):
-        data = b""
         # A project's may link to a device, or to /proc, where sizes are 0.
         with suppress(OSError):
             if os.path.isfile(source) and os.path.getsize(source):
@@ -6842,7 +6807,7 @@ def read_settings(source: str) -> Json | None:
 
 
 def overrides(settings: Json, plan: LaunchPlan) -> bool:
-    """Whether settings would beat the plan: they go before the environment."""
+    """Whether settings would beat the plan's environment."""
     names = map(str.upper, dict_or_empty(settings.get("env")))  # Windows ignores case
     planned = {name.upper() for name in plan.variables}.intersection(names)
     other_model = plan.model and settings.get("model") not in (None, plan.model)
@@ -6854,21 +6819,20 @@ def overriding_files(plan: LaunchPlan) -> list[str]:
 
 
 def merged_settings(given: Json, plan: LaunchPlan) -> Json:
-    """The user's own --settings with the plan on top; "" counts as unset there too."""
+    """The user's own --settings with the plan on top; "" counts as unset."""
     env = {**dict_or_empty(given.get("env")), **plan.variables}
     model = {"model": plan.model} if plan.model else {}
     return {**given, "env": env, "apiKeyHelper": "", **model}
 
 
-def permission_mode(given: Json) -> str:
-    """The mode that the user's settings choose, or ""."""
+def sets_permission_mode(given: Json) -> bool:
     files = (read_settings(path) or {} for path in settings_files())
-    modes = (dict_or_empty(tree.get("permissions")).get("defaultMode") for tree in (given, *files))
-    return next((str(mode) for mode in modes if mode), "")
+    return any(dict_or_empty(settings.get("permissions")).get("defaultMode")
+               for settings in (given, *files))
 
 
 def is_interactive(argv: Sequence[str]) -> bool:
-    """Whether the arguments start a session that is to ask for permissions as settings say."""
+    """Whether a session starts that asks for permissions as settings say."""
     flags = {word.partition("=")[0] for word in argv[1:]}
     chosen = flags & {"-p", "--print", "--permission-mode", "--dangerously-skip-permissions",
                       "-v", "--version", "-h", "--help"}
@@ -6876,27 +6840,23 @@ def is_interactive(argv: Sequence[str]) -> bool:
 
 
 def run_program(argv: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a program in this terminal; its exit code, as a shell has it."""
+    """Run a program; its exit code, as a shell has it."""
     import subprocess
 
     child: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: Any) -> None:
-        # Ctrl-C reaches the whole foreground group, and Claude Code decides what it means. (It is
-        # handled here and not ignored, since SIG_IGN would be inherited.)
+        # Ctrl-C reaches the whole group; Claude Code decides. (SIG_IGN would be inherited.)
         if child and number != signal.SIGINT:
             child.send_signal(number)
 
-    handlers: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        ends = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")  # Windows has only the first two
-        handlers = {number: signal.signal(number, pass_on)
-                    for number in signal.Signals if number.name in ends}
+    in_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, pass_on) for number in signal.Signals if in_main
+                and number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")}
     try:
-        child = subprocess.Popen(argv, env=environment)
+        with os_errors_of(f"Failed to start '{argv[0]}'"):
+            child = subprocess.Popen(argv, env=environment)
         code = child.wait()
-    except OSError as error:
-        raise OgxError(500, f"Failed to start '{argv[0]}': {error.strerror}") from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -6904,7 +6864,7 @@ def run_program(argv: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def print_check(server: Provider, plan: LaunchPlan) -> int:
-    """Try each tier's model with a message and a tool, and print a table; 0 when all work."""
+    """Ask each tier's model to call a tool, and print a table; 0 when all do."""
     tiers_of: dict[str, list[str]] = {}
     for tier in TIERS:
         tiers_of.setdefault(plan.model_of(tier), []).append(tier)
@@ -6913,50 +6873,51 @@ def print_check(server: Provider, plan: LaunchPlan) -> int:
         for model_id, tiers in tiers_of.items():
             body = {"model": model_id, "max_tokens": 1000, "stream": True, "tools": [CHECK_TOOL],
                     "messages": [{"role": "user", "content": "Call the tool add with 2 and 3."}]}
-            began, first = time.monotonic(), 0.0
+            began = first = time.monotonic()
             verdict = "works, tools too"
             try:
-                first, message = checked_answer(upstream, server, body)
-                check_call(message)
+                events = answered_events(upstream, server, body)
+                start, first = next(events), time.monotonic()
+                check_call(message_from_events([start, *events]))
             except OgxError as error:
                 verdict, failed = without_controls(one_line(error.message)) or "failed", True
             except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
                 verdict, failed = "answers in another format than Anthropic's", True
-            seconds = f"{first - began if first else 0:6.2f} {time.monotonic() - began:6.2f} s"
+            seconds = f"{first - began:6.2f} {time.monotonic() - began:6.2f} s"
             say(f"{model_id:<{width}}  {seconds}  {verdict} ({', '.join(tiers)})")
     return int(failed)
 
 
 def check_call(message: Json) -> None:
-    """Raise OgxError unless a message calls CHECK_TOOL as it wants to be called."""
+    """Raise OgxError unless a message calls CHECK_TOOL rightly."""
     calls = [block for block in message["content"] if block["type"] == "tool_use"]
     if not calls:
-        hint = "does the model, and its server, do tools?"
-        raise OgxError(502, f"answers, but called no tool: {hint}")
+        raise OgxError(502, "answers, but called no tool: does the model, and its server, do "
+                            "tools?")
     if not {"a", "b"} <= set(calls[0]["input"]):
         raise OgxError(502, f"called the tool wrongly, with {json.dumps(calls[0]['input'])[:80]}")
 
 
-def checked_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[float, Json]:
-    """When the first event of a streamed answer came, and the message; OgxError if it failed."""
+def answered_events(upstream: Upstream, server: Provider, body: Json) -> Iterator[Json]:
+    """The events of a streamed answer, at least one; OgxError if it fails."""
     reply = drive(upstream.send(server, "POST", "/v1/messages", json_bytes(body)))
-    first, told = 0.0, list[bytes]()
     try:
         drive(reply.head())
-        for items in reply.items():
-            told += items
-            first = first or (time.monotonic() if told else 0.0)
-            if len(told) > 20_000:
+        items = itertools.chain.from_iterable(reply.items())
+        if reply.status != 200:
+            raise OgxError(502, refusal_from_body(reply.status, b"".join(items)).message)
+        number = 0
+        for number, item in enumerate(items, 1):
+            event = json.loads(item)
+            if event["type"] == "error":
+                raise OgxError(502, refusal_from_body(502, item).message)
+            if number > 20_000:
                 raise OgxError(502, "an answer without end")
+            yield event
+        if not number:
+            raise OgxError(502, "an empty answer")
     finally:
         reply.release()
-    if reply.status != 200:
-        raise OgxError(reply.status, refusal_from_body(reply.status, b"".join(told)).message)
-    events = map(dict_or_empty, map(json_or_none, told))
-    error = next((item for item, event in zip(told, events) if event.get("type") == "error"), b"")
-    if error or not told:
-        raise OgxError(502, refusal_from_body(502, error).message if error else "an empty answer")
-    return first, message_from_events(map(json.loads, told))
 
 
 # ======== Command line =======================================================================
@@ -6964,7 +6925,6 @@ def checked_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[fl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
     forwarded = words[split + 1 :]
@@ -7029,9 +6989,8 @@ def add_run(commands: Any) -> None:
 def add_connect(commands: Any) -> None:
     connect = commands.add_parser("connect", help="launch a client on a running server")
     clients = connect.add_subparsers(dest="client", metavar="CLIENT", required=True)
-    claude = clients.add_parser("claude", help="Claude Code",
-                                usage="%(prog)s [options] [-- CLAUDE_ARGS...]")
-    flag = claude.add_argument
+    flag = clients.add_parser("claude", help="Claude Code",
+                              usage="%(prog)s [options] [-- CLAUDE_ARGS...]").add_argument
     flag("--model", help="model for all tiers (default: the server's choice)")
     for tier in TIERS:
         flag(f"--{tier}-model", metavar="MODEL", help=f"model for the {tier} tier")
@@ -7100,11 +7059,8 @@ def allow_many_files() -> None:
 
 def server_tls(cert: str, key: str | None) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
+    with os_errors_of(f"--tls-cert {cert}, --tls-key {key or cert}"):
         context.load_cert_chain(cert, key)
-    except OSError as error:
-        files = f"--tls-cert {cert}, --tls-key {key or cert}"
-        raise OgxError(400, f"{files}: {error.strerror or error}") from None
     return context
 
 
@@ -7116,9 +7072,9 @@ def config_from_name(name: str, environ: Mapping[str, str]) -> Config:
             with open(name, encoding="utf-8-sig") as file:
                 tree = json.load(file)
         except OSError as error:
-            problem = f"{error.strerror}; expected 'starter' or a JSON file"
-            raise OgxError(400, f"{name}: {problem}") from None
-        except (ValueError, RecursionError) as error:
+            expected = "expected 'starter' or a JSON file"
+            raise OgxError(400, f"{name}: {error.strerror}; {expected}") from None
+        except ValueError as error:
             raise OgxError(400, f"{name}: not JSON: {error}") from None
     return config_from_json(tree, name, environ)
 

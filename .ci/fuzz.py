@@ -284,7 +284,7 @@ def settings_reader(chance: random.Random) -> bytes:
         tree = ogx.read_settings(file.name)
     assert tree is None or isinstance(tree, dict)
     assert isinstance(ogx.overrides(tree or {}, plan), bool)
-    assert isinstance(ogx.permission_mode(tree or {}), str)
+    assert isinstance(ogx.sets_permission_mode(tree or {}), bool)
     kind, text = outcome(lambda: json.dumps(ogx.merged_settings(tree or {}, plan)))
     if kind == "result":
         made = json.loads(text)
