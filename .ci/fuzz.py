@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -335,8 +335,10 @@ def check_reader(chance: random.Random) -> bytes:
     class Answer:
         status, parts = chance.choice((200, 200, 200, 204, 500)), cut(data, chance)
 
-        def head(self) -> bool:
-            return True
+        items = ogx.Reply.items
+
+        def head(self) -> Iterator[Any]:
+            yield from ()
 
         def read(self) -> bytes:
             return next((part for part in iter(lambda: self.parts and self.parts.pop(0), [])
@@ -346,7 +348,8 @@ def check_reader(chance: random.Random) -> bytes:
             pass
 
     class Answers:
-        def send(self, *_: Any) -> Answer:
+        def send(self, *_: Any) -> Iterator[Any]:
+            yield from ()
             return Answer()
 
         def close(self) -> None:
