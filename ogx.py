@@ -118,8 +118,6 @@ def json_bytes(value: Json) -> bytes:
 
 def without_halves(data: bytes) -> bytes:
     """JSON with U+FFFD for half surrogate pairs: servers refuse a whole body for one."""
-    if not HALF_PAIR.search(data):
-        return data
     marked = data.replace(b"\\\\", b"\0")  # what is a text's own backslash
     return HALF_PAIR.sub(rb"\\ufffd", marked).replace(b"\0", b"\\\\")
 
@@ -133,8 +131,7 @@ PLAIN_JSON = json.JSONDecoder(parse_constant=number_or_none, parse_float=number_
 
 
 def json_or_none(data: str | bytes) -> Any:
-    """The value of a JSON text, with None for NaN and infinities; None for what is no JSON or
-    has too many elements."""
+    """A JSON text's value; None for what is none or too large, and for NaN and infinities."""
     if has_too_many_elements(data):
         return None
     try:
@@ -149,14 +146,9 @@ def has_too_many_elements(data: str | bytes) -> bool:
     if len(data) <= MAX_ELEMENTS:
         return False
     data = data.encode("utf-8", "replace") if isinstance(data, str) else data
-    if count_elements(data) <= MAX_ELEMENTS:
-        return False
-    data = data.replace(rb"\\", b"").replace(rb'\"', b"")
-    return count_elements(JSON_STRING.sub(b"", data)) > MAX_ELEMENTS
-
-
-def count_elements(data: bytes) -> int:
-    return data.count(b",") + data.count(b"[") + data.count(b"{")
+    if sum(map(data.count, b",[{")) > MAX_ELEMENTS:
+        data = JSON_STRING.sub(b"", data.replace(rb"\\", b"").replace(rb'\"', b""))
+    return sum(map(data.count, b",[{")) > MAX_ELEMENTS
 
 
 def is_id(value: Any) -> bool:
@@ -179,7 +171,6 @@ def whole_number(value: Any) -> int:
 
 
 def first_number(node: Json, names: Iterable[str]) -> int | None:
-    """The first of the named fields that holds a positive whole number."""
     return next(filter(None, (whole_number(node.get(name)) for name in names)), None)
 
 
@@ -214,8 +205,8 @@ def beginning(data: bytes) -> str:
 
 
 # ======== Errors =============================================================================
-# One exception type for all that the client is told; it is caught at three edges: the HTTP
-# handler, the stream writer and main. An upstream's words are kept and its origin added.
+# One exception type for all that the client is told, caught at three edges: the HTTP handler,
+# the stream writer and main.
 
 ERROR_TYPES = {  # by status (OpenAPI of Anthropic's Messages API; gateway contract)
     400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
@@ -276,7 +267,7 @@ class OgxError(Exception):
 
 @dataclass(frozen=True)
 class Refusal:
-    """What an upstream said when it refused: its words and the fields remedies look at."""
+    """What an upstream said when it refused."""
 
     status: int
     message: str
@@ -290,8 +281,7 @@ class Refusal:
 
 
 def refusal_from_body(status: int, body: bytes) -> Refusal:
-    """What a provider says in JSON, HTML or plain text when it fails. What came with HTTP 200
-    gets the status it would have had."""
+    """What a failed provider says in JSON, HTML or text; with HTTP 200, the status it meant."""
     text = body[:100_000].decode("utf-8", "replace").strip()
     node = json_or_none(text)
     if node is None:
@@ -308,8 +298,8 @@ def refusal_from_body(status: int, body: bytes) -> Refusal:
 
 
 def reason_in(node: Any, depth: int = 8) -> Json:
-    """The message, codes and param in a part of an error body, so far as it has them. The
-    innermost count, since gateways wrap them in words that say little."""
+    """The innermost message, codes and param of an error body: gateways wrap them in words that
+    say little."""
     if isinstance(node, str):
         return {"message": node, **reason_in(json_or_none(node), depth)}
     if isinstance(node, list) and node and depth > 0:
@@ -351,8 +341,8 @@ def unknown_data(words: str, data: bytes) -> OgxError:
 
 
 def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) -> OgxError:
-    """An upstream's refusal as the client gets it, with its status, words and `retry-after`. What
-    can't get better by itself says so, since Claude Code would retry it for minutes."""
+    """An upstream's refusal as the client gets it. What can't get better by itself says so, or
+    Claude Code would retry it for minutes."""
     retry_after = headers.get("retry-after", "")
     sent = {"retry-after": retry_after} if RETRY_AFTER.fullmatch(retry_after) else {}
     status = refusal.status if 400 <= refusal.status <= 599 else 502
@@ -627,12 +617,11 @@ class Provider:
 
     @functools.cached_property
     def pool_key(self) -> str:
-        """Scheme, host, port and trust: what providers that share connections have in common."""
+        """What providers that share connections have in common."""
         return f"{self.url('~')} {self.verify} {self.ca_file}"
 
     @functools.cached_property
     def headers(self) -> dict[str, str]:
-        """What goes with each request, but for what a client, a proxy or a signature adds."""
         key = {name: "Bearer " * (name == "authorization") + self.api_key
                for name in self.kind.key_headers if self.api_key}
         return {"user-agent": f"ogx.py/{__version__}",
@@ -647,7 +636,6 @@ class Provider:
         return self
 
     def url(self, path: str) -> str:
-        """The URL of a path below the base URL or, after a ~, below the server's root."""
         if path.startswith("~"):
             return "/".join(self.base_url.split("/")[:3]) + path[1:]
         return self.base_url + path
@@ -665,8 +653,6 @@ ENV_REFERENCE = re.compile(r"\$\{env\.([A-Za-z0-9_|]+)(?:(:=|:\+)([^{}]*))?\}")
 AROUND = " \t\r\n\"'"  # a value, left there by files and shells
 # A user's own header, name and value; those that frame a request are ours.
 HEADER = re.compile(r"(?!host\n|connection\n|content-|transfer-)[a-z0-9!#$%&'*+.^_`|~-]+\n[ -~]*")
-STARTER_ALIASES = ("claude-haiku-4-5-20251001", "claude-sonnet-4-5-20250514",
-                   "claude-opus-4-6-20260314")
 
 
 @dataclass(frozen=True)
@@ -730,7 +716,9 @@ def starter_config() -> Json:
             entries.append({"provider_id": f"${{env.{switches}:+{kind.name}}}",
                             "provider_type": f"remote::{kind.name}", "config": settings})
     models = [{"model_id": model_id, "provider_id": "all", "provider_model_id": "auto",
-               "model_type": "llm"} for model_id in STARTER_ALIASES]
+               "model_type": "llm"} for model_id in (
+                   "claude-haiku-4-5-20251001", "claude-sonnet-4-5-20250514",
+                   "claude-opus-4-6-20260314")]
     return {"version": 2, "distro_name": "starter", "providers": {"inference": entries},
             "registered_resources": {"models": models},
             "server": {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "discover_local": True}}
@@ -845,13 +833,12 @@ def provider_or_none(value: Any, where: str) -> Provider | None:
 
 
 def basic_auth(url: urllib.parse.SplitResult) -> str:
-    """A URL's user and password as a header has them."""
     pair = urllib.parse.unquote(f"{url.username}:{url.password or ''}")
     return "Basic " + binascii.b2a_base64(pair.encode(), newline=False).decode()
 
 
 def checked_headers(own: dict[str, Text], key_header: Text, key: str) -> dict[str, str]:
-    """The user's own headers by lower-case name, the one for the key included."""
+    """Headers by lower-case name, the key's included."""
     given = [(value.place, name.lower(), value.strip()) for name, value in own.items()]
     if key_header:
         given.append((key_header.place, key_header.lower(), key))
@@ -896,9 +883,9 @@ def alias_from_entry(entry: Json, provider_ids: Collection[str]) -> Alias:
         raise model_id.wrong("1 to 256 characters without control characters or outer spaces")
     if entry["model_type"] != "llm":
         raise entry["model_type"].wrong('"llm"')
-    if entry["provider_id"] not in ("all", *provider_ids):
-        names = ", ".join(sorted(["all", *provider_ids]))
-        raise entry["provider_id"].wrong(f"a configured provider ({names})")
+    owners = sorted(["all", *provider_ids])
+    if entry["provider_id"] not in owners:
+        raise entry["provider_id"].wrong(f"a configured provider ({', '.join(owners)})")
     target = entry["provider_model_id"]
     if isinstance(target, list):
         return Alias(model_id, "all", target[0], tuple(target))
@@ -922,7 +909,6 @@ FILE: Json = {
 
 
 def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Config:
-    """The Config that a parsed file describes; OgxError(400) names a wrong place."""
     root = checked(expanded(tree, environ, source), FILE, source)
     server, providers = root["server"], [p for p in root["providers"]["inference"] if p]
     ids = [provider.id for provider in providers]
@@ -979,7 +965,6 @@ class Model:
 
     @property
     def origin(self) -> str:
-        """Where its answers come from, in words."""
         return f"{self.provider.id}, model {self.upstream_id}"
 
 
@@ -989,7 +974,7 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
         names = ("data", "models", "inferenceProfileSummaries", "modelSummaries")
         payload = next(filter(None, map(payload.get, names)), [])
     models: dict[str, Model] = {}
-    for entry in map(dict_or_empty, payload if isinstance(payload, list) else ()):
+    for entry in map(dict_or_empty, as_list(payload)):
         ids = map(entry.get, ("id", "name", "inferenceProfileId", "modelId"))
         upstream_id: Any = next(filter(None, ids), None)
         if not is_id(upstream_id) or not is_llm(upstream_id, entry):
@@ -1074,11 +1059,9 @@ class Registry:
                 self.uncounted_urls |= {(provider_id, uncounted_url)}
 
     def models(self) -> list[Model]:
-        """All listed LLMs in the order of the providers."""
         return [model for pid in self.providers for model in self.lists.get(pid, [])]
 
     def listed(self, model: Model) -> Model | None:
-        """The model as its provider lists it."""
         return self._by_id.get(model.listed_id)
 
     def resolve(self, model_id: str) -> Model:
@@ -1124,12 +1107,12 @@ class Registry:
 
     def _by_tier(self, wanted: str) -> Model | None:
         tier = tier_of(wanted)
-        chosen = self.tiers.get(tier or "", "").removesuffix("[1m]")
+        chosen = self.tiers.get(tier, "").removesuffix("[1m]")
         if not chosen or chosen == wanted:
             return None
         model = self._explicit(chosen)
         if model is None and not tier_of(chosen):  # a tier that names a tier means the first LLM
-            raise OgxError(404, f"{tier_variable(str(tier))} names '{chosen[:200]}', which no "
+            raise OgxError(404, f"{tier_variable(tier)} names '{chosen[:200]}', which no "
                                 "provider here serves")
         return model
 
@@ -1187,11 +1170,11 @@ def near_miss(asked: str, known: Iterable[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
-def tier_of(model_id: str) -> str | None:
+def tier_of(model_id: str) -> str:
     """The tier in a Claude model's id of any version or date: claude-3-5-haiku-latest -> haiku."""
     if model_id.startswith("claude-"):
-        return next((tier for tier in TIERS if tier in model_id), None)
-    return model_id if model_id in TIERS else None
+        return next((tier for tier in TIERS if tier in model_id), "")
+    return model_id if model_id in TIERS else ""
 
 
 # ======== Requests ===========================================================================
@@ -1236,8 +1219,7 @@ def check_request(request: Any, counting: bool = False) -> None:
     """Raise OgxError(400) with one sentence about the first wrong field of a Messages request.
     Unknown fields are accepted; `counting` needs no max_tokens."""
     expect(request, "", {"model": str})
-    model_id = request["model"]
-    if not model_id.strip() or len(model_id) > MAX_ID or BAD_ID.search(model_id):
+    if not is_id(request["model"]) or not request["model"].strip():
         raise OgxError(400, f"model: expected 1 to {MAX_ID} characters, no control characters")
     expect(request, "", {"messages": list} if counting else {"messages": list, "max_tokens": int})
     if not counting and request["max_tokens"] < 1:
@@ -1906,10 +1888,9 @@ class SseReader:
     """Server-sent events from bytes cut anywhere (WHATWG HTML, 9.2). CR, LF and CRLF end lines;
     comments and other fields are ignored; several data lines are joined by LF."""
 
-    def __init__(self, max_event: int = MAX_EVENT) -> None:
+    def __init__(self) -> None:
         self._rest = bytearray()
         self._data: list[bytes] = []
-        self._max_event = max_event
         self._size = 0
         self._after_cr = False
 
@@ -1928,7 +1909,7 @@ class SseReader:
             return []
         self._after_cr = data.endswith(b"\r")
         self._rest += data
-        if len(self._rest) + self._size > self._max_event:
+        if len(self._rest) + self._size > MAX_EVENT:
             raise OgxError(502, "the upstream sent an event that is too large")
         if b"\n" not in data and b"\r" not in data:  # not to split a long line again and again
             return []
