@@ -97,7 +97,6 @@ Json = dict[str, Any]  # an object on the wire, as json.loads gives it
 log = logging.getLogger("ogx")
 
 # ======== Values =============================================================================
-# JSON and text as all sections read and write them.
 
 MAX_HEAD = 64 * 1024  # bytes of a head: a stream's first event, or a status line and headers
 MAX_ID = 256  # characters of a model's id
@@ -170,8 +169,8 @@ def whole_number(value: Any) -> int:
     return value if type(value) is int and 0 < value < 1 << 53 else 0
 
 
-def first_number(node: Json, names: Iterable[str]) -> int | None:
-    return next(filter(None, (whole_number(node.get(name)) for name in names)), None)
+def first_number(node: Json, *names: str) -> int:
+    return next(filter(None, map(whole_number, map(node.get, names))), 0)
 
 
 def text_part(text: str) -> Json:
@@ -312,10 +311,9 @@ def reason_in(node: Any, depth: int = 8) -> Json:
         return {}
     own = [(name.lower(), node[name]) for name in sorted(node, key=len) if node[name]]
     plain = {name: str(value) for name, value in own if isinstance(value, (str, int))}
-    path = node["loc"] if isinstance(node.get("loc"), list) else ()
-    names = [plain.get("param", ""), *(part for part in path if isinstance(part, str))]
+    path = [part for part in as_list(node.get("loc")) if isinstance(part, str)]
     codes = [plain[n] for end in ("code", "type", "status") for n in plain if n.endswith(end)]
-    reason = {"param": names[-1], "codes": codes}
+    reason = {"param": [plain.get("param", ""), *path][-1], "codes": codes}
     reasons = [value for end in REASON_NAMES for name, value in own if name.endswith(end)]
     for value in sorted(reasons, key=lambda value: isinstance(value, (dict, list))):
         inner = reason_in(value, depth - 1)
@@ -358,8 +356,7 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
 
 
 # ======== Checks =============================================================================
-# What users and clients gave: OgxError(400) says where a wrong value is, what was expected there,
-# and what it is.
+# OgxError(400) says where a wrong value is, what was expected there, and what it is.
 
 CONTENT, NUMBER = (str, list), (int, float)
 TYPE_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number",
@@ -368,7 +365,6 @@ TYPE_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole 
 
 
 def wrong(where: str, expected: str, value: Any) -> OgxError:
-    """The error that shows a value's type."""
     return OgxError(400, f"{where}: expected {expected}, got {TYPE_NAMES[type(value)]}")
 
 
@@ -409,7 +405,6 @@ STRICT_JSON = json.JSONDecoder(parse_constant=finite_number, parse_float=finite_
 
 
 def parsed_json(body: bytes) -> Any:
-    """The JSON of a request's body; OgxError(400) says where it breaks."""
     if not body:
         raise OgxError(400, "the request has no body; expected a JSON object")
     if has_too_many_elements(body):
@@ -783,11 +778,11 @@ def checked(value: Any, table: Any, where: str) -> Any:
         if type(given) in NUMBER and 0 <= given < 1e6:
             return float(given)
         expected = "a number from 0 to 999999 (run --help tells its unit)"
-    elif isinstance(given, dict) and isinstance(table, dict):
-        return checked_object(given, table, where)
-    elif isinstance(given, list) and isinstance(table, list):
-        return [checked(item, table[0], f"{where}[{i}]") for i, item in enumerate(given)]
     elif isinstance(given, type(table)):
+        if isinstance(given, dict):
+            return checked_object(given, table, where)
+        if isinstance(given, list):
+            return [checked(item, table[0], f"{where}[{i}]") for i, item in enumerate(given)]
         return Text(given).at(where) if isinstance(given, str) else given
     raise wrong_value(where, expected, value)
 
@@ -820,11 +815,13 @@ def provider_or_none(value: Any, where: str) -> Provider | None:
     if settings["dialect"] not in ("auto", "responses", *BOTH):
         raise settings["dialect"].wrong('"auto", "messages", "chat" or "responses"')
     url, parts = checked_base_url(settings["base_url"], kind)
-    headers = checked_headers(settings["headers"], settings["key_header"], api_key)
+    own, key_header = settings["headers"], settings["key_header"]
+    if key_header:
+        kind = replace(kind, key_headers=())
+        own[key_header] = Text(api_key).at(key_header.place)
+    headers = checked_headers(own)
     if parts.username is not None:
         headers = {"authorization": basic_auth(parts), **headers}
-    if settings["key_header"]:
-        kind = replace(kind, key_headers=())
     password = parts.password or ""
     secrets = [password, urllib.parse.unquote(password), *headers.values()]
     return Provider(
@@ -837,16 +834,13 @@ def basic_auth(url: urllib.parse.SplitResult) -> str:
     return "Basic " + binascii.b2a_base64(pair.encode(), newline=False).decode()
 
 
-def checked_headers(own: dict[str, Text], key_header: Text, key: str) -> dict[str, str]:
-    """Headers by lower-case name, the key's included."""
-    given = [(value.place, name.lower(), value.strip()) for name, value in own.items()]
-    if key_header:
-        given.append((key_header.place, key_header.lower(), key))
-    for place, name, value in given:
-        if not HEADER.fullmatch(f"{name}\n{value}"):
-            raise OgxError(400, f"{BAD_ID.sub('?', place)}: expected a header of printable ASCII "
-                                "that doesn't frame the request")
-    return {name: value for _, name, value in given if value}
+def checked_headers(own: dict[str, Text]) -> dict[str, str]:
+    """A user's own headers by lower-case name."""
+    for name, value in own.items():
+        if not HEADER.fullmatch(f"{name.lower()}\n{value.strip()}"):
+            raise OgxError(400, f"{BAD_ID.sub('?', value.place)}: expected a header of printable "
+                                "ASCII that doesn't frame the request")
+    return {name.lower(): value.strip() for name, value in own.items() if value.strip()}
 
 
 def checked_base_url(given: Text, kind: ProviderKind) -> tuple[str, urllib.parse.SplitResult]:
@@ -927,8 +921,7 @@ def config_from_json(tree: Any, source: str, environ: Mapping[str, str]) -> Conf
 
 
 # ======== Registry ===========================================================================
-# Which provider serves a model id. Lists come in from discovery; every answer is computed when
-# asked, and heals by itself when a provider comes or goes.
+# Every answer is computed when asked, and so heals by itself when a provider comes or goes.
 
 # Ids that aren't chat models, for lists that don't say; found with public model maps.
 NOT_LLM = re.compile(
@@ -986,7 +979,8 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
         models.setdefault(upstream_id, Model(
             f"{provider.id}/{upstream_id}", provider.for_id_or_path(upstream_id), upstream_id,
             created if created < 1 << 32 else 0,
-            first_number(limits, CONTEXT_FIELDS), first_number(limits, OUTPUT_FIELDS)))
+            first_number(limits, *CONTEXT_FIELDS) or None,
+            first_number(limits, *OUTPUT_FIELDS) or None))
     # The newest first, which a tier means where nothing else is chosen; last those called "pro",
     # which tend to be slow and dear.
     return sorted(models.values(), key=lambda m: (bool(PRO.search(m.upstream_id)), -m.created))
@@ -1178,7 +1172,6 @@ def tier_of(model_id: str) -> str:
 
 
 # ======== Requests ===========================================================================
-# The checks of a Messages request, whatever the upstream speaks. Pure.
 
 # Block types of Anthropic's OpenAPI and of its SDK 2.12 (messages and their betas, November 2026).
 BLOCK_TYPES = frozenset((
@@ -1323,8 +1316,6 @@ def dropped_names(request: Json, sent: Json, all_of_them: bool) -> str:
 
 
 # ======== History ============================================================================
-# A conversation for other dialects: turns in an order that all upstreams accept, words for blocks
-# that they don't have, signatures that hold what must go back to them. Pure.
 
 UNSEEN_BLOCKS = ("thinking", "redacted_thinking", "mcp_tool_listing", "fallback")
 SIGNATURE_MARK = '{"ogx":'  # begins those of encode_signature()
@@ -1413,7 +1404,6 @@ def add_turn(turns: list[Turn], role: str, blocks: list[Json]) -> None:
 
 
 def orphaned_result(block: Json) -> list[Json]:
-    """Return a tool result that answers no call as blocks for any message."""
     title = f"[Result of tool call {block['tool_use_id']}]"
     if block.get("is_error"):
         title += f"\n{TOOL_ERROR}".rstrip()
@@ -1471,10 +1461,8 @@ def without_keywords(tree: Any, gone: Collection[str], lost: list[Any], path: st
         elif name in NAMED_SCHEMAS and isinstance(value, dict):
             kept[name] = {k: without_keywords(v, gone, lost, f"{path}.{k}")
                           for k, v in value.items()}
-        elif name in VALUES:
-            kept[name] = value
         else:
-            kept[name] = without_keywords(value, gone, lost, path)
+            kept[name] = value if name in VALUES else without_keywords(value, gone, lost, path)
     return kept
 
 
@@ -1484,7 +1472,6 @@ def encode_signature(dialect: str, owner: str, state: Json) -> str:
 
 
 def decode_signature(block: Json, dialect: str, owner: str) -> Json:
-    """Return what a block's signature holds for this dialect and owner; {} for nothing."""
     signature = str(block.get("signature") or block.get("data"))
     state = dict_or_empty(json_or_none(signature if signature.startswith(SIGNATURE_MARK) else ""))
     return state if (state.get("ogx"), state.get("by")) == (dialect, owner) else {}
@@ -1509,7 +1496,7 @@ def source_words(source: Json) -> str:
 
 
 # ======== Tokens =============================================================================
-# Estimates, since providers count with vocabularies that we don't have. Pure.
+# Estimates, since providers count with vocabularies that we don't have.
 
 # Bytes by class: "a" for small letters and most bytes of other scripts, "0" for digits, "." for
 # punctuation; capitals, white space and the rest stay. "Hi, x = 12;" becomes "Ha. a . 00.".
@@ -1559,8 +1546,6 @@ def attached_tokens(block: Json) -> int:
 
 
 # ======== Events =============================================================================
-# Anthropic's side of a stream: written, folded into a message, and server-sent events as bytes,
-# both ways. Blocks never overlap: one is open, the others wait. Pure.
 
 MAX_EVENT = 8 * 1024 * 1024  # bytes of an upstream's
 DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
@@ -1610,8 +1595,8 @@ class Block:
     id: str = ""
     name: str = ""
     opened: bool = False
-    pending: list[str] = field(default_factory=list)  # not written yet
-    input: list[str] = field(default_factory=list)  # all of a call's
+    pieces: list[str] = field(default_factory=list)  # of its text or input
+    written: int = 0  # of them
     looks: int = 0  # how often may_close() has parsed the input
     signature: str = encode_signature("", "", {})  # some SDKs drop thinking that has none
     ended: bool = False
@@ -1625,7 +1610,7 @@ class Block:
         if self.type != "tool_use":
             return True
         self.looks += 1
-        return self.looks <= 100 and is_json("".join(self.input))
+        return self.looks <= 100 and is_json("".join(self.pieces))
 
 
 def is_json(text: str) -> bool:
@@ -1699,7 +1684,6 @@ class MessageWriter:
             self.whole({"type": "redacted_thinking", "data": signature})
 
     def whole(self, content: Json) -> None:
-        """Write a block that needs no deltas, after those that wait."""
         self._blocks.append(Block(object(), "whole", content))
         self._advance()
 
@@ -1756,9 +1740,7 @@ class MessageWriter:
             return
         block.id = block.id or call_id
         block.name = block.name or name
-        block.pending.append(text)
-        if block_type == "tool_use":
-            block.input.append(text)
+        block.pieces.append(text)
         self._advance()
 
     def _advance(self, ending: bool = False) -> None:
@@ -1768,10 +1750,10 @@ class MessageWriter:
             block = self._blocks[0]
             if not block.opened:
                 self._open(block)
-            text = "".join(block.pending)
+            text = "".join(block.pieces[block.written:])
             if text:
                 self._delta(*DELTAS[block.type], text)
-            block.pending.clear()
+            block.written = len(block.pieces)
             followed = len(self._blocks) > 1 and self._blocks[1].may_open()
             if not (ending or block.ended or (followed and block.may_close())):
                 return
@@ -1805,9 +1787,9 @@ class MessageWriter:
             self._delta("signature_delta", "signature", block.signature)
         if block.type != "tool_use":
             self._by_key.pop(block.key, None)
-        elif not "".join(block.input).strip():
+        elif not "".join(block.pieces).strip():
             self._delta(*DELTAS["tool_use"], "{}")
-        elif not is_json("".join(block.input)):
+        elif not is_json("".join(block.pieces)):
             self.broken_input = True
         self.events.append({"type": "content_block_stop", "index": self._index})
 
@@ -1926,7 +1908,6 @@ class SseReader:
         return events
 
     def end(self) -> list[bytes]:
-        """Return the event that the end of the stream completes, if any."""
         return self.feed(b"\n\n") if self._rest or self._data else []
 
 
@@ -2011,11 +1992,7 @@ class Translator:
 def usage_from_openai(usage: Json, estimate: int = 0) -> Usage:
     """Anthropic's usage from OpenAI's, whose input includes what was cached."""
     details = dict_or_empty(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
-    numbers = {**usage, **details}
-
-    def number(*names: str) -> int:
-        return first_number(numbers, names) or 0
-
+    number = functools.partial(first_number, {**usage, **details})
     read = number("cached_tokens", "prompt_cache_hit_tokens")
     written = number("cache_write_tokens")
     prompt = number("prompt_tokens", "input_tokens") or estimate
