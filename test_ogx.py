@@ -2766,8 +2766,9 @@ class TestEvents:
         reader = ogx.SseReader()
         assert reader.feed(b"data: last") == [] and reader.end() == [b"last"]
 
-    def test_an_event_without_end_is_bounded(self):
-        reader = ogx.SseReader(max_event=1000)
+    def test_an_event_without_end_is_bounded(self, monkeypatch):
+        monkeypatch.setattr(ogx, "MAX_EVENT", 1000)
+        reader = ogx.SseReader()
         assert reader.feed(b"data: " + b"x" * 900) == []
         assert refused(reader.feed, b"x" * 200).status == 502
 
