@@ -2054,7 +2054,6 @@ UNIONS = ("anyOf", "oneOf", "allOf")
 ROOT_UNIONS = (*UNIONS, "enum", "not")
 MAX_RULES = 200  # characters of a tool's description about keywords that its schema lost
 MAX_INLINED = 30_000  # characters of definitions in a tool's schema
-TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # OpenAI's rule; Anthropic allows 128 characters
 MEDIA_TYPES = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"),
                "document": ("application/pdf",)}
 MAX_IMAGE = 5 * 1024 * 1024  # characters of base64, as at Anthropic
@@ -2102,18 +2101,17 @@ class ToolCall:
 
 
 def upstream_name(name: str) -> str:
-    """A tool's name as upstreams take it."""
-    if TOOL_NAME.fullmatch(name):
-        return name
-    return f"{re.sub('[^a-zA-Z0-9_-]', '_', name)[:55]}_{hex_digest(name)[:8]}"
+    """A tool's name in 64 characters that OpenAI takes; Anthropic allows more."""
+    plain = re.sub("[^a-zA-Z0-9_-]", "_", name)
+    return name if plain == name[:64] else f"{plain[:55]}_{hex_digest(name)[:8]}"
 
 
 class ToolNames:
     """The client's names of its tools, by what the upstream calls them."""
 
     def __init__(self, request: Json) -> None:
-        tools = request.get("tools") or ()
-        self._originals = {upstream_name(t["name"]): t["name"] for t in tools if t.get("name")}
+        names = [tool["name"] for tool in request.get("tools") or () if tool.get("name")]
+        self._originals: dict[str, str] = {upstream_name(name): name for name in names}
 
     def continues(self, call: ToolCall, rest: str) -> bool:
         """Whether a call's name goes on so: some servers send it in pieces."""
@@ -2187,8 +2185,7 @@ def tool_names(tools: Iterable[Json]) -> str:
 
 
 def unserved_tools_note(request: Json, kind: ProviderKind, served: tuple[str, ...] = ()) -> str:
-    """Words for the model about tools that are too many or run at Anthropic alone; types that begin
-    with `served` run at the upstream too."""
+    """Words for the model about tools that it can't call; types in `served` run at the upstream."""
     sent = {PLACEHOLDER, *(tool["name"] for tool in sent_tools(request, kind))}
     names = tool_names(tool for tool in request.get("tools") or ()
                        if tool.get("name") not in sent
@@ -2310,14 +2307,13 @@ def chat_tool(tool: Json, kind: ProviderKind) -> Json:
     schema = {**tool["input_schema"], "type": "object"}
     schema["properties"] = schema.get("properties") or {}
     schema.pop("$schema", None)
-    function = {"name": upstream_name(tool["name"]), "description": tool.get("description"),
-                "parameters": schema}
-    return {"type": "function", "function": filled_in(function)}
+    return {"type": "function", "function": filled_in({
+        "name": upstream_name(tool["name"]), "description": tool.get("description"),
+        "parameters": schema})}
 
 
 def plainer_tool(tool: Json, kind: ProviderKind) -> Json:
-    """A tool with a schema that the upstream takes; its description tells the constraints that the
-    schema lost, if they are short."""
+    """A tool as the upstream takes it; the description tells what short rules the schema lost."""
     schema, refused = tool.get("input_schema") or {}, kind.refused_keywords
     plain = "$ref" in refused or not kind.root_unions
     unions = {k: schema[k] for k in ROOT_UNIONS if plain and k in schema}
@@ -2334,7 +2330,7 @@ def plainer_tool(tool: Json, kind: ProviderKind) -> Json:
         note += f"\n\nThe input must be valid against this JSON schema, too: {json.dumps(unions)}"
     description, most = tool.get("description") or "", kind.max_description or 1 << 30
     description = (description[: max(0, most - len(note))] + note)[:most]
-    return {**tool, "input_schema": schema, **({"description": description} if description else {})}
+    return {**tool, "input_schema": schema, **filled_in({"description": description})}
 
 
 def plain_schema(root: Json) -> Json:
@@ -2397,8 +2393,7 @@ def conversation_key(request: Json) -> str:
 
 
 def reasoning_effort(request: Json, model: Model, default: str = "") -> str:
-    """OpenAI's effort: the last in an `output_config`, else by the thinking budget, else the
-    default; "" for a model that takes none."""
+    """OpenAI's effort: the last asked for, or by the thinking budget; "" where none is taken."""
     thinking = request.get("thinking") or {}
     if not REASONERS.search(model.upstream_id[:MAX_ID]):
         return ""
@@ -2413,8 +2408,7 @@ def reasoning_effort(request: Json, model: Model, default: str = "") -> str:
 
 
 def structured_output(request: Json, kind: ProviderKind) -> tuple[str, Json]:
-    """How structured output is asked for, and its schema: by response "format", by a "tool" that
-    must be called, or in "words"; "" for none."""
+    """How a JSON answer is asked for ("format", "tool", "words"; "" for none), and its schema."""
     schema: Json | None = ((request.get("output_config") or {}).get("format") or {}).get("schema")
     if schema is None:
         return "", {}
@@ -2603,8 +2597,8 @@ class ChatTranslator(Translator):
         call = self._calls.get(index)
         is_new = call is None or bool(call.id and call_id)
         if call and call.name and name and not call_id:
-            is_new = index is None or call.name != name or is_json(call.arguments)
-            is_new = is_new and not self._names.continues(call, name)
+            is_new = not self._names.continues(call, name) and (
+                index is None or call.name != name or is_json(call.arguments))
         if call is None or is_new:
             call = self._calls[None] = self._calls[index] = ToolCall()
         return call
@@ -2630,9 +2624,7 @@ class ChunkTemplate:
         if not chunk.startswith(self._prefix) or len(chunk) > MAX_HEAD:
             return None
         match = self.PLAIN.match(chunk, len(self._prefix))
-        if match is None:
-            return None
-        if self.NOISE.sub(b"", chunk[match.end() :]) != self._suffix:
+        if match is None or self.NOISE.sub(b"", chunk[match.end() :]) != self._suffix:
             return None
         self.tries = 10
         return match.group().decode("ascii")
@@ -2640,8 +2632,7 @@ class ChunkTemplate:
     def learn(self, chunk: bytes, event: Json | bytes) -> None:
         """Learn from a chunk and its one event."""
         delta = dict_or_empty(event).get("delta") or {}
-        block_type = DELTA_FIELDS.get(delta.get("type", ""), "")
-        if block_type in ("text", "thinking"):
+        for block_type in delta.keys() & {"text", "thinking"}:
             text = json.encoder.encode_basestring_ascii(delta[block_type]).encode("ascii")
             prefix, found, suffix = chunk.partition(text)
             if found and text not in suffix and self.PLAIN.fullmatch(text):
@@ -2670,12 +2661,11 @@ class ThinkTagParser:
         words = "".join(self._buffer)
         self._buffer = []
         if not self.block_type:
-            start = words.lstrip()
-            tag = next((tag for tag in self.TAGS if start.startswith(tag)), "")
-            if tag:
-                self.block_type, self._end_tag = "thinking", f"</{tag[1:]}"
-                return self.feed(start[len(tag) :])
-            if any(tag.startswith(start) for tag in self.TAGS):
+            name, mark, rest = words.lstrip().partition(">")
+            if name + mark in self.TAGS:
+                self.block_type, self._end_tag = "thinking", f"</{name[1:]}>"
+                return self.feed(rest)
+            if any(tag.startswith(name + mark) for tag in self.TAGS):
                 self._buffer = [words]
                 return []
             self.block_type = "text"
@@ -2768,8 +2758,8 @@ def with_reminders(messages: Sequence[Json]) -> Sequence[Json]:
 
 
 def plainer_content(holder: Json, kind: ProviderKind) -> Json:
-    """A message or tool result with words for images where the model sees none; a result's texts in
-    a row are one, since some servers show only the first."""
+    """A message or tool result, with words for images that the model can't see; a result's texts
+    are joined, since some servers show only the first."""
     blocks = holder.get("content")
     if not isinstance(blocks, list):
         return holder
@@ -2797,8 +2787,7 @@ def finished_messages(body: Json) -> Json:
 def is_foreign_thought(block: Json) -> bool:
     """Whether a block is thinking that Anthropic didn't sign, and would refuse."""
     signature = str(block.get("signature") or block.get("data") or SIGNATURE_MARK)
-    is_thought = block["type"] in ("thinking", "redacted_thinking")
-    return is_thought and signature.startswith(SIGNATURE_MARK)
+    return "thinking" in block["type"] and signature.startswith(SIGNATURE_MARK)
 
 
 def with_model_id(raw: bytes, request: Json, body: Json) -> bytes | None:
@@ -2904,7 +2893,8 @@ def responses_request(request: Json, model: Model) -> Json:
             "temperature": request.get("temperature"), "top_p": request.get("top_p"),
             "reasoning_effort": effort,
             "reasoning": {"summary": "auto"} if effort and kind.summaries else None,
-            "text": {"format": {"type": "json_schema", **answer_format(schema)}} if mode else None})}
+            "text": {"format": {"type": "json_schema", **answer_format(schema)}}
+            if mode else None})}
 
 
 def finished_responses(body: Json) -> Json:
@@ -3109,10 +3099,9 @@ def demo_request(request: Json, model: Model) -> Json:
 
 def demo_stream(body: Json) -> Iterator[bytes]:
     """The answer as a chat completion stream, a word at a time."""
-    words = re.findall(r"\S+\s*", body["text"])
-    for delta, finish in [*(({"content": word}, None) for word in words), ({}, "stop")]:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        yield f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
+    for word in re.findall(r"\S+\s*", body["text"]):
+        yield b"data: %b\n\n" % json_bytes({"choices": [{"delta": {"content": word}}]})
+    yield b'data: {"choices": [{"finish_reason": "stop"}]}\n\n'
 
 
 DIALECTS = {
@@ -3344,8 +3333,7 @@ def is_about_window(words: str, prompt: int) -> bool:
     if re.search(CONTEXT, words) and (prompt or re.search(TOO_LONG, words)):
         return True
     for part in re.split(r"(?<=[.!?;])\s+|\n", words):
-        too_long = re.search(TOO_LONG, part) and re.search(BOUND, part)
-        alone = too_long and not re.search(OUTPUT, part)  # else it may be the answer that is
+        alone = re.search(TOO_LONG, part) and re.search(BOUND, part) and not re.search(OUTPUT, part)
         if (prompt or alone) and re.search(PROMPT, part) and not re.search(OTHERS, part):
             return True
     return False
