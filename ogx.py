@@ -2002,7 +2002,6 @@ UNIONS = ("anyOf", "oneOf", "allOf")
 ROOT_UNIONS = (*UNIONS, "enum", "not")
 MAX_RULES = 200  # characters of a tool's description about keywords that its schema lost
 MAX_INLINED = 30_000  # characters of definitions in a tool's schema
-TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # OpenAI's rule; Anthropic allows 128 characters
 MEDIA_TYPES = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"),
                "document": ("application/pdf",)}
 MAX_IMAGE = 5 * 1024 * 1024  # characters of base64, as at Anthropic
@@ -2010,7 +2009,6 @@ ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_fo
 
 
 def chat_request(request: Json, model: Model) -> Json:
-    """The chat completion request for a checked Messages request."""
     kind = model.provider.kind
     mode, schema = structured_output(request, kind)
     if mode == "tool":
@@ -2034,8 +2032,7 @@ def chat_request(request: Json, model: Model) -> Json:
         **(streaming if request.get("stream") or 0 < kind.stream_above < most else {})}
 
 
-def filled_in(values: Json) -> Json:
-    """The fields that have a value; 0 and False are values."""
+def filled_in(values: Json) -> Json:  # 0 and False are values
     return {name: value for name, value in values.items() if value not in (None, "", [], {})}
 
 
@@ -2052,11 +2049,9 @@ class ToolCall:
 
 
 def upstream_name(name: str) -> str:
-    """A tool's name as a chat upstream takes it: a hash of the whole keeps changed names apart."""
-    if TOOL_NAME.fullmatch(name):
-        return name
-    digest = f"{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
-    return f"{re.sub('[^a-zA-Z0-9_-]', '_', name)[:55]}_{digest}"
+    """A tool's name in 64 characters that OpenAI takes; Anthropic allows more."""
+    plain = re.sub("[^a-zA-Z0-9_-]", "_", name)
+    return name if plain == name[:64] else f"{plain[:55]}_{hex_digest(name)[:8]}"
 
 
 class ToolNames:
@@ -2083,8 +2078,8 @@ class ToolNames:
 
 
 def chat_messages(request: Json, model: Model) -> list[Json]:
-    """The system prompt and the history as messages that strict providers accept. The user's in a
-    row become one or, where none may follow a tool's, are added to that."""
+    """System prompt and history. The user's messages in a row become one or, where none may follow
+    a tool's, are added to that."""
     kind = model.provider.kind
     mode, schema = structured_output(request, kind)
     note = "Your last answer must be JSON alone, valid against this JSON schema: "
@@ -2138,8 +2133,7 @@ def tool_names(tools: Iterable[Json]) -> str:
 
 
 def unserved_tools_note(request: Json, kind: ProviderKind, served: tuple[str, ...] = ()) -> str:
-    """Words for the model about tools that are too many or run at Anthropic alone, as web search;
-    types that begin with `served` run at the upstream too."""
+    """Words for the model about tools that it can't call; types in `served` run at the upstream."""
     sent = {PLACEHOLDER, *(tool["name"] for tool in sent_tools(request, kind))}
     names = tool_names(tool for tool in request.get("tools") or ()
                        if tool.get("name") not in sent
@@ -2149,8 +2143,7 @@ def unserved_tools_note(request: Json, kind: ProviderKind, served: tuple[str, ..
 
 
 def search_notice(request: Json) -> str:
-    """Words for the user where all tools run at Anthropic: Claude Code's WebSearch would look like
-    one without results."""
+    """Words for the user where all tools run at Anthropic: else WebSearch seems to find nothing."""
     tools = request.get("tools") or ()
     if not tools or any(map(is_client_tool, tools)):
         return ""
@@ -2159,15 +2152,14 @@ def search_notice(request: Json) -> str:
 
 
 def assistant_message(blocks: Sequence[Json], model: Model) -> Json:
-    """An assistant turn: texts, tool calls, and the reasoning that the upstream wants back."""
     kind = model.provider.kind
     extra = dict(kind.tool_call_extra)
     calls: list[Json] = []
     details: list[Json] = []
     for block in blocks:
         if block["type"] == "tool_use":
-            arguments = json.dumps(block["input"], ensure_ascii=False)
-            function = {"name": upstream_name(block["name"]), "arguments": arguments}
+            function = {"name": upstream_name(block["name"]),
+                        "arguments": UNICODE_JSON.encode(block["input"])}
             calls.append({"id": tool_call_id(block["id"], kind), "type": "function",
                           "function": function, **extra})
             extra = {}  # of parallel calls the first is signed
@@ -2183,7 +2175,7 @@ def assistant_message(blocks: Sequence[Json], model: Model) -> Json:
 
 
 def tool_messages(results: Sequence[Json], kind: ProviderKind) -> Iterator[Json]:
-    """A message per result, then a user's with their images and files, which those can't hold."""
+    """A message per result, then a user's with their images and files."""
     attachments: list[Json] = []
     for result in results:
         texts = [TOOL_ERROR] if result.get("is_error") else []
@@ -2203,11 +2195,9 @@ def tool_messages(results: Sequence[Json], kind: ProviderKind) -> Iterator[Json]
 
 
 def tool_call_id(call_id: str, kind: ProviderKind) -> str:
-    """A call's id, or in its place one that the upstream takes."""
     if not kind.tool_ids or re.fullmatch(kind.tool_ids, call_id):
         return call_id
-    digest = hex_digest(call_id)
-    return digest if re.fullmatch(kind.tool_ids, digest) else digest[:9]
+    return hex_digest(call_id)[:9]
 
 
 def hex_digest(text: str) -> str:
@@ -2220,9 +2210,7 @@ def attachment_part(block: Json, kind: ProviderKind) -> Json | None:
     if block["type"] == "image" and source["type"] in ("base64", "url") and kind.images:
         return {"type": "image_url", "image_url": {"url": data_url(block)}}
     if block["type"] == "document" and source["type"] == "base64" and kind.files:
-        name = str(block.get("title") or "document")
-        if not name.lower().endswith(".pdf"):  # OpenAI tells a file's type by its name
-            name += ".pdf"
+        name = str(block.get("title") or "document").removesuffix(".pdf") + ".pdf"  # tells the type
         return {"type": "file", "file": {"filename": name, "file_data": data_url(block)}}
     return None
 
@@ -2243,7 +2231,6 @@ def data_url(block: Json) -> str:
 
 
 def tool_fields(request: Json, kind: ProviderKind) -> Json:
-    """`tools`, `tool_choice` and `parallel_tool_calls`; none of them without a tool."""
     tools = [chat_tool(tool, kind) for tool in sent_tools(request, kind)]
     if not tools:
         return {}
@@ -2264,19 +2251,17 @@ def tool_fields(request: Json, kind: ProviderKind) -> Json:
 
 
 def chat_tool(tool: Json, kind: ProviderKind) -> Json:
-    """A tool as a function, whose schema is an object with properties."""
     tool = plainer_tool(tool, kind)
     schema = {**tool["input_schema"], "type": "object"}
     schema["properties"] = schema.get("properties") or {}
     schema.pop("$schema", None)
-    described = {"description": tool["description"]} if tool.get("description") else {}
-    function = {"name": upstream_name(tool["name"]), **described, "parameters": schema}
-    return {"type": "function", "function": function}
+    return {"type": "function", "function": filled_in({
+        "name": upstream_name(tool["name"]), "description": tool.get("description"),
+        "parameters": schema})}
 
 
 def plainer_tool(tool: Json, kind: ProviderKind) -> Json:
-    """A tool with a schema that the upstream takes; its description tells the constraints that the
-    schema lost, if they are short."""
+    """A tool as the upstream takes it; the description tells what short rules the schema lost."""
     schema, refused = tool.get("input_schema") or {}, kind.refused_keywords
     plain = "$ref" in refused or not kind.root_unions
     unions = {k: schema[k] for k in ROOT_UNIONS if plain and k in schema}
@@ -2293,7 +2278,7 @@ def plainer_tool(tool: Json, kind: ProviderKind) -> Json:
         note += f"\n\nThe input must be valid against this JSON schema, too: {json.dumps(unions)}"
     description, most = tool.get("description") or "", kind.max_description or 1 << 30
     description = (description[: max(0, most - len(note))] + note)[:most]
-    return {**tool, "input_schema": schema, **({"description": description} if description else {})}
+    return {**tool, "input_schema": schema, **filled_in({"description": description})}
 
 
 def plain_schema(root: Json) -> Json:
@@ -2336,7 +2321,6 @@ def plain_schema(root: Json) -> Json:
 
 
 def united_properties(objects: Iterable[Json]) -> Json:
-    """All properties of some objects; one that differs may be as in any of them."""
     schemas: dict[str, list[Any]] = collections.defaultdict(list)
     for properties in objects:
         for name, schema in properties.items():
@@ -2347,8 +2331,8 @@ def united_properties(objects: Iterable[Json]) -> Json:
 
 
 def conversation_key(request: Json) -> str:
-    """At most 64 characters that tell conversations apart, for the prompt cache: the session that
-    Claude Code writes as JSON into metadata.user_id, or a digest of that."""
+    """At most 64 characters, for the prompt cache: the session that Claude Code writes as JSON into
+    metadata.user_id, or a digest of that."""
     user_id = str((request.get("metadata") or {}).get("user_id") or "")
     session = dict_or_empty(json_or_none(user_id)).get("session_id")
     if isinstance(session, str) and 0 < len(session) <= 64 and session.isascii():
@@ -2357,8 +2341,7 @@ def conversation_key(request: Json) -> str:
 
 
 def reasoning_effort(request: Json, model: Model, default: str = "") -> str:
-    """OpenAI's effort: "none" for disabled thinking, else the last effort in an `output_config`,
-    else by the thinking budget, else the default; "" for a model that takes none."""
+    """OpenAI's effort: the last asked for, or by the thinking budget; "" where none is taken."""
     thinking = request.get("thinking") or {}
     if not REASONERS.search(model.upstream_id[:MAX_ID]):
         return ""
@@ -2373,8 +2356,7 @@ def reasoning_effort(request: Json, model: Model, default: str = "") -> str:
 
 
 def structured_output(request: Json, kind: ProviderKind) -> tuple[str, Json]:
-    """How structured output is asked for, and its schema: by response "format", by a "tool" that
-    must be called, or in "words"; "" for none."""
+    """How a JSON answer is asked for ("format", "tool", "words"; "" for none), and its schema."""
     schema: Json | None = ((request.get("output_config") or {}).get("format") or {}).get("schema")
     if schema is None:
         return "", {}
@@ -2388,11 +2370,10 @@ def structured_output(request: Json, kind: ProviderKind) -> tuple[str, Json]:
 def extracted_json(text: str, schema: Json) -> str:
     """The JSON in a model's words that fits the top of a schema; "" if there is none."""
     expected = {"object": dict, "array": list}.get(str(schema.get("type")), object)
-    required = schema.get("required")
     start = min((at for at in map(text.find, "[{") if at >= 0), default=0)
     for part in (text.strip(), text[start : max(map(text.rfind, "]}")) + 1]):
         value: Any = json_or_none(part)
-        names = as_list(required) if isinstance(value, dict) else ()
+        names = as_list(schema.get("required")) if isinstance(value, dict) else ()
         fits = value is not None and isinstance(value, expected)
         if fits and all(str(name) in value for name in names):
             return part
@@ -2409,24 +2390,20 @@ def is_strict(schema: Any) -> bool:
         return all(map(is_strict, schema))
     if not isinstance(schema, dict):
         return True
-    properties = dict_or_empty(schema.get("properties"))
-    if properties or schema.get("type") == "object":
-        required = as_list(schema.get("required"))
-        if schema.get("additionalProperties") is not False or any(
-                name not in required for name in properties):
-            return False
-    return all(map(is_strict, schema.values()))
+    properties, required = dict_or_empty(schema.get("properties")), as_list(schema.get("required"))
+    closed = schema.get("additionalProperties") is False and all(p in required for p in properties)
+    is_object = properties or schema.get("type") == "object"
+    return (closed or not is_object) and all(map(is_strict, schema.values()))
 
 
 class ChatTranslator(Translator):
-    _last_call: ToolCall | None = None
     _answer: ToolCall | None = None  # of ANSWER_TOOL
 
     def __init__(self, writer: MessageWriter, request: Json, model: Model) -> None:
         super().__init__(writer, request, model)
         self._names = ToolNames(request)
         self._stops = request.get("stop_sequences") or ()
-        self._calls: dict[Any, ToolCall] = {}  # by id, and the last one of each index
+        self._calls: dict[Any, ToolCall] = {}  # by id, the last of each index, and of all by None
         self._tags = ThinkTagParser()
         self._details: dict[Any, Json] = {}  # reasoning that goes back as it came
         self._notice = search_notice(request)
@@ -2443,8 +2420,9 @@ class ChatTranslator(Translator):
             return
         count = len(self.writer.events)
         super().feed(data)
-        if self._template.learns and not self._details and len(self.writer.events) == count + 1:
-            self._template.learn(data, self.writer.events[-1], self._tags.block_type)
+        learns = self._template.tries and not self._details and self._tags.block_type != "thinking"
+        if learns and len(self.writer.events) == count + 1:  # tagged thinking may end in any chunk
+            self._template.learn(data, self.writer.events[-1])
 
     def _read(self, chunk: Json, data: bytes) -> None:
         choices = chunk.get("choices") or ()
@@ -2457,20 +2435,17 @@ class ChatTranslator(Translator):
             self._read_choice(choice)
 
     def _flush(self) -> None:
+        """Write what is held, or only the JSON in it; OgxError(502) for an answer without any."""
         self._write(self._tags.end())
         self._sign()
-        if self._holds:
-            self._write_answer()
-
-    def _write_answer(self) -> None:
-        """Write only the JSON in the model's answer; OgxError(502) for a complete answer without
-        any of the right shape."""
+        if not self._holds:
+            return
         text = self._answer.arguments if self._answer else "".join(self._held)
         answer = extracted_json(text, self._schema)
         complete = self._stop_reason == "end_turn" and not self._stop_sequence
-        if complete and not answer and not self._refused and not self.writer.tools:
-            words = "answered with no JSON of the shape that was asked for"
-            raise OgxError(502, f"{self._origin} {words}", quote=f" but: {one_line(text)}")
+        if complete and not (answer or self._refused or self.writer.tools):
+            raise OgxError(502, f"{self._origin} answered with no JSON of the shape that was asked "
+                                "for", quote=f" but: {one_line(text)}")
         self.writer.text(answer or text)
 
     def _sign(self) -> None:
@@ -2504,7 +2479,7 @@ class ChatTranslator(Translator):
             self._stop_sequence = choice["stop_reason"]
 
     def _read_details(self, details: Sequence[Json], shown: bool) -> None:
-        """Take in OpenRouter's reasoning, which goes back with the pieces of an index joined."""
+        """Take in OpenRouter's reasoning, which goes back with its pieces joined."""
         for detail in details:
             self.writer.thinking("" if shown else detail.get("text") or detail.get("summary") or "")
             key = (detail.get("index", len(self._details)), detail.get("type"))
@@ -2515,7 +2490,7 @@ class ChatTranslator(Translator):
                     whole[name] = whole.get(name, "") + value if is_piece else value
 
     def _read_content(self, content: Any) -> None:
-        """Take in text, or Mistral's list of parts, where thinking is a list of texts."""
+        """Take in text, or Mistral's list of parts."""
         self._sign()
         if isinstance(content, str):
             self._write(self._tags.feed(content))
@@ -2562,25 +2537,24 @@ class ChatTranslator(Translator):
         self.writer.tool(call, call.id, name, "" if held else arguments)
 
     def _call_of(self, index: Any, call_id: str, name: str) -> ToolCall:
-        """The call that a fragment belongs to, or a new one. Servers leave out the index, the id
-        or both, number every call 0, or repeat id and name with each fragment. A new id begins a
-        call; without ids so does a new name, or the same when the call's arguments are whole."""
+        """The call that a fragment belongs to. Servers leave out index, id or both, number every
+        call 0, or repeat id and name. A new id begins a call; without ids so does a new name, or
+        the same when the call's arguments are whole."""
         if call_id in self._calls:
             return self._calls[call_id]
-        call = self._last_call if index is None else self._calls.get(index)
+        call = self._calls.get(index)
         is_new = call is None or bool(call.id and call_id)
         if call and call.name and name and not call_id:
-            is_new = index is None or call.name != name or is_json(call.arguments)
-            is_new = is_new and not self._names.continues(call, name)
+            is_new = not self._names.continues(call, name) and (
+                index is None or call.name != name or is_json(call.arguments))
         if call is None or is_new:
-            call = self._last_call = self._calls[index] = ToolCall()
+            call = self._calls[None] = self._calls[index] = ToolCall()
         return call
 
 
 class ChunkTemplate:
-    """What a stream's chunks have before and after their text. One that differs in nothing else
-    needn't be parsed, which would be two thirds of the work. `obfuscation`, OpenAI's noise of any
-    length, may differ too."""
+    """What a stream's chunks have before and after their text. One that differs in nothing else,
+    but OpenAI's noise, needn't be parsed, which would be two thirds of the work."""
 
     PLAIN = re.compile(  # text escaped just as we would
         rb'"(?:[^"\\\x00-\x1f\x7f-\xff]|\\["\\bfnrt]|\\u(?!00[0-7])[0-9a-f]{4})+"')
@@ -2588,43 +2562,35 @@ class ChunkTemplate:
 
     block_type = ""  # of the block that the text belongs to
     _prefix = b"\0"  # with which no chunk begins
-    _suffix = _quiet_suffix = b""  # the second without noise
-    _misses = 0  # chunks learned from since one was recognised
+    _suffix = b""  # without noise
 
     def __init__(self, learns: bool) -> None:
-        self.learns = learns  # while it is of use
+        self.tries = 10 * learns  # chunks to learn from until one is recognised
 
     def text_in(self, chunk: bytes) -> str | None:
         """The text in JSON's quotes; None for a chunk that must be parsed."""
         if not chunk.startswith(self._prefix) or len(chunk) > MAX_HEAD:
             return None
         match = self.PLAIN.match(chunk, len(self._prefix))
-        if match is None:
+        if match is None or self.NOISE.sub(b"", chunk[match.end() :]) != self._suffix:
             return None
-        suffix = chunk[match.end() :]
-        if suffix != self._suffix and self.NOISE.sub(b"", suffix) != self._quiet_suffix:
-            return None
-        self._misses = 0
+        self.tries = 10
         return match.group().decode("ascii")
 
-    def learn(self, chunk: bytes, event: Json | bytes, tagged: str) -> None:
-        """Learn from a chunk and its one event. `tagged` is what ThinkTagParser took the text for:
-        thinking may end in any chunk."""
-        delta = {} if isinstance(event, bytes) else event.get("delta") or {}
-        block_type = DELTA_FIELDS.get(delta.get("type", ""), "")
-        if block_type in ("text", "thinking") and tagged != "thinking":
+    def learn(self, chunk: bytes, event: Json | bytes) -> None:
+        """Learn from a chunk and its one event."""
+        delta = dict_or_empty(event).get("delta") or {}
+        for block_type in delta.keys() & {"text", "thinking"}:
             text = json.encoder.encode_basestring_ascii(delta[block_type]).encode("ascii")
             prefix, found, suffix = chunk.partition(text)
             if found and text not in suffix and self.PLAIN.fullmatch(text):
-                self.block_type, self._prefix, self._suffix = block_type, prefix, suffix
-                self._quiet_suffix = self.NOISE.sub(b"", suffix)
-        self._misses += 1
-        self.learns = self._misses < 10
+                self.block_type, self._prefix = block_type, prefix
+                self._suffix = self.NOISE.sub(b"", suffix)
+        self.tries -= 1
 
 
 class ThinkTagParser:
-    """Tells text from the thinking that some servers leave at its beginning, between <think> and
-    </think>. A partial tag is buffered."""
+    """Tells text from the thinking that some servers leave at its beginning, between tags."""
 
     TAGS = ("<think>", "<thinking>", "<thought>")
 
@@ -2636,36 +2602,34 @@ class ThinkTagParser:
         self._buffer: list[str] = []
 
     def feed(self, text: str) -> list[tuple[str, str]]:
-        """Pairs of a block type and words."""
+        """Pairs of block type and text."""
         self._buffer.append(text)
         if not self._begun and not text.strip():  # it is joined once, with the words behind it
             return []
         words = "".join(self._buffer)
         self._buffer = []
         if not self.block_type:
-            start = words.lstrip()
-            tag = next((tag for tag in self.TAGS if start.startswith(tag)), "")
-            if tag:
-                self.block_type, self._end_tag = "thinking", f"</{tag[1:]}"
-                return self.feed(start[len(tag) :])
-            if any(tag.startswith(start) for tag in self.TAGS):
+            name, mark, rest = words.lstrip().partition(">")
+            if name + mark in self.TAGS:
+                self.block_type, self._end_tag = "thinking", f"</{name[1:]}>"
+                return self.feed(rest)
+            if any(tag.startswith(name + mark) for tag in self.TAGS):
                 self._buffer = [words]
                 return []
             self.block_type = "text"
         elif not self._begun:  # white space after a tag is the tag's
             words = words.lstrip()
         self._begun = True
-        return [("text", words)] if self.block_type == "text" else self._thinking(words)
-
-    def _thinking(self, words: str) -> list[tuple[str, str]]:
+        if self.block_type == "text":
+            return [("text", words)]
         thought, end_tag, rest = words.partition(self._end_tag)
         if end_tag:
             self.block_type, self._begun = "text", False
             return [("thinking", thought), *self.feed(rest)]
-        sizes = range(len(self._end_tag) - 1, 0, -1)
-        partial = next((n for n in sizes if thought.endswith(self._end_tag[:n])), 0)
-        self._buffer = [thought[len(thought) - partial :]]
-        return [("thinking", thought[: len(thought) - partial])]
+        before, mark, partial = words.rpartition("<")
+        if self._end_tag.startswith(mark + partial):
+            words, self._buffer = before, [mark + partial]
+        return [("thinking", words)]
 
     def end(self) -> list[tuple[str, str]]:
         """What is buffered, but for white space after a tag."""
@@ -2680,12 +2644,12 @@ class ThinkTagParser:
 
 CORE_BLOCKS = ("text", "image", "document", "search_result", "thinking", "redacted_thinking",
                "tool_use", "tool_result", "tool_reference")
-MODEL_FIELD = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+MODEL_FIELD = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
 # Quotes and line breaks in a model's text are escaped, so none of these can stand in one.
-LAST_LINE = re.compile(rb'[\r\n](?:event: ?(?:message_stop|error)\b|'
-                       rb'data: ?\{"(?:type": ?"error"|error": ?["{]|object": ?"error"))')
-LAST_TYPES = (b'"type":"message_stop"', b'"type": "message_stop"')
+LAST_EVENT = re.compile(
+    rb'[\r\n](?:event: ?(?:message_stop|error)\b|'
+    rb'data: ?\{"(?:type": ?"error"|error": ?["{]|object": ?"error"))|"type": ?"message_stop"')
 USAGE_FIELDS = ("input_tokens", "output_tokens", "cache_read_input_tokens",
                 "cache_creation_input_tokens")
 
@@ -2710,8 +2674,7 @@ def unsupported_features(request: Json, kind: ProviderKind) -> set[str]:
 
 
 def messages_request(request: Json, model: Model) -> Json:
-    """The request as it came, but for what is Claude Code's and Anthropic's own business, and what
-    the row says isn't taken."""
+    """The request without what is Anthropic's own business, or the row says isn't taken."""
     kind, body = model.provider.kind, {**request, "model": model.upstream_id}
     body.pop("output_format", None)  # stands in output_config
     if not kind.is_anthropic:
@@ -2726,13 +2689,14 @@ def messages_request(request: Json, model: Model) -> Json:
         body["tools"] = [plainer_tool(tool, kind) if "input_schema" in tool else tool
                          for tool in body["tools"]]
     if kind.is_anthropic or kind.native_models:  # Claude itself
-        body["messages"] = [without_foreign_thoughts(m) for m in body["messages"]]
+        body["messages"] = [m if isinstance(m["content"], str) else {**m, "content": [
+            block for block in m["content"] if not is_foreign_thought(block)]}
+            for m in body["messages"]]
     return body
 
 
 def with_reminders(messages: Sequence[Json]) -> Sequence[Json]:
-    """Messages with the system's as marked text of the user: most servers move those to the top,
-    which spoils prefix caches."""
+    """Messages with the system's as the user's: servers move those up, which spoils caches."""
     if all(message["role"] != "system" for message in messages):
         return messages
     turns = turns_from_messages(messages, False)
@@ -2742,8 +2706,8 @@ def with_reminders(messages: Sequence[Json]) -> Sequence[Json]:
 
 
 def plainer_content(holder: Json, kind: ProviderKind) -> Json:
-    """A message or a tool result with words for images where the model sees none; a result's texts
-    in a row are one, since some servers show only the first."""
+    """A message or tool result, with words for images that the model can't see; a result's texts
+    are joined, since some servers show only the first."""
     blocks = holder.get("content")
     if not isinstance(blocks, list):
         return holder
@@ -2768,18 +2732,10 @@ def finished_messages(body: Json) -> Json:
     return {**body, "thinking": {**thinking, "budget_tokens": budget}}
 
 
-def without_foreign_thoughts(message: Json) -> Json:
-    """The message without thinking that Anthropic didn't sign, and would refuse."""
-    content = message["content"]
-    if isinstance(content, str):
-        return message
-    return {**message, "content": [b for b in content if not is_foreign_thought(b)]}
-
-
 def is_foreign_thought(block: Json) -> bool:
+    """Whether a block is thinking that Anthropic didn't sign, and would refuse."""
     signature = str(block.get("signature") or block.get("data") or SIGNATURE_MARK)
-    is_thought = block["type"] in ("thinking", "redacted_thinking")
-    return is_thought and signature.startswith(SIGNATURE_MARK)
+    return "thinking" in block["type"] and signature.startswith(SIGNATURE_MARK)
 
 
 def with_model_id(raw: bytes, request: Json, body: Json) -> bytes | None:
@@ -2795,19 +2751,16 @@ def with_model_id(raw: bytes, request: Json, body: Json) -> bytes | None:
     return raw[: match.end(1)] + json.dumps(body["model"]).encode() + raw[match.end() :]
 
 
-def last_event(data: bytes) -> tuple[int, bytes]:
-    """Where in these events the last of a stream is, and the bytes that tell it; b"" for none."""
+def last_event(data: bytes) -> re.Match[bytes] | None:
+    """Where the last event of a stream begins, if it is among these, and what tells it."""
     if b"message_stop" not in data and b"error" not in data:  # nearly all; the rest takes longer
-        return 0, b""
-    match = LAST_LINE.search(b"\n" + data)
-    if match:
-        return match.start(), match.group()
-    return 0, next((mark for mark in LAST_TYPES if mark in data), b"")
+        return None
+    return LAST_EVENT.search(b"\n" + data)
 
 
 class NativeStream:
-    """Passes a native stream on with the model's id that the client asked for; tells its end and
-    usage. Only whole events go on, so that a ping or an error can follow any of them."""
+    """Passes whole events on, so that a ping or an error can follow any of them, with the model's
+    id that the client asked for; tells end and usage."""
 
     ended = False  # the last event came: message_stop, or an error
     error = b""  # its data, or what came in a stream's place
@@ -2832,7 +2785,7 @@ class NativeStream:
     def end(self) -> bytes:
         """The last event, if only the blank line after it is missing."""
         rest, self._rest = bytes(self._rest), bytearray()
-        if last_event(rest)[1]:
+        if last_event(rest):
             return self._passed_on(rest + b"\n\n")
         self.error = self.error or rest
         return b""
@@ -2844,11 +2797,11 @@ class NativeStream:
             if match:
                 data = data[: match.end(1)] + self._model + data[match.end() :]
         self._tail = (self._tail + data[-2000:])[-2000:]
-        at, mark = last_event(data)
-        self.ended |= bool(mark)
-        if b"error" in mark:
-            self.error = (SseReader().feed(data[at:]) or [mark])[0]
-            return data[:at]
+        last = last_event(data)
+        self.ended |= bool(last)
+        if last and b"error" in last[0]:
+            self.error = (SseReader().feed(data[last.start() :]) or [last[0]])[0]
+            return data[: last.start()]
         return data
 
     @property
@@ -2867,8 +2820,7 @@ SEARCH_ID = "srvtoolu_ws_"  # begins the ids of searches that we served: `ws_...
 
 
 def responses_request(request: Json, model: Model) -> Json:
-    """The Responses request for a checked Messages request; after the lessons finished_responses()
-    puts reasoning_effort in its place."""
+    """The Responses request, which finished_responses() ends after the lessons."""
     kind = model.provider.kind
     note = unserved_tools_note(request, kind, ("web_search",))
     items = [item for turn in turns_from_messages(request["messages"], kind.system_anywhere)
@@ -2877,7 +2829,6 @@ def responses_request(request: Json, model: Model) -> Json:
         if item.get("role") == "assistant":  # OpenAI's types want an id; unstored, any will do
             item["id"] = f"msg_{place}"
     mode, schema = structured_output(request, kind)
-    text_format = {"type": "json_schema", **answer_format(schema)}
     effort = reasoning_effort(request, model, "medium")
     return {
         "model": model.upstream_id, "input": items, "store": False, "include": [ENCRYPTED],
@@ -2890,15 +2841,16 @@ def responses_request(request: Json, model: Model) -> Json:
             "temperature": request.get("temperature"), "top_p": request.get("top_p"),
             "reasoning_effort": effort,
             "reasoning": {"summary": "auto"} if effort and kind.summaries else None,
-            "text": {"format": text_format} if mode else None})}
+            "text": {"format": {"type": "json_schema", **answer_format(schema)}}
+            if mode else None})}
 
 
 def finished_responses(body: Json) -> Json:
-    finished, effort = {**body}, body.get("reasoning_effort")
-    finished.pop("reasoning_effort", None)
+    body = dict(body)
+    effort = body.pop("reasoning_effort", None)
     if effort:
-        finished["reasoning"] = {**(body.get("reasoning") or {}), "effort": effort}
-    return finished
+        body["reasoning"] = {**(body.get("reasoning") or {}), "effort": effort}
+    return body
 
 
 def input_items(turn: Turn, provider: Provider) -> Iterator[Json]:
@@ -2924,22 +2876,20 @@ def input_items(turn: Turn, provider: Provider) -> Iterator[Json]:
 
 
 def assistant_items(block: Json, provider: Provider) -> Iterator[Json]:
-    """What the model said, called, or thought and signed itself."""
     block_type = block["type"]
     use_id = str(block.get("id") or block.get("tool_use_id"))
     if block_type == "tool_use":
         yield {"type": "function_call", "call_id": tool_call_id(use_id, provider.kind),
                "name": upstream_name(block["name"]),
-               "arguments": json.dumps(block["input"], ensure_ascii=False)}
+               "arguments": UNICODE_JSON.encode(block["input"])}
     elif use_id.startswith(SEARCH_ID):
         if block_type == "server_tool_use" and provider.kind.own_reasoning:
             yield {"type": "web_search_call", "id": use_id[9:], "status": "completed",
                    "action": {"type": "search", **dict_or_empty(block.get("input"))}}
     elif block_type in ("thinking", "redacted_thinking"):
-        signed = provider.kind.own_reasoning
-        state = decode_signature(block, "responses", provider.id) if signed else {}
+        state = decode_signature(block, "responses", provider.id)
         own = {name: state.get(name) for name in ("id", "encrypted_content")}
-        if all(isinstance(value, str) for value in own.values()):
+        if provider.kind.own_reasoning and all(isinstance(value, str) for value in own.values()):
             thought = block.get("thinking")
             summary = [{"type": "summary_text", "text": thought}] if thought else []
             yield {"type": "reasoning", "summary": summary, **own}
@@ -2949,7 +2899,6 @@ def assistant_items(block: Json, provider: Provider) -> Iterator[Json]:
 
 
 def input_part(block: Json, kind: ProviderKind) -> Json:
-    """A block as a part of a message, or of a tool's output."""
     part = attachment_part(block, kind)
     if part is None:
         return {"type": "input_text", "text": block_text(block)}
@@ -2959,7 +2908,7 @@ def input_part(block: Json, kind: ProviderKind) -> Json:
 
 
 def flat_tool_fields(request: Json, kind: ProviderKind) -> Json:
-    """Tool fields with flat tools that aren't strict, and the provider's own web search."""
+    """tool_fields() in Responses' form, and the provider's own web search."""
     body = tool_fields(request, kind)
     tools = [{"type": "function", "strict": False, **tool["function"]}
              for tool in body.get("tools", ())]
@@ -3023,7 +2972,7 @@ class ResponsesTranslator(Translator):
             raise self._error(json.dumps(event).encode())
 
     def _read_item(self, index: Any, item: Json) -> None:
-        """Take in from a complete item what its deltas didn't bring."""
+        """Take in what an item's deltas didn't bring."""
         item_type, whole = item["type"], index not in self._streamed
         if item_type == "function_call" and whole:
             name, arguments = self._names.back(item["name"]), item.get("arguments") or ""
@@ -3047,7 +2996,7 @@ class ResponsesTranslator(Translator):
             self._read_search(item)
 
     def _read_search(self, item: Json) -> None:
-        """Show the provider's search, or a page that it opened, as Anthropic's tool does."""
+        """Show a search, or a page that it opened, as Anthropic's tool does."""
         action = item.get("action") or {}
         self._searches += action.get("type") == "search"
         use_id = "srvtoolu_" + re.sub(r"[^A-Za-z0-9_]", "_", item["id"])
@@ -3087,22 +3036,20 @@ class Dialect:
 
 
 def demo_request(request: Json, model: Model) -> Json:
-    """The demo model's "request": the text it answers and the size of what it was sent."""
+    """The demo model's "request": its answer."""
     tokens = round(sum(TokenCounter().prompt(request)))
     text = (f"This is ogx.py's built-in demo model; I received {len(request['messages'])} "
             f"messages, {len(request.get('tools') or ())} tools, about {tokens:,} tokens. Set "
             "OPENAI_API_KEY, VLLM_URL or OLLAMA_URL and start `run` again to talk to a real "
             "model.")
-    return {"model": model.upstream_id, "text": text, "prompt_tokens": tokens, "stream": True}
+    return {"text": text}
 
 
 def demo_stream(body: Json) -> Iterator[bytes]:
-    """The demo model's answer as a chat completion stream, a word at a time."""
-    words = re.findall(r"\S+\s*", body["text"])
-    usage = {"prompt_tokens": body["prompt_tokens"], "completion_tokens": len(words)}
-    for delta, finish in [*(({"content": word}, None) for word in words), ({}, "stop")]:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        yield f"data: {json.dumps({'choices': [choice], 'usage': usage})}\n\n".encode()
+    """The answer as a chat completion stream, a word at a time."""
+    for word in re.findall(r"\S+\s*", body["text"]):
+        yield b"data: %b\n\n" % json_bytes({"choices": [{"delta": {"content": word}}]})
+    yield b'data: {"choices": [{"finish_reason": "stop"}]}\n\n'
 
 
 # A further dialect has a section above, with its request and its Translator; a row here, a path in
@@ -3118,7 +3065,6 @@ COUNTED_FIELDS = ("model", "messages", "tools", "instructions", "input")
 
 
 def request_path(dialect: str, kind: ProviderKind) -> str:
-    """Where requests of a dialect go, below the provider's base URL."""
     if dialect == "messages":
         return kind.messages_path
     return kind.openai_root + ("/responses" if dialect == "responses" else "/chat/completions")
@@ -3334,13 +3280,11 @@ def told_lengths(refusal: Refusal, asked: int) -> tuple[str, int, int]:
 
 
 def is_about_window(words: str, prompt: int) -> bool:
-    """Whether words are about a prompt that is too long, alone or with its answer. `prompt` is the
-    number beside the limit, or 0."""
+    """Whether words are about a prompt that is too long, alone or with its answer."""
     if re.search(CONTEXT, words) and (prompt or re.search(TOO_LONG, words)):
         return True
     for part in re.split(r"(?<=[.!?;])\s+|\n", words):
-        too_long = re.search(TOO_LONG, part) and re.search(BOUND, part)
-        alone = too_long and not re.search(OUTPUT, part)  # else it may be the answer that is
+        alone = re.search(TOO_LONG, part) and re.search(BOUND, part) and not re.search(OUTPUT, part)
         if (prompt or alone) and re.search(PROMPT, part) and not re.search(OTHERS, part):
             return True
     return False
@@ -3446,7 +3390,6 @@ def dropped_field(refusal: Refusal, body: Json) -> Iterator[Lesson]:
 
 
 def tools_in(body: Json) -> list[Json]:
-    """A request's tools, without what chat completions put around them."""
     return [dict_or_empty(tool.get("function")) or tool for tool in body.get("tools") or ()]
 
 

@@ -3933,7 +3933,7 @@ class TestChat:
         """The bytes that the data of chunks comes to, and how many of them were parsed."""
         writer = ogx.MessageWriter(ogx.new_message("msg_1", "m", 5))
         translator = ogx.ChatTranslator(writer, request(stream=True), model())
-        translator._template.learns = learns
+        translator._template.tries *= learns
         parsed = []
         read = translator._read
         translator._read = lambda chunk, data: (parsed.append(data), read(chunk, data))
@@ -3965,7 +3965,7 @@ class TestChat:
         translator = ogx.ChatTranslator(writer, request(stream=True), model())
         for chunk in chunks:
             translator.feed(chunk)
-        assert translator._template.learns is False
+        assert translator._template.tries == 0
 
     def test_usual_chunks_among_all_others_come_to_the_same_bytes(self):
         """Seeded streams of everything a chunk can be, in any order."""
@@ -4343,7 +4343,7 @@ class TestMessages:
         (b'data: {"a":"message_stop","b":"message_stop","type":"message_stop"}', True),
     ])  # fmt: skip
     def test_what_ends_a_native_stream(self, data, last):
-        assert bool(ogx.last_event(data)[1]) is last
+        assert bool(ogx.last_event(data)) is last
 
 
 def responses(body, **row):
