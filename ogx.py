@@ -61,6 +61,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import marshal
 import math
 import operator
 import os
@@ -111,12 +112,23 @@ HALF_PAIR = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|"
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False)
 
 
-def json_bytes(value: Json) -> bytes:
+def json_bytes(value: Any) -> bytes:
     return COMPACT_JSON.encode(value).encode("ascii")
+
+
+def fingerprint(value: Any) -> int:
+    """A hash of a JSON value, for a quarter of what its text costs; RecursionError if it is too
+    deep."""
+    try:
+        return hash(marshal.dumps(value, 2))
+    except ValueError:
+        raise RecursionError from None
 
 
 def without_halves(data: bytes) -> bytes:
     """JSON with U+FFFD for half surrogate pairs: servers refuse a whole body for one."""
+    if not HALF_PAIR.search(data):
+        return data
     marked = data.replace(b"\\\\", b"\0")  # what is a text's own backslash
     return HALF_PAIR.sub(rb"\\ufffd", marked).replace(b"\0", b"\\\\")
 
@@ -1513,19 +1525,21 @@ class TokenCounter:
         """Return the tokens of texts and tools, and of images and documents. Thinking doesn't
         count, since most upstreams drop it."""
         blocks = [b for message in request["messages"] for b in blocks_of(message["content"])]
-        tools = UNICODE_JSON.encode(request["tools"]) if request.get("tools") else ""
-        texts = (tools, system_text(request), *map(block_text, blocks))
-        tokens = sum(map(self.text, texts)) + 4 * len(request["messages"]) + 3
-        return tokens, sum(map(attached_tokens, blocks))
+        tokens = self.text(request["tools"]) if request.get("tools") else 0.0
+        tokens += sum(map(self.text, (system_text(request), *map(block_text, blocks))))
+        return tokens + 4 * len(request["messages"]) + 3, sum(map(attached_tokens, blocks))
 
-    def text(self, text: str) -> float:
-        tokens = self._tokens.get(hash(text))
+    def text(self, value: Any) -> float:
+        """Return the tokens of a text, or of a value's JSON."""
+        key = hash(value) if isinstance(value, str) else fingerprint(value)
+        tokens = self._tokens.get(key)
         if tokens is None:
+            text = value if isinstance(value, str) else UNICODE_JSON.encode(value)
             data = text.encode("utf-8", "replace").translate(BYTE_CLASSES)
             tokens = 0.428 * len(data) + sum(data.count(part) * n for part, n in RUN_TOKENS)
             if len(self._tokens) >= 10_000:
                 self._tokens.clear()
-            self._tokens[hash(text)] = tokens
+            self._tokens[key] = tokens
         return tokens
 
 
@@ -5250,6 +5264,26 @@ class Attempt:
             other.path, other.headers, other.data)
 
 
+class Encoder:
+    """Writes requests as JSON, and remembers the last lists of tools: they are half of a request
+    of Claude Code's, and the same in each turn."""
+
+    def __init__(self) -> None:
+        self._tools: dict[int, bytes] = {}  # by fingerprint
+
+    def bytes_of(self, body: Json) -> bytes:
+        tools = body.get("tools")
+        if not tools:
+            return without_halves(json_bytes(body))
+        key = fingerprint(tools)
+        if key not in self._tools:
+            if len(self._tools) >= 16:
+                self._tools.clear()
+            self._tools[key] = without_halves(json_bytes(tools))
+        rest = {name: value for name, value in body.items() if name != "tools"}
+        return b'%b,"tools":%b}' % (without_halves(json_bytes(rest))[:-1], self._tools[key])
+
+
 class Gateway:
     """The service behind the server. `tick` is the silence before a sign of life, in seconds. What
     answers /v1/messages never waits but after MAY_BLOCK; other methods may."""
@@ -5262,7 +5296,7 @@ class Gateway:
         self.upstream = upstream or Upstream(config.limits)
         self.discovery = Discovery(config, self.registry, self.upstream)
         self.lessons = Lessons(self.store)
-        self.ratios, self.tokens = Ratios(), TokenCounter()
+        self.ratios, self.tokens, self.encoder = Ratios(), TokenCounter(), Encoder()
         self.backoff = BACKOFF
         self.tick = tick
         self._cooling: dict[str, float] = {}  # model that failed -> until when it is tried last
@@ -5416,7 +5450,7 @@ class Gateway:
         else:
             everything = log.isEnabledFor(logging.DEBUG)
             exchange.dropped = dropped_names(exchange.request, sent, everything)
-        data = without_halves(data or json_bytes(sent))
+        data = without_halves(data) if data else self.encoder.bytes_of(sent)
         return Attempt(model, dialect, {**body, **headers}, request_path(name, kind), headers, data)
 
     def _send(self, attempt: Attempt, exchange: Exchange

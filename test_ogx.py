@@ -7866,6 +7866,17 @@ class TestGateway:
             until(lambda: "total" in caplog.text)
         assert "dropped" not in caplog.text
 
+    def test_requests_are_encoded_alike_whether_their_tools_are_remembered(self):
+        encoder = ogx.Encoder()
+        for n in range(40):
+            body = {"model": "m", "tools": [tool(f"t{n % 20}", a={"type": "string"})], "x": "\u00e9"}
+            for _ in range(2):
+                assert json.loads(encoder.bytes_of(body)) == body
+        assert len(encoder._tools) <= 16
+        assert encoder.bytes_of({"a": 1, "tools": []}) == b'{"a":1,"tools":[]}'
+        half = encoder.bytes_of({"a": "\ud83d", "tools": [{"name": "\ude00"}]})
+        assert half == rb'{"a":"\ufffd","tools":[{"name":"\ufffd"}]}'
+
     # -- native
 
     def native(self, *answers, kind="vllm", **options):
