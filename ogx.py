@@ -3965,6 +3965,9 @@ class Wait:
     queued: bool = False  # what comes next takes a while: others that were woken come first
 
 
+LATE = Wait(until=0.0)  # in the place of one that holds no longer
+
+
 class Pause(enum.Enum):
     OTHERS_FIRST = "others first"
     MAY_BLOCK = "may block"
@@ -4915,7 +4918,7 @@ class Reply:
         self._unpacker: Any = None  # of its content-encoding
         self._last_activity = time.monotonic()  # when it sent something, or took some
         self._deadline = math.inf  # of whole()
-        self._wait = Wait(until=0.0)  # the last one, given again while it holds
+        self._wait = LATE  # or the last one, given again while it holds
 
     def secrets(self) -> list[str]:
         """What its errors may quote, and no one may see."""
@@ -4929,7 +4932,7 @@ class Reply:
         connection = idle or self._upstream.new_connection(self._provider, self._timeout)
         self._connection, self._reused = connection, idle is not None
         self._unsent, self._writable = memoryview(self._request(connection.proxy)), True
-        self._last_activity, self._wait = time.monotonic(), Wait(until=0.0)
+        self._last_activity, self._wait = time.monotonic(), LATE
         self._send()
 
     def _send(self) -> None:
@@ -4943,6 +4946,9 @@ class Reply:
             pass
         except OSError:
             self._writable = False
+        if not self._unsent:  # an empty view would still hold the whole request
+            self._unsent = memoryview(b"")
+            self._wait = LATE
 
     def head(self) -> Steps:
         """Read on to the end of status and headers."""
@@ -4962,20 +4968,21 @@ class Reply:
     def _is_dead(self) -> bool:
         """Whether the connection, which has ended, may have been dead before this request."""
         at_once = time.monotonic() - self._last_activity < 1.0
-        return self._reused and not self._buffer and at_once
+        return self._reused and not (self._interim or self._buffer) and at_once
 
     def _parse_heads(self) -> None:
         """Take complete heads off the buffer; those with a status of 1xx are skipped."""
-        end = HEAD_END.search(self._buffer)
-        while end and self._body is None:
+        while self._body is None:
+            end = HEAD_END.search(self._buffer)
+            if not end:
+                if len(self._buffer) > MAX_HEAD:
+                    raise OgxError(502, f"{self._provider.id} sent headers that are too large")
+                return
             head, self._buffer = self._buffer[: end.start()], self._buffer[end.end() :]
             self._parse_head(head)
             self._interim += 1
             if self._interim > MAX_INTERIM:
                 raise OgxError(502, f"{self._provider.id} sent {MAX_INTERIM} heads, no answer")
-            end = HEAD_END.search(self._buffer)
-        if self._body is None and len(self._buffer) > MAX_HEAD:
-            raise OgxError(502, f"{self._provider.id} sent headers that are too large")
 
     def _parse_head(self, head: bytes) -> None:
         first, _, lines = head.partition(b"\n")
@@ -4994,6 +5001,7 @@ class Reply:
             self._unpacker = zlib.decompressobj(GZIP_OR_ZLIB)
         closes = "close" in self.headers.get("connection", "").lower() or match[1] == b"1.0"
         self._reusable = not closes
+        self._wait = LATE
 
     def read(self) -> Piece:
         """The next piece of the body, b"" at its end; or what is needed to go on."""
@@ -5024,7 +5032,7 @@ class Reply:
 
     def whole(self, seconds: float, size: int) -> Generator[Step, Any, tuple[bytes, bool]]:
         """The body as far as it comes in time and holds `size` bytes; whether that is all."""
-        self._deadline, self._wait = time.monotonic() + seconds, Wait(until=0.0)
+        self._deadline, self._wait = time.monotonic() + seconds, LATE
         answer, head = bytearray(), self.head()
         while len(answer) < size and time.monotonic() < self._deadline:
             piece = next(head, None) or self.read()
@@ -5062,14 +5070,15 @@ class Reply:
         try:
             data = received(sock)
         except OSError as error:
-            if self._reused and self._body is None and not self._buffer:
+            if self._is_dead():
                 return b""
             raise self._lost_connection(error) from None
         if data is None:
             return self._next_wait(sock)
-        self._last_activity = time.monotonic()
-        # A piece that is not full was all there is; but TLS may keep some back.
-        self._would_block = len(data) < RECEIVE_SIZE and type(sock) is socket.socket
+        if data:
+            self._last_activity = time.monotonic()
+            # A piece that is not full was all there is; but TLS may keep some back.
+            self._would_block = len(data) < RECEIVE_SIZE and type(sock) is socket.socket
         return data
 
     def _next_wait(self, sock: socket.socket) -> Wait:
@@ -6062,7 +6071,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._unread = False  # the client's body isn't, or not to its end
         self._probe_at = math.inf  # when to see whether a client that ended its side is there
         self._probe_after = 0.2  # seconds
-        self._waited: tuple[Any, Wait] = (None, Wait(until=0.0))  # the last wait for an answer
+        self._waited: tuple[Any, Wait] = (None, LATE)  # the last wait for an answer
 
     def handle(self) -> None:
         """Leave the connection to the loop."""
@@ -6339,7 +6348,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Raise an OgxError where the client left while it waits for an answer. It may have sent
         its next request, or closed its own side alone: what is then written to it tells, since
         who left refuses that in a moment."""
-        self._waited = None, Wait(until=0.0)
+        self._waited = None, LATE
         if len(self._received) > MAX_HEAD:  # of requests to come: the rest can wait
             return
         try:

@@ -6984,6 +6984,61 @@ class TestUpstream:
             assert json.loads(self.read_all(self.open(upstream, fake.url))) == {"a": 2}
         assert fake.connections == 2
 
+    @pytest.mark.parametrize("began", ["by taking its time", "by an interim head"])
+    def test_a_pooled_connection_that_began_to_answer_was_not_stale(self, began):
+        def answer_once(fake, connection):
+            send(connection, 200, b"{}", "application/json")
+            connection.recv(65536)
+            if began == "by taking its time":
+                time.sleep(1.05)
+            else:
+                connection.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+
+        upstream = ogx.Upstream()
+        with FakeUpstream(answer_once, {"a": 2}) as fake:
+            reply = self.open(upstream, fake.url)
+            assert self.read_all(reply) == b"{}"
+            reply.release()
+            error = refused(self.open, upstream, fake.url)
+            assert error.message.endswith("it closed the connection")
+            assert fake.connections == 1
+
+    def test_what_was_sent_is_let_go_and_no_room_is_waited_for(self):
+        taken, asked = threading.Event(), threading.Event()
+
+        def answer(fake, connection):
+            taken.set()
+            asked.wait(10)
+            send(connection, 200, b"{}", "application/json")
+
+        upstream, data = ogx.Upstream(), json.dumps("x" * 20_000_000).encode()
+        with FakeUpstream(answer) as fake:
+            reply = ogx.drive(upstream.send(provider(url=fake.url), "POST", "/x", data))
+            head = reply.head()
+            wait = next(head)
+            assert wait.sockets[0][1] == ogx.READ | ogx.WRITE
+            while not taken.wait(0.001):
+                wait = next(head)
+            assert wait.sockets[0][1] == ogx.READ
+            assert reply._unsent.obj == b""  # even an empty view holds all of its bytes
+            asked.set()
+            ogx.drive(head)
+            assert self.read_all(reply) == b"{}"
+            reply.release()
+
+    def test_an_answer_that_stalls_has_less_time_than_one_that_begins(self):
+        def answer(fake, connection):
+            time.sleep(0.05)  # the head is waited for
+            begin_stream(connection)
+            await_end(fake, connection)
+
+        upstream = ogx.Upstream(ogx.Limits(first_byte_timeout=5, idle_timeout=0.1))
+        with FakeUpstream(answer) as fake:
+            reply = self.open(upstream, fake.url)
+            error = refused(self.read_all, reply)
+            reply.release()
+        assert re.fullmatch(r"openai sent nothing for 0\.[12]\d* s", error.message)
+
     def test_a_fresh_connection_that_dies_is_an_error(self):
         with FakeUpstream(lambda fake, connection: None) as fake:
             error = refused(self.sent, ogx.Upstream(), provider(url=fake.url))
