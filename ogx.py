@@ -4067,9 +4067,8 @@ class Loop:
 
     def _ready(self) -> list[tuple[selectors.SelectorKey, int]]:
         """What became ready, once something did or a task is late."""
-        patience = 0.0 if self._runnable else max(0.0, self._alarm - time.monotonic())
         try:
-            return self._selector.select(None if patience == math.inf else patience)
+            return self._selector.select(0.0 if self._runnable else seconds_until(self._alarm))
         except ValueError:  # more sockets than select() takes, on Windows
             if not self._tasks:
                 raise
@@ -4210,13 +4209,18 @@ def drive(steps: Steps) -> Any:
         steps.close()
 
 
+def seconds_until(moment: float) -> float:
+    """How long a selector may wait at once: epoll takes no more than 24 days."""
+    return min(max(0.0, moment - time.monotonic()), 3600.0)
+
+
 def ready_socket(wait: Wait) -> Any:
-    """The first of a Wait's sockets to be ready; None when it is late. This waits."""
+    """The first of a Wait's sockets to be ready; None when it is late, or after an hour."""
     with selectors.DefaultSelector() as selector:
         for sock, events in wait.sockets:
             selector.register(sock, events)
-        late = None if wait.until == math.inf else max(0.0, wait.until - time.monotonic())
-        return next((key.fileobj for key, _ in selector.select(late)), None)
+        ready = selector.select(seconds_until(wait.until))
+        return next((key.fileobj for key, _ in ready), None)
 
 
 # ======== Log ================================================================================
@@ -6156,8 +6160,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _take_head(self, head: bytes) -> None:
         """Take in a request's head; OgxError for what is malformed or kept out."""
-        self._unread = len(head) > MAX_HEAD
-        if self._unread:
+        self._unread = True  # as far as is known
+        if len(head) > MAX_HEAD:
             raise OgxError(431, "the request's headers are too large")
         self.head = request_head(head)
         self.close_connection = self.server.stopping or self.head.closes
@@ -6207,15 +6211,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except socket.timeout:
             yield from self._send_error(OgxError(408, "the request took too long to come in"))
         except ConnectionError:
-            self.close_connection = True
-            self.status = self.status or CLIENT_GONE
+            yield from self._send_error(client_gone())
         except RecursionError:
             yield from self._send_error(OgxError(400, "the request's JSON is nested too deeply"))
         except Exception:
             log.exception("%s: unexpected error", self.exchange.request_id)
             words = "internal error; the log of ogx.py has the trace"
             yield from self._send_error(OgxError(500, words))
-        self._log()
+        finally:
+            self._log()
 
     def _endpoint(self) -> Steps:
         """The steps of answering a request, by its path and method."""

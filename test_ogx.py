@@ -5864,6 +5864,18 @@ class TestLoop:
         self.run(loop, blocking(), other())
         assert threads[::2] == ["loop", "loop"] and threads[1] != "loop"
 
+    @pytest.mark.parametrize("seconds", [1e7, 1e12, float("inf")])
+    def test_there_is_no_wait_too_long(self, loop, pair, seconds):
+        def patient():
+            return (yield ogx.Wait(((pair[0], ogx.READ),), time.monotonic() + seconds))
+
+        def other():
+            yield ogx.Wait(until=time.monotonic() + 0.02)
+            pair[1].send(b"x")
+
+        assert self.run(loop, patient(), other()) == [pair[0], None]
+        assert ogx.drive(patient()) is pair[0]
+
     def test_queued_tasks_run_after_the_others_that_were_woken(self, loop, pair):
         def reader(name, sock, queued):
             yield ogx.Wait(((sock, ogx.READ),), queued=queued)
@@ -10848,6 +10860,17 @@ class TestServer:
             assert client.get("/v1/health")[0] == 200
         assert status == 500 and "division" not in json.dumps(answer)
         assert "ZeroDivisionError" in caplog.text
+
+    def test_a_client_that_leaves_while_it_is_refused_has_its_log_line(self, caplog):
+        caplog.set_level("INFO", "ogx")
+        head = b"POST /v1/messages HTTP/1.1\r\nhost: evil.example\r\ncontent-length: 9\r\n\r\n"
+        with gateway_over() as (client, _):
+            with socket.create_connection(("127.0.0.1", client.port), timeout=10) as sock:
+                sock.sendall(head)
+                read_until(sock, b"not a name of this server")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            until(lambda: caplog.records)
+        assert " POST /v1/messages 403 " in caplog.records[0].getMessage()
 
     def test_one_log_line_per_request(self, caplog):
         caplog.set_level("INFO", "ogx")
