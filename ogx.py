@@ -5466,12 +5466,9 @@ class Gateway:
                 lessons[-1] = replace(lessons[-1], keep=False)
             else:
                 try:
-                    answer = yield from self._send(attempt, exchange)
+                    return (yield from self._send(attempt, exchange, lessons[known:]))
                 except OgxError as failure:
                     error = replace(failure.hide(self.upstream.secrets(model.provider)))
-                else:
-                    yield from self._keep(model, lessons[known:], exchange)
-                    return answer
             if len(exchange.raw) > LONG:
                 yield MAY_BLOCK
             if number < MAX_REQUESTS and self._learn(error, attempt, exchange, lessons):
@@ -5488,13 +5485,6 @@ class Gateway:
                      exchange.served, one_line(error.message), delay)
             yield from sleep(delay)
         raise AssertionError("the last attempt returns or raises")
-
-    def _keep(self, model: Model, lessons: Sequence[Lesson], exchange: Exchange) -> Steps:
-        """The answer begins: what was changed has helped, and the request isn't needed again."""
-        exchange.free_request()
-        if lessons:
-            yield MAY_BLOCK  # a disk
-            self.lessons.add(model, lessons)
 
     def _prepare(self, model: Model, exchange: Exchange, lessons: Sequence[Lesson]
                  ) -> Generator[Step, Any, Attempt]:
@@ -5546,9 +5536,10 @@ class Gateway:
         data = without_halves(data or json_bytes(sent))
         return Attempt(model, dialect, {**body, **headers}, request_path(name, kind), headers, data)
 
-    def _send(self, attempt: Attempt, exchange: Exchange
+    def _send(self, attempt: Attempt, exchange: Exchange, lessons: Sequence[Lesson]
               ) -> Generator[Step, Any, Opened]:
-        """Send a request; the answer to it, once its first bytes are there."""
+        """Send a request; the answer to it, once its first bytes are there and new lessons,
+        which have helped, are kept."""
         model = attempt.model
         reply = yield from self.upstream.send(model.provider, "POST", attempt.path, attempt.data,
                                               attempt.headers)
@@ -5564,6 +5555,10 @@ class Gateway:
             attempt.begun = True
             for piece in pieces:
                 if isinstance(piece, bytes):
+                    exchange.free_request()
+                    if lessons:
+                        yield MAY_BLOCK  # a disk
+                        self.lessons.add(model, lessons)
                     return Opened(piece, pieces, reply)
                 yield piece
             raise OgxError(502, f"{model.origin} sent nothing")
