@@ -3568,7 +3568,6 @@ STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])\b")
 LENGTH = re.compile("([0-9]{1,18})(?: *,|$)")  # of a body; some servers send it twice
 WHOLE_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of an answer that isn't streamed
-BROKEN_OFF = "the upstream closed the connection in the middle of its answer"
 GZIP_OR_ZLIB = 47  # of zlib's wbits: the data tell which
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 ANTHROPIC_VERSION = "2023-06-01"
@@ -3672,11 +3671,23 @@ def http_chunk(data: bytes) -> bytes:
 # tells that the body is complete, `rest` is what came after it. end() is for a connection's end.
 
 
-class SizedBody:
+class Body:
+    rest = b""
+    done = False
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+    def end(self) -> None:
+        if not self.done:
+            words = "the upstream closed the connection in the middle of its answer"
+            raise OgxError(502, words)
+
+
+class SizedBody(Body):
     """A body of known length (RFC 9112, 6.3, rule 6), or none at all."""
 
     def __init__(self, length: int) -> None:
-        self.rest = b""
         self.done = not length
         self._missing = length
 
@@ -3686,30 +3697,18 @@ class SizedBody:
         self.done = not self._missing
         return payload
 
-    def end(self) -> None:
-        if not self.done:
-            raise OgxError(502, BROKEN_OFF)
 
-
-class EndlessBody:
+class EndlessBody(Body):
     """A body that only the connection's end ends (rule 8)."""
-
-    rest = b""
-    done = False
-
-    def feed(self, data: bytes) -> bytes:
-        return data
 
     def end(self) -> None:
         self.done = True
 
 
-class ChunkedBody:
+class ChunkedBody(Body):
     """A body in chunks (RFC 9112, 7.1); trailers are read, and dropped."""
 
     def __init__(self) -> None:
-        self.rest = b""
-        self.done = False
         self._next = "size"  # what comes next: size, data, end (of a chunk) or trailer
         self._missing = 0  # bytes of the chunk's data
         self._trailers = 0  # bytes of them
@@ -3762,13 +3761,6 @@ class ChunkedBody:
                 raise OgxError(400, "malformed chunked body: a chunk size isn't hexadecimal")
             self._missing = int(digits, 16)
             self._next = "data" if self._missing else "trailer"
-
-    def end(self) -> None:
-        if not self.done:
-            raise OgxError(502, BROKEN_OFF)
-
-
-Body = Union[SizedBody, EndlessBody, ChunkedBody]
 
 
 def answer_body(status: int, headers: Headers) -> Body:
@@ -5984,12 +5976,8 @@ class Server(http.server.ThreadingHTTPServer):
             self._ended.wait_for(lambda: not self.running, 2.0)
         self.loop.close()
 
-    def begin(self, handler: Handler) -> None:
-        """A connection has a request."""
-        self.running.add(handler)
-
     def end(self, handler: Handler) -> None:
-        """Its request runs no more."""
+        """A connection's request runs no more."""
         self.running.discard(handler)
         if self.stopping:
             with self._ended:
@@ -6089,7 +6077,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 head = yield from self._read_head()
                 if head:
                     self.exchange.started = time.monotonic()
-                    self.server.begin(self)
+                    self.server.running.add(self)
                     try:
                         yield from self._answer(head)
                     finally:
@@ -6333,8 +6321,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return wait
 
     def _look_at_client(self, piece: Piece, sock: Any) -> None:
-        """Raise an OgxError where the client left while it waits for an answer, which is looked at
-        when it did something, before its upstream is asked for long, and ..."""
+        """Probe a client that did something, or before its upstream may be asked for long, or
+        when it is time to."""
         if piece is MAY_BLOCK:
             self._probe()
             if self._probe_at != math.inf:  # it may have left: that shows in a moment
