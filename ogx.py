@@ -6193,7 +6193,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             yield from self._send_error(error)
         except socket.timeout:
             yield from self._send_error(OgxError(408, "the request took too long to come in"))
-        except ConnectionError:
+        except (ConnectionError, ssl.SSLError):
             yield from self._send_error(client_gone())
         except RecursionError:
             yield from self._send_error(OgxError(400, "the request's JSON is nested too deeply"))

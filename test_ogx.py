@@ -10373,6 +10373,24 @@ class TestServer:
                 sock.close()
             assert upstream.client_left.wait(2)
 
+    def test_who_leaves_a_stream_behind_tls_is_no_unexpected_error(self, tmp_path, caplog):
+        def answer(fake, connection):
+            begin_stream(connection)
+            with contextlib.suppress(OSError):
+                for _ in range(200):
+                    send_chunk(connection, sse(delta(content="a" * 100_000), done=False))
+            fake.client_left.set()
+
+        caplog.set_level("INFO", "ogx")
+        body = json.dumps(request(stream=True)).encode()
+        with self.over_tls(tmp_path, answer) as (_, upstream, connected):
+            with connected() as sock:
+                sock.sendall(self.HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+                sock.recv(10)
+            assert upstream.client_left.wait(10)
+            until(lambda: caplog.records)
+        assert " POST /v1/messages 200 " in caplog.text and "unexpected" not in caplog.text
+
     def test_two_bytes_are_no_disconnect_behind_tls(self, tmp_path):
         """A record of two bytes is as long as the alert before an end."""
         def answer(fake, connection):
