@@ -4804,7 +4804,7 @@ class Upstream:
             idle, now = self._idle.setdefault(provider.pool_key, []), time.monotonic()
             while idle and now - idle[0][0] > POOL_SECONDS:
                 idle.pop(0)[1].socket.close()
-            if len(idle) < POOL_SIZE:
+            if len(idle) < POOL_SIZE and not self.closed:
                 idle.append((now, connection, body))
                 return
         connection.socket.close()

@@ -6972,6 +6972,16 @@ class TestUpstream:
                 reply.release()
         assert fake.connections == 1
 
+    def test_a_closed_pool_takes_no_connection_back(self):
+        upstream = ogx.Upstream()
+        with FakeUpstream({"a": 1}) as fake:
+            reply = self.open(upstream, fake.url)
+            sock = reply._connection.socket
+            self.read_all(reply)
+            upstream.close()
+            reply.release()
+        assert sock.fileno() == -1
+
     def test_a_connection_with_an_unread_answer_is_not_pooled(self):
         upstream = ogx.Upstream()
         with FakeUpstream(said("x" * 200_000), {"a": 2}) as fake:
