@@ -3476,7 +3476,6 @@ STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])\b")
 LENGTH = re.compile("([0-9]{1,18})(?: *,|$)")  # of a body; some servers send it twice
 WHOLE_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of an answer that isn't streamed
-BROKEN_OFF = "the upstream closed the connection in the middle of its answer"
 GZIP_OR_ZLIB = 47  # of zlib's wbits: the data tell which
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 ANTHROPIC_VERSION = "2023-06-01"
@@ -3569,20 +3568,27 @@ def head_start(status: int, seconds: int) -> str:
     return f"HTTP/1.1 {status} {reason}\r\ndate: {date}\r\nanthropic-version: {ANTHROPIC_VERSION}"
 
 
-def http_chunk(data: bytes) -> bytes:
-    """Data framed as one chunk; no data ends the body."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
 # -- bodies. A reader's feed() takes raw bytes, cut anywhere, and gives the payload in them; `done`
 # tells that the body is complete, `rest` is what came after it. end() is for a connection's end.
 
 
-class SizedBody:
+class Body:
+    rest = b""
+    done = False
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+    def end(self) -> None:
+        if not self.done:
+            words = "the upstream closed the connection in the middle of its answer"
+            raise OgxError(502, words)
+
+
+class SizedBody(Body):
     """A body of known length (RFC 9112, 6.3, rule 6), or none at all."""
 
     def __init__(self, length: int) -> None:
-        self.rest = b""
         self.done = not length
         self._missing = length
 
@@ -3592,30 +3598,18 @@ class SizedBody:
         self.done = not self._missing
         return payload
 
-    def end(self) -> None:
-        if not self.done:
-            raise OgxError(502, BROKEN_OFF)
 
-
-class EndlessBody:
+class EndlessBody(Body):
     """A body that only the connection's end ends (rule 8)."""
-
-    rest = b""
-    done = False
-
-    def feed(self, data: bytes) -> bytes:
-        return data
 
     def end(self) -> None:
         self.done = True
 
 
-class ChunkedBody:
+class ChunkedBody(Body):
     """A body in chunks (RFC 9112, 7.1); trailers are read, and dropped."""
 
     def __init__(self) -> None:
-        self.rest = b""
-        self.done = False
         self._next = "size"  # what comes next: size, data, end (of a chunk) or trailer
         self._missing = 0  # bytes of the chunk's data
         self._trailers = 0  # bytes of them
@@ -3668,13 +3662,6 @@ class ChunkedBody:
                 raise OgxError(400, "malformed chunked body: a chunk size isn't hexadecimal")
             self._missing = int(digits, 16)
             self._next = "data" if self._missing else "trailer"
-
-    def end(self) -> None:
-        if not self.done:
-            raise OgxError(502, BROKEN_OFF)
-
-
-Body = Union[SizedBody, EndlessBody, ChunkedBody]
 
 
 def answer_body(status: int, headers: Headers) -> Body:
@@ -3973,9 +3960,8 @@ class Loop:
 
     def _ready(self) -> list[tuple[selectors.SelectorKey, int]]:
         """What became ready, once something did or a task is late."""
-        patience = 0.0 if self._runnable else max(0.0, self._alarm - time.monotonic())
         try:
-            return self._selector.select(None if patience == math.inf else patience)
+            return self._selector.select(0.0 if self._runnable else seconds_until(self._alarm))
         except ValueError:  # more sockets than select() takes, on Windows
             if not self._tasks:
                 raise
@@ -4116,13 +4102,18 @@ def drive(steps: Steps) -> Any:
         steps.close()
 
 
+def seconds_until(moment: float) -> float:
+    """How long a selector may wait at once: epoll takes no more than 24 days."""
+    return min(max(0.0, moment - time.monotonic()), 3600.0)
+
+
 def ready_socket(wait: Wait) -> Any:
-    """The first of a Wait's sockets to be ready; None when it is late. This waits."""
+    """The first of a Wait's sockets to be ready; None when it is late, or after an hour."""
     with selectors.DefaultSelector() as selector:
         for sock, events in wait.sockets:
             selector.register(sock, events)
-        late = None if wait.until == math.inf else max(0.0, wait.until - time.monotonic())
-        return next((key.fileobj for key, _ in selector.select(late)), None)
+        ready = selector.select(seconds_until(wait.until))
+        return next((key.fileobj for key, _ in ready), None)
 
 
 # ======== Log ================================================================================
@@ -4708,7 +4699,7 @@ class Upstream:
             idle, now = self._idle.setdefault(provider.pool_key, []), time.monotonic()
             while idle and now - idle[0][0] > POOL_SECONDS:
                 idle.pop(0)[1].socket.close()
-            if len(idle) < POOL_SIZE:
+            if len(idle) < POOL_SIZE and not self.closed:
                 idle.append((now, connection, body))
                 return
         connection.socket.close()
@@ -4846,6 +4837,9 @@ class Reply:
             pass
         except OSError:
             self._writable = False
+        if not self._unsent:  # an empty view would still hold the whole request
+            self._unsent = memoryview(b"")
+            self._wait = NO_WAIT
 
     def head(self) -> Steps:
         """Read on to the end of status and headers."""
@@ -4865,20 +4859,21 @@ class Reply:
     def _is_dead(self) -> bool:
         """Whether the connection, which has ended, may have been dead before this request."""
         at_once = time.monotonic() - self._last_activity < 1.0
-        return self._reused and not self._buffer and at_once
+        return self._reused and not (self._interim or self._buffer) and at_once
 
     def _parse_heads(self) -> None:
         """Take complete heads off the buffer; those with a status of 1xx are skipped."""
-        end = HEAD_END.search(self._buffer)
-        while end and self._body is None:
+        while self._body is None:
+            end = HEAD_END.search(self._buffer)
+            if not end:
+                if len(self._buffer) > MAX_HEAD:
+                    raise OgxError(502, f"{self._provider.id} sent headers that are too large")
+                return
             head, self._buffer = self._buffer[: end.start()], self._buffer[end.end() :]
             self._parse_head(head)
             self._interim += 1
             if self._interim > MAX_INTERIM:
                 raise OgxError(502, f"{self._provider.id} sent {MAX_INTERIM} heads, no answer")
-            end = HEAD_END.search(self._buffer)
-        if self._body is None and len(self._buffer) > MAX_HEAD:
-            raise OgxError(502, f"{self._provider.id} sent headers that are too large")
 
     def _parse_head(self, head: bytes) -> None:
         first, _, lines = head.partition(b"\n")
@@ -4897,6 +4892,7 @@ class Reply:
             self._unpacker = zlib.decompressobj(GZIP_OR_ZLIB)
         closes = "close" in self.headers.get("connection", "").lower() or match[1] == b"1.0"
         self._reusable = not closes
+        self._wait = NO_WAIT
 
     def read(self) -> Piece:
         """The next piece of the body, b"" at its end; or what is needed to go on."""
@@ -4965,14 +4961,15 @@ class Reply:
         try:
             data = received(sock)
         except OSError as error:
-            if self._reused and self._body is None and not self._buffer:
+            if self._is_dead():
                 return b""
             raise self._lost_connection(error) from None
         if data is None:
             return self._next_wait(sock)
-        self._last_activity = time.monotonic()
-        # A piece that is not full was all there is; but TLS may keep some back.
-        self._would_block = len(data) < RECEIVE_SIZE and type(sock) is socket.socket
+        if data:
+            self._last_activity = time.monotonic()
+            # A piece that is not full was all there is; but TLS may keep some back.
+            self._would_block = len(data) < RECEIVE_SIZE and type(sock) is socket.socket
         return data
 
     def _next_wait(self, sock: socket.socket) -> Wait:
@@ -5373,12 +5370,9 @@ class Gateway:
                 lessons[-1] = replace(lessons[-1], keep=False)
             else:
                 try:
-                    answer = yield from self._send(attempt, exchange)
+                    return (yield from self._send(attempt, exchange, lessons[known:]))
                 except OgxError as failure:
                     error = replace(failure.hide(self.upstream.secrets(model.provider)))
-                else:
-                    yield from self._keep(model, lessons[known:], exchange)
-                    return answer
             if len(exchange.raw) > LONG:
                 yield MAY_BLOCK
             if number < MAX_REQUESTS and self._learn(error, attempt, exchange, lessons):
@@ -5395,13 +5389,6 @@ class Gateway:
                      exchange.served, one_line(error.message), delay)
             yield from sleep(delay)
         raise AssertionError("the last attempt returns or raises")
-
-    def _keep(self, model: Model, lessons: Sequence[Lesson], exchange: Exchange) -> Steps:
-        """The answer begins: what was changed has helped, and the request isn't needed again."""
-        exchange.free_request()
-        if lessons:
-            yield MAY_BLOCK  # a disk
-            self.lessons.add(model, lessons)
 
     def _prepare(self, model: Model, exchange: Exchange, lessons: Sequence[Lesson]
                  ) -> Generator[Step, Any, Attempt]:
@@ -5453,9 +5440,10 @@ class Gateway:
         data = without_halves(data) if data else self.encoder.bytes_of(sent)
         return Attempt(model, dialect, {**body, **headers}, request_path(name, kind), headers, data)
 
-    def _send(self, attempt: Attempt, exchange: Exchange
+    def _send(self, attempt: Attempt, exchange: Exchange, lessons: Sequence[Lesson]
               ) -> Generator[Step, Any, Opened]:
-        """Send a request; the answer to it, once its first bytes are there."""
+        """Send a request; the answer to it, once its first bytes are there and new lessons,
+        which have helped, are kept."""
         model = attempt.model
         reply = yield from self.upstream.send(model.provider, "POST", attempt.path, attempt.data,
                                               attempt.headers)
@@ -5471,6 +5459,10 @@ class Gateway:
             attempt.begun = True
             for piece in pieces:
                 if isinstance(piece, bytes):
+                    exchange.free_request()
+                    if lessons:
+                        yield MAY_BLOCK  # a disk
+                        self.lessons.add(model, lessons)
                     return Opened(piece, pieces, reply)
                 yield piece
             raise OgxError(502, f"{model.origin} sent nothing")
@@ -5896,12 +5888,8 @@ class Server(http.server.ThreadingHTTPServer):
             self._ended.wait_for(lambda: not self.running, 2.0)
         self.loop.close()
 
-    def begin(self, handler: Handler) -> None:
-        """A connection has a request."""
-        self.running.add(handler)
-
     def end(self, handler: Handler) -> None:
-        """Its request runs no more."""
+        """A connection's request runs no more."""
         self.running.discard(handler)
         if self.stopping:
             with self._ended:
@@ -6001,7 +5989,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 head = yield from self._read_head()
                 if head:
                     self.exchange.started = time.monotonic()
-                    self.server.begin(self)
+                    self.server.running.add(self)
                     try:
                         yield from self._answer(head)
                     finally:
@@ -6067,8 +6055,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _take_head(self, head: bytes) -> None:
         """Take in a request's head; OgxError for what is malformed or kept out."""
-        self._unread = len(head) > MAX_HEAD
-        if self._unread:
+        self._unread = True  # as far as is known
+        if len(head) > MAX_HEAD:
             raise OgxError(431, "the request's headers are too large")
         self.head = request_head(head)
         self.close_connection = self.server.stopping or self.head.closes()
@@ -6118,16 +6106,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             yield from self._send_error(error)
         except socket.timeout:
             yield from self._send_error(OgxError(408, "the request took too long to come in"))
-        except ConnectionError:
-            self.close_connection = True
-            self.status = self.status or CLIENT_GONE
+        except (ConnectionError, ssl.SSLError):
+            yield from self._send_error(client_gone())
         except RecursionError:
             yield from self._send_error(OgxError(400, "the request's JSON is nested too deeply"))
         except Exception:
             log.exception("%s: unexpected error", self.exchange.request_id)
             words = "internal error; the log of ogx.py has the trace"
             yield from self._send_error(OgxError(500, words))
-        self._log()
+        finally:
+            self._log()
 
     def _endpoint(self) -> Steps:
         """The steps of answering a request, by its path and method."""
@@ -6222,7 +6210,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                             yield OTHERS_FIRST
                     else:
                         sock = yield self._with_client(piece, written_at + tick)
-                        self._look_at_client(piece, sock)
+                        if sock is None or sock is self.connection:  # and not the upstream's
+                            self._look_at_client(piece, sock)
                         piece = answer.read()
         except OgxError as error:
             if not self.status or error.status == CLIENT_GONE:
@@ -6281,11 +6270,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _framed(self, data: bytes) -> bytes:
         """A piece of a stream, as a chunk for clients that know chunks; the head goes with the
         first."""
-        framed = http_chunk(data) if self.head.version == "1.1" else data
+        chunked = self.head.version == "1.1"
+        framed = b"%x\r\n%b\r\n" % (len(data), data) if chunked else data
         if self.status:
             return framed
         headers = {"content-type": "text/event-stream", "cache-control": "no-cache"}
-        if self.head.version == "1.1":
+        if chunked:
             headers["transfer-encoding"] = "chunked"
         else:
             self.close_connection = True

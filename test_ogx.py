@@ -5885,6 +5885,18 @@ class TestLoop:
         self.run(loop, blocking(), other())
         assert threads[::2] == ["loop", "loop"] and threads[1] != "loop"
 
+    @pytest.mark.parametrize("seconds", [1e7, 1e12, float("inf")])
+    def test_there_is_no_wait_too_long(self, loop, pair, seconds):
+        def patient():
+            return (yield ogx.Wait(((pair[0], ogx.READ),), time.monotonic() + seconds))
+
+        def other():
+            yield ogx.Wait(until=time.monotonic() + 0.02)
+            pair[1].send(b"x")
+
+        assert self.run(loop, patient(), other()) == [pair[0], None]
+        assert ogx.drive(patient()) is pair[0]
+
     def test_queued_tasks_run_after_the_others_that_were_woken(self, loop, pair):
         def reader(name, sock, queued):
             yield ogx.Wait(((sock, ogx.READ),), queued=queued)
@@ -6981,6 +6993,16 @@ class TestUpstream:
                 reply.release()
         assert fake.connections == 1
 
+    def test_a_closed_pool_takes_no_connection_back(self):
+        upstream = ogx.Upstream()
+        with FakeUpstream({"a": 1}) as fake:
+            reply = self.open(upstream, fake.url)
+            sock = reply._connection.socket
+            self.read_all(reply)
+            upstream.close()
+            reply.release()
+        assert sock.fileno() == -1
+
     def test_a_connection_with_an_unread_answer_is_not_pooled(self):
         upstream = ogx.Upstream()
         with FakeUpstream(said("x" * 200_000), {"a": 2}) as fake:
@@ -7004,6 +7026,61 @@ class TestUpstream:
                 time.sleep(0.05)
             assert json.loads(self.read_all(self.open(upstream, fake.url))) == {"a": 2}
         assert fake.connections == 2
+
+    @pytest.mark.parametrize("began", ["by taking its time", "by an interim head"])
+    def test_a_pooled_connection_that_began_to_answer_was_not_stale(self, began):
+        def answer_once(fake, connection):
+            send(connection, 200, b"{}", "application/json")
+            connection.recv(65536)
+            if began == "by taking its time":
+                time.sleep(1.05)
+            else:
+                connection.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+
+        upstream = ogx.Upstream()
+        with FakeUpstream(answer_once, {"a": 2}) as fake:
+            reply = self.open(upstream, fake.url)
+            assert self.read_all(reply) == b"{}"
+            reply.release()
+            error = refused(self.open, upstream, fake.url)
+            assert error.message.endswith("it closed the connection")
+            assert fake.connections == 1
+
+    def test_what_was_sent_is_let_go_and_no_room_is_waited_for(self):
+        taken, asked = threading.Event(), threading.Event()
+
+        def answer(fake, connection):
+            taken.set()
+            asked.wait(10)
+            send(connection, 200, b"{}", "application/json")
+
+        upstream, data = ogx.Upstream(), json.dumps("x" * 20_000_000).encode()
+        with FakeUpstream(answer) as fake:
+            reply = ogx.drive(upstream.send(provider(url=fake.url), "POST", "/x", data))
+            head = reply.head()
+            wait = next(head)
+            assert wait.sockets[0][1] == ogx.READ | ogx.WRITE
+            while not taken.wait(0.001):
+                wait = next(head)
+            assert wait.sockets[0][1] == ogx.READ
+            assert reply._unsent.obj == b""  # even an empty view holds all of its bytes
+            asked.set()
+            ogx.drive(head)
+            assert self.read_all(reply) == b"{}"
+            reply.release()
+
+    def test_an_answer_that_stalls_has_less_time_than_one_that_begins(self):
+        def answer(fake, connection):
+            time.sleep(0.05)  # the head is waited for
+            begin_stream(connection)
+            await_end(fake, connection)
+
+        upstream = ogx.Upstream(ogx.Limits(first_byte_timeout=5, idle_timeout=0.1))
+        with FakeUpstream(answer) as fake:
+            reply = self.open(upstream, fake.url)
+            error = refused(self.read_all, reply)
+            reply.release()
+        assert re.fullmatch(r"openai sent nothing for 0\.[12]\d* s", error.message)
 
     def test_a_fresh_connection_that_dies_is_an_error(self):
         with FakeUpstream(lambda fake, connection: None) as fake:
@@ -7869,7 +7946,8 @@ class TestGateway:
     def test_requests_are_encoded_alike_whether_their_tools_are_remembered(self):
         encoder = ogx.Encoder()
         for n in range(40):
-            body = {"model": "m", "tools": [tool(f"t{n % 20}", a={"type": "string"})], "x": "\u00e9"}
+            tools = [tool(f"t{n % 20}", a={"type": "string"})]
+            body = {"model": "m", "tools": tools, "x": "\u00e9"}
             for _ in range(2):
                 assert json.loads(encoder.bytes_of(body)) == body
         assert len(encoder._tools) <= 16
@@ -10338,6 +10416,24 @@ class TestServer:
                 sock.close()
             assert upstream.client_left.wait(2)
 
+    def test_who_leaves_a_stream_behind_tls_is_no_unexpected_error(self, tmp_path, caplog):
+        def answer(fake, connection):
+            begin_stream(connection)
+            with contextlib.suppress(OSError):
+                for _ in range(200):
+                    send_chunk(connection, sse(delta(content="a" * 100_000), done=False))
+            fake.client_left.set()
+
+        caplog.set_level("INFO", "ogx")
+        body = json.dumps(request(stream=True)).encode()
+        with self.over_tls(tmp_path, answer) as (_, upstream, connected):
+            with connected() as sock:
+                sock.sendall(self.HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+                sock.recv(10)
+            assert upstream.client_left.wait(10)
+            until(lambda: caplog.records)
+        assert " POST /v1/messages 200 " in caplog.text and "unexpected" not in caplog.text
+
     def test_two_bytes_are_no_disconnect_behind_tls(self, tmp_path):
         """A record of two bytes is as long as the alert before an end."""
         def answer(fake, connection):
@@ -10825,6 +10921,17 @@ class TestServer:
             assert client.get("/v1/health")[0] == 200
         assert status == 500 and "division" not in json.dumps(answer)
         assert "ZeroDivisionError" in caplog.text
+
+    def test_a_client_that_leaves_while_it_is_refused_has_its_log_line(self, caplog):
+        caplog.set_level("INFO", "ogx")
+        head = b"POST /v1/messages HTTP/1.1\r\nhost: evil.example\r\ncontent-length: 9\r\n\r\n"
+        with gateway_over() as (client, _):
+            with socket.create_connection(("127.0.0.1", client.port), timeout=10) as sock:
+                sock.sendall(head)
+                read_until(sock, b"not a name of this server")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            until(lambda: caplog.records)
+        assert " POST /v1/messages 403 " in caplog.records[0].getMessage()
 
     def test_one_log_line_per_request(self, caplog):
         caplog.set_level("INFO", "ogx")
