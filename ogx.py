@@ -2586,7 +2586,8 @@ class ChunkTemplate:
         if not chunk.startswith(self._prefix) or len(chunk) > MAX_HEAD:
             return None
         match = self.PLAIN.match(chunk, len(self._prefix))
-        if match is None or self.NOISE.sub(b"", chunk[match.end() :]) != self._suffix:
+        suffix = chunk[match.end() :] if match else b""
+        if suffix != self._suffix and self.NOISE.sub(b"", suffix) != self._suffix or not match:
             return None
         self.tries = 10
         return match.group().decode("ascii")
@@ -5698,7 +5699,7 @@ def translated_pieces(reply: Reply, translator: Translator, stream: bool,
                 yield data
                 continue
             items = reader.feed(data) if data else reader.end()
-            if items and max(len(items[0]), len(data)) > LONG:
+            if items and (len(items[0]) > LONG or len(data) > LONG):
                 yield MAY_BLOCK
             for item in items:
                 translator.feed(item)
