@@ -45,7 +45,7 @@ def classes_above_the_line():
         above, line, _ = file.read().partition("# ======== Above this line nothing does I/O")
     assert line, "ogx.py has lost the line above which nothing does I/O"
     sections = re.findall("^# ======== (.+?) =+$", above, re.M)
-    return ["test_ogx.py::Test" + "".join(word.title() for word in s.split()) for s in sections]
+    return ["test_ogx.py::Test" + "".join(word[0].upper() + word[1:] for word in s.split()) for s in sections]
 
 
 print("Python", sys.version.split()[0], "on", sys.platform)
