@@ -238,8 +238,6 @@ NO_MONEY = (r"(?i)\b(insufficient|not enough|out of|used all)\b(?! permis).{0,30
             r"credit|fund)|\b(balance|credit|fund)s?\b.{0,30}(insufficient|not enough|too low)|"
             r"\brecharg|\barrears|\btop[ -]up\b")
 RETRY_AFTER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?|\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT")
-MIN_SECRET = 8  # characters of a key worth hiding; shorter ones are dummies, and words of any text
-CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 
 
 @dataclass(eq=False, repr=False)
@@ -519,7 +517,8 @@ class ProviderKind:
 
 BOTH = ("messages", "chat")
 GAPS = ("document", "search_result", "server_tool")  # of most servers' Messages APIs
-VERSION_HEADER = (("anthropic-version", "2023-06-01"),)
+ANTHROPIC_VERSION = "2023-06-01"
+VERSION_HEADER = (("anthropic-version", ANTHROPIC_VERSION),)
 AWS_HOST = r"bedrock-(?:mantle|runtime)\.([a-z0-9-]*)\.[^/]+.*"
 NINE, FORTY = "[a-zA-Z0-9]{9}", ".{1,40}"  # ids of tool calls
 OWN_SERVER: Json = {"enabled_by": "url", "dialects": BOTH, "native_gaps": GAPS}
@@ -3479,7 +3478,6 @@ WHOLE_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of an answer that isn't streamed
 GZIP_OR_ZLIB = 47  # of zlib's wbits: the data tell which
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-ANTHROPIC_VERSION = "2023-06-01"
 
 
 class RequestHead(NamedTuple):
@@ -3930,11 +3928,12 @@ class Loop:
         """Make the loop a task's owner; `step` is what it needs next."""
         task.owner = self
         with self._lock:
-            if not self._closed:
+            closed = self._closed
+            if not closed:
                 self._added.append((task, step))
-                return self._wake()
-        self._end(task)
-        return None
+                self._wake()
+        if closed:
+            self._end(task)
 
     def _wake(self) -> None:
         with suppress(OSError):  # it was woken so often that it will be; or it has ended
@@ -4570,6 +4569,7 @@ class Signer:
 # are read straight from the socket, which never waits: every piece is handed on as it comes.
 # All of it runs in whichever thread steps the caller: the loop's, a task's own or that of drive().
 
+MIN_SECRET = 8  # characters of a key worth hiding; shorter ones are dummies, and words of any text
 POOL_SECONDS = 50.0  # an idle connection is used no longer: many servers close them after 60
 POOL_SIZE = 64  # idle connections kept for one provider
 MAX_INTERIM = 500  # heads with a status of 1xx before an answer
@@ -5504,7 +5504,7 @@ class Gateway:
         if lesson is None:
             return False
         about = "" if lesson.action == "override" else exchange.dialect
-        lessons.append(replace(lesson, dialect=about, at=time.time()))
+        lessons.append(replace(lesson, dialect=about))
         log.info("%s: %s refused: %s; sent again after: %s", exchange.request_id,
                  attempt.model.listed_id, one_line(error.message), lesson)
         return True
@@ -5685,11 +5685,11 @@ def new_translator(dialect: Dialect, exchange: Exchange, model: Model, estimate:
 
 
 # What reads an answer: bytes for the client, never empty, or what to yield first. `finish` is told
-# the usage of a complete one.
+# the usage, as far as it is known.
 
 
 def translated_pieces(reply: Reply, translator: Translator, stream: bool,
-               finish: Callable[[Usage | None], None]) -> Iterator[Piece]:
+                      finish: Callable[[Usage | None], None]) -> Iterator[Piece]:
     """An answer in another dialect, as server-sent events or, at its end, as one message."""
     reader, writer, folder = AnswerReader(), translator.writer, MessageFolder()
     try:
@@ -5754,7 +5754,7 @@ def native_pieces(reply: Reply, model_id: str, origin: str,
 
 
 def native_message_pieces(reply: Reply, model_id: str, origin: str,
-                   finish: Callable[[Usage | None], None]) -> Iterator[Piece]:
+                          finish: Callable[[Usage | None], None]) -> Iterator[Piece]:
     """Anthropic's own message, but for the model's id."""
     reader, whole, data = AnswerReader(), b"", reply.read()
     while data != b"":
@@ -5813,12 +5813,11 @@ def retry_delay(error: OgxError, retries: int, backoff: float) -> float | None:
     return None if retry_after else backoff * 2**retries * random.uniform(0.8, 1.2)
 
 
-
-
 # ======== Server =============================================================================
 # HTTP for the clients: guard, read, route, write, log. Everything that can be wrong with a
 # request ends as one error in Anthropic's shape. Each connection is a task of the loop.
 
+CLIENT_GONE = 499  # nginx's status for a client that closed before its answer
 KEEP_ALIVE = 300.0  # seconds an idle connection stays open
 PASSED_HEADERS = ("anthropic-beta", "anthropic-version")  # to upstreams that speak Messages
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
@@ -5881,13 +5880,15 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
         self._close_idle(0)
-        with self._ended:
-            patience = self.limits.drain_timeout if drain is None else drain
-            self._ended.wait_for(lambda: not self.running, patience)
-            self.loop.interrupt(stopping_error)
-            self.gateway.close()
-            self._ended.wait_for(lambda: not self.running, 2.0)
+        self._wait_for_answers(self.limits.drain_timeout if drain is None else drain)
+        self.loop.interrupt(stopping_error)
+        self.gateway.close()  # this may wait, and the loop's thread needs the lock
+        self._wait_for_answers(2.0)
         self.loop.close()
+
+    def _wait_for_answers(self, seconds: float) -> None:
+        with self._ended:
+            self._ended.wait_for(lambda: not self.running, seconds)
 
     def end(self, handler: Handler) -> None:
         """A connection's request runs no more."""
@@ -6239,12 +6240,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _look_at_client(self, piece: Piece, sock: Any) -> None:
         """Notice a disconnect: look when the client's socket has something, when a probe is due,
         and before long work in a thread."""
-        if piece is MAY_BLOCK:
+        if piece is MAY_BLOCK or sock is self.connection or time.monotonic() >= self._probe_at:
             self._probe()
-            if self._probe_at != math.inf:  # it may have left: that shows in a moment
-                time.sleep(0.05)
-                self._probe()
-        elif sock is self.connection or sock is None and time.monotonic() >= self._probe_at:
+        if piece is MAY_BLOCK and self._probe_at != math.inf:  # it may have left: wait and see
+            time.sleep(0.05)
             self._probe()
 
     def _probe(self) -> None:

@@ -10537,6 +10537,27 @@ class TestServer:
         assert b'"type":"error"' in answer and b"ogx.py is stopping" in answer
         assert answer.startswith(b"HTTP/1.1 503 ") != (begun and stream)
 
+    def test_the_loop_goes_on_while_the_gateway_closes(self):
+        def forever(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="Hello"), done=False))
+            fake.client_left.wait(20)
+
+        def close():
+            until(lambda: not client.server.running)
+            closed.append(True)
+            usual()
+
+        closed = []
+        with gateway_over(forever, forever) as (client, upstream):
+            with self.stream_of(client) as one, self.stream_of(client) as two:
+                for sock in (one, two):
+                    read_until(sock, b"Hello")
+                usual, client.gateway.close = client.gateway.close, close
+                client.server.stop(drain=0.01)
+            upstream.client_left.set()
+        assert closed
+
     def test_streams_that_outlive_the_grace_period_end_in_an_error_event(self):
         def forever(fake, connection):
             begin_stream(connection)
