@@ -6057,7 +6057,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _take_head(self, head: bytes) -> None:
         """Take in a request's head; OgxError for what is malformed or kept out."""
-        self._unread = True  # as far as is known
+        self._unread = True
         if len(head) > MAX_HEAD:
             raise OgxError(431, "the request's headers are too large")
         self.head = request_head(head)
@@ -6212,7 +6212,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                             yield OTHERS_FIRST
                     else:
                         sock = yield self._with_client(piece, written_at + tick)
-                        if sock is None or sock is self.connection:  # and not the upstream's
+                        if sock is None or sock is self.connection:
                             self._look_at_client(piece, sock)
                         piece = answer.read()
         except OgxError as error:
@@ -6923,8 +6923,9 @@ def add_connect(commands: Any) -> None:
 def port_argument(text: str) -> int:
     try:
         return port_number(text, "port")
-    except OgxError as error:
-        raise argparse.ArgumentTypeError(error.message) from None
+    except OgxError:
+        words = f"expected a port from 0 to 65535, got '{text}'"
+        raise argparse.ArgumentTypeError(words) from None
 
 
 def run(options: argparse.Namespace) -> int:

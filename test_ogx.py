@@ -11803,6 +11803,13 @@ class TestCommandLine:
     def state_of_its_own(self, tmp_path, monkeypatch):
         monkeypatch.setenv("OGX_STATE", str(tmp_path / "state.sqlite"))
 
+    @pytest.mark.parametrize("command", [["run"], ["connect", "claude"]], ids=" ".join)
+    def test_a_wrong_port_is_told_with_its_flag(self, command, capsys):
+        assert ogx.main([*command, "--port", "99999"]) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert told.endswith(
+            "error: argument --port: expected a port from 0 to 65535, got '99999'")  # fmt: skip
+
     def summary(self, process):
         """What `run` prints, up to the line to type next."""
         lines = []
