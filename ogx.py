@@ -5355,8 +5355,7 @@ class Gateway:
             yield MAY_BLOCK
             self.discovery.done.wait(LIST_TIMEOUT)
 
-    def _try_model(self, model: Model, exchange: Exchange
-                   ) -> Generator[Step, Any, Opened]:
+    def _try_model(self, model: Model, exchange: Exchange) -> Generator[Step, Any, Opened]:
         """One model's answer, its refusals remedied and its failures retried."""
         exchange.served = model.listed_id
         lessons = list(self.lessons.of(model))
@@ -5706,30 +5705,26 @@ def translated_pieces(reply: Reply, translator: Translator, stream: bool,
             if not data:
                 translator.end()
             reply.complete = translator.done and not writer.stopped
+            events: Any = writer.take()
             if stream:
-                yield b"".join(map(sse_bytes, writer.take())) or OTHERS_FIRST
-            else:
-                fold(writer.take(), folder)
-                yield OTHERS_FIRST
+                yield b"".join(map(sse_bytes, events)) or OTHERS_FIRST
+                continue
+            for event in events:
+                folder.add(event)
+            if folder.size > MAX_ANSWER:
+                raise OgxError(502, "the upstream's answer is too large")
+            yield OTHERS_FIRST
     except OgxError:  # what came before it is the client's
         writer.end_text()
-        events = b"".join(map(sse_bytes, writer.take())) if stream else b""
-        if events:
-            yield events
+        data = b"".join(map(sse_bytes, writer.take())) if stream else b""
+        if data:
+            yield data
         raise
     if not stream:
         if folder.size > LONG:
             yield MAY_BLOCK
         yield json_bytes(folder.message())
     finish(translator.usage)
-
-
-def fold(events: Iterable[Any], folder: MessageFolder) -> None:
-    """Add events to a message; OgxError(502) where it gets too large."""
-    for event in events:
-        folder.add(event)
-    if folder.size > MAX_ANSWER:
-        raise OgxError(502, "the upstream's answer is too large")
 
 
 def native_pieces(reply: Reply, model_id: str, origin: str,
@@ -6939,11 +6934,12 @@ def run(options: argparse.Namespace) -> int:
     tls = server_tls(options.tls_cert, options.tls_key) if options.tls_cert else None
     server = Server(gateway, options.host or config.host, port, token, tls)
     server.log_bodies = options.log_bodies
-    stopped = threading.Event()
+    signals: Any = queue.SimpleQueue()  # which has no lock that a handler could meet
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             # Gently at the first signal, at once at the second.
-            signal.signal(number, lambda *_: os._exit(130) if stopped.is_set() else stopped.set())
+            signal.signal(number, lambda number, _: signals.put(number) if signals.empty()
+                          else os._exit(130))
     if not is_loopback(server.host) and not token:
         log.warning("listening on %s: everyone who reaches this port can use your providers' keys",
                     server.host)
@@ -6952,11 +6948,12 @@ def run(options: argparse.Namespace) -> int:
     discovered = gateway.discovery.done
     if not discovered.wait(1.0):
         say(*summary_lines(gateway, server))
-        while not stopped.is_set() and not discovered.wait(0.2):
+        while signals.empty() and not discovered.wait(0.2):
             pass
     say(*summary_lines(gateway, server))
-    while not stopped.wait(3600):  # a timeout lets Windows deliver Ctrl-C
-        pass
+    while signals.empty():
+        with suppress(queue.Empty):
+            signals.put(signals.get(timeout=3600))  # a timeout lets Windows deliver Ctrl-C
     log.info("stopping; running answers have %g s to finish", server.limits.drain_timeout)
     server.stop()
     return 0

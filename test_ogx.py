@@ -12047,6 +12047,28 @@ class TestCommandLine:
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
 
+    def test_a_signal_stops_it_whatever_lock_the_main_thread_holds(self, bare):
+        """Event.set() in a handler would wait for the lock that Event.wait() holds below it."""
+        code = """
+import os, signal, sys, threading, ogx
+usual = threading.Condition.wait
+def interrupted(self, timeout=None):
+    if timeout == 3600:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return usual(self, timeout)
+threading.Condition.wait = interrupted
+sys.exit(ogx.main(["run", "--port", "0", sys.argv[1]]))
+"""
+        with subprocess.Popen([sys.executable, "-B", "-c", code, bare], cwd=HERE, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            self.summary(process)
+            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            try:
+                assert process.wait(10) == 0
+            finally:
+                process.kill()
+
     def test_a_closed_stdout_is_no_reason_to_stop(self, bare):
         reader, writer = os.pipe()
         os.close(reader)
