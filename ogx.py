@@ -1924,6 +1924,11 @@ STOP_REASONS = (  # words in a finish_reason -> stop_reason; "": it broke off
     ("stop|eos|end_turn|complete|done|tool|function_call", "end_turn"))
 
 
+@functools.lru_cache(maxsize=100)
+def known_stop_reason(words: str) -> str | None:
+    return next((reason for stems, reason in STOP_REASONS if re.search(stems, words)), None)
+
+
 class Translator:
     """Turns what an upstream sends into the events of one message; each dialect `_read`s it."""
 
@@ -1982,8 +1987,9 @@ class Translator:
         """The stop_reason for an upstream's; OgxError where that tells of a failure, or is unknown
         and there is no answer."""
         words = one_line(str(finish))
-        reasons = (reason for stems, reason in STOP_REASONS if re.search(stems, words.lower()))
-        reason = next(reasons, "end_turn" if self.writer.wrote or self._holds else "")
+        reason = known_stop_reason(words.lower())
+        if reason is None and (self.writer.wrote or self._holds):
+            reason = "end_turn"
         if not reason:
             raise upstream_error(Refusal(502, f"the answer broke off: {words}"), self._origin, {})
         return reason
@@ -2013,6 +2019,7 @@ REASONERS = re.compile(
     r"thinking|reasoner|qwen3(?!.{0,250}(instruct|coder))", re.I)
 UNIONS = ("anyOf", "oneOf", "allOf")
 ROOT_UNIONS = (*UNIONS, "enum", "not")
+TOOL_NAME = re.compile("[a-zA-Z0-9_-]{1,64}")  # as OpenAI takes it
 MAX_RULES = 200  # characters of a tool's description about keywords that its schema lost
 MAX_INLINED = 30_000  # characters of definitions in a tool's schema
 MEDIA_TYPES = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"),
@@ -2063,8 +2070,9 @@ class ToolCall:
 
 def upstream_name(name: str) -> str:
     """A tool's name in 64 characters that OpenAI takes; Anthropic allows more."""
-    plain = re.sub("[^a-zA-Z0-9_-]", "_", name)
-    return name if plain == name[:64] else f"{plain[:55]}_{hex_digest(name)[:8]}"
+    if TOOL_NAME.fullmatch(name):
+        return name
+    return f"{re.sub('[^a-zA-Z0-9_-]', '_', name)[:55]}_{hex_digest(name)[:8]}"
 
 
 class ToolNames:
@@ -4122,6 +4130,7 @@ def ready_socket(wait: Wait) -> Any:
 
 LOG_LINE = 4000  # bytes
 LOG_QUEUE = 1000  # lines that wait to be written; further ones are counted, and lost
+LOG_PAUSE = 0.02  # seconds between two looks: to wake a thread for each line costs an eighth
 OWNERS = functools.partial(os.open, mode=0o600)  # opens new files for the user's eyes alone
 
 
@@ -4172,6 +4181,8 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
                     self._path = ""
             if isinstance(line, threading.Event):
                 line.set()
+            if self._lines.empty():
+                time.sleep(LOG_PAUSE)
 
 
 @contextmanager
