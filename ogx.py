@@ -6420,6 +6420,17 @@ def not_served_words(path: str) -> str:
 # Code. What to set and unset was verified with the real client (2.1.332).
 
 SMALL_WINDOW = 48_000  # tokens; below, the usual output reserve would compact on every turn
+LEAN_WINDOW = 32_768  # tokens; below, Claude Code starts with what it can't do without
+LEAN_TOOLS = "Bash,Read,Edit,Write,Grep,Glob"
+LEAN = dict.fromkeys(map("CLAUDE_CODE_DISABLE_{}".format, (
+    "BUNDLED_SKILLS", "WORKFLOWS", "GIT_INSTRUCTIONS", "AUTO_MEMORY")), "1")
+# Without reports to Anthropic and questions for an opinion; the hints tell this server, and no
+# upstream, what a request is for.
+SWITCHES = {"DISABLE_ERROR_REPORTING": "1", "DISABLE_FEEDBACK_COMMAND": "1",
+            "CLAUDE_CODE_DISABLE_FEEDBACK_SURVEY": "1", "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1",
+            "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "off"}
+JOBS = {"subagent": "CLAUDE_CODE_SUBAGENT_MODEL", "auto": "CLAUDE_CODE_AUTO_MODE_MODEL"}
+PICKER_ROWS = 60
 # These would send requests elsewhere or otherwise, or choose another model. What the user's own
 # tools need inside Claude Code (AWS_*, GOOGLE_*) stays.
 UNSET = (
@@ -6428,7 +6439,7 @@ UNSET = (
     "ANTHROPIC_VERTEX_PROJECT_ID", "ANTHROPIC_BEDROCK_SESSION_TOKEN", "ANTHROPIC_UNIX_SOCKET",
     "ANTHROPIC_API_KEY", "ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL",
     "ANTHROPIC_CUSTOM_HEADERS", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST",
-    "CLAUDE_CODE_HOST_AUTH_ENV_VAR", "CLAUDECODE", "CLAUDE_CODE_SUBAGENT_MODEL",
+    "CLAUDE_CODE_HOST_AUTH_ENV_VAR", "CLAUDECODE", *JOBS.values(),
     "CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "ANTHROPIC_DEFAULT_MODEL")
 CLAUDE_COMMANDS = {  # those that start no session
     "agents", "auth", "auto-mode", "config", "doctor", "install", "mcp", "migrate-installer",
@@ -6449,6 +6460,8 @@ CHECK_TOOL = {"name": "add", "description": "Add two numbers.", "input_schema": 
 class LaunchPlan:
     variables: Mapping[str, str]  # "" for those to unset
     model: str = ""  # for all tiers, if the user chose one
+    models: Mapping[str, Json] = field(default_factory=dict)  # the server's list, by id
+    lean: bool = False
 
     def __post_init__(self) -> None:
         for name, value in self.variables.items():
@@ -6457,6 +6470,10 @@ class LaunchPlan:
 
     def model_of(self, tier: str) -> str:
         return self.variables[tier_variable(tier)]
+
+    @property
+    def window(self) -> int:
+        return int(self.variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] or 0)
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         return {name: value for name, value in {**environ, **self.variables}.items()
@@ -6601,7 +6618,8 @@ def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
     variables = {**dict.fromkeys(UNSET, ""),
                  "ANTHROPIC_BASE_URL": server.base_url, "ANTHROPIC_AUTH_TOKEN": server.api_key,
                  "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",
-                 "CLAUDE_CODE_ATTRIBUTION_HEADER": "0"}  # it would defeat prefix caches
+                 "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",  # it would defeat prefix caches
+                 **SWITCHES}
     aliases = {model_id for model_id, entry in models.items()
                if dict_or_empty(entry.get("custom_metadata")).get("alias_of")}
     ids = sorted(models, key=aliases.__contains__)  # the others first
@@ -6617,13 +6635,19 @@ def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
     if any(re.search("claude|anthropic", model_id, re.I) for model_id in models.keys() - aliases):
         variables["CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY"] = "1"  # it lists only such ids
     variables.update(limit_variables(chosen))
+    for job, name in JOBS.items():
+        wanted = getattr(options, f"{job}_model")
+        variables[name] = tier_choice(wanted, "", ids) if wanted else ""
+    window = int(variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] or 0)
+    lean = 0 < window < LEAN_WINDOW if options.lean is None else options.lean
+    variables.update(LEAN if lean else {})
     for name in ("NO_PROXY", "no_proxy"):  # it looks at the second first
         value = environ.get(name) or environ.get("no_proxy") or environ.get("NO_PROXY") or ""
         hosts = value.replace(",", " ").split()
         if hosts != ["*"]:
             hosts += [address_of(server.base_url)[1], "localhost", "127.0.0.1"]
         variables[name] = ",".join(dict.fromkeys(hosts))
-    return LaunchPlan(variables, options.model or "")
+    return LaunchPlan(variables, options.model or "", models, lean)
 
 
 def is_listed_llm(entry: Json) -> bool:
@@ -6652,11 +6676,14 @@ def limit_variables(entries: Sequence[Json]) -> dict[str, str]:
 
 
 def plan_lines(plan: LaunchPlan) -> list[str]:
-    lines = [f"  {tier:<7} {plan.model_of(tier)}" for tier in TIERS]
-    window = int(plan.variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] or 0)
-    if window:
-        lines.append(f"  window  {window:,} tokens")
-    if 0 < window < SMALL_WINDOW:
+    lines = [f"  {tier:<7} {plan.model_of(tier)}"
+             + "  (not in its provider's list)" * (plan.model_of(tier) not in plan.models)
+             for tier in TIERS]
+    if plan.window:
+        lines.append(f"  window  {plan.window:,} tokens")
+    if plan.lean:
+        lines.append(f"  lean    only {LEAN_TOOLS}, a shorter prompt (--no-lean: all)")
+    if 0 < plan.window < SMALL_WINDOW:
         lines.append("  warning: Claude Code's own prompt and tools take about 15,000 of them; a "
                      "model with a larger window works better")
     return lines
@@ -6680,16 +6707,26 @@ def run_claude(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str
     for path in overriding_files(plan):
         if "managed" in os.path.basename(path):
             tell(options, f"  warning: {path} can't be overridden, and names another server or key")
+    starts_session = not set(rest[1:2]) & CLAUDE_COMMANDS
+    if starts_session:
+        tell(options, *stored_model_lines(stored_model(given), plan))
     if is_interactive(rest) and not sets_permission_mode(given):
         # Auto mode asks the model's provider for verdicts on tool calls, which only Anthropic has.
         rest[1:1] = ["--permission-mode", "default"]
+    if plan.lean and starts_session and not any(re.match("--tools(=|$)", a) for a in rest):
+        rest[1:1] = ["--tools", LEAN_TOOLS]
     temporary = os_errors_of("can't write a temporary settings file")
     with temporary, tempfile.TemporaryDirectory(prefix="ogx-") as folder:
         path = os.path.join(folder, "settings.json")
         with open(path, "w", opener=OWNERS) as file:
             json.dump(merged_settings(given, plan), file)
         rest[1:1] = ["--settings", path]
-        return run_program(rest, plan.environment(os.environ))
+        code = run_program(rest, plan.environment(os.environ))
+    stored = stored_model({})
+    if stored in plan.models and not stored.startswith("claude-"):
+        tell(options, f"Claude Code keeps {stored} as its model, which it finds here alone: before "
+                      "you start it without connect, choose another with /model")
+    return code
 
 
 def without_settings_flag(argv: Sequence[str]) -> tuple[list[str], str]:
@@ -6743,13 +6780,53 @@ def merged_settings(given: Json, plan: LaunchPlan) -> Json:
     """The user's own --settings with the plan on top; "" counts as unset."""
     env = {**dict_or_empty(given.get("env")), **plan.variables}
     model = {"model": plan.model} if plan.model else {}
-    return {**given, "env": env, "apiKeyHelper": "", **model}
+    picker = {"options": picker_rows(plan), "replaceBuiltInOptions": True}
+    own_picker = any("modelPicker" in settings for settings in all_settings(given))
+    # What a page is fetched from is no business of Anthropic's, and offline nobody could ask.
+    return {"skipWebFetchPreflight": True, **({} if own_picker else {"modelPicker": picker}),
+            **given, "env": env, "apiKeyHelper": "", **model}
+
+
+def picker_rows(plan: LaunchPlan) -> list[Json]:
+    """What /model offers: the tiers' models, then the server's others."""
+    rows = []
+    tiers = [plan.model_of(tier) for tier in TIERS]
+    for model_id in list(dict.fromkeys([*tiers, *plan.models]))[:PICKER_ROWS]:
+        entry = plan.models.get(model_id, {})
+        owner = dict_or_empty(entry.get("custom_metadata")).get("provider_id")
+        window = whole_number(entry.get("max_input_tokens"))
+        jobs = " and ".join(tier for tier in TIERS if plan.model_of(tier) == model_id)
+        facts = (str(owner) if is_id(owner) else "", f"{window:,} tokens" if window else "", jobs)
+        rows.append({"model": model_id, "label": model_id,
+                     "description": ", ".join(filter(None, facts)) or "served by ogx.py"})
+    return rows
+
+
+def all_settings(given: Json) -> list[Json]:
+    """The settings that hold, from those that others beat to those that beat them."""
+    return [*(read_settings(path) or {} for path in settings_files()), given]
+
+
+def stored_model(given: Json) -> str:
+    """The model that settings choose, "" for a tier or none."""
+    models = [settings.get("model") for settings in all_settings(given)]
+    chosen = next((str(model) for model in reversed(models) if is_id(model)), "")
+    return "" if tier_of(chosen.removesuffix("[1m]")) or chosen == "default" else chosen
+
+
+def stored_model_lines(model: str, plan: LaunchPlan) -> list[str]:
+    """What to know about the model that the user's settings choose, before the session."""
+    if not model or plan.model:
+        return []
+    if model in plan.models:
+        return [f"  model   {model}, chosen in your settings (--model or /model changes it)"]
+    return [f"  warning: your settings choose the model {model}, which this server doesn't list; "
+            "choose another with --model or /model"]
 
 
 def sets_permission_mode(given: Json) -> bool:
-    files = (read_settings(path) or {} for path in settings_files())
     return any(dict_or_empty(settings.get("permissions")).get("defaultMode")
-               for settings in (given, *files))
+               for settings in all_settings(given))
 
 
 def is_interactive(argv: Sequence[str]) -> bool:
@@ -6915,6 +6992,10 @@ def add_connect(commands: Any) -> None:
     flag("--model", help="model for all tiers (default: the server's choice)")
     for tier in TIERS:
         flag(f"--{tier}-model", metavar="MODEL", help=f"model for the {tier} tier")
+    flag("--subagent-model", metavar="MODEL", help="model for sub-agents (default: their tier's)")
+    flag("--auto-model", metavar="MODEL", help="model that judges calls in auto mode")
+    flag("--lean", action=argparse.BooleanOptionalAction, help="few tools and a short prompt, for "
+         f"small models (default: below a window of {LEAN_WINDOW:,} tokens)")
     flag("--host", default="localhost", help="server host, or its whole URL (default localhost)")
     flag("--port", type=port_argument, help=f"server port (default OGX_PORT, else {DEFAULT_PORT})")
     flag("--url", help="server URL, with or without /v1, instead of --host and --port")
@@ -7023,11 +7104,21 @@ def summary_lines(gateway: Gateway, server: Server) -> list[str]:
         lines += ["", "No provider is configured: only the built-in demo model answers.",
                   "For real models set one of these variables and start again:",
                   *(f"  {line}" for line in textwrap.wrap(variables, 74))]
-    tiers = gateway.tiers()
-    lines += ["", *(f"  {tier:<{width}}  {tiers.get(tier, 'no model')}" for tier in TIERS), ""]
+    lines += ["", *(f"  {tier:<{width}}  {tier_words(registry, tier)}" for tier in TIERS), ""]
     where = "" if server.server_port == DEFAULT_PORT else f" --port {server.server_port}"
     where = f" --url {server.url}" if server.tls else where
     return [*lines, f"Next, in another terminal:  {command_name()} connect claude{where}", ""]
+
+
+def tier_words(registry: Registry, tier: str) -> str:
+    """The model behind a tier, and what is wrong with it."""
+    try:
+        model = registry.resolve(f"claude-{tier}")
+    except OgxError as error:
+        return f"no model: {error.message}" if registry.tiers.get(tier) else "no model"
+    lists = registry.lists.get(model.provider.id)
+    unlisted = lists and not registry.listed(model)
+    return model.listed_id + f"  (not in {model.provider.id}'s list)" * bool(unlisted)
 
 
 def exit_with_main(*_: Any) -> None:

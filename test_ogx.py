@@ -11317,7 +11317,7 @@ class TestConnect:
         assert made["env"]["CLAUDE_CODE_USE_BEDROCK"] == "" and made["apiKeyHelper"] == ""
         for name in ("NO_PROXY", "no_proxy"):
             assert {"localhost", "127.0.0.1"} <= {*made["env"][name].split(",")}
-        assert set(made) == {"env", "apiKeyHelper"}
+        assert set(made) == {"env", "apiKeyHelper", "modelPicker", "skipWebFetchPreflight"}
         assert not os.path.exists(file)
         assert json.loads(path.read_text()) == settings
 
@@ -11397,6 +11397,76 @@ class TestConnect:
             _, _, (_, _, made) = self.launch(client, capfd, "--", "-p", "hi", "--settings", own)
         assert (made["theme"], made["env"]["MY"]) == ("dark", "1")
         assert made["env"]["ANTHROPIC_BASE_URL"] == f"http://localhost:{client.port}"
+
+    def test_the_picker_has_the_tiers_models_and_then_the_others(self):
+        listing = {"data": [
+            {"id": "v/a", "custom_metadata": {"provider_id": "v"}, "max_input_tokens": 65_536},
+            {"id": "v/b", "custom_metadata": {"provider_id": "\x1b[2J"}, "max_input_tokens": -1},
+            {"id": "v/c"}, {"id": "bad\nid"}, *({"id": f"v/{n}"} for n in range(99)),
+        ]}  # fmt: skip
+        rows = ogx.picker_rows(self.plan(listing, haiku_model="v/b", model="v/c"))
+        assert [row["model"] for row in rows[:4]] == ["v/b", "v/c", "v/a", "v/0"]
+        assert [row["description"] for row in rows[:4]] == [
+            "haiku", "sonnet and opus and fable", "v, 65,536 tokens", "served by ogx.py"]
+        assert len(rows) == 60 and all(set(row) == {"model", "label", "description"}
+                                       for row in rows)
+
+    @pytest.mark.parametrize("place", ["given", "user's"])
+    def test_a_picker_of_the_users_own_stays(self, claude, capfd, place):
+        own = {"modelPicker": {"options": []}, "skipWebFetchPreflight": False}
+        path = claude / ("home/.claude/settings.json" if place == "user's" else "own.json")
+        path.write_text(json.dumps(own))
+        given = ["--settings", str(path)] * (place == "given")
+        with gateway_over() as (client, _):
+            made = self.launch(client, capfd, "--", "-p", "hi", *given)[2][2]
+        assert made.get("modelPicker") == (own["modelPicker"] if place == "given" else None)
+
+    @cases(("stored", "words"), [
+        ("openai/gpt-x", "model   openai/gpt-x, chosen in your settings"),
+        ("azure/gone", "warning: your settings choose the model azure/gone"),
+        ("opus", ""), ("claude-sonnet-5[1m]", ""), ("default", ""), (7, ""), ("a\x1b[2J", "")])
+    def test_a_model_in_the_users_settings_is_told(self, claude, capfd, stored, words):
+        (claude / "home/.claude/settings.json").write_text(json.dumps({"model": stored}))
+        with gateway_over() as (client, _):
+            port = str(client.port)
+            assert ogx.main(["connect", "claude", "--port", port, "--", "-p", "hi"]) == 7
+            told = capfd.readouterr().err
+            assert ogx.main(["connect", "claude", "--port", port, "--model", "openai/gpt-x"]) == 7
+        assert words in told and ("settings" in told) == bool(words)
+        assert ("Claude Code keeps openai/gpt-x" in told) == (stored == "openai/gpt-x")
+        assert "chosen in your settings" not in capfd.readouterr().err
+
+    def test_a_small_window_starts_lean(self, claude, capfd):
+        small = self.listing("a", max_input_tokens=16_384)
+        plan = self.plan(small)
+        assert plan.lean and plan.variables["CLAUDE_CODE_DISABLE_WORKFLOWS"] == "1"
+        assert any("--no-lean" in line for line in ogx.plan_lines(plan))
+        for larger in (self.plan(self.listing("a", max_input_tokens=32_768)),
+                       self.plan(self.listing("a"))):
+            assert not larger.lean and "CLAUDE_CODE_DISABLE_WORKFLOWS" not in larger.variables
+
+    @cases(("flag", "words", "tools"), [
+        ("--lean", ["-p", "hi"], ["--tools", "Bash,Read,Edit,Write,Grep,Glob"]),
+        ("--no-lean", ["-p", "hi"], []), ("--lean", ["--tools", "Bash", "-p", "hi"], []),
+        ("--lean", ["-p", "hi", "--tools=Bash"], []), ("--lean", ["mcp", "list"], [])])
+    def test_lean_leaves_tools_out(self, claude, capfd, flag, words, tools):
+        with gateway_over() as (client, _):
+            arguments = self.launch(client, capfd, flag, "--", *words)[0]
+        assert arguments[2:] == [*tools, *words]
+
+    def test_models_of_other_jobs(self):
+        listing = self.listing("a", "b")
+        plan = self.plan(listing, subagent_model="b", auto_model="a")
+        assert plan.variables["CLAUDE_CODE_SUBAGENT_MODEL"] == "b"
+        assert plan.variables["CLAUDE_CODE_AUTO_MODE_MODEL"] == "a"
+        assert {"CLAUDE_CODE_SUBAGENT_MODEL",
+                "CLAUDE_CODE_AUTO_MODE_MODEL"} <= self.unset(self.plan(listing))
+        assert "model 'c'" in refused(self.plan, listing, auto_model="c").message
+
+    def test_a_tiers_model_that_is_not_listed_is_told(self):
+        plan = self.plan(self.listing("a", tiers={"opus": "azure/mine"}))
+        assert [line for line in ogx.plan_lines(plan) if "not in" in line] == [
+            "  opus    azure/mine  (not in its provider's list)"]
 
     def test_permissions_are_asked_for_unless_the_user_chose(self, claude, capfd):
         with gateway_over() as (client, _):
@@ -11890,6 +11960,17 @@ class TestCommandLine:
         assert re.search(r"haiku +openai/gpt-b$", told, re.M)
         assert re.search(r"opus +openai/gpt-a$", told, re.M)
         assert "sk-secret" not in told
+
+    def test_a_tiers_model_that_cannot_be_served_is_told_beside_it(self):
+        with FakeUpstream(models=["gpt-a"]) as fake, self.running(
+            env={"OPENAI_API_KEY": "sk-secret-1234", "OPENAI_BASE_URL": fake.url,
+                 "ANTHROPIC_DEFAULT_OPUS_MODEL": "openai/typo",
+                 "ANTHROPIC_DEFAULT_FABLE_MODEL": "vllm/none"}
+        ) as process:  # fmt: skip
+            told = "\n".join(self.summary(process))
+        assert re.search(r"opus +openai/typo  \(not in openai's list\)$", told, re.M)
+        assert re.search(r"fable +no model: ANTHROPIC_DEFAULT_FABLE_MODEL names 'vllm/none'", told)
+        assert re.search(r"haiku +openai/gpt-a$", told, re.M)
 
     def test_a_provider_that_hangs_does_not_delay_the_start(self):
         with socket.create_server(("127.0.0.1", 0)) as hanging, self.running(
