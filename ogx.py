@@ -1329,6 +1329,7 @@ UNSEEN_BLOCKS = ("thinking", "redacted_thinking", "mcp_tool_listing", "fallback"
 SIGNATURE_MARK = '{"ogx":'  # begins those of encode_signature()
 BILLING_HEADER = "x-anthropic-billing-header:"  # varies per prompt and would spoil prefix caches
 TOOL_ERROR = "[The tool reported an error]\n"
+REMINDER = "<system-reminder>"  # begins what Claude Code, or the system, says in a user's message
 UNICODE_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
 
@@ -1364,17 +1365,14 @@ def turns_from_messages(messages: Sequence[Json], system_anywhere: bool = True) 
     text of the user: to move them would spoil prefix caches."""
     turns: list[Turn] = []
     missing: dict[str, Json] = {}  # results of the last calls, made up until they come
-    last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
-    for index, message in enumerate(messages):
+    for message in words_last(without_cleared(messages)):
         role, blocks = message["role"], blocks_of(message["content"])
-        if message.get("clear_at") == "next_user_message" and index < last_user:
-            continue
         if role == "assistant":
             add_turn(turns, role, blocks)
             continue
         if role == "system" and blocks and not system_anywhere:
             text = "\n\n".join(map(block_text, blocks))
-            role, blocks = "user", [text_part(f"<system-reminder>\n{text}\n</system-reminder>")]
+            role, blocks = "user", [text_part(f"{REMINDER}\n{text}\n</system-reminder>")]
         for block in blocks:
             if block["type"] in UNSEEN_BLOCKS:
                 continue
@@ -1392,6 +1390,32 @@ def turns_from_messages(messages: Sequence[Json], system_anywhere: bool = True) 
         text = "[Go on from the very end of your last message, and repeat nothing of it.]"
         add_turn(turns, "user", [text_part(text)])
     return turns
+
+
+def without_cleared(messages: Sequence[Json]) -> list[Json]:
+    """Messages without those that the client wants gone by now."""
+    last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    return [message for index, message in enumerate(messages)
+            if message.get("clear_at") != "next_user_message" or index > last_user]
+
+
+def words_last(messages: Sequence[Json]) -> Sequence[Json]:
+    """Messages with what the system says directly after the first one before that one's own words.
+    Claude Code describes the project there, in 9 KB: so a new session finds them in the server's
+    prefix cache, and a small model reads the question last."""
+    said = list(itertools.takewhile(
+        lambda message: message["role"] == "system" and not message.get("clear_at"), messages[1:]))
+    if not said or messages[0]["role"] != "user":
+        return messages
+    blocks = blocks_of(messages[0]["content"])
+    reminders = list(itertools.takewhile(is_reminder, blocks))
+    first = [{"role": "user", "content": reminders}, *said,
+             {"role": "user", "content": blocks[len(reminders) :]}]
+    return [*first, *messages[len(said) + 1 :]]
+
+
+def is_reminder(block: Json) -> bool:
+    return block["type"] == "text" and str(block["text"]).startswith(REMINDER)
 
 
 def add_results(turns: list[Turn]) -> dict[str, Json]:
@@ -1415,6 +1439,21 @@ def orphaned_result(block: Json) -> list[Json]:
     if block.get("is_error"):
         title += f"\n{TOOL_ERROR}".rstrip()
     return [text_part(title), *blocks_of(block.get("content"))]
+
+
+def tools_in_order(request: Json) -> list[Json]:
+    """The tools with those that were loaded later at the end, in the order in which they were:
+    the prompt up to them stays the same, for prefix caches."""
+    tools = list(request.get("tools") or ())
+    if not any(tool.get("defer_loading") for tool in tools):
+        return tools
+    blocks = [block for m in request["messages"] for block in blocks_of(m["content"])]
+    blocks = [inner for block in blocks for inner in (
+        blocks_of(block.get("content")) if block["type"] == "tool_result" else [block])]
+    names = [block.get("tool_name") for block in blocks if block["type"] == "tool_reference"]
+    ranks = {name: rank for rank, name in reversed([*enumerate(names, 1)])}
+    return sorted(tools, key=lambda tool: ranks.get(tool.get("name"), len(names) + 1)
+                  if tool.get("defer_loading") else 0)
 
 
 def block_text(block: Json) -> str:
@@ -2145,7 +2184,7 @@ def turn_messages(turn: Turn, model: Model) -> Iterator[Json]:
 
 
 def sent_tools(request: Json, kind: ProviderKind) -> list[Json]:
-    tools = [tool for tool in request.get("tools") or () if is_client_tool(tool)]
+    tools = [tool for tool in tools_in_order(request) if is_client_tool(tool)]
     return tools[: kind.max_tools or None]
 
 
@@ -2704,16 +2743,17 @@ def messages_request(request: Json, model: Model) -> Json:
             body["system"] = [block for block in body["system"]
                               if not block_text(block).startswith(BILLING_HEADER)]
         if body.get("tools"):
-            body["tools"] = [tool for tool in body["tools"] if tool.get("name") != PLACEHOLDER]
+            body["tools"] = [tool for tool in tools_in_order(request)
+                             if tool.get("name") != PLACEHOLDER]
         body["messages"] = [m if m["role"] == "assistant" else plainer_content(m, kind)
                             for m in with_reminders(request["messages"])]
     if body.get("tools") and (kind.refused_keywords or kind.max_description):
         body["tools"] = [plainer_tool(tool, kind) if "input_schema" in tool else tool
                          for tool in body["tools"]]
-    if kind.is_anthropic or kind.native_models:  # Claude itself
-        body["messages"] = [m if isinstance(m["content"], str) else {**m, "content": [
-            block for block in m["content"] if not is_foreign_thought(block)]}
-            for m in body["messages"]]
+    is_claude = kind.is_anthropic or bool(kind.native_models)
+    body["messages"] = [m if isinstance(m["content"], str) else {**m, "content": [
+        block for block in m["content"] if not is_foreign_thought(block, is_claude)]}
+        for m in body["messages"]]
     return body
 
 
@@ -2754,10 +2794,12 @@ def finished_messages(body: Json) -> Json:
     return {**body, "thinking": {**thinking, "budget_tokens": budget}}
 
 
-def is_foreign_thought(block: Json) -> bool:
-    """Whether a block is thinking that Anthropic didn't sign, and would refuse."""
-    signature = str(block.get("signature") or block.get("data") or SIGNATURE_MARK)
-    return "thinking" in block["type"] and signature.startswith(SIGNATURE_MARK)
+def is_foreign_thought(block: Json, is_claude: bool) -> bool:
+    """Whether a block is thinking that an upstream would refuse: what we signed, what nobody did
+    where Anthropic asks for its own, and elsewhere what only Anthropic could read."""
+    signature = str(block.get("signature") or block.get("data") or SIGNATURE_MARK * is_claude)
+    return block["type"] == "redacted_thinking" and not is_claude or (
+        "thinking" in block["type"] and signature.startswith(SIGNATURE_MARK))
 
 
 def with_model_id(raw: bytes, request: Json, body: Json) -> bytes | None:
@@ -3132,7 +3174,7 @@ OPTIONAL_FIELDS = (*LIMIT_FIELDS, "temperature", "top_p", "top_k", "stop", "stre
                    "output_config", "metadata", "context_management", "max_tool_calls")
 UNSUPPORTED = (
     "(?i)unsupported|unrecognized|unknown|unexpected|does not (support|match|know)|deprecated|"
-    "not (supported|permitted|allowed|(both )?be (chosen|set|used|specified))|"
+    "not (supported|permitted|allowed|configured|enabled|(both )?be (chosen|set|used|specified))|"
     "extra (fields|inputs)|invalid beta|should be '")
 ADVICE = r"(?i)(?<!n't )(?<!not )\b(?:use|did you mean)\b(?! of)(?:[^.;]|\.\w)*"
 LISTED = (r"(?is).*\b(?:one of|(?:should|must) be|only supports?|(?:supported|allowed|valid|"
@@ -3181,6 +3223,8 @@ ROW_REMEDIES = (
      "system_anywhere", False),  # Qwen, Mistral
     # OpenAI, vLLM, Groq, Ollama
     (r"(n[o']t|found that) support images?\b(?! \w*(larger|format|url|of))|mmproj|At most 0 image|"
+     r"(not|n't) (a|have|support)\b.{0,15}\b(multi-?modal|vision)\b|\btext[- ]only model|"
+     r"\bno (vision\b|image (input|support))|multi-?modal\b.{0,20}(not|n't) (supported|enabled)|"
      "image(_url| input) is (only|not) supported|unknown variant `image_url`|"
      "missing data required for image", "images", False),
     (r"(file|document|pdf).{0,40}not supported|'?type'?: ?'?file'?.{0,60}invalid|"
@@ -3397,6 +3441,8 @@ def dropped_field(refusal: Refusal, body: Json) -> Iterator[Lesson]:
     if not re.search(UNSUPPORTED, f"{said} {refusal.code}"):
         return
     said = said.replace("reasoning.effort", "reasoning_effort")
+    if "thinking" in body and re.search("thinking.{0,20}budget|budget_tokens", said):  # vLLM
+        said = f"`thinking` {said}"
     if "think" in said:  # Ollama: `"m" does not support thinking`
         said += " reasoning_effort"
     names = (m[0] for m in re.finditer(r"\w+", said) if m[0] in OPTIONAL_FIELDS and (
@@ -5787,6 +5833,8 @@ def refused_error(refusal: Refusal, model: Model, headers: Headers, native: byte
     theirs = dict_or_empty(json_or_none(native))
     reason = dict_or_empty(theirs.get("error")).get("message")
     if theirs.get("type") == "error" and reason == without_controls(refusal.message):
+        if theirs["error"].get("type") not in ERROR_TYPES.values():  # vLLM's BadRequestError, say
+            theirs["error"]["type"] = error.type
         error.raw, error.status = json_bytes(theirs), refusal.status  # escapes could hide a key
     elif error.status == 401:
         hint = " or ".join(model.provider.kind.key_vars + model.provider.kind.signed_by)

@@ -2237,6 +2237,90 @@ class TestRequests:
 
 
 class TestHistory:
+    REMINDER = text("<system-reminder>CLAUDE.md</system-reminder>")
+    SYSTEM = {"role": "system", "content": "# Environment"}
+
+    @staticmethod
+    def words(messages, system_anywhere=False):
+        turns = ogx.turns_from_messages(messages, system_anywhere)
+        return [(turn.role, list(map(ogx.block_text, turn.blocks))) for turn in turns]
+
+    @cases(
+        ("first", "before", "after"),
+        [
+            (user("go"), [], ["go"]),
+            (user(REMINDER, text("go"), image()), [REMINDER["text"]],
+             ["go", "[An image was here: image/png, 1 kB]"]),
+            (user(REMINDER, REMINDER), [REMINDER["text"]] * 2, []),
+            (user(text("go"), REMINDER), [], ["go", REMINDER["text"]]),
+            (user(""), [], []),
+        ],
+    )  # fmt: skip
+    def test_the_first_system_message_stands_before_the_words(self, first, before, after):
+        marked = "<system-reminder>\n# Environment\n</system-reminder>"
+        assert self.words([first, self.SYSTEM]) == [("user", [*before, marked, *after])]
+        assert self.words([first, self.SYSTEM], True) == [
+            turn for turn in (("user", before), ("system", ["# Environment"]), ("user", after))
+            if turn[1]]
+
+    def test_other_system_messages_stay_where_they_are(self):
+        late = {"role": "system", "content": "late"}
+        cleared = {**self.SYSTEM, "clear_at": "next_user_message"}
+        assert self.words([user("go"), self.SYSTEM, late], True)[:2] == [
+            ("system", ["# Environment", "late"]), ("user", ["go"])]
+        assert self.words([user("a"), user("b"), late], True) == [
+            ("user", ["a", "b"]), ("system", ["late"])]
+        assert self.words([user("a"), cleared], True)[-1] == ("system", ["# Environment"])
+        assert self.words([user("a"), cleared, user("b")], True) == [("user", ["a", "b"])]
+        assert self.words([self.SYSTEM, user("a")], True)[0] == ("system", ["# Environment"])
+
+    @staticmethod
+    def said(dice, number):
+        """What one turn of a conversation adds, with the blocks that Claude Code sends."""
+        reminder = text(f"<system-reminder>{number}</system-reminder>")
+        asked = [*[reminder] * dice.randrange(2), text(f"words {number}")]
+        turn = [user(asked) if dice.randrange(3) else user(f"words {number}")]
+        turn += [{"role": "system", "content": dice.choice([f"note {number}", [text("note")]])}
+                 for _ in range(dice.randrange(3))]
+        for step in range(dice.randrange(4)):
+            ids = [f"{number}-{step}-{n}" for n in range(dice.randrange(1, 4))]
+            turn += [assistant(text("I look."), *map(call, ids)), user(list(map(result, ids)))]
+            turn += [{"role": "system", "content": "changed"}] * dice.randrange(2)
+        return [*turn, assistant(f"answer {number}")]
+
+    @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
+    @pytest.mark.parametrize("kind", ["openai", "vllm", "mistral", "messages"])
+    def test_each_turns_request_extends_the_one_before(self, kind, dialect):
+        dice = random.Random(7)
+        for _ in range(40):
+            history, before = [], ""
+            for number in range(6):
+                turn = self.said(dice, number)
+                body = ogx.DIALECTS[dialect].request(request(*history, *turn[:-1]), model(kind))
+                messages = body.get("messages") or body["input"]
+                # Roles of the same kind are merged, so compare what a template makes of them.
+                shown = "".join(re.findall(r'"(?:text|content|output|arguments|name)": "(.*?)"',
+                                           json.dumps(messages)))
+                assert shown.startswith(before)
+                history, before = history + turn, shown
+
+    def test_tools_that_were_loaded_later_stand_last_in_their_order(self):
+        tools = [{**tool(name), **({"defer_loading": True} if name in "cadz" else {})}
+                 for name in "abczde"]
+        loaded = [user("go"), assistant([call("1")]), user([result("1", [
+            {"type": "tool_reference", "tool_name": "d"},
+            {"type": "tool_reference", "tool_name": "a"}])]), assistant("x"), user(
+            {"type": "tool_reference", "tool_name": "z"}, {"type": "tool_reference",
+                                                           "tool_name": "d"})]
+        body = request(*loaded, tools=tools)
+        assert [t["name"] for t in ogx.tools_in_order(body)] == [*"be", *"daz", "c"]
+        for dialect, kind in (("chat", "vllm"), ("responses", "openai"), ("messages", "vllm")):
+            sent = ogx.DIALECTS[dialect].request(body, model(kind))["tools"]
+            assert [(t.get("function") or t)["name"] for t in sent] == [*"bedazc"]
+        own = ogx.messages_request(body, model("anthropic"))  # which knows what it loaded
+        assert own["tools"] == tools
+        assert ogx.tools_in_order(request(*loaded, tools=tools[1:3])) == tools[1:3]
+
     def test_the_billing_header_is_no_part_of_the_system_prompt(self):
         blocks = [text("x-anthropic-billing-header: cc_version=1;"), text("You are"), text("a bot")]
         assert ogx.system_text({"system": blocks}) == "You are\n\na bot"
@@ -2888,8 +2972,16 @@ class TestChat:
          [user("a"), assistant([{"type": "thinking", "thinking": "hm"}]), user("b")],
          [{"role": "user", "content": "a\n\nb"}]),
         ("a system message in mid-conversation keeps its place",
-         [user("a"), {"role": "system", "content": "s"}, assistant("b"), user("c")],
-         [{"role": "user", "content": "a"}, {"role": "system", "content": "s"},
+         [user("a"), assistant("b"), user("c"), {"role": "system", "content": "s"}, assistant("d"),
+          user("e")],
+         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+          {"role": "user", "content": "c"}, {"role": "system", "content": "s"},
+          {"role": "assistant", "content": "d"}, {"role": "user", "content": "e"}]),
+        ("one directly after the first message goes before that one's words",
+         [user(text("<system-reminder>x</system-reminder>"), text("a")),
+          {"role": "system", "content": "s"}, assistant("b"), user("c")],
+         [{"role": "user", "content": "<system-reminder>x</system-reminder>"},
+          {"role": "system", "content": "s"}, {"role": "user", "content": "a"},
           {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]),
     )  # fmt: skip
 
@@ -2901,7 +2993,7 @@ class TestChat:
     def test_where_templates_are_strict_a_system_message_becomes_marked_user_text(self):
         turns = [user("a"), {"role": "system", "content": [text("s")]}, assistant("b"), user("c")]
         assert chat(request(*turns), "vllm")["messages"] == [
-            {"role": "user", "content": "a\n\n<system-reminder>\ns\n</system-reminder>"},
+            {"role": "user", "content": "<system-reminder>\ns\n</system-reminder>\n\na"},
             {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
         ]
 
@@ -4160,9 +4252,26 @@ class TestMessages:
         sent = self.sent(user("go"), first, assistant([call("1")]), second, user([result("1")]),
                          kind=kind)  # fmt: skip
         assert sent == [
-            user([text("go"), self.reminder("notes.txt changed")]),
+            user([self.reminder("notes.txt changed"), text("go")]),
             assistant([call("1")]), user([result("1"), self.reminder("a\n\nb")]),
         ]  # fmt: skip
+
+    @cases(
+        ("block", "takers"),
+        [
+            ({"type": "thinking", "thinking": "hm", "signature": '{"ogx":"chat","by":"a/b"}'}, []),
+            ({"type": "redacted_thinking", "data": '{"ogx":"chat","by":"a/b"}'}, []),
+            ({"type": "redacted_thinking", "data": "Anthropic's"}, ["anthropic", "bedrock"]),
+            ({"type": "thinking", "thinking": "hm", "signature": "somebody's"},
+             ["anthropic", "bedrock", "vllm", "messages"]),
+            ({"type": "thinking", "thinking": "hm", "signature": ""}, ["vllm", "messages"]),
+            ({"type": "thinking", "thinking": "hm"}, ["vllm", "messages"]),
+        ],
+    )  # fmt: skip
+    def test_thoughts_that_an_upstream_refuses_are_left_out(self, block, takers):
+        history = [user("a"), assistant([block, text("b")]), user("c")]
+        for kind in ("anthropic", "bedrock", "vllm", "messages"):
+            assert (block in self.sent(*history, kind=kind)[1]["content"]) == (kind in takers)
 
     def test_the_next_turn_begins_as_the_last_one_ended(self):
         history, before = [], []
@@ -4447,7 +4556,7 @@ class TestResponses:
         turns = [user("a"), {"role": "system", "content": "s"}, assistant("b"), user("c")]
         items = responses(request(*turns), system_anywhere=False)["input"]
         assert [item["role"] for item in items] == ["user", "assistant", "user"]
-        assert items[0]["content"][1]["text"] == "<system-reminder>\ns\n</system-reminder>"
+        assert items[0]["content"][0]["text"] == "<system-reminder>\ns\n</system-reminder>"
 
     def test_tools_are_flat_and_not_strict(self):
         tools = [tool("A", properties={"x": {}}), {"type": "web_search_20250305", "name":
@@ -4903,6 +5012,11 @@ class TestRemedies:
             ("m does not support image input", "images to False", 400),
             ("No endpoints found that support image input", "images to False", 404),  # OpenRouter
             ("At most 0 image(s) may be provided in one prompt.", "images to False", 400),  # vLLM
+            ("scripted is not a multimodal model", "images to False", 400),  # vLLM 0.32
+            ("This model doesn't have vision capabilities.", "images to False", 400),
+            ("qwen3 is a text-only model; remove image parts.", "images to False", 422),
+            ("The loaded model has no vision support", "images to False", 400),
+            ("Multimodal input is not supported by this model", "images to False", 400),
             ("Thought signature is not valid", "own_reasoning to False", 400),  # Gemini
             ("Unrecognized key: 'reasoning_details'", "own_reasoning to False", 400),
             ("Function call is missing a thought_signature in functionCall parts.",
@@ -4921,6 +5035,13 @@ class TestRemedies:
         taught = ogx.model_with_overrides(found, [lesson])
         assert ogx.lesson_from_refusal(ogx.Refusal(status, words), {}, taught) is None
         assert found.provider.kind is ogx.PROVIDER_KINDS["openai"]
+
+    @cases("words", [
+        "image exceeds 5 MB maximum", "could not process image", "text-only output is not ready",
+        "the model does not support images larger than 4096 pixels", "image format not supported",
+        "multimodal router is overloaded", "You have no visions", "a language model is required"])
+    def test_other_words_about_images_teach_nothing(self, words):
+        assert ogx.lesson_from_refusal(ogx.Refusal(400, words), {}, model("vllm")) is None
 
     @pytest.mark.parametrize("where", ["messages[9].tool_calls[0].id", "input[95].call_id",
                                        "messages[2].tool_call_id"])  # fmt: skip
@@ -5613,6 +5734,19 @@ class TestRemedies:
     def test_other_refusals_of_thinking_keep_its_mode(self, words):
         body = {"thinking": {"type": "enabled", "budget_tokens": 9}, "anthropic-beta": ""}
         assert ogx.lesson_from_refusal(ogx.Refusal(400, words), body, model("messages")) is None
+
+    @cases(("words", "told"), [
+        ("thinking_token_budget is set but reasoning_config is not configured. Please set "
+         "--reasoning-parser and/or --reasoning-config to use thinking_token_budget.",
+         "drop thinking"),  # vLLM 0.32
+        ("thinking budgets are not supported by this server", "drop thinking"),
+        ("Unsupported parameter: thinking.budget_tokens", "drop thinking"),
+        ("thinking.budget_tokens: Input should be greater than or equal to 1024", "None"),
+        ("the budget of your account is not configured", "None"),
+    ])  # fmt: skip
+    def test_a_thinking_budget_that_is_not_taken_is_left_out(self, words, told):
+        body = {"thinking": {"type": "enabled", "budget_tokens": 2048}, "max_tokens": 9000}
+        assert str(ogx.lesson_from_refusal(ogx.Refusal(400, words), body, model("vllm"))) == told
 
     @pytest.mark.parametrize(("path", "lesson"), [
         ("tools.0.custom.eager_input_streaming", "strip_keyword tools to eager_input_streaming"),
@@ -8284,6 +8418,16 @@ class TestGateway:
         with self.native(answer, answer) as (client, _):
             status, _, body = client.post(request(model="vllm/gpt-x", stream=stream))
         assert status == 529 and body["error"]["message"].startswith("busy ***")
+
+    @cases(("told", "shown", "status"), [
+        ("BadRequestError", "invalid_request_error", 400), ("", "permission_error", 403),
+        (7, "overloaded_error", 529),
+        ("invalid_request_error", "invalid_request_error", 400)])
+    def test_a_native_refusal_has_a_type_of_anthropics(self, told, shown, status):
+        words = {"type": "error", "error": {"type": told, "message": "so it is"}}
+        with self.native(*[(status, words)] * 5) as (client, _):
+            answer = client.post(request(model="vllm/gpt-x"))[2]
+        assert answer["error"] == {"type": shown, "message": "so it is"}
 
     ODD_ERRORS = ({"error": {"message": "engine died", "code": 503}}, {"error": "engine died"},
                   {"object": "error", "message": "engine died", "code": 500},
