@@ -634,6 +634,15 @@ class Provider:
                 "accept": "application/json, text/event-stream", "accept-encoding": "identity",
                 **dict(self.kind.headers), **key, **dict(self.own_headers)}
 
+    @functools.cached_property
+    def is_local(self) -> bool:
+        """Whether its host is this machine or in a private network, as far as its name tells."""
+        host = urllib.parse.urlsplit(self.base_url).hostname or ""
+        try:
+            return ipaddress.ip_address(host).is_private
+        except ValueError:
+            return "." not in host or host.endswith(".local")
+
     def for_id_or_path(self, place: str) -> Provider:
         """This provider at the server that has a model's id or a list's path."""
         for pattern, here, there in self.kind.servers:

@@ -1277,6 +1277,14 @@ class TestChecks:
 
 
 class TestProviders:
+    @cases("host, local", [
+        ("127.0.0.1:8080", True), ("192.168.1.5:11434", True), ("169.254.1.1", True),
+        ("[::1]:8080", True), ("gpu-box:8000", True), ("gpu.local:1", True),
+        ("api.openai.com", False), ("8.8.8.8", False), ("[2001:4860:4860::8888]", False),
+        ("notlocal.example", False), ("10.0.0.1.example.com", False)])
+    def test_a_local_server_is_told_by_its_host(self, host, local):
+        assert provider("vllm", f"http://{host}").is_local is local
+
     def test_rows_are_complete(self):
         for kind in ogx.PROVIDER_KINDS.values():
             variables = kind.url_vars if kind.enabled_by == "url" else kind.key_vars
