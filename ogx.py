@@ -238,7 +238,7 @@ NO_MONEY = (r"(?i)\b(insufficient|not enough|out of|used all)\b(?! permis).{0,30
             r"credit|fund)|\b(balance|credit|fund)s?\b.{0,30}(insufficient|not enough|too low)|"
             r"\brecharg|\barrears|\btop[ -]up\b")
 # What a 500 says that will not pass, and what helps; but for one that says it passes.
-PERMANENT = {r"requires? .{0,20}--\w|using --jinja": "start its server so",
+PERMANENT = {r"requires? .{0,20}--\w|using --jinja": "start its server with that flag",
              "(?i)grammar|json schema": "a plainer schema may help",
              r"(?i)jinja|prompt template|chat.?template|\{%-|at row \d+, column":
              "start its server with another --chat-template"}
@@ -6843,22 +6843,21 @@ def print_check(server: Provider, plan: LaunchPlan) -> int:
             body = {"model": model_id, "max_tokens": 1000, "stream": True, "tools": [CHECK_TOOL],
                     "messages": [{"role": "user", "content": "Call the tool add with 2 and 3."}]}
             began = first = time.monotonic()
-            ended = 0.0
+            verdict, cached, ended = "works, tools too", "", 0.0
             try:
                 events = answered_events(upstream, server, body)
                 start, first = next(events), time.monotonic()
-                check_call(message_from_events([start, *events]))
-                ended = time.monotonic()
+                message, ended = message_from_events([start, *events]), time.monotonic()
                 usage = message_from_events(answered_events(upstream, server, body))["usage"]
-                new, _, cached, written = (whole_number(usage.get(name)) for name in USAGE_FIELDS)
-                verdict = (f"works, tools too; asked again, {cached} of {new + cached + written} "
-                           "tokens were cached")
+                new, _, old, written = (whole_number(usage.get(name)) for name in USAGE_FIELDS)
+                cached = f"; asked again, {old} of {new + old + written} tokens were cached"
+                check_call(message)
             except OgxError as error:
                 verdict, failed = without_controls(one_line(error.message)) or "failed", True
             except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
                 verdict, failed = "answers in another format than Anthropic's", True
             seconds = f"{first - began:6.2f} {(ended or time.monotonic()) - began:6.2f} s"
-            say(f"{model_id:<{width}}  {seconds}  {verdict} ({', '.join(tiers)})")
+            say(f"{model_id:<{width}}  {seconds}  {verdict} ({', '.join(tiers)}){cached}")
     return int(failed)
 
 

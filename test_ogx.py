@@ -1213,7 +1213,7 @@ class TestErrors:
         body = ogx.OgxError(400, "a\x1b]0;b\x07\n\u202ec", quote="\ud800").body("r")
         assert body["error"]["message"] == "a?]0;b?\n?c?"
 
-    FLAG, SCHEMA, TEMPLATE = "start its server so", "a plainer schema", "another --chat-template"
+    FLAG, SCHEMA, TEMPLATE = "start its server with that flag", "a plainer schema", "another --chat-template"
     MINJA = ("Value is not callable: null at row 49, column 79:\n {%- set content = (m_content"
              ".split('</think>')|last).lstrip('\\n') %}\n ^\n at row 49, column 81")
 
@@ -9179,7 +9179,7 @@ class TestGateway:
             name = "vllm/gpt-x" if native else "openai/gpt-x"
             status, headers, told = client.post(request(model=name))
         assert (status, told["error"]["type"]) == (400, "invalid_request_error")
-        assert "start its server so" in told["error"]["message"]
+        assert "start its server with that flag" in told["error"]["message"]
         assert (len(upstream.seen), headers["x-should-retry"]) == (1, "false")
 
     def test_another_server_may_do_what_one_cannot(self):
@@ -11875,10 +11875,10 @@ class TestConnect:
             assert ogx.main(["connect", "claude", "--check", *flags]) == 1
             one, two = capfd.readouterr().out.splitlines()
             assert re.fullmatch(
-                r"openai/a +[\d.]+ +[\d.]+ s +works, tools too; asked again, 5 of 50 tokens were "
-                r"cached \(haiku\)", one)
-            assert upstream.raw[0] == upstream.raw[1] and len(upstream.raw) == 3
-            assert two.endswith(" (sonnet, opus, fable)")
+                r"openai/a +[\d.]+ +[\d.]+ s +works, tools too \(haiku\); "
+                "asked again, 5 of 50 tokens were cached", one)
+            assert upstream.raw[0] == upstream.raw[1] and len(upstream.raw) == 4
+            assert two.endswith(" (sonnet, opus, fable); asked again, 20 of 50 tokens were cached")
             assert re.match(r"openai/b .*answers, but called no tool", two)
             upstream.answers += [good, good]
             upstream.answers += [(500, {"error": {"message": "oops"}})]
@@ -11898,7 +11898,7 @@ class TestConnect:
              "delta": {"type": "input_json_delta", "partial_json": '{"a":2,"b":3}'}},
             {"type": "message_delta", "delta": {}, "usage": {}}]  # fmt: skip
     FORMAT = "answers in another format than Anthropic's"
-    WORKS = "works, tools too; asked again, 0 of 0 tokens were cached"
+    WORKS = "works, tools too ({}); asked again, 0 of 0 tokens were cached"
 
     def counted(new, written, cached, events=USES):  # noqa: N805
         usage = {"input_tokens": new, "cache_creation_input_tokens": written,
@@ -11907,7 +11907,7 @@ class TestConnect:
 
     def called_with(given, call=CALL):  # noqa: N805
         content = [{**call, "input": given}]
-        return [{"type": "message_start", "message": {"content": content}}]
+        return [{"type": "message_start", "message": {"content": content, "usage": {}}}]
 
     @cases(
         ("status", "body", "verdict"),
@@ -11944,11 +11944,11 @@ class TestConnect:
             (200, [{"type": "message_start", "message": {"content": 5}}], FORMAT),
             (200, [{"type": "message_start", "message": {"content": [5]}}], FORMAT),
             (200, [{"type": "message_start", "message": {"content": [{}]}}], FORMAT),
-            (200, called_with(5), FORMAT),
-            (200, called_with([[]]), FORMAT),
-            (200, called_with(["\ud800"]), 'called the tool wrongly, with ["\\ud800"]'),
+            (200, called_with(5), FORMAT + WORKS[16:]),
+            (200, called_with([[]]), FORMAT + WORKS[16:]),
+            (200, called_with(["\ud800"]), 'called the tool wrongly, with ["\\ud800"]' + WORKS[16:]),
             (200, USES[:1],
-             "answers, but called no tool: does the model, and its server, do tools?"),
+             "answers, but called no tool: does the model, and its server, do tools?" + WORKS[16:]),
             (200, b"data\n\n: hello\n\nevent: message_start\n\n", "an empty answer"),
             (200, b" " * 1_000_000, "an empty answer"),
             (200, b"", "an empty answer"),
@@ -11971,8 +11971,10 @@ class TestConnect:
             code = ogx.main(["connect", "claude", "--check", "--url", fake.url, *flags])
         out, err = capfd.readouterr()
         one, two = out.splitlines()
-        assert re.fullmatch(r"a +[\d.]+ +[\d.]+ s  " + re.escape(verdict) + r" \(haiku\)", one)
-        assert two.endswith(f"{verdict} (sonnet, opus, fable)")
+        verdict, _, again = verdict.partition(" ({})")
+        shown = re.escape(f"{verdict} (haiku){again}")
+        assert re.fullmatch(r"a +[\d.]+ +[\d.]+ s  " + shown, one)
+        assert two.endswith(f"{verdict} (sonnet, opus, fable){again}")
         assert (code, err) == (int(not verdict.startswith("works")), "")
 
     @cases(
