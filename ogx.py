@@ -635,7 +635,7 @@ class Provider:
     ca_file: str = ""  # of a private certificate authority
     own_headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # lower-case names
     secrets: Strings = field(default=(), repr=False)  # besides the key
-    max_parallel: int = 0  # requests at once; 0: as its server tells
+    max_parallel: int = 0  # requests at once; 0: as many as it tells
 
     @functools.cached_property
     def pool_key(self) -> str:
@@ -1064,6 +1064,7 @@ class Registry:
         self.lists: dict[str, list[Model]] = {}  # provider id -> its LLMs
         self.problems: dict[str, str] = {}  # provider id -> why its last list failed
         self.native: dict[str, bool] = {}  # provider id -> whether it has a Messages API
+        self.slots: dict[str, int] = {}  # provider id -> requests it takes at once, where it tells
         # Provider ids with the URLs of theirs that count no tokens.
         self.uncounted_urls: frozenset[tuple[str, str]] = frozenset()
         self._by_id: dict[str, Model] = {}
@@ -5115,8 +5116,7 @@ class Discovery:
         if kind.props_path:
             with suppress(OgxError):
                 props = self.upstream.json(provider, kind.props_path, LIST_TIMEOUT)
-                most = provider.max_parallel or slots_from_props(props)
-                provider = replace(provider, max_parallel=most)
+                self.registry.slots[provider.id] = slots_from_props(props)
         if kind.built_in_models:
             return [Model(f"{provider.id}/{name}", provider, name) for name in kind.built_in_models]
         lists = [(kind.list_path, ""), *kind.more_lists]
@@ -5462,11 +5462,10 @@ class Gateway:
         if not kind.is_anthropic:
             refuse_untranslatable(exchange.request, dialect.native)
         own = [lesson for lesson in lessons if lesson.dialect in ("", name)]
-        request = exchange.request
-        is_title = structured_output(request, kind)[0] and not request.get("tools")
-        if is_title and model.provider.is_local:  # it mustn't hold up what the user asked
-            request = {**request, "max_tokens": min(request["max_tokens"], 1024)}
-        body = with_lessons(dialect.request(request, model), own)
+        may_be_title = model.provider.is_local and not exchange.request.get("tools")
+        if may_be_title and structured_output(exchange.request, kind)[0]:  # the user's waits for it
+            own += (Lesson("clamp", limit, 1024) for limit in LIMIT_FIELDS)
+        body = with_lessons(dialect.request(exchange.request, model), own)
         sent = dialect.finished(dict(body))
         data, headers = None, {}
         if dialect.native:
@@ -5515,8 +5514,7 @@ class Gateway:
         look more often whether it is their turn."""
         provider = attempt.model.provider
         queue = self._queues.setdefault(provider.id, [])
-        listed = [*self.registry.lists.get(provider.id, ()), attempt.model]  # what it told, first
-        most = listed[0].provider.max_parallel or math.inf
+        most = provider.max_parallel or self.registry.slots.get(provider.id) or math.inf
         if len(queue) >= most + MAX_WAITING:
             words = f"{provider.id} has {MAX_WAITING} requests waiting (see max_parallel)"
             raise OgxError(529, words, headers={"retry-after": "10"})

@@ -7708,8 +7708,10 @@ class TestDiscovery:
             upstream.lists["/props"] = props
             owner = provider("llama-cpp", upstream.url)
             with serving(dataclasses.replace(owner, max_parallel=given)) as client:
-                (found,) = client.gateway.registry.lists["llama-cpp"]
-        assert (found.provider.max_parallel, found.upstream_id) == (most, "gpt-x")
+                registry = client.gateway.registry
+                told = given or registry.slots.get("llama-cpp", 0)
+                assert [m.id for m in registry.models()] == ["llama-cpp/gpt-x"]
+        assert told == most
         assert [path for path, _ in upstream.gets].count("/props") == 1
 
     def test_only_rows_that_have_it_are_asked_for_props(self):
