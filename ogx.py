@@ -87,7 +87,7 @@ if sys.version_info < (3, 9):  # noqa: UP036
     sys.exit(f"ogx.py needs Python 3.9 or newer; this is {sys.version.split()[0]}")
 
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from typing import Any, Callable, ClassVar, NamedTuple, Union
@@ -237,6 +237,12 @@ QUOTATION = re.compile(r"""(\b(?:message|msg|error|detail)\\?['"]\s?:\s?\\?)?(?<
 NO_MONEY = (r"(?i)\b(insufficient|not enough|out of|used all)\b(?! permis).{0,30}\b(balance|"
             r"credit|fund)|\b(balance|credit|fund)s?\b.{0,30}(insufficient|not enough|too low)|"
             r"\brecharg|\barrears|\btop[ -]up\b")
+# What a 500 says that will not pass, and what helps; but for one that says it passes.
+PERMANENT = {r"requires? .{0,20}--\w|using --jinja": "start its server with that flag",
+             "(?i)grammar|json schema": "a plainer schema may help",
+             r"(?i)jinja|prompt template|chat.?template|\{%-|at row \d+, column":
+             "start its server with another --chat-template"}
+PASSING = r"(?i)time.?out|timed|unavailable|again|temporar|overload|busy|\bloading|memory"
 RETRY_AFTER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?|\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT")
 
 
@@ -353,7 +359,12 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
     Claude Code would retry it for minutes."""
     retry_after = headers.get("retry-after", "")
     sent = {"retry-after": retry_after} if RETRY_AFTER.fullmatch(retry_after) else {}
-    status = refusal.status if 400 <= refusal.status <= 599 else 502
+    status, message = refusal.status, f"{refusal.message} (from {origin})"
+    status = status if 400 <= status <= 599 else 502
+    advice = [told for said, told in PERMANENT.items() if re.search(said, refusal.words)]
+    if status == 500 and advice and not re.search(PASSING, refusal.words):
+        status, message = 400, f"{message}; {advice[0]}"
+        sent["x-should-retry"] = "false"
     if status == 403 and re.search("(?i)security token|bearer token|authentication|signature",
                                    refusal.message):
         status = 401  # AWS has 403 for wrong credentials, too
@@ -362,7 +373,7 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
     error_type = "billing_error" if out_of_money else ""
     if error_type or status in (401, 402, 403):
         sent["x-should-retry"] = "false"
-    return OgxError(status, f"{refusal.message} (from {origin})", error_type, sent, refusal=refusal)
+    return OgxError(status, message, error_type, sent, refusal=refusal)
 
 
 # ======== Checks =============================================================================
@@ -473,6 +484,7 @@ class ProviderKind:
     more_lists: tuple[Strings, ...] = ()  # path, and pattern of the ids to take
     servers: tuple[Strings, ...] = ()  # pattern of ids or paths, then of base_url; replacement
     loaded_path: str = ""  # lists the models in memory with the context they have there
+    props_path: str = ""  # tells how the server was started
     tokenizer: Strings = ()  # a path that counts a chat; or one that renders it, one that counts
     context_hint: str = ""
     local_port: int = 0  # where `run` looks for it when nothing is configured
@@ -498,6 +510,7 @@ class ProviderKind:
     top_k: bool = False
     cache_key: bool = False  # takes prompt_cache_key
     reasoning_echo: str = ""  # field of assistant messages that must carry the reasoning back
+    stop_fields: tuple[tuple[str, Any], ...] = ()  # have it tell which stop sequence it met
     stream_above: int = 0  # refuses larger output limits unless streamed
     tool_ids: str = ""  # pattern of the ids of tool calls that it takes
     named_tool_choice: bool = True  # can be told to call one tool
@@ -542,7 +555,9 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
         identity=("~/lmstudio-greeting", '"lmstudio":true'), **OWN_SERVER),
     ProviderKind("llama-cpp", "http://localhost:8080/v1", ("LLAMA_API_KEY",), ("LLAMA_CPP_URL",),
         enabled_by="url", local_port=8080, identity=("/models", '"owned_by":"llamacpp"'),
-        named_tool_choice=False, top_k=True, tokenizer=("~/apply-template", "~/tokenize")),
+        named_tool_choice=False, top_k=True, tokenizer=("~/apply-template", "~/tokenize"),
+        props_path="~/props",
+        stop_fields=(("verbose", True), ("response_fields", ["stopping_word"]))),
     ProviderKind("sglang", "http://localhost:30000/v1", ("SGLANG_API_KEY",), ("SGLANG_URL",),
         top_k=True, **OWN_SERVER),
     ProviderKind("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",),
@@ -620,6 +635,7 @@ class Provider:
     ca_file: str = ""  # of a private certificate authority
     own_headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # lower-case names
     secrets: Strings = field(default=(), repr=False)  # besides the key
+    max_parallel: int = 0  # requests at once; 0: as many as it tells
 
     @functools.cached_property
     def pool_key(self) -> str:
@@ -633,6 +649,15 @@ class Provider:
         return {"user-agent": f"ogx.py/{__version__}",
                 "accept": "application/json, text/event-stream", "accept-encoding": "identity",
                 **dict(self.kind.headers), **key, **dict(self.own_headers)}
+
+    @functools.cached_property
+    def is_local(self) -> bool:
+        """Whether its host is this machine or in a private network, as far as its name tells."""
+        host = urllib.parse.urlsplit(self.base_url).hostname or ""
+        try:
+            return ipaddress.ip_address(host).is_private
+        except ValueError:
+            return "." not in host or host.endswith(".local")
 
     def for_id_or_path(self, place: str) -> Provider:
         """This provider at the server that has a model's id or a list's path."""
@@ -836,7 +861,8 @@ def provider_or_none(value: Any, where: str) -> Provider | None:
     secrets = [password, urllib.parse.unquote(password), *headers.values()]
     return Provider(
         entry["provider_id"], kind, url, api_key, settings["dialect"], settings["verify"],
-        settings["ca_file"], tuple(headers.items()), (*secrets, *" ".join(secrets).split()))
+        settings["ca_file"], tuple(headers.items()), (*secrets, *" ".join(secrets).split()),
+        int(settings["max_parallel"]))
 
 
 def basic_auth(url: urllib.parse.SplitResult) -> str:
@@ -901,7 +927,7 @@ ALIAS: Json = {"model_id": "", "provider_id": "all", "provider_model_id": target
                "model_type": "llm"}
 ENTRY: Json = {"provider_id": "", "provider_type": "", "config": {
     "base_url": "", "api_key": "", "dialect": "auto", "verify": True, "ca_file": "",
-    "headers": {...: ""}, "key_header": ""}}
+    "headers": {...: ""}, "key_header": "", "max_parallel": 0}}
 FILE: Json = {
     "version": None, "distro_name": None, "providers": {"inference": [provider_or_none], ...: None},
     "registered_resources": {"models": [ALIAS], ...: None},
@@ -995,6 +1021,11 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
     return sorted(models.values(), key=lambda m: (bool(PRO.search(m.upstream_id)), -m.created))
 
 
+def slots_from_props(props: Any) -> int:
+    """1 where llama.cpp's /props tell of one slot: among several it shares requests out itself."""
+    return int(whole_number(dict_or_empty(props).get("total_slots")) == 1)
+
+
 def is_llm(upstream_id: str, entry: Json) -> bool:
     """Whether a list entry is a chat model: by the provider's own fields, else by its name."""
     if entry.get("type") in ("llm", "vlm"):  # LM Studio
@@ -1033,6 +1064,7 @@ class Registry:
         self.lists: dict[str, list[Model]] = {}  # provider id -> its LLMs
         self.problems: dict[str, str] = {}  # provider id -> why its last list failed
         self.native: dict[str, bool] = {}  # provider id -> whether it has a Messages API
+        self.slots: dict[str, int] = {}  # provider id -> requests it takes at once, where it tells
         # Provider ids with the URLs of theirs that count no tokens.
         self.uncounted_urls: frozenset[tuple[str, str]] = frozenset()
         self._by_id: dict[str, Model] = {}
@@ -2080,6 +2112,7 @@ def chat_request(request: Json, model: Model) -> Json:
         "model": model.upstream_id, "messages": chat_messages(request, model),
         kind.max_tokens_field: min(most, model.max_output or most),
         **tool_fields(request, kind),
+        **dict(kind.stop_fields if request.get("stop_sequences") else ()),
         **filled_in({
             "temperature": request.get("temperature"), "top_p": request.get("top_p"),
             "top_k": request.get("top_k") if kind.top_k else None,
@@ -2493,6 +2526,9 @@ class ChatTranslator(Translator):
                 self.usage = usage_from_openai(holder["usage"])
         for choice in choices:
             self._read_choice(choice)
+        for holder in (*choices, dict_or_empty(chunk.get("__verbose"))):  # vLLM's, llama.cpp's
+            told = holder.get("stop_reason") or holder.get("stopping_word")
+            self._stop_sequence = told if told in self._stops else self._stop_sequence
 
     def _flush(self) -> None:
         """Write what is held, or only the JSON in it; OgxError(502) for an answer without any."""
@@ -2534,9 +2570,6 @@ class ChatTranslator(Translator):
             self._read_call(fragment)
         if choice.get("finish_reason"):
             self._stop_reason = self._reason(choice["finish_reason"])
-        # vLLM and others name the sequence that stopped them beside the finish_reason.
-        if choice.get("stop_reason") in self._stops:
-            self._stop_sequence = choice["stop_reason"]
 
     def _read_details(self, details: Sequence[Json], shown: bool) -> None:
         """Take in OpenRouter's reasoning, which goes back with its pieces joined."""
@@ -5137,6 +5170,10 @@ class Discovery:
     def _models_of(self, provider: Provider) -> list[Model]:
         """The LLMs of its lists; OgxError if all of them failed."""
         kind, models, failure = provider.kind, list[Model](), None
+        if kind.props_path:
+            with suppress(OgxError):
+                props = self.upstream.json(provider, kind.props_path, LIST_TIMEOUT)
+                self.registry.slots[provider.id] = slots_from_props(props)
         if kind.built_in_models:
             return [Model(f"{provider.id}/{name}", provider, name) for name in kind.built_in_models]
         lists = [(kind.list_path, ""), *kind.more_lists]
@@ -5232,6 +5269,7 @@ MAX_COOLING = 64  # such targets
 RETRYABLE = (408, 429, 500, 502, 503, 504, 529)  # statuses of failures that pass
 TICK = 10.0  # seconds of silence after which the client gets a sign of life
 ERROR_BODY = (10.0, 1024 * 1024)  # seconds and bytes that an upstream has for its words
+MAX_WAITING = 200  # requests for a place at one provider
 COUNT_SECONDS = 30.0  # that it has to count tokens
 LONG = 256 * 1024  # bytes that take so long to translate that they get a thread
 
@@ -5269,7 +5307,8 @@ class Opened(NamedTuple):
 
     first: bytes
     rest: Iterator[Piece] = iter(())
-    reply: Reply | None = None
+    secrets: Callable[[], list[str]] = list  # to hide in its errors
+    ends: ExitStack = ExitStack()  # to be closed after it
 
 
 class Answer:
@@ -5291,14 +5330,13 @@ class Answer:
         try:
             return next(self._opened.rest, b"")
         except OgxError as error:
-            secrets = self._opened.reply.secrets() if self._opened.reply else ()
-            raise error.hide(secrets) from None
+            raise error.hide(self._opened.secrets()) from None
 
     def close(self) -> None:
         """End it; a connection that still has some of it is closed."""
         self._opening.close()
-        if self._opened and self._opened.reply:
-            self._opened.reply.release()
+        if self._opened:
+            self._opened.ends.close()
 
 
 @dataclass(eq=False)
@@ -5354,6 +5392,7 @@ class Gateway:
         self.ratios, self.tokens, self.encoder = Ratios(), TokenCounter(), Encoder()
         self.backoff = BACKOFF
         self.tick = tick
+        self._queues: dict[str, list[Attempt]] = {}  # by provider id, the first of them under way
         self._cooling: dict[str, float] = {}  # model that failed -> until when it is tried last
         self._stopped = threading.Event()
         self._loading = threading.Lock()
@@ -5449,16 +5488,12 @@ class Gateway:
 
     def _prepare(self, model: Model, exchange: Exchange, lessons: Sequence[Lesson]
                  ) -> Generator[Step, Any, Attempt]:
-        """What to send. A long request is translated in a thread, and before it is sent, since
-        the client may have left meanwhile, that is looked at once more."""
+        """What to send. A long request is translated in a thread."""
         plainer = model.provider.kind.refused_keywords  # of schemas, which takes long
         if len(exchange.raw) > (LONG // 4 if plainer else LONG):
             yield MAY_BLOCK
         exchange.dialect = yield from self._dialect_of(model, exchange.request)
-        attempt = self._attempt(model, exchange, lessons)
-        if len(exchange.raw) > LONG:
-            yield MAY_BLOCK
-        return attempt
+        return self._attempt(model, exchange, lessons)
 
     def _dialect_of(self, model: Model, request: Json) -> Generator[Step, Any, str]:
         """The dialect for a request: the configured one, else Messages where the server has it
@@ -5484,6 +5519,9 @@ class Gateway:
         if not kind.is_anthropic:
             refuse_untranslatable(exchange.request, dialect.native)
         own = [lesson for lesson in lessons if lesson.dialect in ("", name)]
+        may_be_title = model.provider.is_local and not exchange.request.get("tools")
+        if may_be_title and structured_output(exchange.request, kind)[0]:  # the user's waits for it
+            own += (Lesson("clamp", limit, 1024) for limit in LIMIT_FIELDS)
         body = with_lessons(dialect.request(exchange.request, model), own)
         sent = dialect.finished(dict(body))
         data, headers = None, {}
@@ -5499,12 +5537,16 @@ class Gateway:
 
     def _send(self, attempt: Attempt, exchange: Exchange, lessons: Sequence[Lesson]
               ) -> Generator[Step, Any, Opened]:
-        """Send a request; the answer to it, once its first bytes are there and new lessons,
-        which have helped, are kept."""
+        """Send a request once it has a place, which the answer keeps to its end; the answer, once
+        its first bytes are there and new lessons, which have helped, are kept."""
         model = attempt.model
-        reply = yield from self.upstream.send(model.provider, "POST", attempt.path, attempt.data,
-                                              attempt.headers)
-        try:
+        with ExitStack() as ends:
+            yield from self._place(attempt, ends)
+            if len(exchange.raw) > LONG:  # and its client may have left meanwhile
+                yield MAY_BLOCK
+            reply = yield from self.upstream.send(model.provider, "POST", attempt.path,
+                                                  attempt.data, attempt.headers)
+            ends.callback(reply.release)
             # Estimating takes a while: it is done while the upstream works.
             pieces = self._pieces(attempt, reply, exchange)
             yield from reply.head()
@@ -5520,12 +5562,23 @@ class Gateway:
                     if lessons:
                         yield MAY_BLOCK  # a disk
                         self.lessons.add(model, lessons)
-                    return Opened(piece, pieces, reply)
+                    return Opened(piece, pieces, reply.secrets, ends.pop_all())
                 yield piece
             raise OgxError(502, f"{model.origin} sent nothing")
-        except BaseException:  # that the client left, too
-            reply.release()
-            raise
+
+    def _place(self, attempt: Attempt, ends: ExitStack) -> Steps:
+        """Wait for a place at the provider, which `ends` gives back, or gives up. Those in front
+        look more often whether it is their turn."""
+        provider = attempt.model.provider
+        queue = self._queues.setdefault(provider.id, [])
+        most = provider.max_parallel or self.registry.slots.get(provider.id) or math.inf
+        if len(queue) >= most + MAX_WAITING:
+            words = f"{provider.id} has {MAX_WAITING} requests waiting (see max_parallel)"
+            raise OgxError(529, words, headers={"retry-after": "10"})
+        ends.callback(queue.remove, attempt)
+        queue.append(attempt)
+        while queue.index(attempt) >= most:
+            yield from sleep(min(0.5, (queue.index(attempt) - most + 1) / 50))
 
     def _pieces(self, attempt: Attempt, reply: Reply, exchange: Exchange) -> Iterator[Piece]:
         """What will read the answer to a request."""
@@ -5830,6 +5883,8 @@ def refused_error(refusal: Refusal, model: Model, headers: Headers, native: byte
     """The error for a refusal that nothing helps against. `native` is the body of an upstream that
     speaks Messages: in Anthropic's shape it is handed on, since clients read its wording."""
     error = upstream_error(refusal, model.origin, headers)
+    if error.status == 400 < refusal.status:
+        native = b""
     theirs = dict_or_empty(json_or_none(native))
     reason = dict_or_empty(theirs.get("error")).get("message")
     if theirs.get("type") == "error" and reason == without_controls(refusal.message):
@@ -5852,7 +5907,8 @@ def raise_if_error(answer: bytes, origin: str) -> None:
 
 def is_retryable(error: OgxError) -> bool:
     """Whether another upstream, or the same one later, may do better."""
-    return error.status in RETRYABLE or error.status == 402 or error.type == "billing_error"
+    ours = error.status == 400 and "x-should-retry" in error.headers  # where it said 500
+    return ours or error.status in (402, *RETRYABLE) or error.type == "billing_error"
 
 
 def retry_delay(error: OgxError, retries: int, backoff: float) -> float | None:
@@ -6412,7 +6468,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.requested and f"{exchange.requested} -> {served}",
             first and f"first {first:.3f}s",
             f"total {time.monotonic() - exchange.started:.3f}s",
-            usage and f"in {usage.input} cached {usage.cache_read} out {usage.output}",
+            usage and f"in {usage.input + usage.cache_written} cached {usage.cache_read} "
+                     f"out {usage.output}",
             exchange.session and f"session {exchange.session}",
             exchange.dropped and f"dropped: {exchange.dropped}",
             exchange.error and f"error: {one_line(exchange.error)}",
@@ -6920,17 +6977,21 @@ def print_check(server: Provider, plan: LaunchPlan) -> int:
             body = {"model": model_id, "max_tokens": 1000, "stream": True, "tools": [CHECK_TOOL],
                     "messages": [{"role": "user", "content": "Call the tool add with 2 and 3."}]}
             began = first = time.monotonic()
-            verdict = "works, tools too"
+            verdict, cached, ended = "works, tools too", "", 0.0
             try:
                 events = answered_events(upstream, server, body)
                 start, first = next(events), time.monotonic()
-                check_call(message_from_events([start, *events]))
+                message, ended = message_from_events([start, *events]), time.monotonic()
+                usage = message_from_events(answered_events(upstream, server, body))["usage"]
+                new, _, old, written = (whole_number(usage.get(name)) for name in USAGE_FIELDS)
+                cached = f"; asked again, {old} of {new + old + written} tokens were cached"
+                check_call(message)
             except OgxError as error:
                 verdict, failed = without_controls(one_line(error.message)) or "failed", True
             except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
                 verdict, failed = "answers in another format than Anthropic's", True
-            seconds = f"{first - began:6.2f} {time.monotonic() - began:6.2f} s"
-            say(f"{model_id:<{width}}  {seconds}  {verdict} ({', '.join(tiers)})")
+            seconds = f"{first - began:6.2f} {(ended or time.monotonic()) - began:6.2f} s"
+            say(f"{model_id:<{width}}  {seconds}  {verdict} ({', '.join(tiers)}){cached}")
     return int(failed)
 
 

@@ -9,7 +9,7 @@ Upstreams are real loopback sockets (FakeUpstream), gateways are real servers on
                     judge them; FakeUpstream, gateway_over(), serving() and Client are both sides
     TestTheFile     what holds of the whole: imports, sections, names of tests, the README, make
     TestErrors      and so on, by the index of ogx.py
-    TestGateway     one reply path, native, errors, redaction, remedies, retries, chains,
+    TestGateway     one reply path, native, errors, redaction, remedies, retries, chains, places,
                     disconnects, counting, models, discovery, bedrock, bounds
     TestServer      routes, connection, framing, guard, limits, disconnects, TLS, stopping, loop,
                     log
@@ -1213,6 +1213,50 @@ class TestErrors:
         body = ogx.OgxError(400, "a\x1b]0;b\x07\n\u202ec", quote="\ud800").body("r")
         assert body["error"]["message"] == "a?]0;b?\n?c?"
 
+    FLAG, SCHEMA, TEMPLATE = "start its server with that flag", "a plainer schema", "another --chat-template"
+    MINJA = ("Value is not callable: null at row 49, column 79:\n {%- set content = (m_content"
+             ".split('</think>')|last).lstrip('\\n') %}\n ^\n at row 49, column 81")
+
+    @cases("words, advice", [
+        # llama.cpp, then older builds of it, then LM Studio, Ollama, transformers and vLLM
+        ("tools param requires --jinja flag", FLAG),
+        ("tool_choice param requires --jinja flag", FLAG),
+        ("this custom template is not supported, try using --jinja", FLAG),
+        ("Failed to initialize samplers: failed to parse grammar", SCHEMA),
+        ("JSON schema conversion failed:\nUnrecognized schema: {}", SCHEMA),
+        ("Jinja Exception: Only user and assistant roles are supported!", TEMPLATE),
+        ("Conversation roles are odd at row 4, column 9: {{ raise_exception('x') }}", TEMPLATE),
+        (MINJA, TEMPLATE),
+        ("Error rendering prompt with jinja template: \"Unknown test: sequence\".\n\nThis is "
+         "usually an issue with the model's prompt template.", TEMPLATE),
+        ("Failed to parse Jinja template: Unexpected character: $", TEMPLATE),
+        ("jinja2.exceptions.TemplateError: No user query found in messages.", TEMPLATE),
+        ("Chat template error: 'dict object' has no attribute 'name'", TEMPLATE),
+        ("Invalid grammar request: xgrammar could not compile it", SCHEMA),
+    ])
+    def test_what_a_500_says_for_good_is_a_400_with_what_helps(self, words, advice):
+        body = json.dumps({"error": {"code": 500, "message": words, "type": "server_error"}})
+        error = ogx.upstream_error(ogx.refusal_from_body(500, body.encode()), "p, model m", {})
+        assert (error.status, error.type) == (400, "invalid_request_error")
+        assert error.message.startswith(f"{words} (from p, model m); ") and advice in error.message
+        assert error.headers["x-should-retry"] == "false"
+
+    @cases("status, words", [
+        (500, "Internal server error"), (500, "model runner has unexpectedly stopped"),
+        (500, "The grammar backend timed out, try again"), (500, "chat template is loading"),
+        (500, "out of memory while compiling the grammar"), (500, "requires a retry -- sorry"),
+        (500, "The email's schema is unknown"), (500, "got exception: slot unavailable"),
+        (500, "could not decode '{\"text\": \"fix the grammar of my chat template\"}' now"),
+        (503, "Loading model"), (502, "tools param requires --jinja flag"),
+        (429, "grammar quota"), (529, "jinja workers overloaded")])
+    def test_what_may_pass_keeps_its_status(self, status, words):
+        error = ogx.upstream_error(ogx.Refusal(status, words), "p", {})
+        assert (error.status, error.message) == (status, f"{words} (from p)")
+
+    def test_a_failure_told_in_a_stream_may_be_for_good_too(self):
+        body = b'{"error": {"message": "Error rendering prompt with jinja template: x"}}'
+        assert ogx.upstream_error(ogx.refusal_from_body(200, body), "p", {}).status == 400
+
 
 class TestChecks:
     @pytest.mark.parametrize(
@@ -1277,6 +1321,14 @@ class TestChecks:
 
 
 class TestProviders:
+    @cases("host, local", [
+        ("127.0.0.1:8080", True), ("192.168.1.5:11434", True), ("169.254.1.1", True),
+        ("[::1]:8080", True), ("gpu-box:8000", True), ("gpu.local:1", True),
+        ("api.openai.com", False), ("8.8.8.8", False), ("[2001:4860:4860::8888]", False),
+        ("notlocal.example", False), ("10.0.0.1.example.com", False)])
+    def test_a_local_server_is_told_by_its_host(self, host, local):
+        assert provider("vllm", f"http://{host}").is_local is local
+
     def test_rows_are_complete(self):
         for kind in ogx.PROVIDER_KINDS.values():
             variables = kind.url_vars if kind.enabled_by == "url" else kind.key_vars
@@ -1758,6 +1810,21 @@ class TestConfig:
             "missing.json: No such file or directory; expected 'starter' or a JSON file"
         )
 
+    def most_parallel(self, value, **environ):
+        entry = {"provider_id": "p", "provider_type": "remote::vllm",
+                 "config": {"base_url": "h:1", "max_parallel": value}}
+        tree = {"providers": {"inference": [entry]}}
+        (built,) = ogx.config_from_json(tree, "f.json", environ).providers
+        return built.max_parallel
+
+    def test_how_many_requests_may_run_at_once(self):
+        given = [None, 1, 16, "2", "${env.MOST:=}", "${env.MOST:=7}"]
+        assert [self.most_parallel(value or None) for value in given[:4]] == [0, 1, 16, 2]
+        assert [self.most_parallel(given[5]), self.most_parallel(given[5], MOST="3")] == [7, 3]
+        for wrong in (-1, "many", [1], True):
+            error = refused(self.most_parallel, wrong)
+            assert "inference[0].config.max_parallel: expected a number" in error.message
+
 
 class TestRegistry:
     def registry(self, *aliases, tiers=None, lists=None):
@@ -2014,6 +2081,13 @@ class TestRegistry:
     def test_limits_are_kept_where_told(self, entry, context, output):
         (found,) = ogx.models_from_list(provider(), [{"id": "a", **entry}])
         assert (found.context, found.max_output) == (context, output)
+
+    @cases("props, slots", [
+        ({"total_slots": 1}, 1), ({"total_slots": 4}, 0), ({}, 0), ({"total_slots": "1"}, 0),
+        ({"total_slots": None}, 0), ({"total_slots": [1]}, 0), ({"total_slots": 0}, 0),
+        ([], 0), (None, 0), ("total_slots", 0)])
+    def test_one_slot_is_told_by_props(self, props, slots):
+        assert ogx.slots_from_props(props) == slots
 
 
 class TestRequests:
@@ -3974,6 +4048,28 @@ class TestChat:
         chunk["choices"][0]["stop_reason"] = "END"  # vLLM
         message = folded(chunk, body=request(stop_sequences=["END"]))
         assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "END")
+
+    def test_llama_cpp_is_asked_to_tell_the_stop_sequence(self):
+        told = {"stop": ["END"], "verbose": True, "response_fields": ["stopping_word"]}
+        body = chat(request(stop_sequences=["END"]), kind="llama-cpp")
+        assert body == {**chat(request(), kind="llama-cpp"), **told}
+        for kind in ("openai", "vllm", "ollama", "groq"):
+            assert "verbose" not in chat(request(stop_sequences=["END"]), kind=kind)
+
+    @cases("verbose, sequence", [
+        ({"stopping_word": "END"}, "END"), ({"stopping_word": ""}, None), ({}, None),
+        ({"stopping_word": "<|im_end|>"}, None), (None, None), ("END", None),
+        ({"stopping_word": ["END"]}, None), ({"stopping_word": None}, None)])
+    @pytest.mark.parametrize("whole", [True, False], ids=["whole", "streamed"])
+    def test_the_stop_sequence_that_llama_cpp_tells(self, verbose, sequence, whole):
+        words, end = delta(content="1 2 "), {**delta("stop"), "__verbose": verbose}
+        if whole:
+            message = {"role": "assistant", "content": "1 2 "}
+            end["choices"] = [{"index": 0, "finish_reason": "stop", "message": message}]
+        message = folded(*([] if whole else [words]), end, body=request(stop_sequences=["END"]))
+        reason = "stop_sequence" if sequence else "end_turn"
+        assert (message["stop_reason"], message["stop_sequence"]) == (reason, sequence)
+        assert message["content"] == [text("1 2 ")]
 
     def test_a_stop_sequence_that_the_upstream_ignores_ends_the_answer(self):
         body = request(stop_sequences=["a", "b", "c", "d", "END"])
@@ -7736,6 +7832,26 @@ class TestDiscovery:
             ("right", f"http://127.0.0.1:{port}/v1", "")
         ]
 
+    @cases("props, given, most", [
+        ((200, {"total_slots": 1}), 0, 1), ((200, {"total_slots": 1}), 3, 3),
+        ((200, {"total_slots": 4}), 0, 0), ((200, {"total_slots": 4}), 2, 2),
+        ((404, {"error": "no such path"}), 0, 0), ((404, {}), 2, 2), ((503, b"{"), 0, 0),
+        ((200, b"<html>"), 0, 0), ((200, [1]), 0, 0)])
+    def test_a_server_with_one_slot_gets_a_request_at_a_time(self, props, given, most):
+        with FakeUpstream() as upstream:
+            upstream.lists["/props"] = props
+            owner = provider("llama-cpp", upstream.url)
+            with serving(dataclasses.replace(owner, max_parallel=given)) as client:
+                registry = client.gateway.registry
+                told = given or registry.slots.get("llama-cpp", 0)
+                assert [m.id for m in registry.models()] == ["llama-cpp/gpt-x"]
+        assert told == most
+        assert [path for path, _ in upstream.gets].count("/props") == 1
+
+    def test_only_rows_that_have_it_are_asked_for_props(self):
+        with gateway_over() as (_, upstream):
+            assert [path for path, _ in upstream.gets] == ["/v1/models"]
+
 
 class TestGateway:
     # -- one reply path
@@ -8954,6 +9070,269 @@ class TestGateway:
             client.gateway.registry.learn("openai", None, "")
             client.post(request(model="mine"))
         assert (len(one.seen), len(two.seen)) == (2, 1)
+
+    # -- places
+
+    @contextlib.contextmanager
+    def narrow(self, *answers, most=1, kind="openai", models=("gpt-x",), **options):
+        """(client, upstream): a gateway over a provider that takes so many requests at once."""
+        with FakeUpstream(*answers, models=models) as upstream:
+            owner = dataclasses.replace(provider(kind, upstream.url), max_parallel=most)
+            with serving(owner, **options) as client:
+                yield client, upstream
+                until(lambda: not any(client.gateway._queues.values()))  # all were given back
+
+    @staticmethod
+    def held(begins=b""):
+        """An answer that begins so and lasts until the event is set: (answer, event)."""
+        release = threading.Event()
+
+        def answer(fake, connection):
+            begin_stream(connection)
+            if begins:
+                send_chunk(connection, begins)
+            assert release.wait(20)
+            send_chunk(connection, said("held"))
+            connection.sendall(b"0\r\n\r\n")
+
+        return answer, release
+
+    @staticmethod
+    def waiting(client, number):
+        """Wait until so many requests are under way or queued."""
+        until(lambda: sum(map(len, client.gateway._queues.values())) == number)
+
+    def asks(self, upstream):
+        return [seen["messages"][-1]["content"] for seen in upstream.seen]
+
+    @pytest.mark.parametrize("stream", [True, False])
+    @pytest.mark.parametrize("most", [1, 3], ids="{} at once".format)
+    def test_requests_wait_for_a_place_in_the_order_they_came(self, most, stream):
+        answers, releases = zip(*(self.held() for _ in range(most)))
+        with self.narrow(*answers, most=most) as (client, upstream), contextlib.ExitStack() as all_:
+            names = [f"number {n}" for n in range(most + 5)]
+            socks = []
+            for number, name in enumerate(names, 1):
+                socks.append(all_.enter_context(
+                    client.sending(request(name, stream=stream))))
+                self.waiting(client, number)
+            until(lambda: len(upstream.seen) == most)
+            assert self.asks(upstream) == names[:most] or most > 1
+            for release in releases:
+                release.set()
+            for sock in socks:
+                assert b"200" in read_until(sock, b"stop_reason")
+            until(lambda: len(upstream.seen) == len(names))
+            assert sorted(self.asks(upstream)) == sorted(names)
+            assert self.asks(upstream) == names or most > 1
+
+    def test_without_a_limit_none_waits(self):
+        answers, releases = zip(*(self.held() for _ in range(5)))
+        with self.narrow(*answers, most=0) as (client, upstream), contextlib.ExitStack() as all_:
+            for n in range(5):
+                all_.enter_context(client.sending(request(f"{n}", stream=True)))
+            until(lambda: len(upstream.seen) == 5)
+            for release in releases:
+                release.set()
+
+    @cases("how", ["the end", "a refusal", "a failure", "half an answer", "nothing", "no HTTP",
+                   "an error event", "a disconnect", "a disconnect before the answer"])  # fmt: skip
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_a_place_is_given_back_however_an_answer_ends(self, how, stream):
+        begins = {"a disconnect": sse(delta(content="a"), done=False)}.get(how, b"")
+        held, release = self.held(begins)
+
+        def cut_off(fake, connection):
+            begin_stream(connection)
+            send_chunk(connection, sse(delta(content="a"), done=False))
+
+        answer = {
+            "the end": said(), "a refusal": (400, {"error": {"message": "no"}}),
+            "a failure": (503, {}), "half an answer": cut_off, "nothing": sse(done=False),
+            "no HTTP": lambda fake, connection: connection.sendall(b"what?\r\n\r\n"),
+            "an error event": b'data: {"error": {"message": "oops"}}\n\n'}.get(how, held)
+        with self.narrow(answer) as (client, upstream):
+            with client.sending(request("first", stream=stream)) as sock:
+                until(lambda: upstream.seen)
+                if "disconnect" not in how:
+                    read_until(sock, b"HTTP/1.1")
+            assert client.post(request("second"))[0] == 200
+            release.set()
+        assert self.asks(upstream) == ["first", "second"]
+
+    def test_a_place_is_given_back_where_nothing_listens(self):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+        owner = dataclasses.replace(provider(url=url), max_parallel=1)
+        with serving(owner, discover=False) as client:
+            assert [client.post(request())[0] for _ in range(3)] == [502] * 3
+            assert not any(client.gateway._queues.values())
+
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_who_leaves_while_it_waits_is_out_at_once_and_never_asked_for(self, stream):
+        held, release = self.held()
+        with self.narrow(held) as (client, upstream), contextlib.ExitStack() as socks:
+            one = socks.enter_context(client.sending(request("first", stream=True)))
+            until(lambda: upstream.seen)
+            with client.sending(request("second", stream=stream)):
+                self.waiting(client, 2)
+                three = socks.enter_context(client.sending(request("third", stream=stream)))
+                self.waiting(client, 3)
+            self.waiting(client, 2)  # while the first goes on
+            release.set()
+            read_until(three, b"end_turn")
+            read_until(one, b"message_stop")
+        assert self.asks(upstream) == ["first", "third"]
+
+    def test_a_stream_that_waits_shows_signs_of_life(self):
+        held, release = self.held()
+        with self.narrow(held, tick=0.02) as (client, upstream), client.sending(
+            request("first", stream=True)
+        ):
+            until(lambda: upstream.seen)
+            with client.sending(request("second", stream=True)) as sock:
+                data = read_until(sock, ogx.SIGN_OF_LIFE, 3)
+                assert len(upstream.seen) == 1 and b"HTTP/1.1 200" in data
+                release.set()
+                read_until(sock, b"message_stop")
+
+    def test_a_retry_takes_a_new_place_behind_those_that_wait(self):
+        gate = threading.Event()
+
+        def busy(fake, connection):
+            assert gate.wait(20)
+            send(connection, 503, b"{}", "application/json")
+
+        with self.narrow(busy, retries=1) as (client, upstream):
+            client.gateway.backoff = 0.3
+            with client.sending(request("first")) as one:
+                until(lambda: upstream.seen)
+                with client.sending(request("second")) as two:
+                    self.waiting(client, 2)
+                    gate.set()
+                    read_until(two, b"end_turn")
+                    read_until(one, b"end_turn")
+        assert self.asks(upstream) == ["first", "second", "first"]
+
+    def test_a_remedy_holds_no_place_meanwhile(self):
+        refusal = (400, {"error": {"message": "Unsupported parameter: 'top_p'"}})
+        with self.narrow(refusal) as (client, upstream):
+            assert client.post(request(top_p=1))[0] == 200
+        assert len(upstream.seen) == 2
+
+    def test_a_fallback_waits_for_its_own_provider_alone(self):
+        held, release = self.held()
+        chain = ogx.Alias("best", "all", "openai/a", ("openai/a", "groq/b"))
+        with FakeUpstream(held, models=["a"]) as one, FakeUpstream(models=["b"]) as two:
+            owners = [dataclasses.replace(provider(kind, upstream.url), max_parallel=1)
+                      for kind, upstream in (("openai", one), ("groq", two))]
+            with serving(*owners, aliases=[chain]) as client, client.sending(
+                request("first", model="openai/a", stream=True)
+            ) as sock:
+                until(lambda: one.seen)
+                assert client.post(request(model="groq/b"))[0] == 200
+                one.answers.append((503, {}))
+                with client.sending(request("second", model="best")) as other:
+                    self.waiting(client, 2)
+                    release.set()
+                    assert b"groq/b" in read_until(other, b"end_turn")
+                read_until(sock, b"message_stop")
+            assert (len(one.seen), len(two.seen)) == (2, 2)
+
+    def test_more_than_200_that_wait_are_told_to_come_back(self, monkeypatch):
+        assert ogx.MAX_WAITING == 200
+        monkeypatch.setattr(ogx, "MAX_WAITING", 2)
+        held, release = self.held()
+        with self.narrow(held, retries=3) as (client, upstream), contextlib.ExitStack() as all_:
+            for n in range(3):
+                all_.enter_context(client.sending(request(f"{n}", stream=True)))
+                self.waiting(client, n + 1)
+            status, headers, body = client.post(request("one too many"))
+            assert (status, body["error"]["type"]) == (529, "overloaded_error")
+            assert headers["retry-after"] == "10" and "max_parallel" in body["error"]["message"]
+            release.set()
+            until(lambda: len(upstream.seen) == 3)
+            assert client.post(request("later"))[0] == 200
+
+    def test_counting_and_lists_wait_for_no_place(self):
+        held, release = self.held()
+        with self.narrow(held) as (client, upstream), client.sending(request(stream=True)):
+            until(lambda: upstream.seen)
+            assert client.post(request(), "/v1/messages/count_tokens")[0] == 200
+            assert client.get("/v1/models")[0] == 200
+            release.set()
+
+    def test_an_id_that_is_not_listed_waits_with_the_others(self):
+        held, release = self.held()
+        with FakeUpstream(held) as upstream:
+            upstream.lists["/props"] = (200, {"total_slots": 1})
+            with serving(provider("llama-cpp", upstream.url)) as client, client.sending(
+                request("a", model="llama-cpp/other", stream=True)
+            ):
+                until(lambda: upstream.seen)
+                with client.sending(request("b", model="llama-cpp/gpt-x")) as sock:
+                    self.waiting(client, 2)
+                    release.set()
+                    read_until(sock, b"end_turn")
+            assert self.asks(upstream) == ["a", "b"]
+
+    def test_a_long_request_that_waited_is_sent_from_a_thread(self):
+        held, release = self.held()
+        threads = []
+        with self.narrow(held) as (client, upstream), client.sending(
+            request("first", stream=True)
+        ) as one:
+            until(lambda: upstream.seen)
+            usual = client.gateway._pieces
+
+            def pieces(*args):
+                threads.append(threading.current_thread().name)
+                return usual(*args)
+
+            client.gateway._pieces = pieces
+            with client.sending(request("x" * 2 * ogx.LONG)) as two:
+                self.waiting(client, 2)
+                release.set()
+                read_until(two, b"end_turn")
+            read_until(one, b"message_stop")
+        assert threads and "loop" not in threads
+
+    SHAPED = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    LOOK = {"name": "look", "input_schema": {"type": "object"}}
+
+    @cases("url, fields, most", [
+        ("http://127.0.0.1:9/v1", {"output_config": SHAPED}, 1024),
+        ("http://10.1.2.3/v1", {"output_config": SHAPED, "max_tokens": 500}, 500),
+        ("http://127.0.0.1:9/v1", {"output_config": SHAPED, "tools": [LOOK]}, 32000),
+        ("http://127.0.0.1:9/v1", {}, 32000),
+        ("https://api.example.com/v1", {"output_config": SHAPED}, 32000)])
+    @pytest.mark.parametrize("dialect", ["chat", "messages", "responses"])
+    def test_a_title_has_a_short_answer_on_a_local_server(self, url, fields, most, dialect):
+        owner = dataclasses.replace(provider("vllm", url), dialect=dialect)
+        body = request(**{"max_tokens": 32000, **fields})
+        exchange = ogx.Exchange("req_1", body, json.dumps(body).encode(), dialect=dialect)
+        gateway = ogx.Gateway(config(owner))
+        sent = json.loads(gateway._attempt(ogx.Model("vllm/m", owner, "m"), exchange, []).data)
+        name = "max_output_tokens" if dialect == "responses" else "max_tokens"
+        assert sent[name] == most and exchange.request == body
+
+    @pytest.mark.parametrize("native", [False, True])
+    def test_a_failure_for_good_is_told_at_once(self, native):
+        error = {"type": "error", "error": {"type": "api_error",
+                                            "message": "tools param requires --jinja flag"}}
+        ways = self.native if native else gateway_over
+        with ways((500, error), retries=3) as (client, upstream):
+            name = "vllm/gpt-x" if native else "openai/gpt-x"
+            status, headers, told = client.post(request(model=name))
+        assert (status, told["error"]["type"]) == (400, "invalid_request_error")
+        assert "start its server with that flag" in told["error"]["message"]
+        assert (len(upstream.seen), headers["x-should-retry"]) == (1, "false")
+
+    def test_another_server_may_do_what_one_cannot(self):
+        failure = (500, {"error": {"message": "tools param requires --jinja flag"}})
+        with self.chain(failure) as (client, one, two):
+            assert client.post(request(model="best"))[1]["x-ogx-served"] == "groq/b"
+        assert (len(one.seen), len(two.seen)) == (1, 1)
 
     # -- disconnects
 
@@ -11114,6 +11493,17 @@ class TestServer:
         assert "400" in second and "error: max_tokens: expected at least 1, got 0" in second
         assert "sk-secret" not in caplog.text
 
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_what_was_written_to_a_cache_counts_as_read_anew(self, caplog, stream):
+        caplog.set_level("INFO", "ogx")
+        usage = ogx.Usage(107, 7, 3968, 8832)  # of vLLM, with --enable-prompt-tokens-details
+        answer = native_stream(usage=usage)
+        answer = answer if stream else ogx.message_from_events(read_events(answer))
+        with gateway_over(answer, kind="vllm", native=True) as (client, _):
+            client.post(request(model="vllm/gpt-x", stream=stream))
+            until(lambda: caplog.records)
+        assert " in 8939 cached 3968 out 7" in caplog.records[-1].getMessage()
+
     def test_what_else_is_asked_has_its_line_too(self, caplog):
         caplog.set_level("INFO", "ogx")
         with gateway_over() as (client, _):
@@ -11694,19 +12084,27 @@ class TestConnect:
     def test_check_tries_every_tier(self, claude, capfd):
         piece = fragment(0, "a", "add", '{"a":2,"b":3}')
         good = sse(delta(tool_calls=[piece]), delta("tool_calls", USAGE))
-        with gateway_over(good, said("5"), models=["a", "b"]) as (client, upstream):
+        cached = {**USAGE, "prompt_tokens_details": {"cached_tokens": 5}}
+        again = sse(delta(tool_calls=[piece]), delta("tool_calls", cached))
+        with gateway_over(good, again, said("5"), models=["a", "b"]) as (client, upstream):
             flags = ["--port", str(client.port), "--haiku-model", "openai/a", "--model", "openai/b"]
             assert ogx.main(["connect", "claude", "--check", *flags]) == 1
             one, two = capfd.readouterr().out.splitlines()
             assert re.fullmatch(
-                r"openai/a +[\d.]+ +[\d.]+ s +works, tools too \(haiku\)", one)
-            assert two.endswith(" (sonnet, opus, fable)")
+                r"openai/a +[\d.]+ +[\d.]+ s +works, tools too \(haiku\); "
+                "asked again, 5 of 50 tokens were cached", one)
+            assert upstream.raw[0] == upstream.raw[1] and len(upstream.raw) == 4
+            assert two.endswith(" (sonnet, opus, fable); asked again, 20 of 50 tokens were cached")
             assert re.match(r"openai/b .*answers, but called no tool", two)
-            upstream.answers += [good]
+            upstream.answers += [good, good]
             upstream.answers += [(500, {"error": {"message": "oops"}})]
             assert ogx.main(["connect", "claude", "--check", *flags]) == 1
             assert "oops (from openai, model b)" in capfd.readouterr().out
+            upstream.answers += [good, (500, {"error": {"message": "not twice"}})]
             upstream.answers += [good, good]
+            assert ogx.main(["connect", "claude", "--check", *flags]) == 1
+            assert "not twice (from openai, model a)" in capfd.readouterr().out
+            upstream.answers += [good] * 4
             assert ogx.main(["connect", "claude", "--check", *flags]) == 0
 
     CALL = {"type": "tool_use", "id": "t", "name": "add", "input": {}}
@@ -11716,15 +12114,21 @@ class TestConnect:
              "delta": {"type": "input_json_delta", "partial_json": '{"a":2,"b":3}'}},
             {"type": "message_delta", "delta": {}, "usage": {}}]  # fmt: skip
     FORMAT = "answers in another format than Anthropic's"
+    WORKS = "works, tools too ({}); asked again, 0 of 0 tokens were cached"
+
+    def counted(new, written, cached, events=USES):  # noqa: N805
+        usage = {"input_tokens": new, "cache_creation_input_tokens": written,
+                 "cache_read_input_tokens": cached}  # fmt: skip
+        return [*events[:3], {**events[3], "usage": usage}]
 
     def called_with(given, call=CALL):  # noqa: N805
         content = [{**call, "input": given}]
-        return [{"type": "message_start", "message": {"content": content}}]
+        return [{"type": "message_start", "message": {"content": content, "usage": {}}}]
 
     @cases(
         ("status", "body", "verdict"),
         [
-            (200, USES, "works, tools too"),
+            (200, USES, WORKS),
             (200, said("5"), FORMAT),
             (200, b"5", "an empty answer"),
             (200, b"[1, 2]", FORMAT),
@@ -11744,7 +12148,11 @@ class TestConnect:
             (200, [{"type": "error", "error": {"type": "x", "message": 5}}],
              '{"type": "error", "error": {"type": "x", "message": 5}}'),
             (200, [{"no": "type"}, *USES], FORMAT),
-            (200, [{"type": 5}, *USES], "works, tools too"),
+            (200, [{"type": 5}, *USES], WORKS),
+            (200, counted(9, 3, 20), WORKS.replace("0 of 0", "20 of 32")),
+            (200, counted(0, 0, 95), WORKS.replace("0 of 0", "95 of 95")),
+            (200, counted("9", None, [5]), WORKS),
+            (200, [{**USES[0], "message": {"content": []}}, *USES[1:3]], FORMAT),
             (200, USES[1:], FORMAT),
             (200, [USES[0], USES[2]], FORMAT),
             (200, [{"type": "message_start"}], FORMAT),
@@ -11752,11 +12160,11 @@ class TestConnect:
             (200, [{"type": "message_start", "message": {"content": 5}}], FORMAT),
             (200, [{"type": "message_start", "message": {"content": [5]}}], FORMAT),
             (200, [{"type": "message_start", "message": {"content": [{}]}}], FORMAT),
-            (200, called_with(5), FORMAT),
-            (200, called_with([[]]), FORMAT),
-            (200, called_with(["\ud800"]), 'called the tool wrongly, with ["\\ud800"]'),
+            (200, called_with(5), FORMAT + WORKS[16:]),
+            (200, called_with([[]]), FORMAT + WORKS[16:]),
+            (200, called_with(["\ud800"]), 'called the tool wrongly, with ["\\ud800"]' + WORKS[16:]),
             (200, USES[:1],
-             "answers, but called no tool: does the model, and its server, do tools?"),
+             "answers, but called no tool: does the model, and its server, do tools?" + WORKS[16:]),
             (200, b"data\n\n: hello\n\nevent: message_start\n\n", "an empty answer"),
             (200, b" " * 1_000_000, "an empty answer"),
             (200, b"", "an empty answer"),
@@ -11775,12 +12183,14 @@ class TestConnect:
             send(connection, status, body, "text/event-stream")
 
         flags = ["--haiku-model", "a", "--model", "b"]
-        with FakeUpstream(answer, answer, models=["a", "b"]) as fake:
+        with FakeUpstream(*[answer] * 4, models=["a", "b"]) as fake:
             code = ogx.main(["connect", "claude", "--check", "--url", fake.url, *flags])
         out, err = capfd.readouterr()
         one, two = out.splitlines()
-        assert re.fullmatch(r"a +[\d.]+ +[\d.]+ s  " + re.escape(verdict) + r" \(haiku\)", one)
-        assert two.endswith(f"{verdict} (sonnet, opus, fable)")
+        verdict, _, again = verdict.partition(" ({})")
+        shown = re.escape(f"{verdict} (haiku){again}")
+        assert re.fullmatch(r"a +[\d.]+ +[\d.]+ s  " + shown, one)
+        assert two.endswith(f"{verdict} (sonnet, opus, fable){again}")
         assert (code, err) == (int(not verdict.startswith("works")), "")
 
     @cases(
