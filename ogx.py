@@ -549,12 +549,14 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                      "output_format")),
     ProviderKind("vllm", "", ("VLLM_API_TOKEN",), ("VLLM_URL", "HOSTED_VLLM_API_BASE"),
         verify_var="VLLM_TLS_VERIFY", local_port=8000, identity=("/models", '"owned_by":"vllm"'),
+        context_hint="restart it with --max-model-len 65536",
         tokenizer=("~/tokenize",), top_k=True, **OWN_SERVER),
     ProviderKind("lm-studio", "http://localhost:1234/v1", ("LM_STUDIO_API_KEY",),
         ("LM_STUDIO_URL", "LM_STUDIO_API_BASE"), list_path="~/api/v0/models", local_port=1234,
         identity=("~/lmstudio-greeting", '"lmstudio":true'), **OWN_SERVER),
     ProviderKind("llama-cpp", "http://localhost:8080/v1", ("LLAMA_API_KEY",), ("LLAMA_CPP_URL",),
         enabled_by="url", local_port=8080, identity=("/models", '"owned_by":"llamacpp"'),
+        context_hint="restart it with llama-server -c 65536",
         named_tool_choice=False, top_k=True, tokenizer=("~/apply-template", "~/tokenize"),
         props_path="~/props",
         stop_fields=(("verbose", True), ("response_fields", ["stopping_word"]))),
@@ -984,6 +986,7 @@ class Model:
     created: int = 0  # seconds since 1970
     context: int | None = None  # tokens
     max_output: int | None = None  # tokens
+    tools: bool = True  # its chat template has them, as far as its server tells
     warning: str = ""
 
     @functools.cached_property
@@ -1002,6 +1005,7 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
         names = ("data", "models", "inferenceProfileSummaries", "modelSummaries")
         payload = next(filter(None, map(payload.get, names)), [])
     models: dict[str, Model] = {}
+    loaded = set()
     for entry in map(dict_or_empty, as_list(payload)):
         ids = map(entry.get, ("id", "name", "inferenceProfileId", "modelId"))
         upstream_id: Any = next(filter(None, ids), None)
@@ -1009,16 +1013,35 @@ def models_from_list(provider: Provider, payload: Any) -> list[Model]:
             continue
         upstream_id = re.sub("^models/", "", upstream_id)
         created = whole_number(entry.get("created"))
-        limits = {**entry, **dict_or_empty(entry.get("meta")),
-                  **dict_or_empty(entry.get("top_provider"))}
+        status = dict_or_empty(entry.get("status"))  # of llama-server where it has several
+        loaded |= {upstream_id} if status.get("value") == "loaded" else set()
+        limits = {"n_ctx": context_from_flags(as_list(status.get("args"))), **entry,
+                  **dict_or_empty(entry.get("meta")), **dict_or_empty(entry.get("top_provider"))}
         models.setdefault(upstream_id, Model(
             f"{provider.id}/{upstream_id}", provider.for_id_or_path(upstream_id), upstream_id,
             created if created < 1 << 32 else 0,
             first_number(limits, *CONTEXT_FIELDS) or None,
             first_number(limits, *OUTPUT_FIELDS) or None))
-    # The newest first, which a tier means where nothing else is chosen; last those called "pro",
-    # which tend to be slow and dear.
-    return sorted(models.values(), key=lambda m: (bool(PRO.search(m.upstream_id)), -m.created))
+    # Those in memory first, then the newest, which a tier means where nothing else is chosen; last
+    # those called "pro", which tend to be slow and dear.
+    return sorted(models.values(), key=lambda m: (
+        m.upstream_id not in loaded, bool(PRO.search(m.upstream_id)), -m.created))
+
+
+def context_from_flags(flags: Sequence[Any]) -> int:
+    """The window that llama-server's command line gives a model; 0 where it doesn't."""
+    words = " ".join(map(str, flags[:200])).replace("=", " ")
+    match = re.search(r"(?:^| )(?:-c|--ctx-size) ([0-9]{1,9})(?: |$)", words)
+    return int(match[1]) if match else 0
+
+
+def model_with_props(model: Model, props: Any) -> Model:
+    """The model with what llama.cpp's /props tell of its chat template."""
+    capabilities = dict_or_empty(dict_or_empty(props).get("chat_template_caps"))
+    if capabilities.get("supports_tools") is not False:
+        return model
+    words = "its chat template has no tools: start its server with another --chat-template"
+    return replace(model, tools=False, warning=words)
 
 
 def slots_from_props(props: Any) -> int:
@@ -1063,6 +1086,7 @@ class Registry:
         self.tiers = dict(config.tiers)
         self.lists: dict[str, list[Model]] = {}  # provider id -> its LLMs
         self.problems: dict[str, str] = {}  # provider id -> why its last list failed
+        self.passing: frozenset[str] = frozenset()  # ids of those whose problem may pass by itself
         self.native: dict[str, bool] = {}  # provider id -> whether it has a Messages API
         self.slots: dict[str, int] = {}  # provider id -> requests it takes at once, where it tells
         # Provider ids with the URLs of theirs that count no tokens.
@@ -1076,7 +1100,7 @@ class Registry:
 
     def learn(self, provider_id: str, models: list[Model] | None = None,
               problem: str | None = None, native: bool | None = None,
-              uncounted_url: str = "") -> None:
+              uncounted_url: str = "", passes: bool = False, slots: int | None = None) -> None:
         """Take in what was found out about a provider; what isn't given stays as it was. Tables
         are replaced and never altered, so readers need no lock."""
         with self._lock:
@@ -1086,10 +1110,13 @@ class Registry:
             if problem is not None:
                 problems = {**self.problems, provider_id: problem}
                 self.problems = {k: v for k, v in problems.items() if v}
+                self.passing = self.passing - {provider_id} | ({provider_id} if passes else set())
             if native is not None:  # it may be another server now
                 self.native = {**self.native, provider_id: native}
                 others = (pair for pair in self.uncounted_urls if pair[0] != provider_id)
                 self.uncounted_urls = frozenset(others)
+            if slots is not None:
+                self.slots = {**self.slots, provider_id: slots}
             if uncounted_url:
                 self.uncounted_urls |= {(provider_id, uncounted_url)}
 
@@ -1125,6 +1152,8 @@ class Registry:
             return [replace(model, id=model_id) for model in models if model]
         if alias:
             raise OgxError(404, f"no provider serves a target of model '{wanted[:200]}'")
+        if self.passing and not self.models():
+            raise self._nothing_serves(wanted, "all")
         hint = near_miss(model_id, [*(m.id for m in self.models()), *self.aliases])
         raise OgxError(404, f"model '{model_id[:200]}' not found.{hint} GET /v1/models lists what "
                             "there is.")
@@ -1159,13 +1188,20 @@ class Registry:
         models = [m for m in self.models() if alias.provider_id in ("all", m.provider.id)
                   and alias.provider_model_id in ("auto", m.upstream_id)]
         if not models:
-            problems = "; ".join(f"{pid}: {why}" for pid, why in self.problems.items())
-            raise OgxError(404, f"no model to serve '{wanted[:200]}' "
-                                f"({problems or 'no provider lists a model'})")
+            raise self._nothing_serves(wanted, alias.provider_id)
         models.sort(key=lambda m: m.provider.id in self.problems)  # who may be down comes last
         family = (m for m in models if m.provider.id == models[0].provider.id
                   and tier_of(re.sub(r"^.*\.(?=claude-)", "", m.upstream_id)) == tier)
         return next(family, models[0]) if tier else models[0]
+
+    def _nothing_serves(self, wanted: str, provider_id: str) -> OgxError:
+        """404, but 503 while who could serve it is loading or down: clients wait then."""
+        problems = {pid: why for pid, why in self.problems.items() if provider_id in ("all", pid)}
+        words = "; ".join(f"{pid}: {why}" for pid, why in problems.items())
+        words = f"no model to serve '{wanted[:200]}' ({words or 'no provider lists a model'})"
+        passes = self.passing & {*problems}
+        return OgxError(503 if passes else 404, words,
+                        headers={"retry-after": "5"} if passes else {})
 
     def _bare(self, wanted: str) -> Model | None:
         same = [m for m in self.models() if m.upstream_id == wanted]
@@ -2784,10 +2820,15 @@ def messages_request(request: Json, model: Model) -> Json:
         body["tools"] = [plainer_tool(tool, kind) if "input_schema" in tool else tool
                          for tool in body["tools"]]
     is_claude = kind.is_anthropic or bool(kind.native_models)
-    body["messages"] = [m if isinstance(m["content"], str) else {**m, "content": [
-        block for block in m["content"] if not is_foreign_thought(block, is_claude)]}
-        for m in body["messages"]]
+    body["messages"] = [without_foreign_thoughts(m, is_claude) if m["role"] == "assistant" else m
+                        for m in body["messages"]]
     return body
+
+
+def without_foreign_thoughts(message: Json, is_claude: bool) -> Json:
+    blocks = message["content"]
+    kept = [b for b in blocks if isinstance(b, str) or not is_foreign_thought(b, is_claude)]
+    return message if len(kept) == len(blocks) else {**message, "content": kept}
 
 
 def with_reminders(messages: Sequence[Json]) -> Sequence[Json]:
@@ -5115,7 +5156,9 @@ class DemoReply(Reply):
 # What the providers serve, asked at the start and from time to time, and told to the registry.
 
 LIST_TIMEOUT = 5.0  # seconds for a provider's model list
+ASK_AGAIN = 2.0  # seconds that a request waits for providers that had a problem
 MAX_PAGES = 20  # of a model list
+RETRYABLE = (408, 429, 500, 502, 503, 504, 529)  # statuses of failures that pass
 
 
 class Discovery:
@@ -5128,6 +5171,8 @@ class Discovery:
         self.refresh = 15.0  # seconds between lists of local servers, and after a problem
         self.done = threading.Event()
         self._closed = threading.Event()
+        self._asking = threading.Lock()
+        self._next_ask = 0.0  # when those with a problem may be asked again
 
     def start(self) -> None:
         """Begin to ask; local servers where no provider is configured."""
@@ -5138,6 +5183,14 @@ class Discovery:
 
     def close(self) -> None:
         self._closed.set()
+
+    def ask_again(self) -> None:
+        """Ask those that have a problem, once a second at most, and wait a moment for them."""
+        with self._asking:
+            due = [self.registry.providers[pid] for pid in self.registry.problems]
+            if time.monotonic() >= self._next_ask:
+                call_in_threads(self._ask, due, ASK_AGAIN)
+                self._next_ask = time.monotonic() + 1.0
 
     def _run(self) -> None:
         for number in itertools.count():
@@ -5152,7 +5205,7 @@ class Discovery:
     def _ask(self, provider: Provider) -> None:
         """Ask one provider; after a failure its old list stays."""
         before = self.registry.problems.get(provider.id, "")
-        models = None
+        models, passes = None, False
         try:
             models = self._models_of(provider)
             problem = "" if models else "its list holds no LLM"
@@ -5160,20 +5213,18 @@ class Discovery:
                 self._probe(provider)
         except OgxError as error:
             problem = error.hide(self.upstream.secrets(provider)).message
+            problem += key_hint(error, provider.kind)
+            passes = error.status in RETRYABLE
         except Exception:  # a list that no one foresaw must not take the others down
             log.exception("reading the model list of %s", provider.id)
             problem = "its model list could not be read"
         if problem != before and self.done.is_set():
             log.warning("%s: %s", provider.id, problem or "its models are listed again")
-        self.registry.learn(provider.id, models, problem)
+        self.registry.learn(provider.id, models, problem, passes=passes)
 
     def _models_of(self, provider: Provider) -> list[Model]:
         """The LLMs of its lists; OgxError if all of them failed."""
         kind, models, failure = provider.kind, list[Model](), None
-        if kind.props_path:
-            with suppress(OgxError):
-                props = self.upstream.json(provider, kind.props_path, LIST_TIMEOUT)
-                self.registry.slots[provider.id] = slots_from_props(props)
         if kind.built_in_models:
             return [Model(f"{provider.id}/{name}", provider, name) for name in kind.built_in_models]
         lists = [(kind.list_path, ""), *kind.more_lists]
@@ -5193,7 +5244,12 @@ class Discovery:
             with suppress(OgxError):  # welcome, not needed
                 loaded = self.upstream.json(provider, kind.loaded_path, LIST_TIMEOUT)
                 models = [with_loaded_context(model, loaded) for model in models]
-        return models
+        if kind.props_path:
+            with suppress(OgxError):
+                props = self.upstream.json(provider, kind.props_path, LIST_TIMEOUT)
+                self.registry.learn(provider.id, slots=slots_from_props(props))
+                models = [model_with_props(model, props) for model in models]
+        return [with_small_context(model) for model in models]
 
     def _pages(self, server: Provider, path: str) -> Iterator[Any]:
         query = ""
@@ -5237,25 +5293,42 @@ def local_providers(upstream: Upstream, kinds: Iterable[ProviderKind],
 
 def call_in_threads(function: Callable[[Provider], None], providers: Iterable[Provider],
                     timeout: float) -> None:
-    """Call a function with all providers at once; wait so many seconds for each."""
+    """Call a function with all providers at once; wait so many seconds for them."""
+    until = time.monotonic() + timeout
     threads = [threading.Thread(target=function, args=(provider,), daemon=True)
                for provider in providers]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout)
+        thread.join(max(0.0, until - time.monotonic()))
 
 
 def with_loaded_context(model: Model, loaded: Any) -> Model:
-    """The model with the context it has in its server's memory, and a warning if that is small:
-    Ollama cuts longer prompts in silence, from the front."""
+    """The model with the context it has in its server's memory."""
     for entry in map(dict_or_empty, as_list(dict_or_empty(loaded).get("models"))):
         context = whole_number(entry.get("context_length"))
         if context and model.upstream_id in (entry.get("name"), entry.get("model")):
-            small = (f"a context of {context:,} tokens is too small for Claude Code; "
-                     f"{model.provider.kind.context_hint}")  # whose own prompt takes 15,000
-            return replace(model, context=context, warning=small if context < 32_000 else "")
+            return replace(model, context=context)
     return model
+
+
+def with_small_context(model: Model) -> Model:
+    """The model with a warning where its window is small and its server could give it more. Ollama
+    cuts longer prompts in silence, from the front."""
+    context, hint = model.context or 0, model.provider.kind.context_hint
+    if not hint or not 0 < context < 32_000:
+        return model
+    words = f"a context of {context:,} tokens is too small for Claude Code; {hint}"
+    return replace(model, warning="; ".join(filter(None, (model.warning, words))))
+
+
+def key_hint(error: OgxError, kind: ProviderKind) -> str:
+    """Where to look after a refused key, as the end of a sentence."""
+    if error.status != 401:
+        return ""
+    variables = " or ".join(kind.key_vars + kind.signed_by)
+    variables = "the clock" if re.search("Z is (now|still) ", error.message) else variables
+    return f"; check {variables or 'api_key'} where ogx.py runs"
 
 
 # ======== Gateway ============================================================================
@@ -5266,7 +5339,6 @@ MAX_REQUESTS = 5  # to one upstream for one request of a client: remedies and re
 BACKOFF = 0.3  # seconds before the first retry, doubled for each further one
 COOLDOWN = 30.0  # seconds for which a failed target of a chain is tried last
 MAX_COOLING = 64  # such targets
-RETRYABLE = (408, 429, 500, 502, 503, 504, 529)  # statuses of failures that pass
 TICK = 10.0  # seconds of silence after which the client gets a sign of life
 ERROR_BODY = (10.0, 1024 * 1024)  # seconds and bytes that an upstream has for its words
 MAX_WAITING = 200  # requests for a place at one provider
@@ -5440,6 +5512,9 @@ class Gateway:
             chain = self.registry.chain(model_id)
         except OgxError:
             yield from self._until_discovered()
+            if self.registry.problems:
+                yield MAY_BLOCK
+                self.discovery.ask_again()
             chain = self.registry.chain(model_id)
         if len(chain) == 1:
             return chain
@@ -5672,7 +5747,8 @@ class Gateway:
                     self.registry.learn(provider.id, uncounted_url=url)
                 return 0
             answer = dict_or_empty(json_or_none(data))
-            body = {"content": answer.get("prompt") or "", "add_special": True}
+            body = {"model": body.get("model"), "content": answer.get("prompt") or "",
+                    "add_special": True}
         count = answer.get("input_tokens") or answer.get("count") or answer.get("tokens")
         return len(count) if isinstance(count, list) else whole_number(count)
 
@@ -5681,7 +5757,9 @@ class Gateway:
     def model_list(self, query_string: str) -> Json:
         """One page that both SDKs read; without `limit` it holds all models."""
         query = dict(urllib.parse.parse_qsl(query_string[:4000]))
-        self.discovery.done.wait(2.0)  # Claude Code waits 3 s for this list
+        self.discovery.done.wait(ASK_AGAIN)  # Claude Code waits 3 s for this list
+        if self.discovery.done.is_set():
+            self.discovery.ask_again()
         entries = [model_entry(m) for m in self.registry.models()]
         for alias_id in self.registry.aliases:
             with suppress(OgxError):  # that nothing serves it now
@@ -5699,7 +5777,8 @@ class Gateway:
         page = rest[-int(size) :] if before else rest[: int(size)]
         shown = [entry["id"] for entry in page] or [None]
         return {"object": "list", "data": page, "has_more": len(page) < len(rest),
-                "first_id": shown[0], "last_id": shown[-1], "tiers": self.tiers()}
+                "first_id": shown[0], "last_id": shown[-1], "tiers": self.tiers(),
+                "problems": self.registry.problems}
 
     def tiers(self) -> dict[str, str]:
         """The provider's model behind each tier that has one: {"haiku": "openai/gpt-...", ...}."""
@@ -5888,13 +5967,11 @@ def refused_error(refusal: Refusal, model: Model, headers: Headers, native: byte
     theirs = dict_or_empty(json_or_none(native))
     reason = dict_or_empty(theirs.get("error")).get("message")
     if theirs.get("type") == "error" and reason == without_controls(refusal.message):
-        if theirs["error"].get("type") not in ERROR_TYPES.values():  # vLLM's BadRequestError, say
+        if theirs["error"].get("type") not in (*ERROR_TYPES.values(), "api_error"):  # vLLM's
             theirs["error"]["type"] = error.type
         error.raw, error.status = json_bytes(theirs), refusal.status  # escapes could hide a key
-    elif error.status == 401:
-        hint = " or ".join(model.provider.kind.key_vars + model.provider.kind.signed_by)
-        hint = "the clock" if re.search("Z is (now|still) ", error.message) else hint or "api_key"
-        error.message += f"; check {hint} where ogx.py runs"
+    else:
+        error.message += key_hint(error, model.provider.kind)
     return error
 
 
@@ -6524,7 +6601,9 @@ def not_served_words(path: str) -> str:
 # `connect claude`: plan the environment for a server's models (pure); print it or launch Claude
 # Code. What to set and unset was verified with the real client (2.1.332).
 
-SMALL_WINDOW = 48_000  # tokens; below, the usual output reserve would compact on every turn
+# Tokens. Claude Code keeps back its output limit: half of a window of 65,536 with the usual one.
+RESERVED_WINDOW = 160_000
+FIRST_REQUEST, LEAN_REQUEST = 13_500, 4_500  # what its first request takes (2.1.332)
 LEAN_WINDOW = 32_768  # tokens; below, Claude Code starts with what it can't do without
 LEAN_TOOLS = "Bash,Read,Edit,Write,Grep,Glob"
 LEAN = dict.fromkeys(map("CLAUDE_CODE_DISABLE_{}".format, (
@@ -6567,6 +6646,7 @@ class LaunchPlan:
     model: str = ""  # for all tiers, if the user chose one
     models: Mapping[str, Json] = field(default_factory=dict)  # the server's list, by id
     lean: bool = False
+    problems: Sequence[str] = ()  # lines about the server's providers
 
     def __post_init__(self) -> None:
         for name, value in self.variables.items():
@@ -6604,6 +6684,7 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
         server = replace(server, base_url=own_server.url, api_key=token)
         listing = model_listing(server)
     try:
+        listing = loaded_listing(server, listing, options)
         plan = launch_plan(server, listing, options, os.environ)
         if options.print_env:
             for path in overriding_files(plan):
@@ -6708,6 +6789,26 @@ def model_listing(server: Provider) -> Json:
     raise OgxError(502, f"Failed to query models from {place}{problem}")
 
 
+def loaded_listing(server: Provider, listing: Json, options: argparse.Namespace) -> Json:
+    """The server's list once a provider that is loading its model has done so, or has failed."""
+    told = ""
+    while not listing["data"]:
+        loading = [line for line in problem_lines(listing) if re.search(r"(?i)\bloading\b", line)]
+        if not loading:
+            break
+        if loading[0] != told:
+            told = loading[0]
+            tell(options, f"{told.strip()}; waiting for it (Ctrl-C to stop)")
+        time.sleep(1.0)
+        listing = model_listing(server)
+    return listing
+
+
+def problem_lines(listing: Json) -> list[str]:
+    problems = dict_or_empty(listing.get("problems"))
+    return [f"  {one_line(pid)}: {one_line(str(why))}" for pid, why in problems.items()]
+
+
 def command_name() -> str:
     """How to call this program again."""
     path = sys.argv[0]
@@ -6719,7 +6820,8 @@ def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
     entries = filter(is_listed_llm, map(dict_or_empty, listing["data"]))
     models = {entry["id"]: entry for entry in entries}
     if not models:
-        raise OgxError(404, "Failed to find any LLM models on the OGX server.")
+        raise OgxError(404, "\n".join(["Failed to find any LLM models on the OGX server.",
+                                       *problem_lines(listing)]))
     variables = {**dict.fromkeys(UNSET, ""),
                  "ANTHROPIC_BASE_URL": server.base_url, "ANTHROPIC_AUTH_TOKEN": server.api_key,
                  "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",
@@ -6737,6 +6839,7 @@ def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
         variables.update({name: model_id, f"{name}_NAME": model_id,
                           f"{name}_DESCRIPTION": f"{tier} tier, served by ogx.py"})
         chosen.append(models.get(model_id, {}))
+    chosen = chosen[1:]  # haiku's requests are short, and its window needn't bound the others'
     if any(re.search("claude|anthropic", model_id, re.I) for model_id in models.keys() - aliases):
         variables["CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY"] = "1"  # it lists only such ids
     variables.update(limit_variables(chosen))
@@ -6752,7 +6855,7 @@ def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
         if hosts != ["*"]:
             hosts += [address_of(server.base_url)[1], "localhost", "127.0.0.1"]
         variables[name] = ",".join(dict.fromkeys(hosts))
-    return LaunchPlan(variables, options.model or "", models, lean)
+    return LaunchPlan(variables, options.model or "", models, lean, problem_lines(listing))
 
 
 def is_listed_llm(entry: Json) -> bool:
@@ -6773,7 +6876,7 @@ def limit_variables(entries: Sequence[Json]) -> dict[str, str]:
     window, output = (
         min(filter(None, (whole_number(entry.get(name)) for entry in entries)), default=0)
         for name in ("max_input_tokens", "max_tokens"))
-    if 0 < window < SMALL_WINDOW:
+    if 0 < window <= RESERVED_WINDOW:
         most = max(1024, window // 8)
         output = min(output or most, most)
     limits = {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": window, "CLAUDE_CODE_MAX_OUTPUT_TOKENS": output}
@@ -6788,10 +6891,27 @@ def plan_lines(plan: LaunchPlan) -> list[str]:
         lines.append(f"  window  {plan.window:,} tokens")
     if plan.lean:
         lines.append(f"  lean    only {LEAN_TOOLS}, a shorter prompt (--no-lean: all)")
-    if 0 < plan.window < SMALL_WINDOW:
-        lines.append("  warning: Claude Code's own prompt and tools take about 15,000 of them; a "
-                     "model with a larger window works better")
-    return lines
+    return [*lines, *window_words(plan), *plan.problems, *model_warnings(plan)]
+
+
+def window_words(plan: LaunchPlan) -> list[str]:
+    """What to know about a small window."""
+    first = LEAN_REQUEST if plan.lean else FIRST_REQUEST
+    if 0 < plan.window < first + 1024:
+        return [f"  warning: this can't work: Claude Code's first request takes about {first:,} "
+                "tokens; a model with a larger window is needed"]
+    if 0 < plan.window < 3 * first:
+        return [f"  warning: Claude Code's own prompt and tools take about {first:,} of them; a "
+                "model with a larger window works better"]
+    return []
+
+
+def model_warnings(plan: LaunchPlan) -> list[str]:
+    """What the server warns of in the tiers' models."""
+    ids = dict.fromkeys(map(plan.model_of, TIERS))
+    metadata = [(i, dict_or_empty(plan.models.get(i, {}).get("custom_metadata"))) for i in ids]
+    return [f"  warning: {model_id}: {one_line(str(known['warning']))}"
+            for model_id, known in metadata if known.get("warning")]
 
 
 def shell_lines(plan: LaunchPlan, shell: str = "sh") -> list[str]:
@@ -6992,6 +7112,8 @@ def print_check(server: Provider, plan: LaunchPlan) -> int:
                 verdict, failed = "answers in another format than Anthropic's", True
             seconds = f"{first - began:6.2f} {(ended or time.monotonic()) - began:6.2f} s"
             say(f"{model_id:<{width}}  {seconds}  {verdict} ({', '.join(tiers)}){cached}")
+    for line in model_warnings(plan):
+        say(line)
     return int(failed)
 
 
