@@ -1213,7 +1213,7 @@ class TestErrors:
         body = ogx.OgxError(400, "a\x1b]0;b\x07\n\u202ec", quote="\ud800").body("r")
         assert body["error"]["message"] == "a?]0;b?\n?c?"
 
-    FLAG, SCHEMA, TEMPLATE = "start its server with that flag", "a plainer schema", "another --chat-template"
+    FLAG, SCHEMA, TEMPLATE = "server with that flag", "a plainer schema", "another --chat-template"
     MINJA = ("Value is not callable: null at row 49, column 79:\n {%- set content = (m_content"
              ".split('</think>')|last).lstrip('\\n') %}\n ^\n at row 49, column 81")
 
@@ -11948,7 +11948,8 @@ class TestConnect:
             (200, [{"type": "message_start", "message": {"content": [{}]}}], FORMAT),
             (200, called_with(5), FORMAT + WORKS[16:]),
             (200, called_with([[]]), FORMAT + WORKS[16:]),
-            (200, called_with(["\ud800"]), 'called the tool wrongly, with ["\\ud800"]' + WORKS[16:]),
+            (200, called_with(["\ud800"]),
+             'called the tool wrongly, with ["\\ud800"]' + WORKS[16:]),
             (200, USES[:1],
              "answers, but called no tool: does the model, and its server, do tools?" + WORKS[16:]),
             (200, b"data\n\n: hello\n\nevent: message_start\n\n", "an empty answer"),
