@@ -9095,6 +9095,17 @@ class TestGateway:
                 read_until(sock, b"message_stop")
             assert (len(one.seen), len(two.seen)) == (2, 2)
 
+    def test_places_are_given_back_when_the_server_stops(self):
+        held, release = self.held(sse(delta(content="a"), done=False))
+        with self.narrow(held) as (client, upstream), contextlib.ExitStack() as socks:
+            for number in range(1, 4):
+                socks.enter_context(client.sending(request(stream=True)))
+                self.waiting(client, number)
+            until(lambda: upstream.seen)
+            client.server.stop(drain=0)
+            self.waiting(client, 0)
+            release.set()
+
     def test_more_than_200_that_wait_are_told_to_come_back(self, monkeypatch):
         assert ogx.MAX_WAITING == 200
         monkeypatch.setattr(ogx, "MAX_WAITING", 2)
