@@ -1213,7 +1213,7 @@ class TestErrors:
         body = ogx.OgxError(400, "a\x1b]0;b\x07\n\u202ec", quote="\ud800").body("r")
         assert body["error"]["message"] == "a?]0;b?\n?c?"
 
-    FLAG, SCHEMA, TEMPLATE = "start its server with that flag", "a plainer schema", "another --chat-template"
+    FLAG, SCHEMA, TEMPLATE = "server with that flag", "a plainer schema", "another --chat-template"
     MINJA = ("Value is not callable: null at row 49, column 79:\n {%- set content = (m_content"
              ".split('</think>')|last).lstrip('\\n') %}\n ^\n at row 49, column 81")
 
@@ -9324,6 +9324,17 @@ class TestGateway:
                 read_until(sock, b"message_stop")
             assert (len(one.seen), len(two.seen)) == (2, 2)
 
+    def test_places_are_given_back_when_the_server_stops(self):
+        held, release = self.held(sse(delta(content="a"), done=False))
+        with self.narrow(held) as (client, upstream), contextlib.ExitStack() as socks:
+            for number in range(1, 4):
+                socks.enter_context(client.sending(request(stream=True)))
+                self.waiting(client, number)
+            until(lambda: upstream.seen)
+            client.server.stop(drain=0)
+            self.waiting(client, 0)
+            release.set()
+
     def test_more_than_200_that_wait_are_told_to_come_back(self, monkeypatch):
         assert ogx.MAX_WAITING == 200
         monkeypatch.setattr(ogx, "MAX_WAITING", 2)
@@ -12292,7 +12303,8 @@ class TestConnect:
             (200, [{"type": "message_start", "message": {"content": [{}]}}], FORMAT),
             (200, called_with(5), FORMAT + WORKS[16:]),
             (200, called_with([[]]), FORMAT + WORKS[16:]),
-            (200, called_with(["\ud800"]), 'called the tool wrongly, with ["\\ud800"]' + WORKS[16:]),
+            (200, called_with(["\ud800"]),
+             'called the tool wrongly, with ["\\ud800"]' + WORKS[16:]),
             (200, USES[:1],
              "answers, but called no tool: does the model, and its server, do tools?" + WORKS[16:]),
             (200, b"data\n\n: hello\n\nevent: message_start\n\n", "an empty answer"),

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -95,10 +96,10 @@ def base_environment(folder: Path) -> dict[str, str]:
             "LANG": "C.UTF-8", "HF_HUB_CACHE": str(SERVERS / "hub"), **dict.fromkeys(quiet, "1")}
 
 
-def llama_server(folder: Path) -> Server:
+def llama_server(folder: Path, *flags: Any) -> Server:
     run = [SERVERS / "llama-server", "-m", SERVERS / "tiny.gguf", "--alias", "tiny", "--jinja",
            "-c", CONTEXT, "-np", 1, "--host", "127.0.0.1", "--port", "PORT",
-           "--api-key", KEY]
+           "--api-key", KEY, *flags]
     return Server(folder, "llama", "/health", run)
 
 
@@ -248,6 +249,8 @@ class TestMessages:
         message = sdk.messages.create(**ask(model, "TALK-ON", stop_sequences=[", then"]))
         assert said(message)[0][1].startswith("on and on and on and on")
         assert message.usage.output_tokens < 10 and message.stop_reason != "max_tokens"
+        if model == "chat/tiny":  # which tells, where it's asked to
+            assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", ", then")
 
     @every_model
     def test_shows_a_text_document(self, sdk, model):
@@ -316,6 +319,64 @@ def test_recovers_with_its_server(tmp_path, dialect):
             assert gone.value.status_code == 502
         with llama:
             assert said(both_ways(sdk, hello)) == [("text", HELLO)]
+
+
+@contextlib.contextmanager
+def one_llama(folder: Path, *flags: Any) -> Iterator[tuple[Server, Server, anthropic.Anthropic]]:
+    """llama-server with more flags, as the provider `one` of a gateway, and a client of that."""
+    llama = llama_server(folder, *flags)
+    upstream = provider("one", "llama-cpp", llama, "chat")
+    with llama, gateway_server(folder, [upstream]) as gateway, gateway.sdk() as sdk:
+        yield llama, gateway, sdk
+
+
+def test_one_slot_gets_one_request_at_a_time(tmp_path):
+    long = ask("one/tiny", "TALK-ON and count from 1 to 1000.", 60_000,
+               extra_body={"temperature": 0})
+    short = ask("one/tiny", "Hello", 9)
+    done: list[str] = []
+
+    def answer(name: str) -> None:
+        sdk.messages.create(**short)
+        done.append(name)
+
+    with one_llama(tmp_path, "--metrics") as (llama, _, sdk):
+        threads = [threading.Thread(target=answer, args=(name,)) for name in "abc"]
+        with sdk.messages.stream(**long) as stream:
+            text = iter(stream.text_stream)
+            next(text)
+            for thread in threads:
+                thread.start()
+                time.sleep(0.2)
+            for _ in range(20):
+                next(text)
+            request = urllib.request.Request(llama.url + "/metrics",
+                                             headers={"authorization": f"Bearer {KEY}"})
+            told = urllib.request.urlopen(request, timeout=5).read().decode()
+            assert re.search(r"(?m)^llamacpp:requests_processing 1$", told), told
+            assert re.search(r"(?m)^llamacpp:requests_deferred 0$", told), told
+            assert done == []
+        for thread in threads:
+            thread.join(60)
+    assert done == ["a", "b", "c"]
+
+
+def test_what_needs_another_flag_is_told_at_once(tmp_path):
+    with one_llama(tmp_path, "--no-jinja") as (_, _, sdk):
+        began = time.monotonic()
+        with pytest.raises(anthropic.BadRequestError, match="requires --jinja .*with that flag"):
+            sdk.messages.create(**ask("one/tiny", "Hello", tools=[WEATHER]))
+        assert time.monotonic() - began < 2
+        sdk.messages.create(**ask("one/tiny", "Hello", 9))
+
+
+def test_check_tells_what_was_cached(tmp_path):
+    with one_llama(tmp_path) as (_, gateway, _):
+        run = [PYTHON, OGX, "connect", "claude", "--check", "--port", str(gateway.port)]
+        done = subprocess.run(run, env=base_environment(tmp_path), capture_output=True, text=True,
+                              timeout=120)
+    told = re.search(r"asked again, (\d+) of (\d+) tokens were cached", done.stdout)
+    assert told and int(told[1]) == int(told[2]) - 1 > 20, done.stdout
 
 
 def claude(gateway: Server, folder: Path, model: str, prompt: str, *flags: str) -> Json:
