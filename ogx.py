@@ -27,6 +27,7 @@ chunk; a name tells by its noun which protocol it speaks. Sections refer only up
     Requests       check a Messages request
     History        turns, words for blocks, documents and signatures for other dialects
     Tokens         estimate token counts
+    Calls          tool calls that a model wrote as text
     Events         build, write, read and fold Anthropic events
     Chat           OpenAI Chat Completions: request there, chunks back
     Messages       Anthropic's own format, for upstreams that speak it
@@ -237,12 +238,13 @@ QUOTATION = re.compile(r"""(\b(?:message|msg|error|detail)\\?['"]\s?:\s?\\?)?(?<
 NO_MONEY = (r"(?i)\b(insufficient|not enough|out of|used all)\b(?! permis).{0,30}\b(balance|"
             r"credit|fund)|\b(balance|credit|fund)s?\b.{0,30}(insufficient|not enough|too low)|"
             r"\brecharg|\barrears|\btop[ -]up\b")
-# What a 500 says that will not pass, and what helps; but for one that says it passes.
-PERMANENT = {r"requires? .{0,20}--\w|using --jinja": "start its server with that flag",
-             "(?i)grammar|json schema": "a plainer schema may help",
-             r"(?i)jinja|prompt template|chat.?template|\{%-|at row \d+, column":
-             "start its server with another --chat-template"}
-PASSING = r"(?i)time.?out|timed|unavailable|again|temporar|overload|busy|\bloading|memory"
+# What a 500 says, the first that fits, and what helps where it will not pass by itself.
+FAILURES = {
+    r"(?i)time.?out|timed|unavailable|again|temporar|overload|busy|\bloading|memory": "",
+    r"requires? .{0,20}--\w|using --jinja": "start its server with that flag",
+    "(?i)grammar|json schema": "a plainer schema may help",
+    r"(?i)jinja|prompt template|chat.?template|\{%-|at row \d+, column":
+    "start its server with another --chat-template"}
 RETRY_AFTER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?|\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT")
 
 
@@ -361,10 +363,10 @@ def upstream_error(refusal: Refusal, origin: str, headers: Mapping[str, str]) ->
     sent = {"retry-after": retry_after} if RETRY_AFTER.fullmatch(retry_after) else {}
     status, message = refusal.status, f"{refusal.message} (from {origin})"
     status = status if 400 <= status <= 599 else 502
-    advice = [told for said, told in PERMANENT.items() if re.search(said, refusal.words)]
-    if status == 500 and advice and not re.search(PASSING, refusal.words):
-        status, message = 400, f"{message}; {advice[0]}"
-        sent["x-should-retry"] = "false"
+    advice = (told for said, told in FAILURES.items() if re.search(said, refusal.words))
+    helps = next(advice, "") if status == 500 else ""
+    if helps:
+        status, message, sent["x-should-retry"] = 400, f"{message}; {helps}", "false"
     if status == 403 and re.search("(?i)security token|bearer token|authentication|signature",
                                    refusal.message):
         status = 401  # AWS has 403 for wrong credentials, too
@@ -522,6 +524,8 @@ class ProviderKind:
     refused_keywords: Strings = ()
     max_description: int = 0  # characters of a tool's; 0: any number
     max_tools: int = 0  # more are left out; 0: any number
+    text_calls: bool = False  # calls that a model writes as text are read, on local servers
+    tools_in_words: bool = False  # tools are described in words where its chat template has none
 
     @property
     def switches(self) -> Strings:
@@ -534,7 +538,7 @@ ANTHROPIC_VERSION = "2023-06-01"
 VERSION_HEADER = (("anthropic-version", ANTHROPIC_VERSION),)
 AWS_HOST = r"bedrock-(?:mantle|runtime)\.([a-z0-9-]*)\.[^/]+.*"
 NINE, FORTY = "[a-zA-Z0-9]{9}", ".{1,40}"  # ids of tool calls
-OWN_SERVER: Json = {"enabled_by": "url", "dialects": BOTH, "native_gaps": GAPS}
+OWN_SERVER: Json = {"enabled_by": "url", "dialects": BOTH, "native_gaps": GAPS, "text_calls": True}
 BESIDE: Json = {"dialects": BOTH, "messages_path": "~/anthropic/v1/messages"}
 OPENAI: Json = {"max_tokens_field": "max_completion_tokens", "system_anywhere": True, "files": True,
                 "cache_key": True, "root_unions": False, "max_tools": 128, "tool_ids": FORTY}
@@ -542,7 +546,7 @@ SKIP_SIGNATURE = (("extra_content", {"google": {
     "thought_signature": "skip_thought_signature_validator"}}),)
 PROVIDER_KINDS = {kind.name: kind for kind in (
     ProviderKind("ollama", "http://localhost:11434/v1", ("OLLAMA_API_KEY",), ("OLLAMA_URL",),
-        enabled_by="url", list_path="~/api/tags", loaded_path="~/api/ps",
+        enabled_by="url", list_path="~/api/tags", loaded_path="~/api/ps", text_calls=True,
         context_hint="restart it with OLLAMA_CONTEXT_LENGTH=64000 ollama serve",
         local_port=11434, identity=("~/", "Ollama is running"), dialects=BOTH,
         native_gaps=("document", "url_image", "tool_choice", "search_result", "is_error",
@@ -556,7 +560,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
         identity=("~/lmstudio-greeting", '"lmstudio":true'), **OWN_SERVER),
     ProviderKind("llama-cpp", "http://localhost:8080/v1", ("LLAMA_API_KEY",), ("LLAMA_CPP_URL",),
         enabled_by="url", local_port=8080, identity=("/models", '"owned_by":"llamacpp"'),
-        context_hint="restart it with llama-server -c 65536",
+        context_hint="restart it with llama-server -c 65536", text_calls=True,
         named_tool_choice=False, top_k=True, tokenizer=("~/apply-template", "~/tokenize"),
         props_path="~/props",
         stop_fields=(("verbose", True), ("response_fields", ["stopping_word"]))),
@@ -618,7 +622,7 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
         ("NVIDIA_BASE_URL",)),
     ProviderKind("sambanova", "https://api.sambanova.ai/v1", ("SAMBANOVA_API_KEY",)),
     # Any other server, by its URL.
-    ProviderKind("openai-compatible"),
+    ProviderKind("openai-compatible", text_calls=True),
     ProviderKind("messages", dialects=("messages",),
         key_headers=("authorization", "x-api-key")))}
 DEMO_KIND = ProviderKind("demo", "demo:", dialects=("demo",), built_in_models=("echo",))
@@ -638,6 +642,7 @@ class Provider:
     own_headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # lower-case names
     secrets: Strings = field(default=(), repr=False)  # besides the key
     max_parallel: int = 0  # requests at once; 0: as many as it tells
+    text_calls: bool = True  # as its row says; False: never
 
     @functools.cached_property
     def pool_key(self) -> str:
@@ -660,6 +665,10 @@ class Provider:
             return ipaddress.ip_address(host).is_private
         except ValueError:
             return "." not in host or host.endswith(".local")
+
+    @property
+    def reads_calls(self) -> bool:
+        return self.kind.text_calls and self.text_calls and self.is_local
 
     def for_id_or_path(self, place: str) -> Provider:
         """This provider at the server that has a model's id or a list's path."""
@@ -864,7 +873,7 @@ def provider_or_none(value: Any, where: str) -> Provider | None:
     return Provider(
         entry["provider_id"], kind, url, api_key, settings["dialect"], settings["verify"],
         settings["ca_file"], tuple(headers.items()), (*secrets, *" ".join(secrets).split()),
-        int(settings["max_parallel"]))
+        int(settings["max_parallel"]), settings["text_calls"])
 
 
 def basic_auth(url: urllib.parse.SplitResult) -> str:
@@ -929,7 +938,7 @@ ALIAS: Json = {"model_id": "", "provider_id": "all", "provider_model_id": target
                "model_type": "llm"}
 ENTRY: Json = {"provider_id": "", "provider_type": "", "config": {
     "base_url": "", "api_key": "", "dialect": "auto", "verify": True, "ca_file": "",
-    "headers": {...: ""}, "key_header": "", "max_parallel": 0}}
+    "headers": {...: ""}, "key_header": "", "max_parallel": 0, "text_calls": True}}
 FILE: Json = {
     "version": None, "distro_name": None, "providers": {"inference": [provider_or_none], ...: None},
     "registered_resources": {"models": [ALIAS], ...: None},
@@ -1045,7 +1054,7 @@ def model_with_props(model: Model, props: Any) -> Model:
 
 
 def slots_from_props(props: Any) -> int:
-    """1 where llama.cpp's /props tell of one slot: among several it shares requests out itself."""
+    """1 where llama.cpp's /props tell of one slot, else 0."""
     return int(whole_number(dict_or_empty(props).get("total_slots")) == 1)
 
 
@@ -1660,6 +1669,210 @@ def attached_tokens(block: Json) -> int:
     return 1_600  # Anthropic's upper bound for an image
 
 
+# ======== Calls ==============================================================================
+# Tool calls that a model wrote as text, since its server doesn't read them. Pure.
+
+MOST_HELD = 200_000  # characters of a text that may be calls
+CALL_MARKS = ("<tool_call>", "<function=", "<invoke name=", "<function_calls>", "[TOOL_CALLS]",
+              "<|python_tag|>", "<｜tool▁calls▁begin｜>")
+A_MARK = re.compile("|".join(map(re.escape, CALL_MARKS)))
+NAME = r"[\"']?(?:functions\.)?([\w.-]{1,200}?)[\"']?"
+CALL_HEAD = re.compile(  # and perhaps its name
+    rf"(?:<(?:function_calls|tool_call)>\s*)?<(?:function=|invoke name=){NAME}>\s*|"  # Qwen; Claude
+    rf"<tool_call>\s*(?:{NAME}\s*(?=<arg_|</tool_call))?|"  # Hermes, Qwen; GLM
+    rf"\[TOOL_CALLS\]\s*(?:{NAME}(?:\[ARGS\])?\s*(?=\{{))?|<\|python_tag\|>\s*|"  # Mistral; Llama
+    r"(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?"
+    rf"{NAME}(?:<｜tool▁sep｜>|\s*(?=[\{{`]))(?:```json)?\s*")  # DeepSeek
+CALL_END = re.compile(  # and what stands between calls
+    r"(?:[\s;]|```|</(?:function_calls|tool_call|function|invoke)>|<｜tool▁calls?▁end｜>|"
+    r"<\|e(?:om|ot)_id\|>)*")
+BARE_CALL = re.compile(  # how a message begins that is a call without a mark
+    r"\s*(?:```\w{0,20}\s*)?(?=(?:\[\s*)?(?:\{\s*\"(?:name|arguments|parameters|type|function|id)\"|"
+    r"[A-Za-z_][\w.]{0,200}\())")
+PARAMETER = re.compile(r"<parameter(?:=| name=)[\"']?([^>\"']{1,200})[\"']?>(.*?)</parameter>\s*|"
+                       r"<arg_key>(.{1,200}?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.S)
+JSON_PART = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^"<`])*', re.S)
+STRING_OR_COMMA = re.compile(r'("(?:[^"\\]|\\.)*"?)|,(?=\s*[\]}])', re.S)
+LOOSE_JSON = json.JSONDecoder(strict=False)  # takes raw line breaks in strings
+
+
+class CallReader:
+    """Reads a text that is nothing but calls of these tools; what ends them may be missing."""
+
+    def __init__(self, text: str, tools: Mapping[str, Json]) -> None:
+        self._text, self._tools = text, tools
+        self._at = 0
+        self._found: list[tuple[str, Json]] = []
+        self.repaired = False
+
+    def calls(self) -> list[tuple[str, Json]]:
+        """Pairs of a tool's name and its input; none where anything else stands in the text."""
+        try:
+            while self._at < len(self._text):
+                head = self._skip(CALL_HEAD) or self._skip(BARE_CALL)
+                if not head:
+                    return []
+                self._read_call(next(filter(None, head.groups()), ""))
+                self._skip(CALL_END)
+            return self._found
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # ast's, too
+            return []
+
+    def _skip(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        match = pattern.match(self._text, self._at)
+        self._at = match.end() if match else self._at
+        return match
+
+    def _read_call(self, name: str) -> None:
+        if re.match(r"\{|\[\s*\{", self._text[self._at : self._at + 99]):
+            value = self._json()
+            self._add({"name": name, "arguments": value} if name else value)
+        elif name:
+            self._add({"name": name, "arguments": self._parameters(name)})
+        else:
+            self._read_pythonic()
+
+    def _parameters(self, name: str) -> Json:
+        schema = dict_or_empty(self._tools.get(name, {}).get("input_schema"))
+        properties = dict_or_empty(schema.get("properties"))
+        found = {}
+        for match in iter(lambda: self._skip(PARAMETER), None):
+            key, text = (match[1] or match[3]).strip(), match[2] or match[4] or ""
+            found[key] = typed_value(text, dict_or_empty(properties.get(key)))
+        return found
+
+    def _read_pythonic(self) -> None:
+        """Read Llama's and Gemma's `[f(a=1), g()]`."""
+        import ast
+
+        end = self._text.find("```", self._at)
+        text = self._text[self._at : end if end > 0 else None].strip()
+        self._at = end if end > 0 else len(self._text)
+        tree = ast.parse(text[:MAX_HEAD], mode="eval").body
+        for call in tree.elts if isinstance(tree, ast.List) else [tree]:
+            if not isinstance(call, ast.Call) or call.args:
+                raise ValueError
+            self._add({"name": ast.unparse(call.func), "arguments": {
+                str(word.arg): ast.literal_eval(word.value) for word in call.keywords}})
+
+    def _add(self, node: Any) -> None:
+        """Add the call that a JSON object, or each of a list, describes; ValueError for others."""
+        for one in node if isinstance(node, list) else [node]:
+            call = dict_or_empty(dict_or_empty(one).get("function")) or dict_or_empty(one)
+            given = call.get("arguments", call.get("parameters"))
+            given = json_or_none(given) if isinstance(given, str) else given
+            if call.get("name") not in self._tools or not isinstance(given, dict):
+                raise ValueError
+            self._found.append((self._tools[call["name"]]["name"], given))
+
+    def _json(self) -> Any:
+        """The JSON value here; raw line breaks, commas too many and closers that are missing at the
+        end are put right."""
+        for decoder in (PLAIN_JSON, LOOSE_JSON):
+            with suppress(ValueError):
+                value, self._at = decoder.raw_decode(self._text, self._at)
+                self.repaired |= decoder is LOOSE_JSON
+                return value
+        begin = self._at
+        self._skip(JSON_PART)
+        part = self._text[begin : self._at]
+        part = STRING_OR_COMMA.sub(lambda match: match[1] or "", part)
+        closers: list[str] = []
+        for token in STRING_OR_COMMA.sub("", part):
+            if token in "{[":
+                closers.append("}" if token == "{" else "]")
+            elif token in "}]" and closers:
+                closers.pop()
+        self.repaired = True
+        return LOOSE_JSON.decode(part + "".join(reversed(closers)))
+
+
+def typed_value(text: str, schema: Json) -> Any:
+    """What was written without quotes, as a tool's schema has it."""
+    text = text[text.startswith("\n") : len(text) - text.endswith("\n")]
+    types = as_list(schema.get("type"))
+    value = json_or_none(text.lower() if "boolean" in types else text)
+    return text if value is None or not types or "string" in types else value
+
+
+class CallHolder:
+    """Holds a text back from where calls may begin, and hands on what are none, byte for byte."""
+
+    repaired = False
+    _begun = False  # a word of the message was handed on
+    _fenced = _quoted = False  # what follows is code
+    _ticks = ""  # one or two back-ticks before
+
+    def __init__(self, tools: Mapping[str, Json]) -> None:
+        self._tools = tools  # by the names that the model knows
+        self._held: list[str] = []
+        self._size = 0  # of it, in characters
+
+    def ignores(self, text: str) -> bool:
+        """Whether a text is handed on as it is, and needn't be fed."""
+        plain = self._begun and not (self._held or self._is_code())
+        return plain and not any(mark in text for mark in "<[`")
+
+    def feed(self, text: str) -> str:
+        """What may be handed on by now."""
+        was_looked_at = self._size > 200
+        self._held.append(text)
+        self._size += len(text)
+        if was_looked_at and self._size < MOST_HELD:
+            return ""
+        text, done = self._taken(), 0
+        while done < len(text):
+            start = self._start_of_calls(text, done)
+            self._hand_on(text[done:start])
+            done = start
+            if start == len(text) or self._size < MOST_HELD and not self._is_code():
+                break
+            self._hand_on(text[start : start + 1])
+            done += 1
+        self._held, self._size = [text[done:]] * (done < len(text)), len(text) - done
+        return text[:done]
+
+    def end(self, whole: bool) -> tuple[list[tuple[str, Json]], str]:
+        """The calls that the text held amounts to if the model ended by itself, else that text."""
+        text = self._taken()
+        self._hand_on(text)
+        reader = CallReader(text, self._tools)
+        calls = reader.calls() if text and whole else []
+        self.repaired = reader.repaired and bool(calls)
+        return calls, "" if calls else text
+
+    def _taken(self) -> str:
+        text, self._held = "".join(self._held), []
+        return text
+
+    def _is_code(self) -> bool:
+        return self._fenced or self._quoted or bool(self._ticks)
+
+    def _start_of_calls(self, text: str, begin: int) -> int:
+        """Where calls begin, or may as far as the text goes; its end if nowhere."""
+        if not self._begun and (BARE_CALL.match(text) if len(text) > 100 else
+                                text.lstrip()[:1] in ("", "{", "[", "`")):
+            return 0
+        mark = A_MARK.search(text, begin)
+        while mark and len(text) - mark.end() > 60 and not CALL_HEAD.match(text, mark.start()):
+            mark = A_MARK.search(text, mark.end())
+        return mark.start() if mark else next(
+            (at for at in range(max(begin, len(text) - 24), len(text))
+             if any(one.startswith(text[at:]) for one in CALL_MARKS)), len(text))
+
+    def _hand_on(self, text: str) -> None:
+        """Follow the back-ticks of what is handed on: between them no call is meant."""
+        self._begun = self._begun or bool(text)
+        text = self._ticks + text
+        ticks = len(text) - len(text.rstrip("`"))
+        self._ticks = "`" * ticks if ticks < 3 else ""
+        text = text[: len(text) - len(self._ticks)]
+        self._fenced ^= text.count("```") % 2 == 1
+        _, line_break, line = text.rpartition("\n")
+        before = self._quoted and not line_break
+        self._quoted = (line.replace("```", "").count("`") + before) % 2 == 1
+
+
 # ======== Events =============================================================================
 
 MAX_EVENT = 8 * 1024 * 1024  # bytes of an upstream's
@@ -1737,8 +1950,9 @@ class MessageWriter:
     which alone opens and closes them, lets the others wait."""
 
     def __init__(self, message: Json, used_ids: Iterable[str] = (), stops: Sequence[str] = (),
-                 hides_thinking: bool = False) -> None:
+                 hides_thinking: bool = False, holder: CallHolder | None = None) -> None:
         self._hides_thinking = hides_thinking
+        self.holder = holder  # of calls that the model writes as text
         self._stops = stops  # for upstreams that don't look for them
         self._tail = ""  # of the text, held while it may be the beginning of a stop sequence
         self.stopped: str | None = None
@@ -1752,12 +1966,16 @@ class MessageWriter:
         self.tools = 0
         self.wrote = False  # text or a call
         self.broken_input = False  # of a tool call
+        self.repaired = self.wrote_calls = False  # of those that the model wrote as text
 
     def take(self) -> list[Json | bytes]:
         events, self.events = self.events, []
         return events
 
     def text(self, text: str) -> None:
+        self._write_text(self.holder.feed(text) if self.holder and text else text)
+
+    def _write_text(self, text: str) -> None:
         if self._stops:
             text = self._until_stop(text)
         if text:
@@ -1779,11 +1997,13 @@ class MessageWriter:
 
     def thinking(self, text: str) -> None:
         if text and not self._hides_thinking:
+            self._write_held(whole=False)
             self._fragment("thinking", "thinking", text)
 
     def append_escaped_delta(self, block_type: str, escaped: str) -> bool:
         """Append a text in JSON's quotes to an open block; return False where none is open."""
-        if self._stops or not self._blocks or self._blocks[0].type != block_type:
+        if self._stops or not self._blocks or self._blocks[0].type != block_type or (
+                self.holder and not self.holder.ignores(escaped)):
             return False
         event = DELTA_EVENT % (self._index, *DELTAS[block_type], escaped)
         self.events.append(event.encode("ascii"))
@@ -1807,11 +2027,14 @@ class MessageWriter:
 
     def tool(self, key: Any, call_id: str, name: str, fragment: str) -> None:
         """Write a piece of a tool call; `key` tells calls apart, id and name may come later."""
+        self._write_held(whole=False)
+        self.holder = None  # who can call means no text as a call
         self._fragment(key, "tool_use", fragment, call_id, name)
 
     def finish(self, stop_reason: str, stop_sequence: str | None, usage: Usage) -> None:
         """Write what waits, and end the message; its calls may correct the reason."""
         self._start()
+        self._write_held(stop_reason == "end_turn")
         self.end_text()
         self._advance(ending=True)
         if self.broken_input:
@@ -1825,6 +2048,15 @@ class MessageWriter:
         self.events += [{"type": "message_delta", "delta": delta, "usage": usage.as_json(),
                          "context_management": None}, {"type": "message_stop"}]
 
+    def _write_held(self, whole: bool) -> None:
+        """Write the calls that the text held amounts to, or itself."""
+        calls, text = self.holder.end(whole) if self.holder else ([], "")
+        self._write_text(text)
+        self.repaired = bool(self.holder and self.holder.repaired)
+        self.wrote_calls = bool(calls)
+        for name, arguments in calls:
+            self._fragment(object(), "tool_use", UNICODE_JSON.encode(arguments), "", name)
+
     def end_text(self) -> None:
         """Close an open text, as another one or an error follows: Claude Code then goes on from it.
         A tool call stays open, or half of one would count as whole."""
@@ -1833,6 +2065,12 @@ class MessageWriter:
             self._tail = ""
         if self._is_open("text", "whole"):
             self._end_block()
+
+    def break_off(self) -> None:
+        """Write what is held as an error follows, and close an open text."""
+        if self._message is None:  # what failed before it began may be tried again
+            self._write_held(whole=False)
+        self.end_text()
 
     def _is_open(self, *types: str) -> bool:
         """Whether the first block is of these types; only a call may be first and not open yet."""
@@ -2136,7 +2374,7 @@ ANSWER_TOOL = "give_answer"  # is called with a JSON answer where no response_fo
 
 
 def chat_request(request: Json, model: Model) -> Json:
-    kind = model.provider.kind
+    kind, request = model.provider.kind, with_tools_in_words(request, model)
     mode, schema = structured_output(request, kind)
     if mode == "tool":
         tool = {"name": ANSWER_TOOL, "description": "Give your answer.", "input_schema": schema}
@@ -2158,6 +2396,38 @@ def chat_request(request: Json, model: Model) -> Json:
             "response_format": {"type": "json_schema", "json_schema": answer_format(schema)}
             if mode == "format" else None}),
         **(streaming if request.get("stream") or 0 < kind.stream_above < most else {})}
+
+
+def with_tools_in_words(request: Json, model: Model) -> Json:
+    """The request with its tools in the system prompt, and calls and results as text, where the
+    chat template has no tools, and the model has written calls before or one is demanded: then
+    the answer's format leaves nothing else."""
+    choice = request.get("tool_choice") or {}
+    demanded, kind = choice.get("type") in ("any", "tool"), model.provider.kind
+    tools = [chat_tool(tool, kind)["function"] for tool in sent_tools(request, kind)
+             if choice.get("name") in (None, tool["name"])]
+    if model.tools or not (tools and model.provider.reads_calls) or not (
+            demanded or kind.tools_in_words):
+        return request
+    call = '{"name": "...", "arguments": {...}}'
+    call = call if demanded else f"<tool_call>{call}</tool_call>"
+    note = paragraphs(["You have these tools:", *map(UNICODE_JSON.encode, tools),
+                       f"To call one, answer with nothing but\n{call}"])
+    messages = [message if isinstance(message["content"], str) else {
+        **message, "content": [call_as_text(block) for block in message["content"]]}
+        for message in request["messages"]]
+    calls = [{"type": "object", "required": ["name", "arguments"], "properties": {
+        "name": {"const": tool["name"]}, "arguments": tool["parameters"]}} for tool in tools]
+    config = {"output_config": {"format": {"schema": {"anyOf": calls}}}} if demanded else {}
+    return {**request, **config, "tools": [], "tool_choice": None, "messages": messages,
+            "system": [*blocks_of(request.get("system")), text_part(note)]}
+
+
+def call_as_text(block: Json) -> Json:
+    if block["type"] == "tool_use":
+        call = UNICODE_JSON.encode({"name": block["name"], "arguments": block["input"]})
+        return text_part(f"<tool_call>\n{call}\n</tool_call>")
+    return text_part(block_text(block)) if block["type"] == "tool_result" else block
 
 
 def filled_in(values: Json) -> Json:  # 0 and False are values
@@ -5358,6 +5628,7 @@ class Exchange:
     requested: str = ""  # the model's id, as the client wrote it
     served: str = ""  # the model that answers
     dialect: str = ""
+    repaired: bool = False  # a call that the model wrote as text
     dropped: str = ""  # names of what the upstream has no word for
     started: float = field(default_factory=time.monotonic)
     first_event: float | None = None
@@ -5594,8 +5865,9 @@ class Gateway:
         if not kind.is_anthropic:
             refuse_untranslatable(exchange.request, dialect.native)
         own = [lesson for lesson in lessons if lesson.dialect in ("", name)]
+        # A title of Claude Code's, which the user's own request waits for.
         may_be_title = model.provider.is_local and not exchange.request.get("tools")
-        if may_be_title and structured_output(exchange.request, kind)[0]:  # the user's waits for it
+        if exchange.session and may_be_title and structured_output(exchange.request, kind)[0]:
             own += (Lesson("clamp", limit, 1024) for limit in LIMIT_FIELDS)
         body = with_lessons(dialect.request(exchange.request, model), own)
         sent = dialect.finished(dict(body))
@@ -5658,9 +5930,11 @@ class Gateway:
     def _pieces(self, attempt: Attempt, reply: Reply, exchange: Exchange) -> Iterator[Piece]:
         """What will read the answer to a request."""
         model, prompt = attempt.model, self.tokens.prompt(exchange.request)
+        translator: Translator | None = None
 
         def finish(usage: Usage | None) -> None:
             exchange.usage = usage
+            exchange.repaired = translator is not None and translator.writer.repaired
             self.ratios.learn(model, prompt, usage)
 
         if attempt.dialect.native:
@@ -5669,7 +5943,16 @@ class Gateway:
         estimate = self.ratios.estimate(model, prompt)
         translator = new_translator(attempt.dialect, exchange, model, estimate,
                                     self.config.show_thinking)
-        return translated_pieces(reply, translator, exchange.stream, finish)
+        pieces = translated_pieces(reply, translator, exchange.stream, finish)
+        return pieces if model.tools else self._learning_pieces(pieces, model, translator)
+
+    def _learning_pieces(self, pieces: Iterator[Piece], model: Model, translator: Translator
+                         ) -> Iterator[Piece]:
+        """An answer's pieces; after calls as text, tools are told in words from then on."""
+        yield from pieces
+        if translator.writer.wrote_calls and not model.provider.kind.tools_in_words:
+            yield MAY_BLOCK  # a disk
+            self.lessons.add(model, [Lesson("override", "tools_in_words", True)])
 
     def _learn(self, error: OgxError, attempt: Attempt, exchange: Exchange,
                lessons: list[Lesson]) -> bool:
@@ -5868,7 +6151,11 @@ def new_translator(dialect: Dialect, exchange: Exchange, model: Model, estimate:
     used = (b["id"] for m in request["messages"] if m["role"] == "assistant"
             for b in blocks_of(m["content"]) if b["type"] == "tool_use")
     hides = not shows and (request.get("thinking") or {}).get("display") == "omitted"
-    writer = MessageWriter(message, used, request.get("stop_sequences") or (), hides)
+    holder = None
+    if model.provider.reads_calls and request.get("tools"):
+        tools = sent_tools(request, model.provider.kind)
+        holder = CallHolder({upstream_name(tool["name"]): tool for tool in tools})
+    writer = MessageWriter(message, used, request.get("stop_sequences") or (), hides, holder)
     return dialect.translator(writer, request, model)
 
 
@@ -5904,7 +6191,7 @@ def translated_pieces(reply: Reply, translator: Translator, stream: bool,
                 raise OgxError(502, "the upstream's answer is too large")
             yield OTHERS_FIRST
     except OgxError:  # what came before it is the client's
-        writer.end_text()
+        writer.break_off()
         data = b"".join(map(sse_bytes, writer.take())) if stream else b""
         if data:
             yield data
@@ -6548,6 +6835,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             usage and f"in {usage.input + usage.cache_written} cached {usage.cache_read} "
                      f"out {usage.output}",
             exchange.session and f"session {exchange.session}",
+            exchange.repaired and "a call repaired",
             exchange.dropped and f"dropped: {exchange.dropped}",
             exchange.error and f"error: {one_line(exchange.error)}",
         ]

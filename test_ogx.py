@@ -10,7 +10,7 @@ Upstreams are real loopback sockets (FakeUpstream), gateways are real servers on
     TestTheFile     what holds of the whole: imports, sections, names of tests, the README, make
     TestErrors      and so on, by the index of ogx.py
     TestGateway     one reply path, native, errors, redaction, remedies, retries, chains, places,
-                    disconnects, counting, models, discovery, bedrock, bounds
+                    calls as text, disconnects, counting, models, discovery, bedrock, bounds
     TestServer      routes, connection, framing, guard, limits, disconnects, TLS, stopping, loop,
                     log
 """
@@ -64,7 +64,7 @@ import ogx
 
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "ogx.py").read_text(encoding="utf-8")
-MAX_BYTES = 373_000  # what adds some takes others away, or says why not
+MAX_BYTES = 382_000  # what adds some takes others away, or says why not
 SECTIONS = re.findall(r"^# ======== (.+?) =+$", SOURCE, re.M)
 IO_LINE = "Above this line nothing does I/O"
 
@@ -2727,6 +2727,158 @@ class TestTokens:
         counter = ogx.TokenCounter()
         counter.prompt(request("hello " * 1000))
         assert {type(value) for pair in counter._tokens.items() for value in pair} == {int, float}
+
+
+class TestCalls:
+    OSLO = '{"city": "Oslo", "days": 3}'
+    CALL = '{"name": "weather", "arguments": {"city": "Oslo", "days": 3}}'
+    TOOLS = {name: {"name": name, "input_schema": {"properties": {
+        "city": {"type": "string"}, "days": {"type": "integer"}, "deep": {"type": "boolean"}}}}
+        for name in ("weather", "Bash")}  # fmt: skip
+    FORMS = {
+        "Hermes": f"<tool_call>\n{CALL}\n</tool_call>",
+        "Hermes, not closed": f"<tool_call>{CALL}",
+        "Qwen3-Coder": "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n"
+                       "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>",
+        "Qwen3-Coder, alone": "<function=weather><parameter=city>Oslo</parameter>"
+                              "<parameter=days>3</parameter></function>",
+        "Llama 3.1, function": f"<function=weather>{OSLO}</function>",
+        "Claude": '<function_calls>\n<invoke name="weather">\n<parameter name="city">Oslo'
+                  '</parameter>\n<parameter name="days">3</parameter>\n</invoke>\n'
+                  "</function_calls>",
+        "Mistral": f"[TOOL_CALLS] [{CALL}]",
+        "Mistral, newer": f"[TOOL_CALLS]weather[ARGS]{OSLO}",
+        "Llama 3.1": "<|python_tag|>" + CALL.replace("arguments", "parameters") + "<|eom_id|>",
+        "DeepSeek": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n"
+                    f"```json\n{OSLO}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "DeepSeek V3.1": f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{OSLO}"
+                         "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "GLM": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
+               "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
+        "bare": CALL,
+        "bare, Llama 3.2": CALL.replace("arguments", "parameters"),
+        "bare, OpenAI": '{"type": "function", "function": ' + CALL + "}",
+        "arguments as text": '{"name": "weather", "arguments": ' + json.dumps(OSLO) + "}",
+        "fenced": f"```json\n{CALL}\n```",
+        "a list": f"[{CALL}]",
+        "Llama 4": "[weather(city='Oslo', days=3)]",
+        "Gemma": "```tool_code\nweather(city='Oslo', days=3)\n```",
+    }
+    REPAIRED = {
+        "comma": '<tool_call>{"name": "weather", "arguments": {"city": "Oslo", "days": 3,},}'
+                 "</tool_call>",
+        "closers": '{"name": "weather", "arguments": {"city": "Oslo", "days": 3',
+        "closers before a tag": '<tool_call>{"name": "weather", "arguments": {"city": "Oslo", '
+                                '"days": 3}</tool_call>',
+        "closers in a fence": '```json\n{"name": "weather", "arguments": {"city": "Oslo", "days": '
+                              "3}\n```",
+    }
+
+    def read(self, text, step=0, whole=True, holder=None):
+        """What is handed on, and the calls, where the text comes in pieces."""
+        holder = holder or ogx.CallHolder(self.TOOLS)
+        step = step or len(text) or 1
+        handed = "".join(holder.feed(text[at : at + step]) for at in range(0, len(text), step))
+        calls, rest = holder.end(whole)
+        return handed + rest, calls
+
+    @cases("form", [*FORMS, *REPAIRED])
+    def test_each_form_is_read_wherever_it_is_cut(self, form):
+        text, expected = {**self.FORMS, **self.REPAIRED}[form], ("weather", json.loads(self.OSLO))
+        for step in (0, 1, 2, 3, 5, 7):
+            holder = ogx.CallHolder(self.TOOLS)
+            assert self.read(text, step, holder=holder) == ("", [expected])
+            assert holder.repaired == (form in self.REPAIRED)
+        for cut in range(len(text)):
+            holder = ogx.CallHolder(self.TOOLS)
+            assert holder.feed(text[:cut]) + holder.feed(text[cut:]) == ""
+            assert holder.end(True) == ([expected], "")
+
+    @cases("form", [form for form in FORMS if form.split(",")[0] not in (
+        "bare", "fenced", "a list", "Llama 4", "Gemma", "arguments as text")])
+    def test_marked_calls_may_follow_words_and_each_other(self, form):
+        for step in (0, 1, 4):
+            words, calls = self.read(f"I look `here`.\n{self.FORMS[form]}", step)
+            assert (words, len(calls)) == ("I look `here`.\n", 1)
+            if "not closed" not in form:
+                assert len(self.read(self.FORMS[form] * 2, step)[1]) == 2
+
+    @cases("form", [*FORMS, *REPAIRED])
+    def test_words_behind_a_call_make_it_text(self, form):
+        text = {**self.FORMS, **self.REPAIRED}[form] + "\n\nThat is how it is done, you see."
+        for step in (0, 1, 6):
+            assert self.read(text, step) == (text, [])
+
+    @cases("form", [*FORMS, *REPAIRED])
+    def test_a_call_that_was_cut_or_of_no_known_tool_is_text(self, form):
+        text = {**self.FORMS, **self.REPAIRED}[form]
+        assert self.read(text, 3, whole=False) == (text, [])
+        other = text.replace("weather", "launch_rocket")
+        assert self.read(other, 3) == (other, [])
+
+    @pytest.mark.parametrize("quote", [
+        "`{}`", "```\n{}\n```", "```xml\n{}", "Look: ``{}``", "Run ```a``` and `{}`",
+    ], ids=["in back-ticks", "in a fence", "in an open fence", "in two back-ticks", "after code"])
+    @cases("form", ["Hermes", "Qwen3-Coder", "Claude", "Mistral", "Llama 3.1"])
+    def test_a_call_among_code_is_text(self, form, quote):
+        text = "So it looks: " + quote.format(self.FORMS[form])
+        for step in (0, 1, 5):
+            assert self.read(text, step) == (text, [])
+
+    def texts(self):
+        """200 texts about tools that are no calls."""
+        yield from (f"{before}{mark}{after}" for mark in ogx.CALL_MARKS
+                    for before in ("", "The mark ", "a\n\n") for after in (
+                        "", " begins a call.", "\nso it is", "{", "[1, 2]", '{"a": 1}', " weather"))
+        yield from (json.dumps(value) for value in (
+            {"name": "Bob", "age": 5}, {"name": "weather"}, {"name": "weather", "arguments": 5},
+            {"arguments": {}}, {"name": 5, "arguments": {}}, [], [{}], {}, {"type": "function"},
+            {"name": "weather", "arguments": [1]}, [{"name": "weather", "arguments": {}}, 1],
+            {"weather": {"city": "Oslo"}}, {"function": {"name": "x"}}, "weather", 5, None))
+        yield from ("weather", "weather()x", "[weather]", "weather('Oslo')", "Bash (n=1)", "<", "[",
+                    "{", "`", "```", "```python\nprint(1)\n```", "a < b and c[d] `e", "<tool", "[T",
+                    "{{name}}", "<html><invoke></html>", "<function=weather", "x = {'a': [1]}",
+                    "[1] a footnote", "<|im_start|>", "print(weather(city=f()))", "\n\n", "  x  ",
+                    "weather(city=open('x'))", "[weather(city='a'), launch()]",
+                    "Use the tool weather for that.", '{"name": "weather", "arguments": {"a": "b',
+                    '{"name": "weather", "arguments": {a: 1}}', "<parameter=a>1</parameter>")
+
+    def test_texts_about_tools_are_handed_on_byte_for_byte(self):
+        texts = list(self.texts())
+        assert len(texts) >= 180
+        for text in texts:
+            for step in (0, 1, 3):
+                assert self.read(text, step) == (text, [])
+
+    def test_ordinary_text_is_not_held_back(self):
+        holder = ogx.CallHolder(self.TOOLS)
+        for text in ("Hello", " a < b", " x[5] = {'a': 1}", " <b>bold</b>", " `code`", " and [so]"):
+            assert holder.feed(text) == text
+        assert holder.feed(" <tool") == " " and holder.feed("box> is open") == "<toolbox> is open"
+        assert holder.feed(" to put things") and holder.ignores("{so}") and not holder.ignores("<")
+        assert not ogx.CallHolder(self.TOOLS).ignores("{")
+
+    def test_what_is_held_has_a_bound(self):
+        holder = ogx.CallHolder(self.TOOLS)
+        text = '<tool_call>{"name": "Bash", "arguments": {"command": "' + "x" * ogx.MOST_HELD
+        assert "".join(holder.feed(text[at : at + 999]) for at in range(0, len(text), 999))
+
+    @cases("unit", ["<", "[", "{", "`", "<tool_call>", "<function=Bash>", '{"name": "', "```",
+                    '[TOOL_CALLS]{"name": "Bash", "arguments": {', "<tool_call>[[", '"a": "\\"',
+                    "<arg_key>a</arg_key>", "<parameter=a>", '{"name":"Bash","arguments":{}}\n'])
+    def test_hostile_text_costs_no_more_than_its_length(self, unit):
+        def read(text):
+            return self.read(text, 50), self.read(text)
+
+        check_linear(read, lambda n: unit * (n // len(unit)), 10_000)
+
+    @cases(("text", "schema", "value"), [
+        ("5", {"type": "integer"}, 5), ("5", {}, "5"), ("5", {"type": "string"}, "5"),
+        ("True", {"type": "boolean"}, True), ("[1]", {"type": "array"}, [1]),
+        ("so", {"type": "integer"}, "so"), ("\na\nb\n", {}, "a\nb"),
+        ("5", {"type": ["string", "null"]}, "5"), ("", {"type": "object"}, "")])
+    def test_a_value_without_quotes_has_its_schemas_type(self, text, schema, value):
+        assert ogx.typed_value(text, schema) == value
 
 
 class TestEvents:
@@ -9406,11 +9558,14 @@ class TestGateway:
     def test_a_title_has_a_short_answer_on_a_local_server(self, url, fields, most, dialect):
         owner = dataclasses.replace(provider("vllm", url), dialect=dialect)
         body = request(**{"max_tokens": 32000, **fields})
-        exchange = ogx.Exchange("req_1", body, json.dumps(body).encode(), dialect=dialect)
-        gateway = ogx.Gateway(config(owner))
-        sent = json.loads(gateway._attempt(ogx.Model("vllm/m", owner, "m"), exchange, []).data)
         name = "max_output_tokens" if dialect == "responses" else "max_tokens"
-        assert sent[name] == most and exchange.request == body
+        # An SDK's program, which has no session, may want more.
+        for session, limit in (("s", most), ("", body["max_tokens"])):
+            exchange = ogx.Exchange("req_1", body, json.dumps(body).encode(), session=session,
+                                    dialect=dialect)
+            sent = json.loads(ogx.Gateway(config(owner))._attempt(
+                ogx.Model("vllm/m", owner, "m"), exchange, []).data)
+            assert sent[name] == limit and exchange.request == body
 
     @pytest.mark.parametrize("native", [False, True])
     def test_a_failure_for_good_is_told_at_once(self, native):
@@ -9429,6 +9584,94 @@ class TestGateway:
         with self.chain(failure) as (client, one, two):
             assert client.post(request(model="best"))[1]["x-ogx-served"] == "groq/b"
         assert (len(one.seen), len(two.seen)) == (1, 1)
+
+    # -- calls as text
+
+    CALL = '<tool_call>{"name": "Bash", "arguments": {"command": "ls",}}</tool_call>'
+
+    @staticmethod
+    def said_to(client, body):
+        status, _, data = client.post(body)
+        assert status == 200, data
+        return ogx.message_from_events(read_events(data)) if body.get("stream") else data
+
+    @contextlib.contextmanager
+    def writing(self, *texts, kind="llama-cpp", props=None, **fields):
+        """(client, upstream) with an upstream that answers with these texts, a word a chunk."""
+        answers = [sse(*(delta(content=word) for word in re.findall(r"\S+\s*", text)),
+                       delta("stop")) for text in texts]
+        with FakeUpstream(*answers) as upstream:
+            upstream.lists = {"/props": (200, props or {})}
+            owner = dataclasses.replace(provider(kind, upstream.url), dialect="chat", **fields)
+            with serving(owner) as client:
+                yield client, upstream
+
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_a_call_as_text_becomes_one(self, stream, caplog):
+        caplog.set_level("INFO", "ogx")
+        body = request(model="llama-cpp/gpt-x", tools=[tool()], stream=stream)
+        with self.writing(f"I look. {self.CALL}") as (client, _):
+            message = self.said_to(client, body)
+        assert [block["type"] for block in message["content"]] == ["text", "tool_use"]
+        assert message["content"][0]["text"] == "I look. "
+        assert message["content"][1]["input"] == {"command": "ls"}
+        assert message["stop_reason"] == "tool_use" and "a call repaired" in caplog.text
+
+    @cases("case", ["not local", "another kind", "switched off", "no tools", "an unknown tool"])
+    def test_elsewhere_it_stays_text(self, case):
+        fields = {"not local": {"kind": "openai"}, "another kind": {"kind": "groq"},
+                  "switched off": {"text_calls": False}}.get(case, {})  # fmt: skip
+        tools = {"no tools": [], "an unknown tool": [tool("Read")]}.get(case, [tool()])
+        with self.writing(self.CALL, **fields) as (client, _):
+            name = f"{fields.get('kind', 'llama-cpp')}/gpt-x"
+            message = self.said_to(client, request(model=name, tools=tools))
+        assert [block["text"] for block in message["content"]] == [self.CALL]
+
+    def test_which_providers_may_write_them(self):
+        local = {kind.name for kind in ogx.PROVIDER_KINDS.values()
+                 if provider(kind.name).reads_calls}
+        assert local == {"ollama", "vllm", "lm-studio", "llama-cpp", "sglang", "openai-compatible"}
+        assert not provider("vllm", "https://vllm.example.com/v1").reads_calls
+        assert provider("vllm", "http://192.168.1.5:8000/v1").reads_calls
+
+    def test_beside_a_real_call_it_stays_text(self):
+        real = {"index": 0, "id": "c1", "function": {"name": "Bash", "arguments": "{}"}}
+        chunks = [delta(content=self.CALL), delta(tool_calls=[real]), delta("tool_calls")]
+        with gateway_over(sse(*chunks), kind="llama-cpp") as (client, _):
+            body = request(model="llama-cpp/gpt-x", tools=[tool()])
+            content = self.said_to(client, body)["content"]
+        assert [block["type"] for block in content] == ["text", "tool_use"]
+        assert content[0]["text"] == self.CALL
+
+    def test_an_answer_that_breaks_off_keeps_its_words(self):
+        with self.writing() as (client, upstream):
+            cut = sse(delta(content="Hi <tool_call>{"))[:-len("data: [DONE]\n\n")]
+            upstream.answers.append(cut)
+            body = request(model="llama-cpp/gpt-x", tools=[tool()], stream=True)
+            events = read_events(client.post(body)[2])
+        text = "".join(event["delta"]["text"] for event in events
+                       if event["type"] == "content_block_delta")
+        assert text == "Hi <tool_call>{" and events[-1]["type"] == "error"
+
+    def test_tools_are_told_in_words_where_the_template_has_none(self):
+        props = {"chat_template_caps": {"supports_tools": False}}
+        history = [user("go"), assistant([call("1", command="pwd")]), user([result("1", "/tmp")])]
+        asked = request(*history, model="llama-cpp/gpt-x", tools=[tool(), tool("Read")])
+        demanded = {**asked, "tool_choice": {"type": "tool", "name": "Bash"}}
+        with self.writing("hm", self.CALL, "hm", props=props) as (client, upstream):
+            for body in (asked, demanded, asked):
+                self.said_to(client, body)
+            before, words, after = upstream.seen
+        assert len(before["tools"]) == 2
+        assert "tools" not in words and "tool_choice" not in words
+        assert '"name":"Bash"' in words["messages"][0]["content"].replace(" ", "")
+        assert '"Read"' not in words["messages"][0]["content"]
+        told = json.dumps(words["messages"])
+        assert "/tmp" in told and "tool_calls" not in told
+        schemas = words["response_format"]["json_schema"]["schema"]["anyOf"]
+        assert [schema["properties"]["name"] for schema in schemas] == [{"const": "Bash"}]
+        assert "tools" not in after and '"Read"' in json.loads(json.dumps(after))["messages"][0][
+            "content"] and "response_format" not in after
 
     # -- disconnects
 

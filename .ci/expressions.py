@@ -24,7 +24,7 @@ WORDS = {"asked": "high", "effort": "high"}  # what stands in expressions for a 
 # What is given to re's functions by other names than the module's own.
 LOCAL: dict[str, list[Any]] = {
     "Remedies: pattern": [f"(?i){row[0]}" for row in ogx.ROW_REMEDIES],
-    "said": [*ogx.PERMANENT],
+    "said": [*ogx.FAILURES],
     "pattern": [place for kind in ogx.PROVIDER_KINDS.values() for place, _, _ in kind.servers],
     "about": [rf"(?i)(?P<other>{ogx.OTHER_SUBJECTS})|tool|function|schema|grammar|regex|\$defs"],
     "stems": [row[0] for row in (*ogx.CODE_STATUSES, *ogx.STOP_REASONS)],

@@ -47,6 +47,13 @@ CHUNKS = (b"5\r\nhello\r\n6;name=value\r\n world\r\n1a\nabcdefghijklmnopqrstuvwx
 HEADERS = b"host: localhost\r\ncontent-length: 12\r\nX-Odd:  a, b \r\naccept:*/*\r\ncookie: a=b"
 REPLY = (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
          b"transfer-encoding: chunked\r\n\r\n" + CHUNKS)  # fmt: skip
+TEXT_CALLS = (
+    'I look.\n<tool_call>\n{"name": "Bash", "arguments": {"n": 1}}\n</tool_call>',
+    "<function=Bash>\n<parameter=n>\n1\n</parameter>\n</function>",
+    '[TOOL_CALLS]Bash[ARGS]{"n": 1}',
+    '```json\n{"name": "Bash", "parameters": {"n": [1, {}]}}\n```', "[Bash(n=1), Bash(n='`')]",
+    'So `<tool_call>` begins one:\n```\n<invoke name="Bash">\n```\nand so on.',
+)
 REQUEST = {
     "model": "claude-opus-4", "max_tokens": 100, "stream": True, "temperature": 0.5, "top_k": 3,
     "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
@@ -189,6 +196,27 @@ def chunked_reader(chance: random.Random) -> bytes:
     return data
 
 
+def text_calls(chance: random.Random) -> bytes:
+    """A model's text is handed on whole, or ends in calls of known tools, wherever it is cut."""
+    text = mutated(chance.choice(TEXT_CALLS).encode(), chance).decode("utf-8", "replace")
+    tools = {"Bash": {"name": "Bash", "input_schema": {"properties": {"n": {"type": "integer"}}}}}
+
+    def read(pieces: list[str]) -> tuple[str, Any]:
+        holder = ogx.CallHolder(tools)
+        handed = "".join(map(holder.feed, pieces))
+        calls, rest = holder.end(whole=True)
+        return handed + rest, calls
+
+    handed, calls = read([text])
+    assert text.startswith(handed) and (calls or handed == text)
+    assert all(name == "Bash" and isinstance(given, dict) for name, given in calls)
+    if len(text) < 4096:
+        assert read(list(text)) == (handed, calls)
+        middle = chance.randrange(len(text) + 1)
+        assert read([text[:middle], text[middle:]]) == (handed, calls)
+    return text.encode("utf-8", "replace")
+
+
 def header_reader(chance: random.Random) -> bytes:
     data = mutated(HEADERS, chance)
     kind, headers = outcome(lambda: ogx.headers_from_bytes(data))
@@ -276,7 +304,8 @@ def json_or_bytes(tree: Any, chance: random.Random) -> bytes:
 
 def settings_reader(chance: random.Random) -> bytes:
     """Settings of any shape: Claude Code still gets ours on top of them."""
-    plan = ogx.LaunchPlan({"ANTHROPIC_BASE_URL": "http://ours", "ANTHROPIC_API_KEY": ""}, "m")
+    plan = ogx.LaunchPlan({"ANTHROPIC_BASE_URL": "http://ours", "ANTHROPIC_API_KEY": "",
+                           **{ogx.tier_variable(tier): "m" for tier in ogx.TIERS}}, "m")
     data = json_or_bytes(SETTINGS, chance)
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
@@ -312,7 +341,8 @@ def plan_reader(chance: random.Random) -> bytes:
         ogx.Upstream = upstream  # type: ignore[misc]
     if kind == "result":
         environ = {"NO_PROXY": str(chance.choice(ODD_VALUES))}
-        options = argparse.Namespace(**dict.fromkeys([f"{tier}_model" for tier in ogx.TIERS]),
+        options = argparse.Namespace(**dict.fromkeys([f"{job}_model" for job in (
+            *ogx.TIERS, *ogx.JOBS)]), lean=chance.choice((None, True, False)),
                                      model=chance.choice((None, "openai/gpt-x")))  # fmt: skip
         kind, plan = outcome(
             lambda: ogx.launch_plan(server, listing, options, environ))
@@ -453,7 +483,8 @@ def odd_database(database: Any, chance: random.Random) -> None:
 
 
 TARGETS = (sse_reader, chunked_reader, header_reader, reply_reader, request_check, config_reader,
-           settings_reader, plan_reader, check_reader, state_reader, expression)  # fmt: skip
+           text_calls, settings_reader, plan_reader, check_reader, state_reader,
+           expression)  # fmt: skip
 
 
 def fuzz(seed: int, seconds: float, targets: tuple[Callable[..., bytes], ...] = TARGETS) -> int:
