@@ -1687,8 +1687,8 @@ CALL_END = re.compile(  # and what stands between calls
     r"(?:[\s;]|```|</(?:function_calls|tool_call|function|invoke)>|<｜tool▁calls?▁end｜>|"
     r"<\|e(?:om|ot)_id\|>)*")
 BARE_CALL = re.compile(  # how a message begins that is a call without a mark
-    r"\s*(?:```\w{0,20}\s*)?(?=(?:\[\s*)?(?:\{\s*\"(?:name|arguments|parameters|type|function|id)\"|"
-    r"[A-Za-z_][\w.]{0,200}\())")
+    r"\s*(?:```\w{0,20}\s*)?(?=(?:\[\s*)?(?:[A-Za-z_][\w.]{0,200}\(|"
+    r"\{\s*\"(?:name|arguments|parameters|type|function|id)\"))")
 PARAMETER = re.compile(r"<parameter(?:=| name=)[\"']?([^>\"']{1,200})[\"']?>(.*?)</parameter>\s*|"
                        r"<arg_key>(.{1,200}?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.S)
 JSON_PART = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^"<`])*', re.S)

@@ -9533,9 +9533,10 @@ class TestGateway:
             until(lambda: upstream.seen)
             usual = client.gateway._pieces
 
-            def pieces(*args):
-                threads.append(threading.current_thread().name)
-                return usual(*args)
+            def pieces(attempt, reply, exchange):
+                if len(exchange.raw) > ogx.LONG:
+                    threads.append(threading.current_thread().name)
+                return usual(attempt, reply, exchange)
 
             client.gateway._pieces = pieces
             with client.sending(request("x" * 2 * ogx.LONG)) as two:
