@@ -6152,7 +6152,8 @@ def new_translator(dialect: Dialect, exchange: Exchange, model: Model, estimate:
             for b in blocks_of(m["content"]) if b["type"] == "tool_use")
     hides = not shows and (request.get("thinking") or {}).get("display") == "omitted"
     holder = None
-    if model.provider.reads_calls and request.get("tools"):
+    unwanted = (request.get("tool_choice") or {}).get("type") == "none"
+    if model.provider.reads_calls and request.get("tools") and not unwanted:
         tools = sent_tools(request, model.provider.kind)
         holder = CallHolder({upstream_name(tool["name"]): tool for tool in tools})
     writer = MessageWriter(message, used, request.get("stop_sequences") or (), hides, holder)

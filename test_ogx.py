@@ -9618,14 +9618,16 @@ class TestGateway:
         assert message["content"][1]["input"] == {"command": "ls"}
         assert message["stop_reason"] == "tool_use" and "a call repaired" in caplog.text
 
-    @cases("case", ["not local", "another kind", "switched off", "no tools", "an unknown tool"])
+    @cases("case", ["not local", "another kind", "switched off", "no tools", "an unknown tool",
+                    "no call wanted"])
     def test_elsewhere_it_stays_text(self, case):
         fields = {"not local": {"kind": "openai"}, "another kind": {"kind": "groq"},
                   "switched off": {"text_calls": False}}.get(case, {})  # fmt: skip
         tools = {"no tools": [], "an unknown tool": [tool("Read")]}.get(case, [tool()])
         with self.writing(self.CALL, **fields) as (client, _):
             name = f"{fields.get('kind', 'llama-cpp')}/gpt-x"
-            message = self.said_to(client, request(model=name, tools=tools))
+            choice = {"tool_choice": {"type": "none"}} if case == "no call wanted" else {}
+            message = self.said_to(client, request(model=name, tools=tools, **choice))
         assert [block["text"] for block in message["content"]] == [self.CALL]
 
     def test_which_providers_may_write_them(self):
