@@ -64,7 +64,7 @@ import ogx
 
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "ogx.py").read_text(encoding="utf-8")
-MAX_BYTES = 382_000  # what adds some takes others away, or says why not
+MAX_BYTES = 382_800  # what adds some takes others away, or says why not
 SECTIONS = re.findall(r"^# ======== (.+?) =+$", SOURCE, re.M)
 IO_LINE = "Above this line nothing does I/O"
 
@@ -8618,6 +8618,19 @@ class TestGateway:
             data = client.post(request(model="vllm/gpt-x", stream=True))[2]
         events = read_events(data)
         assert events[-1]["type"] == "error" and events[-2]["type"] != "message_stop"
+
+    @cases(("words", "dialect"), [
+        ("<think>\nLet me see.</think>Good day.", "chat"), ("\n<thinking>Hm", "chat"),
+        ("I <think> so.", "messages"), ("Good day.", "messages")])
+    def test_a_server_that_shows_its_thinking_as_text_is_translated_from_then_on(
+        self, words, dialect, caplog
+    ):
+        caplog.set_level("INFO", "ogx")
+        with self.native(native_stream(words), said("x")) as (client, _):
+            client.post(request(model="vllm/gpt-x", stream=True))
+            caplog.clear()
+            client.post(request(model="vllm/gpt-x"))
+        assert f"vllm/gpt-x by {dialect}" in caplog.text
 
     # -- errors
 
