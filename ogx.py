@@ -4541,6 +4541,7 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         stream = open(path, "a", encoding="utf-8", opener=OWNERS) if path else None  # noqa: SIM115
         super().__init__(stream)  # None: stderr
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.path, self.warned = path, False  # whether a warning or an error was logged
         self._path = path  # empty once a failure was told; the thread's
         self._lost = 0  # lines since the queue was full; under the handler's lock
         self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
@@ -4553,6 +4554,7 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         return "\n  ".join(line[:LOG_LINE].decode("utf-8", "ignore") for line in lines)
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.warned = self.warned or record.levelno >= logging.WARNING
         if self._lines.qsize() >= LOG_QUEUE:
             self._lost += 1
             return
@@ -6983,11 +6985,14 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
     # A Bearer token, unlike an API key, needs no approval in Claude Code.
     server = Provider("OGX", PROVIDER_KINDS["messages"], url, token or "ogx")
     own_server = None
+    began = time.time()
     try:
         listing = model_listing(server)
-    except OgxError:
-        elsewhere = options.host != "localhost" or options.port is not None or options.url
-        if not options.serve or elsewhere:
+    except OgxError as error:
+        elsewhere = options.host != "localhost" or options.url
+        named = elsewhere or options.port is not None or options.print_env
+        by_itself = options.serve is None and not named and "connection refused" in error.message
+        if elsewhere or not (options.serve or by_itself):
             raise
         token = token or uuid.uuid4().hex  # every user here reaches the port
         own_server = start_own_server(options, token)
@@ -7004,15 +7009,43 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
         if options.check:
             return print_check(server, plan)
         tell(options, f"Claude Code on {server.base_url}", *plan_lines(plan))
-        return run_claude(options, plan, [program, *claude_args])
+        code = run_claude(options, plan, [program, *claude_args])
+        session = last_session(began) if is_interactive([program, *claude_args]) else ""
+        if session:
+            more = server_flags(options)
+            tell(options, f"Resume this session here with: {command_name()} connect claude{more} "
+                          f"--resume {session}")
+        return code
     finally:
         if own_server:
             own_server.stop(drain=0)
+            forget_log()
 
 
 def tell(options: argparse.Namespace, *lines: str) -> None:
     if not options.quiet:
         say(*lines, to="stderr")
+
+
+def server_flags(options: argparse.Namespace) -> str:
+    """The flags that lead to the same server again."""
+    words = [word for name in ("url", "port", "api_key_file")
+             for value in [getattr(options, name)] if value is not None
+             for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--host", options.host] * (options.host != "localhost")
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+def last_session(began: float) -> str:
+    """The id of Claude Code's newest session in this folder since then; "" if there is none."""
+    home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+    folder = os.path.join(home, "projects", re.sub("[^A-Za-z0-9]", "-", os.getcwd()))
+    with suppress(OSError), os.scandir(folder) as files:
+        times = {file.name[:-6]: file.stat().st_mtime for file in files
+                 if re.fullmatch(r"[0-9a-f-]{36}\.jsonl", file.name)}
+        newest = max(times, key=lambda name: times[name], default="")
+        return newest if newest and times[newest] >= began else ""
+    return ""
 
 
 def claude_program(environ: Mapping[str, str]) -> str:
@@ -7044,24 +7077,44 @@ def server_token(options: argparse.Namespace) -> str:
 
 
 def start_own_server(options: argparse.Namespace, token: str) -> Server:
-    """Start a server on a free port, with a new log file for the user alone."""
+    """Start a server, on a free port if none was chosen, with a log file for the user alone."""
     state = state_path(None, os.environ)
-    log_file = os.path.abspath(f"{state}.log")
+    log_file = os.path.abspath(f"{state}.{os.getpid()}.log")
     try:
         os.makedirs(os.path.dirname(log_file), mode=0o700, exist_ok=True)
-        open(log_file, "w", opener=OWNERS).close()
+        forget_old_logs(os.path.abspath(state))
         start_log(log_file, "info")
     except OSError as error:
         log.addHandler(logging.NullHandler())  # the terminal is Claude Code's
         log_file = f"lost, since {log_file} can't be written: {error.strerror}"
     config = config_from_json(starter_config(), "starter", with_aws_region(os.environ))
     gateway = Gateway(config, store=Store(state))
-    server = Server(gateway, token=token)
+    server = Server(gateway, port=options.port or 0, token=token)
     server.start()
     gateway.start()
     gateway.discovery.done.wait(LIST_TIMEOUT)
+    log.info("%s", " / ".join(filter(None, summary_lines(gateway, server))))
     tell(options, f"ogx.py serves {server.url} for this session; its log is {log_file}")
     return server
+
+
+def forget_old_logs(state: str) -> None:
+    """Remove the logs of sessions that ended a week ago."""
+    folder, name = os.path.split(state)
+    with suppress(OSError), os.scandir(folder) as files:
+        for file in files:
+            if re.fullmatch(re.escape(name) + r"\.[0-9]+\.log", file.name) and (
+                    file.stat().st_mtime < time.time() - 7 * 86400):
+                os.remove(file.path)
+
+
+def forget_log() -> None:
+    """Remove the log of a session in which nothing went wrong."""
+    for handler in [*logging.getLogger().handlers]:
+        if isinstance(handler, LogHandler) and handler.path and not handler.warned:
+            handler.flush()
+            with suppress(OSError):
+                os.remove(handler.path)
 
 
 def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
@@ -7159,13 +7212,20 @@ def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
     window = int(variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] or 0)
     lean = 0 < window < LEAN_WINDOW if options.lean is None else options.lean
     variables.update(LEAN if lean else {})
+    variables.update(proxy_variables(server.base_url, environ))
+    return LaunchPlan(variables, options.model or "", models, lean, problem_lines(listing))
+
+
+def proxy_variables(url: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """What keeps Claude Code from asking a proxy for the server."""
+    variables = {}
     for name in ("NO_PROXY", "no_proxy"):  # it looks at the second first
         value = environ.get(name) or environ.get("no_proxy") or environ.get("NO_PROXY") or ""
         hosts = value.replace(",", " ").split()
         if hosts != ["*"]:
-            hosts += [address_of(server.base_url)[1], "localhost", "127.0.0.1"]
+            hosts += [address_of(url)[1], "localhost", "127.0.0.1"]
         variables[name] = ",".join(dict.fromkeys(hosts))
-    return LaunchPlan(variables, options.model or "", models, lean, problem_lines(listing))
+    return variables
 
 
 def is_listed_llm(entry: Json) -> bool:
@@ -7469,16 +7529,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     forwarded = words[split + 1 :]
     parser = argument_parser()
     try:
+        if not words:
+            say(*(__doc__ or "").split("\n\n")[:2])
+            return 0
+        if words[0][:1] != "-" and words[0] not in COMMANDS:
+            parser.error(f"no command is called '{words[0]}'.{near_miss(words[0], COMMANDS)}")
         options, extra = parser.parse_known_args(words[:split])
         connects = options.command == "connect"
-        if extra or (forwarded and not connects):
-            hint = "; arguments for Claude Code go after --" if connects else ""
-            parser.error(f"unrecognized arguments: {' '.join(extra or forwarded)}{hint}")
+        mistyped = "".join(map(mistyped_flag, extra if connects else ()))
+        if mistyped or (extra or forwarded) and not connects:
+            unknown = " ".join(extra or forwarded)
+            options.parser.error(f"unrecognized arguments: {unknown}{mistyped}")
         if not connects:
             return run(options)
-        if options.serve and (options.print_env or options.check):
-            parser.error("--serve starts a server for a session of Claude Code alone")
-        return connect_claude(options, forwarded)
+        if options.serve and options.print_env:
+            options.parser.error("--serve starts a server for a session, which --print-env is not")
+        return connect_claude(options, [*extra, *forwarded])
     except SystemExit as stop:  # argparse, after its own words
         return int(stop.code or 0)
     except OgxError as error:
@@ -7489,6 +7555,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+COMMANDS = ("run", "connect")
+CONNECT_FLAGS = ("--model", *(f"--{job}-model" for job in (*TIERS, *JOBS)), "--lean", "--no-lean",
+                 "--host", "--port", "--url", "--api-key-file", "--serve", "--no-serve", "--check",
+                 "--print-env", "--shell", "--quiet")
+
+
+def mistyped_flag(word: str) -> str:
+    """` Did you mean --model?` for what is nearly a flag of ours, and none of Claude Code's."""
+    import difflib
+
+    flag = word.partition("=")[0]
+    near = difflib.get_close_matches(flag, CONNECT_FLAGS, 1, 0.8) if flag[:2] == "--" else []
+    return f". Did you mean {near[0]}?" if near and abs(len(flag) - len(near[0])) < 2 else ""
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -7504,11 +7585,12 @@ def argument_parser() -> argparse.ArgumentParser:
 def add_run(commands: Any) -> None:
     limits = "".join(f"  OGX_{each.name.upper():<20}{each.default:>4}  {each.metadata['words']}\n"
                      for each in fields(Limits))
-    flag = commands.add_parser(
+    parser = commands.add_parser(
         "run", help="serve the Anthropic Messages API",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"limits, also keys of `server` in the JSON file (client_timeout):\n{limits}",
-    ).add_argument
+        epilog=f"limits, also keys of `server` in the JSON file (client_timeout):\n{limits}")
+    parser.set_defaults(parser=parser)
+    flag = parser.add_argument
     flag("config", nargs="?", default="starter", help="'starter' (default) or a JSON file like it")
     flag("--host", help=f"address to listen on (default {DEFAULT_HOST})")
     flag("--port", type=port_argument, help=f"port (default OGX_PORT, else {DEFAULT_PORT})")
@@ -7528,8 +7610,10 @@ def add_run(commands: Any) -> None:
 def add_connect(commands: Any) -> None:
     connect = commands.add_parser("connect", help="launch a client on a running server")
     clients = connect.add_subparsers(dest="client", metavar="CLIENT", required=True)
-    flag = clients.add_parser("claude", help="Claude Code",
-                              usage="%(prog)s [options] [-- CLAUDE_ARGS...]").add_argument
+    parser = clients.add_parser("claude", help="Claude Code", allow_abbrev=False,
+                                usage="%(prog)s [options] [CLAUDE_ARGS...] [-- CLAUDE_ARGS...]")
+    parser.set_defaults(parser=parser)
+    flag = parser.add_argument
     flag("--model", help="model for all tiers (default: the server's choice)")
     for tier in TIERS:
         flag(f"--{tier}-model", metavar="MODEL", help=f"model for the {tier} tier")
@@ -7541,7 +7625,8 @@ def add_connect(commands: Any) -> None:
     flag("--port", type=port_argument, help=f"server port (default OGX_PORT, else {DEFAULT_PORT})")
     flag("--url", help="server URL, with or without /v1, instead of --host and --port")
     flag("--api-key-file", metavar="FILE", help="the server's token (default OGX_API_KEY)")
-    flag("--serve", action="store_true", help="start a server for this session if none is running")
+    flag("--serve", action=argparse.BooleanOptionalAction, help="start a server for this session "
+         "if none is running, on --port or a free one (default: if no flag says where one is)")
     flag("--check", action="store_true", help="try every tier with a real message, launch nothing")
     flag("--print-env", action="store_true", help="print export and unset lines, launch nothing")
     flag("--shell", choices=tuple(SHELLS), default="sh", help="whose lines --print-env prints")
