@@ -7010,11 +7010,8 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
             return print_check(server, plan)
         tell(options, f"Claude Code on {server.base_url}", *plan_lines(plan))
         code = run_claude(options, plan, [program, *claude_args])
-        session = last_session(began) if is_interactive([program, *claude_args]) else ""
-        if session:
-            more = server_flags(options)
-            tell(options, f"Resume this session here with: {command_name()} connect claude{more} "
-                          f"--resume {session}")
+        if is_interactive([program, *claude_args]):
+            tell(options, *resume_lines(options, last_session(began)))
         return code
     finally:
         if own_server:
@@ -7023,17 +7020,18 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
 
 
 def tell(options: argparse.Namespace, *lines: str) -> None:
-    if not options.quiet:
+    if lines and not options.quiet:
         say(*lines, to="stderr")
 
 
-def server_flags(options: argparse.Namespace) -> str:
-    """The flags that lead to the same server again."""
+def resume_lines(options: argparse.Namespace, session: str) -> list[str]:
+    """How to go on with a session on the same server; Claude Code's own words lead elsewhere."""
     words = [word for name in ("url", "port", "api_key_file")
              for value in [getattr(options, name)] if value is not None
              for word in (f"--{name.replace('_', '-')}", str(value))]
     words += ["--host", options.host] * (options.host != "localhost")
-    return "".join(f" {shlex.quote(word)}" for word in words)
+    command = " ".join([command_name(), "connect claude", *map(shlex.quote, words)])
+    return [f"Resume this session here with: {command} --resume {session}"] * bool(session)
 
 
 def last_session(began: float) -> str:
@@ -7103,8 +7101,8 @@ def forget_old_logs(state: str) -> None:
     folder, name = os.path.split(state)
     with suppress(OSError), os.scandir(folder) as files:
         for file in files:
-            if re.fullmatch(re.escape(name) + r"\.[0-9]+\.log", file.name) and (
-                    file.stat().st_mtime < time.time() - 7 * 86400):
+            is_log = file.name.startswith(name + ".") and file.name.endswith(".log")
+            if is_log and file.stat().st_mtime < time.time() - 7 * 86400:
                 os.remove(file.path)
 
 
@@ -7176,6 +7174,43 @@ def command_name() -> str:
     """How to call this program again."""
     path = sys.argv[0]
     return f"python3 {shlex.quote(path)}" if path.endswith(".py") else os.path.basename(path)
+
+
+def summary_lines(gateway: Gateway, server: Server) -> list[str]:
+    """What `run` prints: URL, providers, tiers, what to type next."""
+    registry = gateway.registry
+    lines = [f"ogx.py {__version__} serves {server.url}", ""]
+    width = max(map(len, [*registry.providers, "sonnet"]))
+    for provider_id in registry.providers:
+        models, problem = registry.lists.get(provider_id), registry.problems.get(provider_id)
+        state = f"{len(models)} model{'s' * (len(models) != 1)}" if models else "no models"
+        if problem:
+            state += f": {problem}"
+        elif models is None:
+            state = "still asking for its models"
+        lines.append(f"  {provider_id:<{width}}  {state}")
+        lines += [f"  {'':<{width}}  {model.upstream_id}: {model.warning}"
+                  for model in models or () if model.warning]
+    if DEMO_PROVIDER in registry.providers.values():
+        variables = ", ".join(kind.switches[0] for kind in PROVIDER_KINDS.values() if kind.switches)
+        lines += ["", "No provider is configured: only the built-in demo model answers.",
+                  "For real models set one of these variables and start again:",
+                  *(f"  {line}" for line in textwrap.wrap(variables, 74))]
+    lines += ["", *(f"  {tier:<{width}}  {tier_words(registry, tier)}" for tier in TIERS), ""]
+    where = "" if server.server_port == DEFAULT_PORT else f" --port {server.server_port}"
+    where = f" --url {server.url}" if server.tls else where
+    return [*lines, f"Next, in another terminal:  {command_name()} connect claude{where}", ""]
+
+
+def tier_words(registry: Registry, tier: str) -> str:
+    """The model behind a tier, and what is wrong with it."""
+    try:
+        model = registry.resolve(f"claude-{tier}")
+    except OgxError as error:
+        return f"no model: {error.message}" if registry.tiers.get(tier) else "no model"
+    lists = registry.lists.get(model.provider.id)
+    unlisted = lists and not registry.listed(model)
+    return model.listed_id + f"  (not in {model.provider.id}'s list)" * bool(unlisted)
 
 
 def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
@@ -7708,43 +7743,6 @@ def config_from_name(name: str, environ: Mapping[str, str]) -> Config:
         except ValueError as error:
             raise OgxError(400, f"{name}: not JSON: {error}") from None
     return config_from_json(tree, name, environ)
-
-
-def summary_lines(gateway: Gateway, server: Server) -> list[str]:
-    """What `run` prints: URL, providers, tiers, what to type next."""
-    registry = gateway.registry
-    lines = [f"ogx.py {__version__} serves {server.url}", ""]
-    width = max(map(len, [*registry.providers, "sonnet"]))
-    for provider_id in registry.providers:
-        models, problem = registry.lists.get(provider_id), registry.problems.get(provider_id)
-        state = f"{len(models)} model{'s' * (len(models) != 1)}" if models else "no models"
-        if problem:
-            state += f": {problem}"
-        elif models is None:
-            state = "still asking for its models"
-        lines.append(f"  {provider_id:<{width}}  {state}")
-        lines += [f"  {'':<{width}}  {model.upstream_id}: {model.warning}"
-                  for model in models or () if model.warning]
-    if DEMO_PROVIDER in registry.providers.values():
-        variables = ", ".join(kind.switches[0] for kind in PROVIDER_KINDS.values() if kind.switches)
-        lines += ["", "No provider is configured: only the built-in demo model answers.",
-                  "For real models set one of these variables and start again:",
-                  *(f"  {line}" for line in textwrap.wrap(variables, 74))]
-    lines += ["", *(f"  {tier:<{width}}  {tier_words(registry, tier)}" for tier in TIERS), ""]
-    where = "" if server.server_port == DEFAULT_PORT else f" --port {server.server_port}"
-    where = f" --url {server.url}" if server.tls else where
-    return [*lines, f"Next, in another terminal:  {command_name()} connect claude{where}", ""]
-
-
-def tier_words(registry: Registry, tier: str) -> str:
-    """The model behind a tier, and what is wrong with it."""
-    try:
-        model = registry.resolve(f"claude-{tier}")
-    except OgxError as error:
-        return f"no model: {error.message}" if registry.tiers.get(tier) else "no model"
-    lists = registry.lists.get(model.provider.id)
-    unlisted = lists and not registry.listed(model)
-    return model.listed_id + f"  (not in {model.provider.id}'s list)" * bool(unlisted)
 
 
 def exit_with_main(*_: Any) -> None:

@@ -847,7 +847,8 @@ class TestTheFile:
             own = words[: words.index("--")] if "--" in words else words
             own = [w for w in own if w != "&"]
             if own[-1] not in ("--help", "-h"):
-                ogx.argument_parser().parse_args(own)
+                _, rest = ogx.argument_parser().parse_known_args(own)
+                assert not rest or own[0] == "connect" and not any(map(ogx.mistyped_flag, rest))
 
 
 def make(*args):
