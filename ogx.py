@@ -482,6 +482,7 @@ class ProviderKind:
     headers: tuple[tuple[str, str], ...] = ()  # sent with every request
     # How its models are found, and what is known about them.
     list_path: str = "/models"
+    lists_all: bool = True  # what its list lacks isn't served
     built_in_models: Strings = ()  # ids of those that need no list
     more_lists: tuple[Strings, ...] = ()  # path, and pattern of the ids to take
     servers: tuple[Strings, ...] = ()  # pattern of ids or paths, then of base_url; replacement
@@ -594,8 +595,9 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
                   r"bedrock-runtime.\1.amazonaws.com/openai/v1"))),
     ProviderKind("azure", "", ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
         ("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"), enabled_by="url",
-        default_path="/openai/v1", key_headers=("api-key",), responses_hosts=(
-            ".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com"),
+        default_path="/openai/v1", key_headers=("api-key",), lists_all=False,
+        responses_hosts=(".openai.azure.com", ".cognitiveservices.azure.com",
+                         ".services.ai.azure.com"),
         **OPENAI),
     ProviderKind("gemini", "https://generativelanguage.googleapis.com/v1beta/openai",
         ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GEMINI_ACCESS_TOKEN"),
@@ -6152,11 +6154,13 @@ class Gateway:
             self.lessons.load()
 
     def _entry(self, model: Model) -> Json:
-        known = self.registry.listed(model)
-        if known is None:
-            raise OgxError(404, f"model '{model.id[:200]}' is not listed by {model.provider.id}")
+        known, owner = self.registry.listed(model), model.provider
+        if known is None and owner.kind.lists_all and self.registry.lists.get(owner.id):
+            raise OgxError(404, f"model '{model.id[:200]}' is not listed by {owner.id}")
+        known = known or replace(model, id=model.listed_id, warning=f"{owner.id} doesn't list it")
         alias_of = "" if model.id == known.id else known.id
-        return model_entry(model, alias_of, [str(lesson) for lesson in self.lessons.of(model)])
+        learned = [str(lesson) for lesson in self.lessons.of(model)]
+        return model_entry(replace(model, warning=known.warning), alias_of, learned)
 
 
 def speaks_responses(provider: Provider) -> bool:
@@ -6999,7 +7003,7 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
         server = replace(server, base_url=own_server.url, api_key=token)
         listing = model_listing(server)
     try:
-        listing = loaded_listing(server, listing, options)
+        listing = with_named_models(server, loaded_listing(server, listing, options), options)
         plan = launch_plan(server, listing, options, os.environ)
         if options.print_env:
             for path in overriding_files(plan):
@@ -7165,6 +7169,26 @@ def loaded_listing(server: Provider, listing: Json, options: argparse.Namespace)
     return listing
 
 
+def with_named_models(server: Provider, listing: Json, options: argparse.Namespace) -> Json:
+    """The list with what flags and tiers name beside it, if the server serves that."""
+    flags = [getattr(options, f"{job}_model") for job in (*TIERS, *JOBS)]
+    tiers = dict_or_empty(listing.get("tiers")).values()
+    listed = [entry.get("id") for entry in map(dict_or_empty, listing["data"])]
+    entries = []
+    with closing(Upstream()) as upstream:
+        for model_id in dict.fromkeys(filter(is_id, (options.model, *flags, *tiers))):
+            if model_id in listed:
+                continue
+            if options.unlisted:
+                entries.append({"id": model_id, "custom_metadata": {"warning": "it is not listed"}})
+                continue
+            path = f"/v1/models/{urllib.parse.quote(model_id, safe='/')}"
+            with suppress(OgxError):
+                entry = dict_or_empty(upstream.json(server, path, 10.0))
+                entries += [entry] * (entry.get("id") == model_id)
+    return {**listing, "data": [*listing["data"], *entries]}
+
+
 def problem_lines(listing: Json) -> list[str]:
     problems = dict_or_empty(listing.get("problems"))
     return [f"  {one_line(pid)}: {one_line(str(why))}" for pid, why in problems.items()]
@@ -7199,7 +7223,17 @@ def summary_lines(gateway: Gateway, server: Server) -> list[str]:
     lines += ["", *(f"  {tier:<{width}}  {tier_words(registry, tier)}" for tier in TIERS), ""]
     where = "" if server.server_port == DEFAULT_PORT else f" --port {server.server_port}"
     where = f" --url {server.url}" if server.tls else where
-    return [*lines, f"Next, in another terminal:  {command_name()} connect claude{where}", ""]
+    key = "OGX_API_KEY=... " if server.guard.token else ""
+    if registry.problems and not gateway.tiers():
+        lines += ["No model can be used yet: see what is wrong above.", ""]
+    else:
+        command = f"{command_name()} connect claude"
+        lines += [f"Next, in another terminal:  {key}{command}{where}", ""]
+        if not is_loopback(server.host):
+            scheme, port = "https" if server.tls else "http", server.server_port
+            address = f"{scheme}://{socket.gethostname()}:{port}"
+            lines[-1:] = [f"On another machine:         {key}{command} --url {address}", ""]
+    return lines
 
 
 def tier_words(registry: Registry, tier: str) -> str:
@@ -7271,8 +7305,10 @@ def is_listed_llm(entry: Json) -> bool:
 def tier_choice(wanted: str | None, server_choice: Any, ids: Sequence[str]) -> str:
     """A tier's model: the flags' choice, else the server's, else the first."""
     if wanted and wanted not in ids:
+        more = f", ... ({len(ids)} in all)" if len(ids) > 10 else ""
         raise OgxError(404, f"Failed to find model '{wanted}' on the OGX server."
-                            f"{near_miss(wanted, ids)}\nAvailable models: {', '.join(ids)}")
+                            f"{near_miss(wanted, ids)} --unlisted uses it all the same.\n"
+                            f"Available models: {', '.join(ids[:10])}{more}")
     return wanted or (isinstance(server_choice, str) and server_choice) or ids[0]
 
 
@@ -7594,8 +7630,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 COMMANDS = ("run", "connect")
 CONNECT_FLAGS = ("--model", *(f"--{job}-model" for job in (*TIERS, *JOBS)), "--lean", "--no-lean",
-                 "--host", "--port", "--url", "--api-key-file", "--serve", "--no-serve", "--check",
-                 "--print-env", "--shell", "--quiet")
+                 "--unlisted", "--host", "--port", "--url", "--api-key-file", "--serve",
+                 "--no-serve", "--check", "--print-env", "--shell", "--quiet")
 
 
 def mistyped_flag(word: str) -> str:
@@ -7656,6 +7692,7 @@ def add_connect(commands: Any) -> None:
     flag("--auto-model", metavar="MODEL", help="model that judges calls in auto mode")
     flag("--lean", action=argparse.BooleanOptionalAction, help="few tools and a short prompt, for "
          f"small models (default: below a window of {LEAN_WINDOW:,} tokens)")
+    flag("--unlisted", action="store_true", help="use the named models although they aren't listed")
     flag("--host", default="localhost", help="server host, or its whole URL (default localhost)")
     flag("--port", type=port_argument, help=f"server port (default OGX_PORT, else {DEFAULT_PORT})")
     flag("--url", help="server URL, with or without /v1, instead of --host and --port")

@@ -64,7 +64,7 @@ import ogx
 
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "ogx.py").read_text(encoding="utf-8")
-MAX_BYTES = 387_000  # what adds some takes others away, or says why not
+MAX_BYTES = 389_200  # what adds some takes others away, or says why not
 SECTIONS = re.findall(r"^# ======== (.+?) =+$", SOURCE, re.M)
 IO_LINE = "Above this line nothing does I/O"
 
@@ -6505,7 +6505,7 @@ class TestLog:
             s.detach() for s in socket.socketpair()]}[kind]()  # fmt: skip
         monkeypatch.setattr(sys, "stderr", open(writer, "w"))  # noqa: SIM115
         handler = ogx.LogHandler()
-        record = logging.makeLogRecord({"msg": "x" * size})
+        record = logging.makeLogRecord({"msg": "x" * size, "levelno": logging.INFO})
         for _ in range(5_000_000):
             handler.emit(record)
             if handler._lost > 20 * ogx.LOG_QUEUE:  # in a row: nothing is taken any more
@@ -6514,7 +6514,7 @@ class TestLog:
         while b"\n" not in told or b"lines found no reader" not in told:
             told = told[-100:] + os.read(reader, 65536)
             if handler._lines.empty():
-                handler.emit(logging.makeLogRecord({"msg": "again"}))
+                handler.emit(logging.makeLogRecord({"msg": "again", "levelno": logging.INFO}))
         os.close(reader)
         assert lost > ogx.LOG_QUEUE
 
@@ -11973,9 +11973,43 @@ class TestConnect:
     def test_an_unknown_model_lists_what_there_is(self):
         error = refused(self.plan, self.listing("openai/gpt-5", "vllm/q"), opus_model="gpt-5")
         assert error.message == (
-            "Failed to find model 'gpt-5' on the OGX server. Did you mean 'openai/gpt-5'?\n"
-            "Available models: openai/gpt-5, vllm/q"
+            "Failed to find model 'gpt-5' on the OGX server. Did you mean 'openai/gpt-5'? "
+            "--unlisted uses it all the same.\nAvailable models: openai/gpt-5, vllm/q"
         )
+        error = refused(self.plan, self.listing(*(f"v/{n}" for n in range(420))), model="x")
+        assert len(error.message) < 300 and error.message.endswith("v/9, ... (420 in all)")
+
+    def launched(self, client, capfd, *flags):
+        """The exit code, the opus model, and what was told."""
+        code = ogx.main(["connect", "claude", "--port", str(client.port), *flags])
+        out, err = capfd.readouterr()
+        return code, json.loads(out)[1]["ANTHROPIC_DEFAULT_OPUS_MODEL"] if out else "", err
+
+    @cases("model_id", ["opus", "claude-opus-4-6", "openai/gpt-x", "gpt-x", "mine"])
+    def test_what_the_server_serves_can_be_named(self, claude, capfd, model_id):
+        with gateway_over(aliases=[ogx.Alias("mine", "openai", "gpt-x")]) as (client, _):
+            code, opus, _ = self.launched(client, capfd, "--model", model_id)
+        assert (code, opus) == (7, model_id)
+
+    @cases(("kind", "models"), [("azure", ["base"]), ("vllm", (404, {"detail": "Not Found"}))])
+    def test_a_model_that_no_list_could_have_is_taken_with_a_word(
+        self, claude, capfd, kind, models
+    ):
+        with gateway_over(kind=kind, models=models) as (client, _):
+            code, opus, told = self.launched(client, capfd, "--model", f"{kind}/my-own")
+        assert (code, opus) == (7, f"{kind}/my-own") and f"{kind} doesn't list it" in told
+
+    def test_a_model_that_its_provider_does_not_list_needs_a_flag(self, claude, capfd):
+        with gateway_over() as (client, _):
+            code, _, told = self.launched(client, capfd, "--model", "openai/gpt-9")
+            assert code == 1 and "Failed to find model 'openai/gpt-9'" in told
+            code, opus, told = self.launched(client, capfd, "--unlisted", "--model", "openai/gpt-9")
+        assert (code, opus) == (7, "openai/gpt-9") and "it is not listed" in told
+
+    def test_a_servers_tiers_are_enough_where_no_list_can_be_read(self, claude, capfd):
+        with gateway_over(kind="azure", models=(404, {}),
+                          tiers=dict.fromkeys(ogx.TIERS, "azure/prod")) as (client, _):
+            assert self.launched(client, capfd)[:2] == (7, "azure/prod")
 
     def test_claude_code_learns_the_true_window(self):
         plan = self.plan(self.listing("a", max_input_tokens=131072, max_tokens=8192))
@@ -12924,12 +12958,12 @@ class TestCommandLine:
         assert told.endswith(
             "error: argument --port: expected a port from 0 to 65535, got '99999'")  # fmt: skip
 
-    def summary(self, process):
+    def summary(self, process, last="Next, in another terminal:"):
         """What `run` prints, up to the line to type next."""
         lines = []
         for line in process.stdout:
             lines.append(line.rstrip("\n"))
-            if line.startswith("Next, in another terminal:"):
+            if line.startswith(last):
                 return lines
         raise AssertionError(f"{lines} {process.stderr.read()}")
 
@@ -13015,6 +13049,17 @@ class TestCommandLine:
         assert re.search(r"opus +openai/typo  \(not in openai's list\)$", told, re.M)
         assert re.search(r"fable +no model: ANTHROPIC_DEFAULT_FABLE_MODEL names 'vllm/none'", told)
         assert re.search(r"haiku +openai/gpt-a$", told, re.M)
+
+    def test_without_a_model_it_does_not_advise_to_connect(self):
+        with self.running(env={"VLLM_URL": "http://127.0.0.1:9/v1"}) as process:
+            told = "\n".join(self.summary(process, "No model can be used yet"))
+        assert "connect claude" not in told
+
+    def test_it_tells_how_others_connect(self):
+        with self.running("--host", "0.0.0.0", env={"OGX_API_KEY": "s3cret"}) as process:
+            told = "\n".join(self.summary(process, "On another machine"))
+        assert re.search(r"On another machine: +OGX_API_KEY=\.\.\. .* --url http://\S+:\d+$", told)
+        assert "s3cret" not in told
 
     def test_a_provider_that_hangs_does_not_delay_the_start(self):
         with socket.create_server(("127.0.0.1", 0)) as hanging, self.running(
