@@ -6940,7 +6940,8 @@ UNSET = (
     "ANTHROPIC_API_KEY", "ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL",
     "ANTHROPIC_CUSTOM_HEADERS", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST",
     "CLAUDE_CODE_HOST_AUTH_ENV_VAR", "CLAUDECODE", *JOBS.values(),
-    "CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "ANTHROPIC_DEFAULT_MODEL")
+    "ANTHROPIC_DEFAULT_MODEL")
+LIMIT_VARIABLES = "CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_MAX_OUTPUT_TOKENS"
 CLAUDE_COMMANDS = {  # those that start no session
     "agents", "auth", "auto-mode", "config", "doctor", "install", "mcp", "migrate-installer",
     "plugin", "plugins", "setup-token", "update", "upgrade"}
@@ -6961,6 +6962,7 @@ class LaunchPlan:
     variables: Mapping[str, str]  # "" for those to unset
     model: str = ""  # for all tiers, if the user chose one
     models: Mapping[str, Json] = field(default_factory=dict)  # the server's list, by id
+    window: int = 0  # tokens
     lean: bool = False
     problems: Sequence[str] = ()  # lines about the server's providers
 
@@ -6971,10 +6973,6 @@ class LaunchPlan:
 
     def model_of(self, tier: str) -> str:
         return self.variables[tier_variable(tier)]
-
-    @property
-    def window(self) -> int:
-        return int(self.variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] or 0)
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         return {name: value for name, value in {**environ, **self.variables}.items()
@@ -7274,15 +7272,15 @@ def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
     chosen = chosen[1:]  # haiku's requests are short, and its window needn't bound the others'
     if any(re.search("claude|anthropic", model_id, re.I) for model_id in models.keys() - aliases):
         variables["CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY"] = "1"  # it lists only such ids
-    variables.update(limit_variables(chosen))
+    window, output = known_limits(chosen, options, environ)
+    variables.update(limit_variables(window, output))
     for job, name in JOBS.items():
         wanted = getattr(options, f"{job}_model")
         variables[name] = tier_choice(wanted, "", ids) if wanted else ""
-    window = int(variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] or 0)
     lean = 0 < window < LEAN_WINDOW if options.lean is None else options.lean
     variables.update(LEAN if lean else {})
     variables.update(proxy_variables(server.base_url, environ))
-    return LaunchPlan(variables, options.model or "", models, lean, problem_lines(listing))
+    return LaunchPlan(variables, options.model or "", models, window, lean, problem_lines(listing))
 
 
 def proxy_variables(url: str, environ: Mapping[str, str]) -> dict[str, str]:
@@ -7312,16 +7310,29 @@ def tier_choice(wanted: str | None, server_choice: Any, ids: Sequence[str]) -> s
     return wanted or (isinstance(server_choice, str) and server_choice) or ids[0]
 
 
-def limit_variables(entries: Sequence[Json]) -> dict[str, str]:
-    """The window and the output limit that hold for all tiers, if known."""
-    window, output = (
-        min(filter(None, (whole_number(entry.get(name)) for entry in entries)), default=0)
-        for name in ("max_input_tokens", "max_tokens"))
-    if 0 < window <= RESERVED_WINDOW:
+def known_limits(entries: Sequence[Json], options: argparse.Namespace,
+                 environ: Mapping[str, str]) -> tuple[int, int]:
+    """The window and the output limit that hold for all tiers, 0 for an unknown one: by the flags,
+    else the server's, else the user's own variables."""
+    limits = []
+    for flag, name, variable in zip((options.context, options.max_output),
+                                    ("max_input_tokens", "max_tokens"), LIMIT_VARIABLES):
+        told = filter(None, (whole_number(entry.get(name)) for entry in entries))
+        own = environ.get(variable, "")
+        limits.append(flag or min(told, default=0) or (int(own) if own.isdecimal() else 0))
+    window, output = limits
+    if 0 < window <= RESERVED_WINDOW and not options.max_output:
         most = max(1024, window // 8)
         output = min(output or most, most)
-    limits = {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": window, "CLAUDE_CODE_MAX_OUTPUT_TOKENS": output}
-    return {name: str(tokens) for name, tokens in limits.items() if tokens}
+    return window, output
+
+
+def limit_variables(window: int, output: int) -> dict[str, str]:
+    """What to tell Claude Code. It compacts where its output limit and 13,000 tokens are left of
+    what it is told (2.1.332): of a small window so much more is told that 3,000 are left."""
+    told = window + 10_000 if 0 < window < 100_000 else window
+    return {name: str(tokens) if tokens else ""
+            for name, tokens in zip(LIMIT_VARIABLES, (told, output))}
 
 
 def plan_lines(plan: LaunchPlan) -> list[str]:
@@ -7629,7 +7640,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 COMMANDS = ("run", "connect")
-CONNECT_FLAGS = ("--model", *(f"--{job}-model" for job in (*TIERS, *JOBS)), "--lean", "--no-lean",
+CONNECT_FLAGS = ("--model", *(f"--{job}-model" for job in (*TIERS, *JOBS)),
+                 "--context", "--max-output", "--lean", "--no-lean",
                  "--unlisted", "--host", "--port", "--url", "--api-key-file", "--serve",
                  "--no-serve", "--check", "--print-env", "--shell", "--quiet")
 
@@ -7690,6 +7702,8 @@ def add_connect(commands: Any) -> None:
         flag(f"--{tier}-model", metavar="MODEL", help=f"model for the {tier} tier")
     flag("--subagent-model", metavar="MODEL", help="model for sub-agents (default: their tier's)")
     flag("--auto-model", metavar="MODEL", help="model that judges calls in auto mode")
+    flag("--context", metavar="TOKENS", type=int, help="the models' window, where it isn't known")
+    flag("--max-output", metavar="TOKENS", type=int, help="the most that an answer may have")
     flag("--lean", action=argparse.BooleanOptionalAction, help="few tools and a short prompt, for "
          f"small models (default: below a window of {LEAN_WINDOW:,} tokens)")
     flag("--unlisted", action="store_true", help="use the named models although they aren't listed")

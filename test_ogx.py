@@ -64,7 +64,7 @@ import ogx
 
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "ogx.py").read_text(encoding="utf-8")
-MAX_BYTES = 389_200  # what adds some takes others away, or says why not
+MAX_BYTES = 390_100  # what adds some takes others away, or says why not
 SECTIONS = re.findall(r"^# ======== (.+?) =+$", SOURCE, re.M)
 IO_LINE = "Above this line nothing does I/O"
 
@@ -12034,8 +12034,24 @@ class TestConnect:
         assert plan.variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "8000"
         listing["data"][0].update(max_input_tokens=32_768, max_tokens=2_000)
         plan = self.plan(listing, model="small", opus_model="large")
-        assert plan.variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "32768"
-        assert plan.variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "2000"
+        assert plan.window == 32_768 and plan.variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "2000"
+
+    @cases(("window", "told"), [(8_192, "18192"), (99_999, "109999"), (100_000, "100000"), (0, "")])
+    def test_of_a_small_window_more_is_told(self, window, told):
+        assert ogx.limit_variables(window, 0)["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == told
+
+    @cases(("fields", "environ", "flags", "limits"), [
+        ({"max_input_tokens": 200_000}, {"CONTEXT": "9"}, {"context": 150_000}, (150_000, 18_750)),
+        ({"max_input_tokens": 200_000}, {"CONTEXT": "9", "OUTPUT": "8"}, {}, (200_000, 8)),
+        ({}, {"CONTEXT": "400000", "OUTPUT": "64000"}, {}, (400_000, 64_000)),
+        ({}, {"CONTEXT": "much"}, {"max_output": 5_000}, (0, 5_000)),
+        ({"max_tokens": 9_000}, {}, {"context": 64_000, "max_output": 16_000}, (64_000, 16_000)),
+        ({}, {}, {}, (0, 0))])
+    def test_whose_numbers_count(self, fields, environ, flags, limits):
+        environ = {f"CLAUDE_CODE_MAX_{name}_TOKENS": value for name, value in environ.items()}
+        plan = self.plan(self.listing("a", **fields), environ, **flags)
+        assert plan.window == limits[0]
+        assert plan.variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == str(limits[1] or "")
 
     @cases(("window", "told", "output"), [
         (8_192, None, 1_024), (16_384, None, 2_048), (49_152, None, 6_144), (65_536, None, 8_192),

@@ -343,6 +343,7 @@ def plan_reader(chance: random.Random) -> bytes:
         environ = {"NO_PROXY": str(chance.choice(ODD_VALUES))}
         options = argparse.Namespace(**dict.fromkeys([f"{job}_model" for job in (
             *ogx.TIERS, *ogx.JOBS)]), lean=chance.choice((None, True, False)),
+                                     context=None, max_output=chance.choice((None, 5)),
                                      model=chance.choice((None, "openai/gpt-x")))  # fmt: skip
         kind, plan = outcome(
             lambda: ogx.launch_plan(server, listing, options, environ))

@@ -453,7 +453,7 @@ def test_a_template_without_tools_is_told_and_a_call_demanded_in_words(tmp_path)
         assert told in connected(gateway, tmp_path, "--check").stdout
         assert told in gateway.log.read_text()
         window = connected(gateway, tmp_path, "--print-env").stdout
-        assert "MAX_CONTEXT_TOKENS=8192" in window and "MAX_OUTPUT_TOKENS=1024" in window
+        assert "MAX_CONTEXT_TOKENS=18192" in window and "MAX_OUTPUT_TOKENS=1024" in window
 
 
 def test_a_router_tells_windows_and_counts(tmp_path):

@@ -337,7 +337,9 @@ class TestClaudeCode:
         assert [one["contextWindow"] for one in usage.values()] == [window]
 
     @pytest.mark.parametrize(("window", "tokens", "compacts"), [
-        (32_768, 14_000, False), (32_768, 17_000, True),
+        (16_384, 10_000, False), (16_384, 12_000, True),
+        (32_768, 24_000, False), (32_768, 27_000, True),
+        (65_536, 52_000, False), (65_536, 56_000, True),
         (131_072, 98_000, False), (131_072, 103_000, True),
         (1_048_576, 900_000, False), (1_048_576, 1_020_000, True),
     ], indirect=["window"])
