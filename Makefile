@@ -1,7 +1,7 @@
 # make test           the tests; needs only Python and pytest, which it fetches when missing
 # make test-314       those of what does no I/O, on Python 3.14 in WebAssembly; needs Node.js
 # make test-clients   the real Claude Code, SDKs and agents' libraries against scripted upstreams
-# make test-servers   real upstream servers, compiled and given tiny models on the spot
+# make test-servers   real upstream servers with small models, prebuilt where they run
 # make soak           load for two minutes: what is kept that should have been let go (Linux)
 # make fuzz           mutated input for a minute, for every reader
 # make lint           ruff and mypy
@@ -65,6 +65,7 @@ fuzz:
 
 bench:
 	$(PYTHON) .ci/bench.py $(ARGS)
+	@$(PYTHON) .ci/prompt_tokens.py --if-installed
 
 starter:
 	$(PYTHON) .ci/starter.py > starter.json

@@ -1680,7 +1680,7 @@ def attached_tokens(block: Json) -> int:
 # ======== Calls ==============================================================================
 # Tool calls that a model wrote as text, since its server doesn't read them. Pure.
 
-MOST_HELD = 200_000  # characters of a text that may be calls
+MOST_HELD, MOST_CALLS = 200_000, 100  # characters of a text that may be calls; calls
 CALL_MARKS = ("<tool_call>", "<function=", "<invoke name=", "<function_calls>", "[TOOL_CALLS]",
               "<|python_tag|>", "<｜tool▁calls▁begin｜>")
 A_MARK = re.compile("|".join(map(re.escape, CALL_MARKS)))
@@ -1756,7 +1756,7 @@ class CallReader:
         end = self._text.find("```", self._at)
         text = self._text[self._at : end if end > 0 else None].strip()
         self._at = end if end > 0 else len(self._text)
-        tree = ast.parse(text[:MAX_HEAD], mode="eval").body
+        tree = ast.parse(text[:10_000], mode="eval").body
         for call in tree.elts if isinstance(tree, ast.List) else [tree]:
             if not isinstance(call, ast.Call) or call.args:
                 raise ValueError
@@ -1769,7 +1769,8 @@ class CallReader:
             call = dict_or_empty(dict_or_empty(one).get("function")) or dict_or_empty(one)
             given = call.get("arguments", call.get("parameters"))
             given = json_or_none(given) if isinstance(given, str) else given
-            if call.get("name") not in self._tools or not isinstance(given, dict):
+            known = call.get("name") in self._tools and len(self._found) < MOST_CALLS
+            if not known or not isinstance(given, dict):
                 raise ValueError
             self._found.append((self._tools[call["name"]]["name"], given))
 
@@ -1844,8 +1845,10 @@ class CallHolder:
         """The calls that the text held amounts to if the model ended by itself, else that text."""
         text = self._taken()
         self._hand_on(text)
+        if not (text and whole):
+            return [], text
         reader = CallReader(text, self._tools)
-        calls = reader.calls() if text and whole else []
+        calls = reader.calls()
         self.repaired = reader.repaired and bool(calls)
         return calls, "" if calls else text
 
@@ -2010,8 +2013,9 @@ class MessageWriter:
 
     def append_escaped_delta(self, block_type: str, escaped: str) -> bool:
         """Append a text in JSON's quotes to an open block; return False where none is open."""
-        if self._stops or not self._blocks or self._blocks[0].type != block_type or (
-                self.holder and not self.holder.ignores(escaped)):
+        if self._stops or not self._blocks or self._blocks[0].type != block_type:
+            return False
+        if block_type == "text" and self.holder and not self.holder.ignores(escaped):
             return False
         event = DELTA_EVENT % (self._index, *DELTAS[block_type], escaped)
         self.events.append(event.encode("ascii"))
@@ -2058,10 +2062,11 @@ class MessageWriter:
 
     def _write_held(self, whole: bool) -> None:
         """Write the calls that the text held amounts to, or itself."""
-        calls, text = self.holder.end(whole) if self.holder else ([], "")
+        if not self.holder:
+            return
+        calls, text = self.holder.end(whole)
         self._write_text(text)
-        self.repaired = bool(self.holder and self.holder.repaired)
-        self.wrote_calls = bool(calls)
+        self.repaired, self.wrote_calls = self.holder.repaired, bool(calls)
         for name, arguments in calls:
             self._fragment(object(), "tool_use", UNICODE_JSON.encode(arguments), "", name)
 
@@ -3058,6 +3063,7 @@ MODEL_FIELD = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
 LAST_EVENT = re.compile(
     rb'[\r\n](?:event: ?(?:message_stop|error)\b|'
     rb'data: ?\{"(?:type": ?"error"|error": ?["{]|object": ?"error"))|"type": ?"message_stop"')
+THINKS_ALOUD = re.compile(rb'"text_delta",\s?"text":\s?"(?:\\n){0,4}<think')
 USAGE_FIELDS = ("input_tokens", "output_tokens", "cache_read_input_tokens",
                 "cache_creation_input_tokens")
 
@@ -3181,6 +3187,7 @@ class NativeStream:
     id that the client asked for; tells end and usage."""
 
     ended = False  # the last event came: message_stop, or an error
+    thinks_aloud: bool | None = None  # its first words are a tag of thinking, which nobody parsed
     error = b""  # its data, or what came in a stream's place
     _named = False  # the first event, which names the model, went by
     _tail = b""  # of what was passed on
@@ -3214,6 +3221,8 @@ class NativeStream:
             match = MODEL_FIELD.search(data[:MAX_HEAD])
             if match:
                 data = data[: match.end(1)] + self._model + data[match.end() :]
+        if self.thinks_aloud is None and b"content_block_delta" in data:
+            self.thinks_aloud = bool(THINKS_ALOUD.search(data[:MAX_HEAD]))
         self._tail = (self._tail + data[-2000:])[-2000:]
         last = last_event(data)
         self.ended |= bool(last)
@@ -5467,7 +5476,8 @@ class Discovery:
     def ask_again(self) -> None:
         """Ask those that have a problem, once a second at most, and wait a moment for them."""
         with self._asking:
-            due = [self.registry.providers[pid] for pid in self.registry.problems]
+            due = [provider for pid, provider in self.registry.providers.items()
+                   if pid in self.registry.problems]
             if time.monotonic() >= self._next_ask:
                 call_in_threads(self._ask, due, ASK_AGAIN)
                 self._next_ask = time.monotonic() + 1.0
@@ -5927,8 +5937,10 @@ class Gateway:
         """Wait for a place at the provider, which `ends` gives back, or gives up. Those in front
         look more often whether it is their turn."""
         provider = attempt.model.provider
+        most = provider.max_parallel or self.registry.slots.get(provider.id) or 0
+        if not most:
+            return
         queue = self._queues.setdefault(provider.id, [])
-        most = provider.max_parallel or self.registry.slots.get(provider.id) or math.inf
         if len(queue) >= most + MAX_WAITING:
             words = f"{provider.id} has {MAX_WAITING} requests waiting (see max_parallel)"
             raise OgxError(529, words, headers={"retry-after": "10"})
@@ -5947,9 +5959,18 @@ class Gateway:
             exchange.repaired = translator is not None and translator.writer.repaired
             self.ratios.learn(model, prompt, usage)
 
+        asked = exchange.request["model"]
+        if attempt.dialect.native and exchange.stream:
+            stream = NativeStream(asked)
+
+            def finish_stream(usage: Usage | None) -> None:
+                finish(usage)
+                if stream.thinks_aloud:  # what is translated tells thinking from text
+                    self.registry.learn(model.provider.id, native=False)
+
+            return native_pieces(reply, stream, model.listed_id, finish_stream)
         if attempt.dialect.native:
-            read = native_pieces if exchange.stream else native_message_pieces
-            return read(reply, exchange.request["model"], model.listed_id, finish)
+            return native_message_pieces(reply, asked, model.listed_id, finish)
         estimate = self.ratios.estimate(model, prompt)
         translator = new_translator(attempt.dialect, exchange, model, estimate,
                                     self.config.show_thinking)
@@ -6162,7 +6183,8 @@ def new_translator(dialect: Dialect, exchange: Exchange, model: Model, estimate:
             for b in blocks_of(m["content"]) if b["type"] == "tool_use")
     hides = not shows and (request.get("thinking") or {}).get("display") == "omitted"
     holder = None
-    if model.provider.reads_calls and request.get("tools"):
+    unwanted = (request.get("tool_choice") or {}).get("type") == "none"
+    if model.provider.reads_calls and request.get("tools") and not unwanted:
         tools = sent_tools(request, model.provider.kind)
         holder = CallHolder({upstream_name(tool["name"]): tool for tool in tools})
     writer = MessageWriter(message, used, request.get("stop_sequences") or (), hides, holder)
@@ -6213,10 +6235,10 @@ def translated_pieces(reply: Reply, translator: Translator, stream: bool,
     finish(translator.usage)
 
 
-def native_pieces(reply: Reply, model_id: str, origin: str,
+def native_pieces(reply: Reply, stream: NativeStream, origin: str,
                   finish: Callable[[Usage | None], None]) -> Iterator[Piece]:
     """A stream of Anthropic's own events, but for the model's id."""
-    stream, begun, data = NativeStream(model_id), False, reply.read()
+    begun, data = False, reply.read()
     while data != b"" and not stream.ended:
         if isinstance(data, bytes):
             events = stream.feed(data)

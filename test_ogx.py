@@ -64,7 +64,7 @@ import ogx
 
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "ogx.py").read_text(encoding="utf-8")
-MAX_BYTES = 382_000  # what adds some takes others away, or says why not
+MAX_BYTES = 382_800  # what adds some takes others away, or says why not
 SECTIONS = re.findall(r"^# ======== (.+?) =+$", SOURCE, re.M)
 IO_LINE = "Above this line nothing does I/O"
 
@@ -8665,6 +8665,19 @@ class TestGateway:
         events = read_events(data)
         assert events[-1]["type"] == "error" and events[-2]["type"] != "message_stop"
 
+    @cases(("words", "dialect"), [
+        ("<think>\nLet me see.</think>Good day.", "chat"), ("\n<thinking>Hm", "chat"),
+        ("I <think> so.", "messages"), ("Good day.", "messages")])
+    def test_a_server_that_shows_its_thinking_as_text_is_translated_from_then_on(
+        self, words, dialect, caplog
+    ):
+        caplog.set_level("INFO", "ogx")
+        with self.native(native_stream(words), said("x")) as (client, _):
+            client.post(request(model="vllm/gpt-x", stream=True))
+            caplog.clear()
+            client.post(request(model="vllm/gpt-x"))
+        assert f"vllm/gpt-x by {dialect}" in caplog.text
+
     # -- errors
 
     @pytest.mark.parametrize("stream", [True, False])
@@ -9702,14 +9715,16 @@ class TestGateway:
         assert message["content"][1]["input"] == {"command": "ls"}
         assert message["stop_reason"] == "tool_use" and "a call repaired" in caplog.text
 
-    @cases("case", ["not local", "another kind", "switched off", "no tools", "an unknown tool"])
+    @cases("case", ["not local", "another kind", "switched off", "no tools", "an unknown tool",
+                    "no call wanted"])
     def test_elsewhere_it_stays_text(self, case):
         fields = {"not local": {"kind": "openai"}, "another kind": {"kind": "groq"},
                   "switched off": {"text_calls": False}}.get(case, {})  # fmt: skip
         tools = {"no tools": [], "an unknown tool": [tool("Read")]}.get(case, [tool()])
         with self.writing(self.CALL, **fields) as (client, _):
             name = f"{fields.get('kind', 'llama-cpp')}/gpt-x"
-            message = self.said_to(client, request(model=name, tools=tools))
+            choice = {"tool_choice": {"type": "none"}} if case == "no call wanted" else {}
+            message = self.said_to(client, request(model=name, tools=tools, **choice))
         assert [block["text"] for block in message["content"]] == [self.CALL]
 
     def test_which_providers_may_write_them(self):

@@ -1,4 +1,5 @@
-"""Real upstream servers behind ogx.py: llama.cpp's llama-server and `transformers serve`.
+"""Real upstream servers behind ogx.py: llama.cpp's llama-server and, where it is installed,
+`transformers serve`.
 
     make test-servers       installs them (.ci/servers-install) and runs this file
 
@@ -36,7 +37,8 @@ CLAUDE_BIN = ROOT / ".clients/npm/node_modules/.bin"
 KEY, CONTEXT = "the-key-of-llama", 65_536
 DIALECTS = ["chat", "responses"]
 LLAMA = [f"{dialect}/tiny" for dialect in DIALECTS]
-MODELS = [*LLAMA, "transformers/ogx/tiny"]
+TRANSFORMERS = SERVERS / "venv/bin/transformers"
+MODELS = [*LLAMA, *["transformers/ogx/tiny"] * TRANSFORMERS.exists()]
 HELLO = "Hello from a tiny model \U0001f600 with bytes."
 Json = dict[str, Any]
 os.environ.update(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")  # for the SDKs
@@ -117,11 +119,14 @@ def provider(name: str, kind: str, server: Server, dialect: str) -> Json:
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("gateway")
-    run = [SERVERS / "venv/bin/transformers", "serve", "ogx/tiny", "--device", "cpu",
-           "--host", "127.0.0.1", "--port", "PORT"]
-    with llama_server(folder) as llama, Server(folder, "transformers", "/health", run) as other:
+    run = [TRANSFORMERS, "serve", "ogx/tiny", "--device", "cpu", "--host", "127.0.0.1",
+           "--port", "PORT"]
+    with contextlib.ExitStack() as stack:
+        llama = stack.enter_context(llama_server(folder))
         providers = [provider(dialect, "llama-cpp", llama, dialect) for dialect in DIALECTS]
-        providers.append(provider("transformers", "openai-compatible", other, "auto"))
+        if TRANSFORMERS.exists():
+            other = stack.enter_context(Server(folder, "transformers", "/health", run))
+            providers.append(provider("transformers", "openai-compatible", other, "auto"))
         with gateway_server(folder, providers) as server:
             yield server
         assert not re.search(f"Traceback|{KEY}", server.log.read_text()), server.log.read_text()
@@ -248,7 +253,9 @@ class TestMessages:
         assert (message.stop_reason, message.usage.output_tokens) == ended
         message = sdk.messages.create(**ask(model, "TALK-ON", stop_sequences=[", then"]))
         assert said(message)[0][1].startswith("on and on and on and on")
-        assert message.usage.output_tokens < 10 and message.stop_reason != "max_tokens"
+        assert message.stop_reason != "max_tokens"
+        # Responses takes no stop sequences: the rest is read, and paid for.
+        assert message.usage.output_tokens < 10 or model == "responses/tiny"
         if model == "chat/tiny":  # which tells, where it's asked to
             assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", ", then")
 
@@ -265,6 +272,7 @@ class TestMessages:
             message = sdk.messages.create(**ask(model, [{"type": "image", "source": image}]))
             assert said(message) == [("text", HELLO)]
 
+    @pytest.mark.skipif(not TRANSFORMERS.exists(), reason="make test-servers OGX_TRANSFORMERS=1")
     def test_passes_on_why_a_request_was_refused(self, sdk):
         with pytest.raises(anthropic.BadRequestError, match="Server is pinned to 'ogx/tiny'"):
             sdk.messages.create(**ask("transformers/other", "Hello"))
@@ -296,7 +304,8 @@ class TestMessages:
 
 def test_lists_models_with_their_context(gateway, sdk):
     listed = {model.id: model.max_input_tokens for model in sdk.models.list()}
-    assert listed == {**dict.fromkeys(LLAMA, CONTEXT), "transformers/ogx/tiny": None}
+    others = {model: None for model in MODELS if model not in LLAMA}
+    assert listed == {**dict.fromkeys(LLAMA, CONTEXT), **others}
     assert [sdk.models.retrieve(model).id for model in MODELS] == MODELS
     with openai.OpenAI(base_url=gateway.url + "/v1", api_key="any", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == list(listed)
@@ -377,6 +386,100 @@ def test_check_tells_what_was_cached(tmp_path):
                               timeout=120)
     told = re.search(r"asked again, (\d+) of (\d+) tokens were cached", done.stdout)
     assert told and int(told[1]) == int(told[2]) - 1 > 20, done.stdout
+
+
+def smol_server(folder: Path, *flags: Any) -> Server:
+    """llama-server with real weights, whose chat template has no tools."""
+    run = [SERVERS / "llama-server", "-m", SERVERS / "smollm2.gguf", "--alias", "smol",
+           "-c", 8192, "--host", "127.0.0.1", "--port", "PORT", *flags]
+    return Server(folder, "smol", "/health", run)
+
+
+def connected(gateway: Server, folder: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
+    run = [PYTHON, OGX, "connect", "claude", "--port", str(gateway.port), *flags]
+    return subprocess.run(run, env=base_environment(folder), capture_output=True, text=True,
+                          timeout=120)
+
+
+def test_a_server_that_comes_up_is_asked_at_once(tmp_path):
+    smol = smol_server(tmp_path)
+    upstream = provider("one", "llama-cpp", smol, "chat")
+    hello = ask("claude-opus-5", "Hello", 5)
+    with gateway_server(tmp_path, [upstream]) as gateway, gateway.sdk() as sdk:
+        with pytest.raises(anthropic.InternalServerError, match="no model to serve") as told:
+            sdk.messages.create(**hello)
+        assert told.value.status_code == 503 and told.value.response.headers["retry-after"] == "5"
+        done = connected(gateway, tmp_path, "--check")
+        assert done.returncode == 1 and "one: can't reach one" in done.stderr
+        with smol:
+            time.sleep(1)  # it is asked once a second at most
+            assert sdk.messages.create(**hello).usage.output_tokens == 5
+
+
+def test_a_server_that_loads_is_waited_for(tmp_path):
+    smol = smol_server(tmp_path)
+    upstream = provider("one", "llama-cpp", smol, "chat")
+    smol.health = "/nothing"  # to have it while it loads
+    with gateway_server(tmp_path, [upstream]) as gateway:
+        process = subprocess.Popen(smol.command, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, cwd=tmp_path)
+        try:
+            with contextlib.suppress(OSError, KeyError):
+                while True:  # until it listens
+                    time.sleep(0.01)
+                    socket.create_connection(("127.0.0.1", smol.port), timeout=1).close()
+                    break
+            done = connected(gateway, tmp_path, "--print-env")
+            give_up = time.monotonic() + 20
+            while done.returncode and time.monotonic() < give_up:
+                assert "one: " in done.stderr
+                done = connected(gateway, tmp_path, "--print-env")
+        finally:
+            process.kill()
+            process.wait(10)
+    assert "export ANTHROPIC_DEFAULT_OPUS_MODEL=one/smol" in done.stdout
+
+
+def test_a_template_without_tools_is_told_and_a_call_demanded_in_words(tmp_path):
+    smol = smol_server(tmp_path)
+    upstream = provider("one", "llama-cpp", smol, "chat")
+    with smol, gateway_server(tmp_path, [upstream]) as gateway, gateway.sdk() as sdk:
+        asked = ask("one/smol", "What is the weather in Oslo?", 60, tools=[WEATHER, LOOKUP],
+                    tool_choice={"type": "tool", "name": "weather"},
+                    extra_body={"temperature": 0})
+        (block,) = sdk.messages.create(**asked).content
+        assert (block.type, block.name) == ("tool_use", "weather") and "city" in block.input
+        told = "its chat template has no tools"
+        assert told in connected(gateway, tmp_path, "--check").stdout
+        assert told in gateway.log.read_text()
+        window = connected(gateway, tmp_path, "--print-env").stdout
+        assert "MAX_CONTEXT_TOKENS=8192" in window and "MAX_OUTPUT_TOKENS=1024" in window
+
+
+def test_a_router_tells_windows_and_counts(tmp_path):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "smol.gguf").symlink_to((SERVERS / "smollm2.gguf").resolve())
+    run = [SERVERS / "llama-server", "--models-dir", folder, "-c", 4096, "--host", "127.0.0.1",
+           "--port", "PORT"]
+    router = Server(tmp_path, "router", "/health", run)
+    upstream = provider("one", "llama-cpp", router, "chat")
+    with router, gateway_server(tmp_path, [upstream]) as gateway, gateway.sdk() as sdk:
+        (listed,) = sdk.models.list().data
+        assert listed.max_input_tokens == 4096
+        used = sdk.messages.create(**ask(listed.id, "Hello there", 5)).usage
+        request = ask(listed.id, "Hello there")
+        del request["max_tokens"]
+        counted = sdk.messages.count_tokens(**request).input_tokens
+        assert counted == used.input_tokens + (used.cache_read_input_tokens or 0)
+
+
+def test_an_image_becomes_words_where_the_model_sees_none(tmp_path):
+    image = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
+    with one_llama(tmp_path) as (_, _, sdk):
+        content = [{"type": "image", "source": image}, {"type": "text", "text": "Hello"}]
+        for _ in range(2):
+            assert said(sdk.messages.create(**ask("one/tiny", content))) == [("text", HELLO)]
 
 
 def claude(gateway: Server, folder: Path, model: str, prompt: str, *flags: str) -> Json:

@@ -2,8 +2,9 @@
 
     .servers/venv/bin/python .ci/tiny_model.py FOLDER
 
-FOLDER/tiny.gguf and FOLDER/hub (a cache of Hugging Face's form with the repository ogx/tiny) hold
-the same Qwen2 model of one layer. It is a Markov chain: attention and feed-forward are zero, so the
+FOLDER/tiny.gguf and, where transformers is installed, FOLDER/hub (a cache of Hugging Face's form
+with the repository ogx/tiny) hold the same Qwen2 model of one layer; FOLDER/tiny.jinja is its chat
+template, which refuses nothing. It is a Markov chain: attention and feed-forward are zero, so the
 next token depends on the last one alone. Each piece of a line in LINES is one token, which leads to
 the next piece. The chat template ends the prompt with the token of the line that the conversation
 asks for: by a word in the last user message, or by what a tool answered. Like Qwen3.5's, it refuses
@@ -11,6 +12,7 @@ a system message after the first. Where a grammar forbids the next piece (when a
 a general preference begins a call and closes its strings and objects at once.
 """
 
+import importlib.util
 import json
 import pydoc_data.topics
 import sys
@@ -19,9 +21,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 END, START = "<|im_end|>", "<|im_start|>"
 CALL = '\n<tool_call>\n{"name": "'
@@ -35,13 +35,16 @@ LINES = {
     "shell": ["On it.", CALL + "Bash", SHELL[:30], SHELL[30:50], SHELL[50:],
               '"}}\n</tool_call>\n'],
     "saw42": ["The shell", " says", " 42."],
+    "load": ["I load.", CALL + "ToolSearch", '", "arguments": {"query": "select:NotebookEdit,WebF',
+             'etch"}}\n</tool_call>\n'],
     "answered": ["The tool", " has", " answered."],
     "endless": ["on and on", " and on and on", ", then"],
 }  # fmt: skip
 WORDS = {"THINK-FIRST": "think", "ASK-WEATHER": "weather", "RUN-SHELL": "shell",
-         "TALK-ON": "endless"}  # fmt: skip
+         "LOAD-TOOLS": "load", "TALK-ON": "endless"}  # fmt: skip
 PREFERENCE = {END: 9.0, CALL: 7.0, '"': 5.0, "}": 4.0, "]": 3.0, "{": 2.0, "0": 2.0, "\\": -2.0}
 SPACES = "ĠĊĉč"  # as byte-level tokens spell them
+WINDOW, FEED_FORWARD = 131_072, 32
 
 TEMPLATE = """\
 {%- macro said(m) -%}
@@ -145,7 +148,22 @@ def weights(tokenizer: Tokenizer, width: int = 128) -> tuple[np.ndarray, np.ndar
     return embedding, output
 
 
-def write_transformers(hub: Path, tokenizer: Tokenizer, model: Qwen2ForCausalLM) -> None:
+def write_transformers(hub: Path, tokenizer: Tokenizer, embedding: np.ndarray,
+                       output: np.ndarray) -> None:
+    import torch
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=len(embedding), hidden_size=embedding.shape[1], intermediate_size=FEED_FORWARD,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=WINDOW, eos_token_id=tokenizer.token_to_id(END),
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        parameter.data.fill_(1 if "norm" in name else 0)
+    model.model.embed_tokens.weight.data = torch.from_numpy(embedding)
+    model.lm_head.weight.data = torch.from_numpy(output)
     repository, revision = hub / "models--ogx--tiny", "0" * 40
     (repository / "refs").mkdir(parents=True, exist_ok=True)
     (repository / "refs/main").write_text(revision)
@@ -156,16 +174,16 @@ def write_transformers(hub: Path, tokenizer: Tokenizer, model: Qwen2ForCausalLM)
     model.save_pretrained(repository / "snapshots" / revision)
 
 
-def write_gguf(path: Path, tokenizer: Tokenizer, model: Qwen2ForCausalLM) -> None:
-    out, config = gguf.GGUFWriter(path, "qwen2"), model.config
+def write_gguf(path: Path, tokenizer: Tokenizer, embedding: np.ndarray, output: np.ndarray) -> None:
+    out, width = gguf.GGUFWriter(path, "qwen2"), embedding.shape[1]
     out.add_name("tiny")
-    out.add_context_length(config.max_position_embeddings)
-    out.add_embedding_length(config.hidden_size)
-    out.add_block_count(config.num_hidden_layers)
-    out.add_feed_forward_length(config.intermediate_size)
-    out.add_head_count(config.num_attention_heads)
-    out.add_head_count_kv(config.num_key_value_heads)
-    out.add_layer_norm_rms_eps(config.rms_norm_eps)
+    out.add_context_length(WINDOW)
+    out.add_embedding_length(width)
+    out.add_block_count(1)
+    out.add_feed_forward_length(FEED_FORWARD)
+    out.add_head_count(2)
+    out.add_head_count_kv(1)
+    out.add_layer_norm_rms_eps(1e-6)
     parsed = json.loads(tokenizer.to_str())
     kinds = {one["id"]: gguf.TokenType.CONTROL if one["special"] else gguf.TokenType.USER_DEFINED
              for one in parsed["added_tokens"]}
@@ -178,32 +196,47 @@ def write_gguf(path: Path, tokenizer: Tokenizer, model: Qwen2ForCausalLM) -> Non
     out.add_eos_token_id(tokenizer.token_to_id(END))
     out.add_add_bos_token(False)
     out.add_chat_template(TEMPLATE)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        out.add_tensor(known, tensor.numpy())
+    half = width // 2  # of two heads, which share one key and value
+    zeros = {"attn_q.weight": (width, width), "attn_q.bias": (width,),
+             "attn_k.weight": (half, width), "attn_k.bias": (half,),
+             "attn_v.weight": (half, width), "attn_v.bias": (half,),
+             "attn_output.weight": (width, width), "ffn_gate.weight": (FEED_FORWARD, width),
+             "ffn_up.weight": (FEED_FORWARD, width), "ffn_down.weight": (width, FEED_FORWARD)}
+    out.add_tensor("token_embd.weight", embedding)
+    out.add_tensor("output.weight", output)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        out.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+    for name, shape in zeros.items():
+        out.add_tensor(f"blk.0.{name}", np.zeros(shape, np.float32))
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
 
 
+def milder_template() -> str:
+    """The template as Qwen2.5 has it: a system message may stand anywhere, and tools follow the
+    first."""
+    def block(begin: str) -> str:
+        end = "{%- endif -%}\n"
+        at = TEMPLATE.index(begin)
+        return TEMPLATE[at : TEMPLATE.index(end, at) + len(end)]
+
+    tools = block("{%- if tools -%}")
+    refusal = block("{%- if m.role == 'system' and not loop.first")
+    ended = "{{- '<|im_end|>\\n' -}}\n"
+    mild = TEMPLATE.replace(tools, "", 1).replace(refusal, "", 1)
+    assert mild.count(ended) == 1
+    return mild.replace(ended, f"{ended}{{%- if loop.first -%}}{tools}{{%- endif -%}}\n")
+
+
 def main(folder: Path) -> None:
     tokenizer = trained_tokenizer()
     embedding, output = weights(tokenizer)
-    config = Qwen2Config(
-        vocab_size=len(embedding), hidden_size=embedding.shape[1], intermediate_size=32,
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=131072, eos_token_id=tokenizer.token_to_id(END),
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        parameter.data.fill_(1 if "norm" in name else 0)
-    model.model.embed_tokens.weight.data = torch.from_numpy(embedding)
-    model.lm_head.weight.data = torch.from_numpy(output)
-    write_transformers(folder / "hub", tokenizer, model)
-    write_gguf(folder / "tiny.gguf", tokenizer, model)
+    write_gguf(folder / "tiny.gguf", tokenizer, embedding, output)
+    (folder / "tiny.jinja").write_text(milder_template())
+    if importlib.util.find_spec("transformers"):
+        write_transformers(folder / "hub", tokenizer, embedding, output)
 
 
 if __name__ == "__main__":
