@@ -1500,9 +1500,8 @@ def words_last(messages: Sequence[Json]) -> Sequence[Json]:
     blocks = [text_part(blocks)] if isinstance(blocks, str) else blocks
     reminders = list(itertools.takewhile(
         lambda block: str(block.get("text")).startswith(REMINDER), blocks))
-    first = [{"role": "user", "content": reminders}, *said,
-             {"role": "user", "content": blocks[len(reminders) :]}]
-    return [*first, *messages[len(said) + 1 :]]
+    return [{"role": "user", "content": reminders}, *said,
+            {"role": "user", "content": blocks[len(reminders) :]}, *messages[len(said) + 1 :]]
 
 
 def add_results(turns: list[Turn]) -> dict[str, Json]:
@@ -3063,7 +3062,8 @@ MODEL_FIELD = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
 LAST_EVENT = re.compile(
     rb'[\r\n](?:event: ?(?:message_stop|error)\b|'
     rb'data: ?\{"(?:type": ?"error"|error": ?["{]|object": ?"error"))|"type": ?"message_stop"')
-THINKS_ALOUD = re.compile(rb'"text_delta",\s?"text":\s?"(?:\\n){0,4}<think')
+THINKS_ALOUD = re.compile(rb'"text_delta",\s?"text":\s?"(?:\\n){0,4}(?:<|\\u003c)'
+                          rb'(?:think|thinking|thought)(?:>|\\u003e)')  # Go escapes brackets
 USAGE_FIELDS = ("input_tokens", "output_tokens", "cache_read_input_tokens",
                 "cache_creation_input_tokens")
 
@@ -5965,7 +5965,8 @@ class Gateway:
 
             def finish_stream(usage: Usage | None) -> None:
                 finish(usage)
-                if stream.thinks_aloud:  # what is translated tells thinking from text
+                # One's own server; what is translated tells thinking from text.
+                if stream.thinks_aloud and model.provider.kind.text_calls:
                     self.registry.learn(model.provider.id, native=False)
 
             return native_pieces(reply, stream, model.listed_id, finish_stream)
