@@ -4551,6 +4551,7 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         stream = open(path, "a", encoding="utf-8", opener=OWNERS) if path else None  # noqa: SIM115
         super().__init__(stream)  # None: stderr
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.path, self.warned = path, False  # whether a warning or an error was logged
         self._path = path  # empty once a failure was told; the thread's
         self._lost = 0  # lines since the queue was full; under the handler's lock
         self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
@@ -4563,6 +4564,7 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         return "\n  ".join(line[:LOG_LINE].decode("utf-8", "ignore") for line in lines)
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.warned = self.warned or record.levelno >= logging.WARNING
         if self._lines.qsize() >= LOG_QUEUE:
             self._lost += 1
             return
@@ -6994,11 +6996,14 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
     # A Bearer token, unlike an API key, needs no approval in Claude Code.
     server = Provider("OGX", PROVIDER_KINDS["messages"], url, token or "ogx")
     own_server = None
+    began = time.time()
     try:
         listing = model_listing(server)
-    except OgxError:
-        elsewhere = options.host != "localhost" or options.port is not None or options.url
-        if not options.serve or elsewhere:
+    except OgxError as error:
+        elsewhere = options.host != "localhost" or options.url
+        named = elsewhere or options.port is not None or options.print_env
+        by_itself = options.serve is None and not named and "connection refused" in error.message
+        if elsewhere or not (options.serve or by_itself):
             raise
         token = token or uuid.uuid4().hex  # every user here reaches the port
         own_server = start_own_server(options, token)
@@ -7015,15 +7020,41 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
         if options.check:
             return print_check(server, plan)
         tell(options, f"Claude Code on {server.base_url}", *plan_lines(plan))
-        return run_claude(options, plan, [program, *claude_args])
+        code = run_claude(options, plan, [program, *claude_args])
+        if is_interactive([program, *claude_args]):
+            tell(options, *resume_lines(options, last_session(began)))
+        return code
     finally:
         if own_server:
             own_server.stop(drain=0)
+            forget_log()
 
 
 def tell(options: argparse.Namespace, *lines: str) -> None:
-    if not options.quiet:
+    if lines and not options.quiet:
         say(*lines, to="stderr")
+
+
+def resume_lines(options: argparse.Namespace, session: str) -> list[str]:
+    """How to go on with a session on the same server; Claude Code's own words lead elsewhere."""
+    words = [word for name in ("url", "port", "api_key_file")
+             for value in [getattr(options, name)] if value is not None
+             for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--host", options.host] * (options.host != "localhost")
+    command = " ".join([command_name(), "connect claude", *map(shlex.quote, words)])
+    return [f"Resume this session here with: {command} --resume {session}"] * bool(session)
+
+
+def last_session(began: float) -> str:
+    """The id of Claude Code's newest session in this folder since then; "" if there is none."""
+    home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+    folder = os.path.join(home, "projects", re.sub("[^A-Za-z0-9]", "-", os.getcwd()))
+    with suppress(OSError), os.scandir(folder) as files:
+        times = {file.name[:-6]: file.stat().st_mtime for file in files
+                 if re.fullmatch(r"[0-9a-f-]{36}\.jsonl", file.name)}
+        newest = max(times, key=lambda name: times[name], default="")
+        return newest if newest and times[newest] >= began else ""
+    return ""
 
 
 def claude_program(environ: Mapping[str, str]) -> str:
@@ -7055,24 +7086,44 @@ def server_token(options: argparse.Namespace) -> str:
 
 
 def start_own_server(options: argparse.Namespace, token: str) -> Server:
-    """Start a server on a free port, with a new log file for the user alone."""
+    """Start a server, on a free port if none was chosen, with a log file for the user alone."""
     state = state_path(None, os.environ)
-    log_file = os.path.abspath(f"{state}.log")
+    log_file = os.path.abspath(f"{state}.{os.getpid()}.log")
     try:
         os.makedirs(os.path.dirname(log_file), mode=0o700, exist_ok=True)
-        open(log_file, "w", opener=OWNERS).close()
+        forget_old_logs(os.path.abspath(state))
         start_log(log_file, "info")
     except OSError as error:
         log.addHandler(logging.NullHandler())  # the terminal is Claude Code's
         log_file = f"lost, since {log_file} can't be written: {error.strerror}"
     config = config_from_json(starter_config(), "starter", with_aws_region(os.environ))
     gateway = Gateway(config, store=Store(state))
-    server = Server(gateway, token=token)
+    server = Server(gateway, port=options.port or 0, token=token)
     server.start()
     gateway.start()
     gateway.discovery.done.wait(LIST_TIMEOUT)
+    log.info("%s", " / ".join(filter(None, summary_lines(gateway, server))))
     tell(options, f"ogx.py serves {server.url} for this session; its log is {log_file}")
     return server
+
+
+def forget_old_logs(state: str) -> None:
+    """Remove the logs of sessions that ended a week ago."""
+    folder, name = os.path.split(state)
+    with suppress(OSError), os.scandir(folder) as files:
+        for file in files:
+            is_log = file.name.startswith(name + ".") and file.name.endswith(".log")
+            if is_log and file.stat().st_mtime < time.time() - 7 * 86400:
+                os.remove(file.path)
+
+
+def forget_log() -> None:
+    """Remove the log of a session in which nothing went wrong."""
+    for handler in [*logging.getLogger().handlers]:
+        if isinstance(handler, LogHandler) and handler.path and not handler.warned:
+            handler.flush()
+            with suppress(OSError):
+                os.remove(handler.path)
 
 
 def server_url(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
@@ -7136,6 +7187,43 @@ def command_name() -> str:
     return f"python3 {shlex.quote(path)}" if path.endswith(".py") else os.path.basename(path)
 
 
+def summary_lines(gateway: Gateway, server: Server) -> list[str]:
+    """What `run` prints: URL, providers, tiers, what to type next."""
+    registry = gateway.registry
+    lines = [f"ogx.py {__version__} serves {server.url}", ""]
+    width = max(map(len, [*registry.providers, "sonnet"]))
+    for provider_id in registry.providers:
+        models, problem = registry.lists.get(provider_id), registry.problems.get(provider_id)
+        state = f"{len(models)} model{'s' * (len(models) != 1)}" if models else "no models"
+        if problem:
+            state += f": {problem}"
+        elif models is None:
+            state = "still asking for its models"
+        lines.append(f"  {provider_id:<{width}}  {state}")
+        lines += [f"  {'':<{width}}  {model.upstream_id}: {model.warning}"
+                  for model in models or () if model.warning]
+    if DEMO_PROVIDER in registry.providers.values():
+        variables = ", ".join(kind.switches[0] for kind in PROVIDER_KINDS.values() if kind.switches)
+        lines += ["", "No provider is configured: only the built-in demo model answers.",
+                  "For real models set one of these variables and start again:",
+                  *(f"  {line}" for line in textwrap.wrap(variables, 74))]
+    lines += ["", *(f"  {tier:<{width}}  {tier_words(registry, tier)}" for tier in TIERS), ""]
+    where = "" if server.server_port == DEFAULT_PORT else f" --port {server.server_port}"
+    where = f" --url {server.url}" if server.tls else where
+    return [*lines, f"Next, in another terminal:  {command_name()} connect claude{where}", ""]
+
+
+def tier_words(registry: Registry, tier: str) -> str:
+    """The model behind a tier, and what is wrong with it."""
+    try:
+        model = registry.resolve(f"claude-{tier}")
+    except OgxError as error:
+        return f"no model: {error.message}" if registry.tiers.get(tier) else "no model"
+    lists = registry.lists.get(model.provider.id)
+    unlisted = lists and not registry.listed(model)
+    return model.listed_id + f"  (not in {model.provider.id}'s list)" * bool(unlisted)
+
+
 def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
                 environ: Mapping[str, str]) -> LaunchPlan:
     entries = filter(is_listed_llm, map(dict_or_empty, listing["data"]))
@@ -7170,13 +7258,20 @@ def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
     window = int(variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] or 0)
     lean = 0 < window < LEAN_WINDOW if options.lean is None else options.lean
     variables.update(LEAN if lean else {})
+    variables.update(proxy_variables(server.base_url, environ))
+    return LaunchPlan(variables, options.model or "", models, lean, problem_lines(listing))
+
+
+def proxy_variables(url: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """What keeps Claude Code from asking a proxy for the server."""
+    variables = {}
     for name in ("NO_PROXY", "no_proxy"):  # it looks at the second first
         value = environ.get(name) or environ.get("no_proxy") or environ.get("NO_PROXY") or ""
         hosts = value.replace(",", " ").split()
         if hosts != ["*"]:
-            hosts += [address_of(server.base_url)[1], "localhost", "127.0.0.1"]
+            hosts += [address_of(url)[1], "localhost", "127.0.0.1"]
         variables[name] = ",".join(dict.fromkeys(hosts))
-    return LaunchPlan(variables, options.model or "", models, lean, problem_lines(listing))
+    return variables
 
 
 def is_listed_llm(entry: Json) -> bool:
@@ -7480,16 +7575,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     forwarded = words[split + 1 :]
     parser = argument_parser()
     try:
+        if not words:
+            say(*(__doc__ or "").split("\n\n")[:2])
+            return 0
+        if words[0][:1] != "-" and words[0] not in COMMANDS:
+            parser.error(f"no command is called '{words[0]}'.{near_miss(words[0], COMMANDS)}")
         options, extra = parser.parse_known_args(words[:split])
         connects = options.command == "connect"
-        if extra or (forwarded and not connects):
-            hint = "; arguments for Claude Code go after --" if connects else ""
-            parser.error(f"unrecognized arguments: {' '.join(extra or forwarded)}{hint}")
+        mistyped = "".join(map(mistyped_flag, extra if connects else ()))
+        if mistyped or (extra or forwarded) and not connects:
+            unknown = " ".join(extra or forwarded)
+            options.parser.error(f"unrecognized arguments: {unknown}{mistyped}")
         if not connects:
             return run(options)
-        if options.serve and (options.print_env or options.check):
-            parser.error("--serve starts a server for a session of Claude Code alone")
-        return connect_claude(options, forwarded)
+        if options.serve and options.print_env:
+            options.parser.error("--serve starts a server for a session, which --print-env is not")
+        return connect_claude(options, [*extra, *forwarded])
     except SystemExit as stop:  # argparse, after its own words
         return int(stop.code or 0)
     except OgxError as error:
@@ -7500,6 +7601,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+COMMANDS = ("run", "connect")
+CONNECT_FLAGS = ("--model", *(f"--{job}-model" for job in (*TIERS, *JOBS)), "--lean", "--no-lean",
+                 "--host", "--port", "--url", "--api-key-file", "--serve", "--no-serve", "--check",
+                 "--print-env", "--shell", "--quiet")
+
+
+def mistyped_flag(word: str) -> str:
+    """` Did you mean --model?` for what is nearly a flag of ours, and none of Claude Code's."""
+    import difflib
+
+    flag = word.partition("=")[0]
+    near = difflib.get_close_matches(flag, CONNECT_FLAGS, 1, 0.8) if flag[:2] == "--" else []
+    return f". Did you mean {near[0]}?" if near and abs(len(flag) - len(near[0])) < 2 else ""
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -7515,11 +7631,12 @@ def argument_parser() -> argparse.ArgumentParser:
 def add_run(commands: Any) -> None:
     limits = "".join(f"  OGX_{each.name.upper():<20}{each.default:>4}  {each.metadata['words']}\n"
                      for each in fields(Limits))
-    flag = commands.add_parser(
+    parser = commands.add_parser(
         "run", help="serve the Anthropic Messages API",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"limits, also keys of `server` in the JSON file (client_timeout):\n{limits}",
-    ).add_argument
+        epilog=f"limits, also keys of `server` in the JSON file (client_timeout):\n{limits}")
+    parser.set_defaults(parser=parser)
+    flag = parser.add_argument
     flag("config", nargs="?", default="starter", help="'starter' (default) or a JSON file like it")
     flag("--host", help=f"address to listen on (default {DEFAULT_HOST})")
     flag("--port", type=port_argument, help=f"port (default OGX_PORT, else {DEFAULT_PORT})")
@@ -7539,8 +7656,10 @@ def add_run(commands: Any) -> None:
 def add_connect(commands: Any) -> None:
     connect = commands.add_parser("connect", help="launch a client on a running server")
     clients = connect.add_subparsers(dest="client", metavar="CLIENT", required=True)
-    flag = clients.add_parser("claude", help="Claude Code",
-                              usage="%(prog)s [options] [-- CLAUDE_ARGS...]").add_argument
+    parser = clients.add_parser("claude", help="Claude Code", allow_abbrev=False,
+                                usage="%(prog)s [options] [CLAUDE_ARGS...] [-- CLAUDE_ARGS...]")
+    parser.set_defaults(parser=parser)
+    flag = parser.add_argument
     flag("--model", help="model for all tiers (default: the server's choice)")
     for tier in TIERS:
         flag(f"--{tier}-model", metavar="MODEL", help=f"model for the {tier} tier")
@@ -7552,7 +7671,8 @@ def add_connect(commands: Any) -> None:
     flag("--port", type=port_argument, help=f"server port (default OGX_PORT, else {DEFAULT_PORT})")
     flag("--url", help="server URL, with or without /v1, instead of --host and --port")
     flag("--api-key-file", metavar="FILE", help="the server's token (default OGX_API_KEY)")
-    flag("--serve", action="store_true", help="start a server for this session if none is running")
+    flag("--serve", action=argparse.BooleanOptionalAction, help="start a server for this session "
+         "if none is running, on --port or a free one (default: if no flag says where one is)")
     flag("--check", action="store_true", help="try every tier with a real message, launch nothing")
     flag("--print-env", action="store_true", help="print export and unset lines, launch nothing")
     flag("--shell", choices=tuple(SHELLS), default="sh", help="whose lines --print-env prints")
@@ -7634,43 +7754,6 @@ def config_from_name(name: str, environ: Mapping[str, str]) -> Config:
         except ValueError as error:
             raise OgxError(400, f"{name}: not JSON: {error}") from None
     return config_from_json(tree, name, environ)
-
-
-def summary_lines(gateway: Gateway, server: Server) -> list[str]:
-    """What `run` prints: URL, providers, tiers, what to type next."""
-    registry = gateway.registry
-    lines = [f"ogx.py {__version__} serves {server.url}", ""]
-    width = max(map(len, [*registry.providers, "sonnet"]))
-    for provider_id in registry.providers:
-        models, problem = registry.lists.get(provider_id), registry.problems.get(provider_id)
-        state = f"{len(models)} model{'s' * (len(models) != 1)}" if models else "no models"
-        if problem:
-            state += f": {problem}"
-        elif models is None:
-            state = "still asking for its models"
-        lines.append(f"  {provider_id:<{width}}  {state}")
-        lines += [f"  {'':<{width}}  {model.upstream_id}: {model.warning}"
-                  for model in models or () if model.warning]
-    if DEMO_PROVIDER in registry.providers.values():
-        variables = ", ".join(kind.switches[0] for kind in PROVIDER_KINDS.values() if kind.switches)
-        lines += ["", "No provider is configured: only the built-in demo model answers.",
-                  "For real models set one of these variables and start again:",
-                  *(f"  {line}" for line in textwrap.wrap(variables, 74))]
-    lines += ["", *(f"  {tier:<{width}}  {tier_words(registry, tier)}" for tier in TIERS), ""]
-    where = "" if server.server_port == DEFAULT_PORT else f" --port {server.server_port}"
-    where = f" --url {server.url}" if server.tls else where
-    return [*lines, f"Next, in another terminal:  {command_name()} connect claude{where}", ""]
-
-
-def tier_words(registry: Registry, tier: str) -> str:
-    """The model behind a tier, and what is wrong with it."""
-    try:
-        model = registry.resolve(f"claude-{tier}")
-    except OgxError as error:
-        return f"no model: {error.message}" if registry.tiers.get(tier) else "no model"
-    lists = registry.lists.get(model.provider.id)
-    unlisted = lists and not registry.listed(model)
-    return model.listed_id + f"  (not in {model.provider.id}'s list)" * bool(unlisted)
 
 
 def exit_with_main(*_: Any) -> None:
