@@ -279,7 +279,8 @@ class OgxError(Exception):
         message = without_controls(self.message + self.quote)
         details = {"details": self.details} if self.details else {}
         error = {"type": self.type, "message": message, **details}
-        return {"type": "error", "error": error, "request_id": request_id}
+        ours = {"type": "error", "error": error, "request_id": request_id}
+        return {**ours, **dict_or_empty(json_or_none(self.raw))}
 
 
 @dataclass(frozen=True)
@@ -1424,6 +1425,15 @@ def blocks_of(content: Any) -> list[Json]:
     return blocks
 
 
+def all_blocks(request: Json) -> Iterator[Json]:
+    """The blocks of all messages, each tool result's after it."""
+    for message in request["messages"]:
+        for block in blocks_of(message["content"]):
+            yield block
+            if block["type"] == "tool_result":
+                yield from blocks_of(block.get("content"))
+
+
 def system_text(request: Json) -> str:
     texts = map(block_text, blocks_of(request.get("system")))
     return "\n\n".join(t for t in texts if not t.startswith(BILLING_HEADER))
@@ -1444,14 +1454,16 @@ def turns_from_messages(messages: Sequence[Json], system_anywhere: bool = True) 
     text of the user: to move them would spoil prefix caches."""
     turns: list[Turn] = []
     missing: dict[str, Json] = {}  # results of the last calls, made up until they come
-    for message in words_last(without_cleared(messages)):
+    for message in without_cleared(words_last(messages)):
         role, blocks = message["role"], blocks_of(message["content"])
         if role == "assistant":
             add_turn(turns, role, blocks)
             continue
         if role == "system" and blocks and not system_anywhere:
             text = "\n\n".join(map(block_text, blocks))
-            role, blocks = "user", [text_part(f"{REMINDER}\n{text}\n</system-reminder>")]
+            marks = {k: v for block in blocks for k, v in block.items() if k == "cache_control"}
+            text = f"{REMINDER}\n{text}\n</system-reminder>"
+            role, blocks = "user", [{**text_part(text), **marks}]
         for block in blocks:
             if block["type"] in UNSEEN_BLOCKS:
                 continue
@@ -1486,15 +1498,12 @@ def words_last(messages: Sequence[Json]) -> Sequence[Json]:
         lambda message: message["role"] == "system" and not message.get("clear_at"), messages[1:]))
     if not said or messages[0]["role"] != "user":
         return messages
-    blocks = blocks_of(messages[0]["content"])
-    reminders = list(itertools.takewhile(is_reminder, blocks))
-    first = [{"role": "user", "content": reminders}, *said,
-             {"role": "user", "content": blocks[len(reminders) :]}]
-    return [*first, *messages[len(said) + 1 :]]
-
-
-def is_reminder(block: Json) -> bool:
-    return block["type"] == "text" and str(block["text"]).startswith(REMINDER)
+    blocks = messages[0]["content"]
+    blocks = [text_part(blocks)] if isinstance(blocks, str) else blocks
+    reminders = list(itertools.takewhile(
+        lambda block: str(block.get("text")).startswith(REMINDER), blocks))
+    return [{"role": "user", "content": reminders}, *said,
+            {"role": "user", "content": blocks[len(reminders) :]}, *messages[len(said) + 1 :]]
 
 
 def add_results(turns: list[Turn]) -> dict[str, Json]:
@@ -1526,10 +1535,8 @@ def tools_in_order(request: Json) -> list[Json]:
     tools = list(request.get("tools") or ())
     if not any(tool.get("defer_loading") for tool in tools):
         return tools
-    blocks = [block for m in request["messages"] for block in blocks_of(m["content"])]
-    blocks = [inner for block in blocks for inner in (
-        blocks_of(block.get("content")) if block["type"] == "tool_result" else [block])]
-    names = [block.get("tool_name") for block in blocks if block["type"] == "tool_reference"]
+    names = [str(block.get("tool_name")) for block in all_blocks(request)
+             if block["type"] == "tool_reference"]
     ranks = {name: rank for rank, name in reversed([*enumerate(names, 1)])}
     return sorted(tools, key=lambda tool: ranks.get(tool.get("name"), len(names) + 1)
                   if tool.get("defer_loading") else 0)
@@ -3057,7 +3064,8 @@ MODEL_FIELD = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
 LAST_EVENT = re.compile(
     rb'[\r\n](?:event: ?(?:message_stop|error)\b|'
     rb'data: ?\{"(?:type": ?"error"|error": ?["{]|object": ?"error"))|"type": ?"message_stop"')
-THINKS_ALOUD = re.compile(rb'"text_delta",\s?"text":\s?"(?:\\n){0,4}<think')
+THINKS_ALOUD = re.compile(rb'"text_delta",\s?"text":\s?"(?:\\n){0,4}(?:<|\\u003c)'
+                          rb'(?:think|thinking|thought)(?:>|\\u003e)')  # Go escapes brackets
 USAGE_FIELDS = ("input_tokens", "output_tokens", "cache_read_input_tokens",
                 "cache_creation_input_tokens")
 
@@ -3067,9 +3075,7 @@ def unsupported_features(request: Json, kind: ProviderKind) -> set[str]:
     gaps = {*kind.native_gaps, *(["image"] if not kind.images else [])}
     if not gaps:
         return set()
-    blocks = [block for m in request["messages"] for block in blocks_of(m["content"])]
-    blocks += [inner for block in blocks if block["type"] == "tool_result"
-               for inner in blocks_of(block.get("content"))]
+    blocks = list(all_blocks(request))
     tools, choice = request.get("tools") or (), request.get("tool_choice")
     features = {
         "output_format": (request.get("output_config") or {}).get("format"),
@@ -3097,16 +3103,20 @@ def messages_request(request: Json, model: Model) -> Json:
     if body.get("tools") and (kind.refused_keywords or kind.max_description):
         body["tools"] = [plainer_tool(tool, kind) if "input_schema" in tool else tool
                          for tool in body["tools"]]
-    is_claude = kind.is_anthropic or bool(kind.native_models)
-    body["messages"] = [without_foreign_thoughts(m, is_claude) if m["role"] == "assistant" else m
-                        for m in body["messages"]]
+    is_claude = kind.is_anthropic or "claude" in model.upstream_id.lower()
+    body["messages"] = list(without_foreign_thoughts(body["messages"], is_claude))
     return body
 
 
-def without_foreign_thoughts(message: Json, is_claude: bool) -> Json:
-    blocks = message["content"]
-    kept = [b for b in blocks if isinstance(b, str) or not is_foreign_thought(b, is_claude)]
-    return message if len(kept) == len(blocks) else {**message, "content": kept}
+def without_foreign_thoughts(messages: Iterable[Json], is_claude: bool) -> Iterator[Json]:
+    """Messages without what is_foreign_thought(), or that would be empty then."""
+    for message in messages:
+        blocks = message["content"] if message["role"] == "assistant" else ""
+        kept = [b for b in blocks if isinstance(b, str) or not is_foreign_thought(b, is_claude)]
+        if len(kept) == len(blocks):
+            yield message
+        elif kept:
+            yield {**message, "content": kept}
 
 
 def with_reminders(messages: Sequence[Json]) -> Sequence[Json]:
@@ -5959,7 +5969,8 @@ class Gateway:
 
             def finish_stream(usage: Usage | None) -> None:
                 finish(usage)
-                if stream.thinks_aloud:  # what is translated tells thinking from text
+                # One's own server; what is translated tells thinking from text.
+                if stream.thinks_aloud and model.provider.kind.text_calls:
                     self.registry.learn(model.provider.id, native=False)
 
             return native_pieces(reply, stream, model.listed_id, finish_stream)
@@ -6824,8 +6835,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.close_connection = self.close_connection or self._unread or not self.head.method
         self.exchange.error = error.message
-        body = error.raw or json_bytes(error.body(self.exchange.request_id)) + b"\n"
-        yield from self._send(error.status, body, error.headers)
+        body = error.body(self.exchange.request_id)
+        yield from self._send(error.status, json_bytes(body) + b"\n", error.headers)
         if self._unread:
             yield from self._linger()
 

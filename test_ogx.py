@@ -64,7 +64,7 @@ import ogx
 
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "ogx.py").read_text(encoding="utf-8")
-MAX_BYTES = 390_100  # what adds some takes others away, or says why not
+MAX_BYTES = 390_700  # what adds some takes others away, or says why not
 SECTIONS = re.findall(r"^# ======== (.+?) =+$", SOURCE, re.M)
 IO_LINE = "Above this line nothing does I/O"
 
@@ -2360,6 +2360,18 @@ class TestHistory:
         assert self.words([user("a"), cleared, user("b")], True) == [("user", ["a", "b"])]
         assert self.words([self.SYSTEM, user("a")], True)[0] == ("system", ["# Environment"])
 
+    def test_what_follows_one_that_goes_later_stays_where_it_was(self):
+        cleared = {"role": "system", "content": "once", "clear_at": "next_user_message"}
+        history = [user("a"), cleared, self.SYSTEM]
+        for late in ([], [assistant("b"), user("c")]):
+            words = self.words([*history, *late])[0][1]
+            assert words[0] == "a" and "# Environment" in words[-1]
+
+    def test_images_of_documents_before_a_system_message_stand_there_once(self):
+        holder = {"type": "document", "source": {"type": "content", "content": [image()]}}
+        (turn,) = ogx.turns_from_messages([user([text("go"), holder]), self.SYSTEM], False)
+        assert [block["type"] for block in turn.blocks] == ["text", "text", "document", "image"]
+
     @staticmethod
     def said(dice, number):
         """What one turn of a conversation adds, with the blocks that Claude Code sends."""
@@ -2406,6 +2418,13 @@ class TestHistory:
         own = ogx.messages_request(body, model("anthropic"))  # which knows what it loaded
         assert own["tools"] == tools
         assert ogx.tools_in_order(request(*loaded, tools=tools[1:3])) == tools[1:3]
+
+    @cases("name", [["a"], {"a": 1}, None, 7, True])
+    def test_odd_names_of_loaded_tools_change_nothing(self, name):
+        tools = [{**tool("a"), "defer_loading": True}, tool("b"), {**tool("c"), "defer_loading": 1}]
+        body = request(user([{"type": "tool_reference", "tool_name": name}]), tools=tools)
+        assert [t["name"] for t in ogx.tools_in_order(ogx.checked_json(
+            json.dumps(body).encode()))] == [*"bac"]
 
     def test_the_billing_header_is_no_part_of_the_system_prompt(self):
         blocks = [text("x-anthropic-billing-header: cc_version=1;"), text("You are"), text("a bot")]
@@ -4530,8 +4549,35 @@ class TestMessages:
     )  # fmt: skip
     def test_thoughts_that_an_upstream_refuses_are_left_out(self, block, takers):
         history = [user("a"), assistant([block, text("b")]), user("c")]
-        for kind in ("anthropic", "bedrock", "vllm", "messages"):
-            assert (block in self.sent(*history, kind=kind)[1]["content"]) == (kind in takers)
+        ids = {"anthropic": "x", "bedrock": "anthropic.claude-x", "vllm": "qwen", "messages": "y"}
+        for kind, name in ids.items():
+            sent = ogx.messages_request(request(*history), model(kind, name))["messages"]
+            assert (block in sent[1]["content"]) == (kind in takers)
+
+    @cases(("name", "kept"), [("anthropic/claude-x", True), ("Claude-X", True), ("qwen/x", False)])
+    def test_behind_others_claude_still_gets_what_only_it_can_read(self, name, kept):
+        thoughts = [{"type": "redacted_thinking", "data": "Anthropic's"}]
+        history = request(user("a"), assistant([*thoughts, text("b")]), user("c"))
+        for kind in ("openrouter", "messages"):
+            sent = ogx.messages_request(history, model(kind, name))["messages"]
+            assert sent[1]["content"] == [*thoughts * kept, text("b")]
+
+    @pytest.mark.parametrize("kind", ["vllm", "messages", "anthropic"])
+    def test_a_message_of_foreign_thoughts_alone_is_left_out(self, kind):
+        thought = {"type": "thinking", "thinking": "hm", "signature": '{"ogx":"chat","by":"a/b"}'}
+        sent = self.sent(user("a"), assistant([thought]), user("b"), assistant([]), kind=kind)
+        assert sent == [user("a"), user("b"), assistant([])]  # what the client left empty stays
+
+    def test_cache_breakpoints_of_system_messages_stay(self):
+        mark = {"cache_control": {"type": "ephemeral"}}
+        for blocks in ([text("a"), {**text("b"), **mark}], [{**text("a"), **mark}, text("b")]):
+            said = {"role": "system", "content": blocks}
+            sent = self.sent(user("go"), assistant("x"), user("on"), said, kind="openrouter")
+            assert sent[-1]["content"][-1] == {**self.reminder("a\n\nb"), **mark}
+            late = self.sent(user("go"), said, assistant("x"), user("on"), kind="openrouter")
+            assert late[0]["content"][0] == {**self.reminder("a\n\nb"), **mark}
+            chat_body = chat(request(user("go"), said), "vllm")
+            assert "cache_control" not in json.dumps(chat_body["messages"])
 
     def test_the_next_turn_begins_as_the_last_one_ended(self):
         history, before = [], []
@@ -8622,7 +8668,8 @@ class TestGateway:
 
     @cases(("words", "dialect"), [
         ("<think>\nLet me see.</think>Good day.", "chat"), ("\n<thinking>Hm", "chat"),
-        ("I <think> so.", "messages"), ("Good day.", "messages")])
+        ("<thought>Hm", "chat"), ("I <think> so.", "messages"), ("<thinker>", "messages"),
+        ("<think about it", "messages"), ("Good day.", "messages")])
     def test_a_server_that_shows_its_thinking_as_text_is_translated_from_then_on(
         self, words, dialect, caplog
     ):
@@ -8632,6 +8679,20 @@ class TestGateway:
             caplog.clear()
             client.post(request(model="vllm/gpt-x"))
         assert f"vllm/gpt-x by {dialect}" in caplog.text
+
+    def test_go_writes_such_a_tag_by_escapes(self):
+        answer = native_stream("<think>Hm").replace(b"<", b"\\u003c").replace(b">", b"\\u003e")
+        with self.native(answer, said("x")) as (client, upstream):
+            client.post(request(model="vllm/gpt-x", stream=True))
+            client.post(request(model="vllm/gpt-x"))
+        assert [p for p, _ in upstream.heads] == ["/v1/messages", "/v1/chat/completions"]
+
+    def test_a_vendor_that_quotes_such_a_tag_keeps_its_messages(self):
+        answers = [native_stream("<thinking>Hm"), native_message()]
+        with self.native(*answers, kind="openrouter") as (client, upstream):
+            client.post(request(model="openrouter/gpt-x", stream=True))
+            client.post(request(model="openrouter/gpt-x"))
+        assert {path for path, _ in upstream.heads} == {"/v1/messages"}
 
     # -- errors
 
@@ -8795,6 +8856,27 @@ class TestGateway:
         with self.native(*[(status, words)] * 5) as (client, _):
             answer = client.post(request(model="vllm/gpt-x"))[2]
         assert answer["error"] == {"type": shown, "message": "so it is"}
+        assert answer["request_id"].startswith("req_")
+        with self.native(*[(status, {**words, "request_id": "theirs"})] * 5) as (client, _):
+            assert client.post(request(model="vllm/gpt-x"))[2]["request_id"] == "theirs"
+
+    def test_an_image_that_a_native_server_cannot_take_becomes_words(self):
+        refusal = (400, {"error": {"message": "m is not a multimodal model", "code": 400,
+                                   "type": "BadRequestError", "param": None}})  # vLLM 0.32
+        body = request(user(image(), text("what is it?")), model="vllm/gpt-x")
+        with self.native(refusal, said(), said()) as (client, upstream):
+            assert [client.post(body)[0], client.post(body)[0]] == [200, 200]
+        paths = [path for path, _ in upstream.heads]
+        assert paths == ["/v1/messages", *["/v1/chat/completions"] * 2]
+        assert all("An image was here" in json.dumps(sent) for sent in upstream.seen[1:])
+
+    def test_an_image_becomes_words_where_the_dialect_is_fixed_too(self):
+        refusal = (400, {"error": {"message": "m is not a multimodal model"}})
+        body = request(user(image(), text("what is it?")), model="vllm/gpt-x")
+        with FakeUpstream(refusal, native_message(), native=True) as upstream, serving(
+                dataclasses.replace(provider("vllm", upstream.url), dialect="messages")) as client:
+            assert client.post(body)[0] == 200
+        assert "An image was here" in json.dumps(upstream.seen[1]["messages"])
 
     ODD_ERRORS = ({"error": {"message": "engine died", "code": 503}}, {"error": "engine died"},
                   {"object": "error", "message": "engine died", "code": 500},
@@ -8821,7 +8903,8 @@ class TestGateway:
         assert event["error"]["message"] == "engine died (from vllm/gpt-x)"
 
     def test_a_native_refusal_passes_as_it_is_unless_the_reason_stands_within(self):
-        theirs = {"type": "error", "error": {"type": "invalid_request_error", "message": "no"}}
+        theirs = {"type": "error", "error": {"type": "invalid_request_error", "message": "no"},
+                  "request_id": "theirs"}
         wrapped = {"type": "error", "error": {"type": "invalid_request_error", "metadata": {
             "raw": "too hot", "provider_name": "X"}, "message": "Provider returned error"}}
         with self.native((400, theirs), (400, wrapped)) as (client, _):
@@ -8857,7 +8940,8 @@ class TestGateway:
 
     def test_a_passed_error_keeps_its_status(self):
         theirs = {"type": "error", "error": {
-            "type": "permission_error", "message": "OAuth authentication is not allowed."}}
+            "type": "permission_error", "message": "OAuth authentication is not allowed."},
+            "request_id": "theirs"}
         with self.native((403, theirs), kind="anthropic") as (client, _):
             status, _, body = client.post(request(model="anthropic/gpt-x"))
         assert (status, body) == (403, theirs)
@@ -9185,7 +9269,8 @@ class TestGateway:
 
     @pytest.mark.parametrize("native", [False, True])
     def test_an_empty_account_is_not_retried(self, native):
-        error = {"type": "error", "error": {"type": "api_error", "message": "insufficient balance"}}
+        error = {"type": "error", "error": {"type": "api_error", "message": "insufficient balance"},
+                 "request_id": "theirs"}
         ways = self.native if native else gateway_over
         with ways((500, error), retries=3) as (client, upstream):
             name = "vllm/gpt-x" if native else "openai/gpt-x"
