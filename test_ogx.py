@@ -714,6 +714,15 @@ class TestTheFile:
         assert not used & {"os", "socket", "ssl", "select", "shutil", "signal", "sys", "time"}
         assert not {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} & {"open", "print"}
 
+    def test_the_top_level_holds_five_files(self):
+        repository_file(".git")
+        done = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"git lists no files: {done.stderr.strip()[:100]}")
+        names = {path.split("/")[0] for path in done.stdout.split("\n") if path}
+        assert {name for name in names if not name.startswith(".")} == {
+            "Makefile", "README.md", "ogx.py", "starter.json", "test_ogx.py"}
+
     def test_the_file_keeps_its_measure(self):
         """Bytes, since lines could only get longer; and those may not, either."""
         lines = [line for line in SOURCE.splitlines() if line.strip()]
