@@ -1695,9 +1695,9 @@ CALL_HEAD = re.compile(  # and perhaps its name
 CALL_END = re.compile(  # and what stands between calls
     r"(?:[\s;]|```|</(?:function_calls|tool_call|function|invoke)>|<｜tool▁calls?▁end｜>|"
     r"<\|e(?:om|ot)_id\|>)*")
-BARE_CALL = re.compile(  # how a message begins that is a call without a mark
-    r"\s*(?:```\w{0,20}\s*)?(?=(?:\[\s*)?(?:[A-Za-z_][\w.]{0,200}\(|"
-    r"\{\s*\"(?:name|arguments|parameters|type|function|id)\"))")
+BARE_CALL = re.compile(  # how a message begins that is a call without a mark, and its name
+    r"\s*(?:```\w{0,20}\s*)?(?=(?:\[\s*)?(?:([A-Za-z_][\w.]{0,200})\(|"
+    r"\{\s*\"(?:name\"\s*:\s*\"([^\"]{0,200})\"|(?:arguments|parameters|type|function|id)\")))")
 PARAMETER = re.compile(r"<parameter(?:=| name=)[\"']?([^>\"']{1,200})[\"']?>(.*?)</parameter>\s*|"
                        r"<arg_key>(.{1,200}?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.S)
 JSON_PART = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^"<`])*', re.S)
@@ -1721,7 +1721,8 @@ class CallReader:
                 head = self._skip(CALL_HEAD) or self._skip(BARE_CALL)
                 if not head:
                     return []
-                self._read_call(next(filter(None, head.groups()), ""))
+                named = head.re is CALL_HEAD
+                self._read_call(next(filter(None, head.groups()), "") if named else "")
                 self._skip(CALL_END)
             return self._found
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # ast's, too
@@ -1862,8 +1863,10 @@ class CallHolder:
 
     def _start_of_calls(self, text: str, begin: int) -> int:
         """Where calls begin, or may as far as the text goes; its end if nowhere."""
-        if not self._begun and (BARE_CALL.match(text) if len(text) > 100 else
-                                text.lstrip()[:1] in ("", "{", "[", "`")):
+        if not self._begun and len(text) <= 100 and text.lstrip()[:1] in ("", "{", "[", "`"):
+            return 0
+        bare = None if self._begun else BARE_CALL.match(text)
+        if bare and {*bare.groups()} - {None} <= {*self._tools}:
             return 0
         mark = A_MARK.search(text, begin)
         while mark and len(text) - mark.end() > 60 and not CALL_HEAD.match(text, mark.start()):

@@ -2884,6 +2884,9 @@ class TestCalls:
         for text in ("Hello", " a < b", " x[5] = {'a': 1}", " <b>bold</b>", " `code`", " and [so]"):
             assert holder.feed(text) == text
         assert holder.feed(" <tool") == " " and holder.feed("box> is open") == "<toolbox> is open"
+        for text in ("```python\nprint('hello')\n", '{"name": "Bob", "age": 5, ', "[see(this)] "):
+            text += "and much more of it " * 5
+            assert ogx.CallHolder(self.TOOLS).feed(text) == text
         assert holder.feed(" to put things") and holder.ignores("{so}") and not holder.ignores("<")
         assert not ogx.CallHolder(self.TOOLS).ignores("{")
 
