@@ -832,7 +832,9 @@ class TestTheFile:
         "qwen3(?!.*(instruct|coder))", rb'\s*([:,"])\s*', "(/messages)?/*$"],
         ids=["field", "around", "title", "ahead", "separator", "path"])  # fmt: skip
     def test_what_is_not_linear_is_found(self, pattern):
-        assert ci_module("expressions").worst_input("sub", pattern, 0)
+        # A quick machine needs a longer text, a busy one another try.
+        worst = ci_module("expressions").worst_input
+        assert any(worst("sub", pattern, 0, size=size) for size in (6000, 9000, 12_000, 16_000))
 
     def test_make_alone_tells_what_there_is(self):
         makefile = repository_file("Makefile").read_text()
