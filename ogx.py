@@ -81,6 +81,7 @@ import threading
 import time
 import urllib.parse
 import uuid
+import warnings
 import weakref
 import zlib
 
@@ -1681,27 +1682,29 @@ def attached_tokens(block: Json) -> int:
 # ======== Calls ==============================================================================
 # Tool calls that a model wrote as text, since its server doesn't read them. Pure.
 
-MOST_HELD, MOST_CALLS = 200_000, 100  # characters of a text that may be calls; calls
-CALL_MARKS = ("<tool_call>", "<function=", "<invoke name=", "<function_calls>", "[TOOL_CALLS]",
-              "<|python_tag|>", "<｜tool▁calls▁begin｜>")
+MOST_HELD, MOST_CALLS = 100_000, 100  # characters of held text; calls
+CALL_MARKS = ("<tool_call>", "<function", "<invoke name=", "[TOOL_CALLS]", "<|python_tag|>",
+              "<|tool_call", "<｜tool▁call")
 A_MARK = re.compile("|".join(map(re.escape, CALL_MARKS)))
 NAME = r"[\"']?(?:functions\.)?([\w.-]{1,200}?)[\"']?"
 CALL_HEAD = re.compile(  # and perhaps its name
-    rf"(?:<(?:function_calls|tool_call)>\s*)?<(?:function=|invoke name=){NAME}>\s*|"  # Qwen; Claude
-    rf"<tool_call>\s*(?:{NAME}\s*(?=<arg_|</tool_call))?|"  # Hermes, Qwen; GLM
-    rf"\[TOOL_CALLS\]\s*(?:{NAME}(?:\[ARGS\])?\s*(?=\{{))?|<\|python_tag\|>\s*|"  # Mistral; Llama
-    r"(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?"
-    rf"{NAME}(?:<｜tool▁sep｜>|\s*(?=[\{{`]))(?:```json)?\s*")  # DeepSeek
-CALL_END = re.compile(  # and what stands between calls
+    rf"(?:(?:<(?:function_calls|tool_call)>\s*)?<(?:function=|invoke name=){NAME}>|"  # Qwen; Claude
+    rf"<tool_call>\s*(?:{NAME}\s*(?=<arg_|</tool_call)|(?=[\[{{`]))|"  # GLM; Hermes, Qwen
+    rf"\[TOOL_CALLS\]\s*(?:{NAME}(?:\[ARGS\])?\s*)??(?=[\[{{`])|"  # Mistral
+    rf"<\|(?:python_tag|tool_call)\|>|<\|tool_call>call:{NAME}(?={{)|"  # Llama, Phi; Gemma
+    r"(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?"  # DeepSeek
+    rf"{NAME}(?:<｜tool▁sep｜>|\s*(?=[\{{`])))\s*(?:```(?:json)?\s*)?")
+CALL_END = re.compile(  # and between calls
     r"(?:[\s;]|```|</(?:function_calls|tool_call|function|invoke)>|<｜tool▁calls?▁end｜>|"
-    r"<\|e(?:om|ot)_id\|>)*")
-BARE_CALL = re.compile(  # how a message begins that is a call without a mark, and its name
+    r"<\|/?\w{1,20}\|>|<tool_call\|>)*")
+BARE_CALL = re.compile(  # a message that is a call without a mark, and its name
     r"\s*(?:```\w{0,20}\s*)?(?=(?:\[\s*)?(?:([A-Za-z_][\w.]{0,200})\(|"
-    r"\{\s*\"(?:name\"\s*:\s*\"([^\"]{0,200})\"|(?:arguments|parameters|type|function|id)\")))")
+    r"\{\s*\"(?:name\"\s*:\s*\"([^\"]{0,200})\"|(?:arguments|parameters|type|function)\")))")
 PARAMETER = re.compile(r"<parameter(?:=| name=)[\"']?([^>\"']{1,200})[\"']?>(.*?)</parameter>\s*|"
                        r"<arg_key>(.{1,200}?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.S)
 JSON_PART = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^"<`])*', re.S)
 STRING_OR_COMMA = re.compile(r'("(?:[^"\\]|\\.)*"?)|,(?=\s*[\]}])', re.S)
+GEMMA_PART = re.compile(r'<\|"\|>(.*?)<\|"\|>|(?<=[{,])\s*([\w-]{1,200})(?=:)', re.S)
 LOOSE_JSON = json.JSONDecoder(strict=False)  # takes raw line breaks in strings
 
 
@@ -1709,8 +1712,9 @@ class CallReader:
     """Reads a text that is nothing but calls of these tools; what ends them may be missing."""
 
     def __init__(self, text: str, tools: Mapping[str, Json]) -> None:
-        self._text, self._tools = text, tools
-        self._at = 0
+        self._text, self._tools, self._at = text, tools, 0
+        if "<|tool_call>" in text:  # Gemma's quotes aren't JSON's
+            self._text = GEMMA_PART.sub(lambda m: json.dumps(m[2] or m[1]), text)
         self._found: list[tuple[str, Json]] = []
         self.repaired = False
 
@@ -1722,13 +1726,14 @@ class CallReader:
                 if not head:
                     return []
                 named = head.re is CALL_HEAD
+                self.repaired |= named and "`" in head[0] and "▁" not in head[0]  # a fence
                 self._read_call(next(filter(None, head.groups()), "") if named else "")
                 self._skip(CALL_END)
             return self._found
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # ast's, too
             return []
 
-    def _skip(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+    def _skip(self, pattern: re.Pattern[str]) -> Any:
         match = pattern.match(self._text, self._at)
         self._at = match.end() if match else self._at
         return match
@@ -1736,11 +1741,9 @@ class CallReader:
     def _read_call(self, name: str) -> None:
         if re.match(r"\{|\[\s*\{", self._text[self._at : self._at + 99]):
             value = self._json()
-            self._add({"name": name, "arguments": value} if name else value)
-        elif name:
-            self._add({"name": name, "arguments": self._parameters(name)})
         else:
-            self._read_pythonic()
+            value = self._parameters(name) if name else self._pythonic()
+        self._add({"name": name, "arguments": value} if name else value)
 
     def _parameters(self, name: str) -> Json:
         schema = dict_or_empty(self._tools.get(name, {}).get("input_schema"))
@@ -1751,49 +1754,45 @@ class CallReader:
             found[key] = typed_value(text, dict_or_empty(properties.get(key)))
         return found
 
-    def _read_pythonic(self) -> None:
-        """Read Llama's and Gemma's `[f(a=1), g()]`."""
+    def _pythonic(self) -> list[Json]:
+        """Llama's and Gemma's `[f(a=1), g()]`."""
         import ast
 
-        end = self._text.find("```", self._at)
-        text = self._text[self._at : end if end > 0 else None].strip()
-        self._at = end if end > 0 else len(self._text)
-        tree = ast.parse(text[:10_000], mode="eval").body
+        text = self._text[self._at :].partition("```")[0]
+        self._at += len(text)
+        tree, found = ast.parse(text[:10_000], mode="eval").body, []
         for call in tree.elts if isinstance(tree, ast.List) else [tree]:
             if not isinstance(call, ast.Call) or call.args:
                 raise ValueError
-            self._add({"name": ast.unparse(call.func), "arguments": {
-                str(word.arg): ast.literal_eval(word.value) for word in call.keywords}})
+            given = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+            found.append({"name": ast.unparse(call.func), "arguments": None not in given and given})
+        return found
 
     def _add(self, node: Any) -> None:
-        """Add the call that a JSON object, or each of a list, describes; ValueError for others."""
+        """Add the calls of a JSON object or list; ValueError for others."""
         for one in node if isinstance(node, list) else [node]:
             call = dict_or_empty(dict_or_empty(one).get("function")) or dict_or_empty(one)
             given = call.get("arguments", call.get("parameters"))
-            given = json_or_none(given) if isinstance(given, str) else given
+            given = json_or_none(given if isinstance(given, str) else UNICODE_JSON.encode(given))
             known = call.get("name") in self._tools and len(self._found) < MOST_CALLS
             if not known or not isinstance(given, dict):
                 raise ValueError
             self._found.append((self._tools[call["name"]]["name"], given))
 
     def _json(self) -> Any:
-        """The JSON value here; raw line breaks, commas too many and closers that are missing at the
-        end are put right."""
+        """The JSON value here, with raw line breaks, commas and closers put right."""
         for decoder in (PLAIN_JSON, LOOSE_JSON):
             with suppress(ValueError):
                 value, self._at = decoder.raw_decode(self._text, self._at)
                 self.repaired |= decoder is LOOSE_JSON
                 return value
-        begin = self._at
-        self._skip(JSON_PART)
-        part = self._text[begin : self._at]
-        part = STRING_OR_COMMA.sub(lambda match: match[1] or "", part)
+        part = STRING_OR_COMMA.sub(r"\1", self._skip(JSON_PART)[0])
         closers: list[str] = []
-        for token in STRING_OR_COMMA.sub("", part):
+        for token in re.findall(r"[][{}]", STRING_OR_COMMA.sub("", part)):
             if token in "{[":
                 closers.append("}" if token == "{" else "]")
-            elif token in "}]" and closers:
-                closers.pop()
+            else:
+                del closers[-1:]
         self.repaired = True
         return LOOSE_JSON.decode(part + "".join(reversed(closers)))
 
@@ -1817,11 +1816,11 @@ class CallHolder:
     def __init__(self, tools: Mapping[str, Json]) -> None:
         self._tools = tools  # by the names that the model knows
         self._held: list[str] = []
-        self._size = 0  # of it, in characters
+        self._size = 0  # in characters
 
     def ignores(self, text: str) -> bool:
-        """Whether a text is handed on as it is, and needn't be fed."""
-        plain = self._begun and not (self._held or self._is_code())
+        """Whether a text may be handed on unfed."""
+        plain = self._begun and not (self._size or self._is_code())
         return plain and not any(mark in text for mark in "<[`")
 
     def feed(self, text: str) -> str:
@@ -1836,26 +1835,24 @@ class CallHolder:
             start = self._start_of_calls(text, done)
             self._hand_on(text[done:start])
             done = start
-            if start == len(text) or self._size < MOST_HELD and not self._is_code():
+            if start == len(text) or not self._is_code() and len(text) - start < MOST_HELD:
                 break
-            self._hand_on(text[start : start + 1])
-            done += 1
-        self._held, self._size = [text[done:]] * (done < len(text)), len(text) - done
+            done += 1 if self._is_code() else MOST_HELD
+            self._hand_on(text[start:done])
+        self._held, self._size = [text[done:]], len(text) - done
         return text[:done]
 
     def end(self, whole: bool) -> tuple[list[tuple[str, Json]], str]:
-        """The calls that the text held amounts to if the model ended by itself, else that text."""
+        """The calls that the held text is if the model ended by itself, else that text."""
         text = self._taken()
         self._hand_on(text)
-        if not (text and whole):
-            return [], text
         reader = CallReader(text, self._tools)
-        calls = reader.calls()
+        calls = reader.calls() if whole else []
         self.repaired = reader.repaired and bool(calls)
         return calls, "" if calls else text
 
     def _taken(self) -> str:
-        text, self._held = "".join(self._held), []
+        text, self._held, self._size = "".join(self._held), [], 0
         return text
 
     def _is_code(self) -> bool:
@@ -1863,21 +1860,19 @@ class CallHolder:
 
     def _start_of_calls(self, text: str, begin: int) -> int:
         """Where calls begin, or may as far as the text goes; its end if nowhere."""
-        if not self._begun and len(text) <= 100 and text.lstrip()[:1] in ("", "{", "[", "`"):
-            return 0
-        bare = None if self._begun else BARE_CALL.match(text)
-        if bare and {*bare.groups()} - {None} <= {*self._tools}:
-            return 0
-        mark = A_MARK.search(text, begin)
-        while mark and len(text) - mark.end() > 60 and not CALL_HEAD.match(text, mark.start()):
-            mark = A_MARK.search(text, mark.end())
-        return mark.start() if mark else next(
-            (at for at in range(max(begin, len(text) - 24), len(text))
-             if any(one.startswith(text[at:]) for one in CALL_MARKS)), len(text))
+        if not self._begun and text.lstrip()[:1] in ("", *"{[`"):
+            bare = BARE_CALL.match(text)
+            if len(text) <= 100 or bare and {*bare.groups()} <= {None, *self._tools}:
+                return 0
+        for mark in A_MARK.finditer(text, begin):
+            if len(text) - mark.end() < 120 or CALL_HEAD.match(text, mark.start()):
+                return mark.start()
+        return next((at for at in range(max(begin, len(text) - 14), len(text))
+                     if any(one.startswith(text[at:]) for one in CALL_MARKS)), len(text))
 
     def _hand_on(self, text: str) -> None:
         """Follow the back-ticks of what is handed on: between them no call is meant."""
-        self._begun = self._begun or bool(text)
+        self._begun |= text != ""
         text = self._ticks + text
         ticks = len(text) - len(text.rstrip("`"))
         self._ticks = "`" * ticks if ticks < 3 else ""
@@ -7624,6 +7619,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     split = words.index("--") if "--" in words else len(words)
     forwarded = words[split + 1 :]
     parser = argument_parser()
+    warnings.simplefilter("ignore", SyntaxWarning)  # in a model's Python
     try:
         if not words:
             say(*(__doc__ or "").split("\n\n")[:2])

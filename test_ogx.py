@@ -2786,6 +2786,12 @@ class TestCalls:
                          "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
         "GLM": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
                "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
+        "DeepSeek, without the outer mark":
+            f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{OSLO}\n```"
+            "<｜tool▁call▁end｜>",
+        "Phi": f"<|tool_call|>[{CALL}]<|/tool_call|>",
+        "Granite": f"<|tool_call|>[{CALL}]",
+        "Gemma 4": '<|tool_call>call:weather{city:<|"|>Oslo<|"|>,days:3}<tool_call|>',
         "bare": CALL,
         "bare, Llama 3.2": CALL.replace("arguments", "parameters"),
         "bare, OpenAI": '{"type": "function", "function": ' + CALL + "}",
@@ -2798,6 +2804,9 @@ class TestCalls:
     REPAIRED = {
         "comma": '<tool_call>{"name": "weather", "arguments": {"city": "Oslo", "days": 3,},}'
                  "</tool_call>",
+        "a fence": f"<tool_call>\n```json\n{CALL}\n```\n</tool_call>",
+        "a fence around arguments": f"<function=weather>\n```\n{OSLO}\n```\n</function>",
+        "a fence around a list": f"[TOOL_CALLS]```json\n[{CALL}]\n```",
         "closers": '{"name": "weather", "arguments": {"city": "Oslo", "days": 3',
         "closers before a tag": '<tool_call>{"name": "weather", "arguments": {"city": "Oslo", '
                                 '"days": 3}</tool_call>',
@@ -2847,6 +2856,43 @@ class TestCalls:
         other = text.replace("weather", "launch_rocket")
         assert self.read(other, 3) == (other, [])
 
+    def test_a_raw_line_break_in_a_string_is_put_right(self):
+        text = '<tool_call>{"name": "Bash", "arguments": {"city": "a\n\tb, ]",},}</tool_call>'
+        for step in (0, 1):
+            holder = ogx.CallHolder(self.TOOLS)
+            assert self.read(text, step, holder=holder) == ("", [("Bash", {"city": "a\n\tb, ]"})])
+            assert holder.repaired
+
+    def test_gemmas_quotes_hold_anything(self):
+        value = 'a, b: "c" {d: e}\n\\ <tool_call|>'
+        text = f'<|tool_call>call:weather{{city:<|"|>{value}<|"|>,days:[1,{{x:<|"|><|"|>}}]}}'
+        assert self.read(text, 1) == ("", [("weather", {"city": value, "days": [1, {"x": ""}]})])
+
+    @cases("form", [form for form in FORMS if "arg" not in form])
+    def test_a_name_may_be_as_long_as_the_server_takes(self, form):
+        name = "mcp__" + "a" * 59
+        holder = ogx.CallHolder({name: {**self.TOOLS["weather"], "name": name}})
+        text = self.FORMS[form].replace("weather", name)
+        assert self.read(text, 1, holder=holder) == ("", [(name, json.loads(self.OSLO))])
+
+    @cases("given", ["city={'a'}", "city=b'a'", "city=1j", "city=...", "**{'city': 'a'}", "'Oslo'",
+                     "city={1, 2}", "city={(1, 2): 3}", "city=x", "city=9" + "9" * 5000])
+    def test_an_argument_that_is_no_json_makes_it_text(self, given):
+        text = f"[weather({given})]"
+        assert self.read(text) == self.read(text, 1) == (text, [])
+
+    def test_python_that_a_model_writes_warns_nobody(self):
+        text = "[weather(city='grep \\d', days=1if 1else 2), weather(city='\\d')]"
+        code = f"import ogx; ogx.main(['--version']); ogx.CallReader({text!r}, {{}}).calls()"
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True,
+                              timeout=60)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+    @cases("text", ["[weather(days=1e999)]", '{"name": "weather", "arguments": {"days": 1e999}}',
+                    '<tool_call>{"name": "weather", "arguments": {"days": NaN,}}</tool_call>'])
+    def test_a_number_that_json_lacks_is_none(self, text):
+        assert self.read(text, 1) == ("", [("weather", {"days": None})])
+
     @pytest.mark.parametrize("quote", [
         "`{}`", "```\n{}\n```", "```xml\n{}", "Look: ``{}``", "Run ```a``` and `{}`",
     ], ids=["in back-ticks", "in a fence", "in an open fence", "in two back-ticks", "after code"])
@@ -2869,14 +2915,20 @@ class TestCalls:
         yield from ("weather", "weather()x", "[weather]", "weather('Oslo')", "Bash (n=1)", "<", "[",
                     "{", "`", "```", "```python\nprint(1)\n```", "a < b and c[d] `e", "<tool", "[T",
                     "{{name}}", "<html><invoke></html>", "<function=weather", "x = {'a': [1]}",
-                    "[1] a footnote", "<|im_start|>", "print(weather(city=f()))", "\n\n", "  x  ",
+                    "[1] a footnote", "<|im_start|>",
+                    "weather(city='Oslo')", "Bash()",
+                    "I use <tool_call> for tools, as <function=weather> and [TOOL_CALLS] do.",
+                    "<|tool_call> is Gemma's", '<|tool_call>call:weather{city:<|"|>Os',
+                    "<|tool_call>call:launch{}<tool_call|>", "<|tool_call|>[]<|/tool_call|>",
+                    "~~~\n<tool_call>" + self.CALL + "</tool_call>\n~~~",
+                    "print(weather(city=f()))", "\n\n", "  x  ",
                     "weather(city=open('x'))", "[weather(city='a'), launch()]",
                     "Use the tool weather for that.", '{"name": "weather", "arguments": {"a": "b',
                     '{"name": "weather", "arguments": {a: 1}}', "<parameter=a>1</parameter>")
 
     def test_texts_about_tools_are_handed_on_byte_for_byte(self):
         texts = list(self.texts())
-        assert len(texts) >= 180
+        assert len({*texts}) >= 200
         for text in texts:
             for step in (0, 1, 3):
                 assert self.read(text, step) == (text, [])
@@ -2892,10 +2944,28 @@ class TestCalls:
         assert holder.feed(" to put things") and holder.ignores("{so}") and not holder.ignores("<")
         assert not ogx.CallHolder(self.TOOLS).ignores("{")
 
+    @cases("mark", ["<tool_call>", "[TOOL_CALLS]", "<|tool_call>", "<function", "<｜tool▁call"])
+    def test_words_about_a_mark_are_held_back_no_further_than_a_name_reaches(self, mark):
+        holder = ogx.CallHolder(self.TOOLS)
+        words = f"A call begins with {mark} there, " + "and so it goes on. " * 20
+        handed = "".join(map(holder.feed, words))
+        assert len(words) - len(handed) < 15 and words.startswith(handed)
+
+    def test_what_follows_thinking_streams_whatever_was_held_before_it(self):
+        holder = ogx.CallHolder(self.TOOLS)
+        assert holder.feed("<function=Bash>" + "x" * 300) == ""
+        assert holder.end(whole=False)[1]
+        assert holder.feed("So it is.") == "So it is."
+
     def test_what_is_held_has_a_bound(self):
         holder = ogx.CallHolder(self.TOOLS)
         text = '<tool_call>{"name": "Bash", "arguments": {"command": "' + "x" * ogx.MOST_HELD
         assert "".join(holder.feed(text[at : at + 999]) for at in range(0, len(text), 999))
+        text = "So: <tool_call>[" * ogx.MOST_HELD
+        for step in (len(text), 9_999):
+            holder = ogx.CallHolder(self.TOOLS)
+            handed = "".join(holder.feed(text[at : at + step]) for at in range(0, len(text), step))
+            assert text.startswith(handed) and len(text) - len(handed) <= ogx.MOST_HELD
 
     @cases("unit", ["<", "[", "{", "`", "<tool_call>", "<function=Bash>", '{"name": "', "```",
                     '[TOOL_CALLS]{"name": "Bash", "arguments": {', "<tool_call>[[", '"a": "\\"',

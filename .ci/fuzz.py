@@ -52,6 +52,9 @@ TEXT_CALLS = (
     "<function=Bash>\n<parameter=n>\n1\n</parameter>\n</function>",
     '[TOOL_CALLS]Bash[ARGS]{"n": 1}',
     '```json\n{"name": "Bash", "parameters": {"n": [1, {}]}}\n```', "[Bash(n=1), Bash(n='`')]",
+    'I do. <|tool_call>call:Bash{n:1,s:<|"|>a, b: "c"<|"|>}<tool_call|>', "Bash(n=1)",
+    '<tool_call>\n```json\n{"name": "Bash", "arguments": {"n": 1e9,}\n```\n</tool_call>',
+    '<|tool_call|>[{"name": "Bash", "arguments": {}}]<|/tool_call|>', "[Bash(n={'a': 1})]",
     'So `<tool_call>` begins one:\n```\n<invoke name="Bash">\n```\nand so on.',
 )
 REQUEST = {
@@ -210,6 +213,7 @@ def text_calls(chance: random.Random) -> bytes:
     handed, calls = read([text])
     assert text.startswith(handed) and (calls or handed == text)
     assert all(name == "Bash" and isinstance(given, dict) for name, given in calls)
+    json.dumps(calls, allow_nan=False)
     if len(text) < 4096:
         assert read(list(text)) == (handed, calls)
         middle = chance.randrange(len(text) + 1)
