@@ -183,6 +183,7 @@ class TestPrompts:
     def test_ten_turns(self, gateway, upstream, model):
         file = gateway.project / "notes.txt"
         file.write_text("a\nb\n" * 20)
+        written = gateway.project / "written.txt"
         errand = {"description": "Find out", "prompt": "SUBTASK: say hi",
                   "subagent_type": "general-purpose", "run_in_background": False}
         waits = threading.Event()
@@ -193,8 +194,9 @@ class TestPrompts:
             "TURN-3": [Reply(calls=[("Bash", {"command": "echo two"}),
                                     ("Bash", {"command": "echo three"})]), Reply("Both.")],
             "TURN-4": [call("Read", file_path=str(file)), call("Edit", file_path=str(file),
-                       old_string="a\nb\n" * 20, new_string="a\nb\n"), Reply("Edited.")],
-            "TURN-5": [call("Read", file_path=str(file)), Reply("It changed.")],
+                       old_string="a\nb\n" * 20, new_string="a\nb\n"),
+                       call("Write", file_path=str(written), content="a\nb\n"), Reply("Edited.")],
+            "TURN-5": [call("Read", file_path=str(written)), Reply("It changed.")],
             "TURN-6": [call("ToolSearch", query="select:NotebookEdit,WebFetch", max_results=2),
                        Reply("Loaded.")],
             "TURN-7": [call("Agent", **errand), Reply("The agent said hi.")],
@@ -207,7 +209,9 @@ class TestPrompts:
         session, before, new = Session(gateway, upstream, model), "", {}
         turns = {number: session.turn(f"TURN-{number}") for number in (1, 2, 3)}
         turns[4], turns[5] = session.two_turns(
-            ["TURN-4", "TURN-5"], lambda: file.write_text("a\nchanged behind its back\nb\n"))
+            ["TURN-4", "TURN-5"], lambda: written.write_text("a\nchanged behind its back\nb\n"))
+        # Which Claude Code tells in a system message, of files that it wrote.
+        assert "written.txt changed on disk" in turns[5][0]
         turns.update({number: session.turn(f"TURN-{number}") for number in (6, 7)})
         session.interrupted_turn("TURN-8", waits)
         turns[9] = session.turn("TURN-9")
