@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""How many tokens of its prompts a real llama-server processes anew in a session of Claude Code:
-directly on the server's own Messages API, and through ogx.py by chat and by Messages.
+"""How many tokens of its prompts a real llama-server, and a real vLLM, process anew in sessions of
+Claude Code: directly on the server's own Messages API, and through ogx.py by chat and by Messages.
 
     make bench                                         needs make test-clients and make test-servers
     python3 .ci/prompt_tokens.py --file older/ogx.py   through another copy
-    python3 .ci/prompt_tokens.py --window 32768        a session in a smaller window
+    python3 .ci/prompt_tokens.py --window 32768        sessions in a smaller window
+    python3 .ci/prompt_tokens.py --servers vllm        on one of the two
 
 Claude Code's prompts are its own; the model (.ci/tiny_model.py) says fixed things, as
 its turns ask for, and its tokenizer knows few words, so that counts are higher than usual.
@@ -22,14 +23,32 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVERS, CLAUDE = ROOT / ".servers", ROOT / ".clients/npm/node_modules/.bin/claude"
-TOOLS = "Bash,Read,Write,Edit,ToolSearch,NotebookEdit,WebFetch"
-TURNS = ("Hello there.", "RUN-SHELL please.", "Hello again.")
-SECOND = ("Hello, this is another session.", "RUN-SHELL in it.", "LOAD-TOOLS please.",
-          "RUN-SHELL too.", "Hello, and good bye.")
+# What starts a server, but for its port and window; the option that sets the window; and the
+# counter of the tokens that it processed.
+COMMANDS = {
+    "llama": [SERVERS / "llama-server", "-m", SERVERS / "tiny.gguf", "--alias", "tiny", "--jinja",
+              "--chat-template-file", SERVERS / "tiny.jinja", "--metrics"],
+    "vllm": [SERVERS / "vllm-server", "--enable-prompt-tokens-details"],
+}
+WINDOWS = {"llama": "-c", "vllm": "--max-model-len"}
+COUNTERS = {
+    "llama": r"llamacpp:prompt_tokens_total (\d+)",
+    "vllm": r'vllm:prompt_tokens_by_source_total\{.*source="local_compute"\} (\d+)',
+}
+TOOLS = "Agent,Bash,Read,Write,Edit,ToolSearch,NotebookEdit,WebFetch"
+CHANGED = "Hello, now that the notes changed."  # which Claude Code tells in a system message
+SESSIONS = (
+    ("Hello there.", "RUN-SHELL please.", "Hello again.", "WRITE-NOTES please.", CHANGED),
+    ("Hello, this is another session.", "RUN-SHELL in it.", "LOAD-TOOLS please.",
+     "ASK-AGENT please.", "Hello, and so on."),
+    ("Hello, a third session.", "LOAD-TOOLS in it.", "Hello, and good bye."),
+)
+PROMPTS = [prompt for session in SESSIONS for prompt in session]
 
 
 def free_port() -> int:
@@ -48,7 +67,8 @@ def started(command: list[str], url: str, environment: dict[str, str],
             folder: Path) -> subprocess.Popen[bytes]:
     with (folder / "log").open("ab") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=folder)
-    for _ in range(600):
+    give_up = time.monotonic() + 180
+    while time.monotonic() < give_up:
         try:
             fetched(url)
             return process
@@ -59,29 +79,27 @@ def started(command: list[str], url: str, environment: dict[str, str],
     raise SystemExit(f"{command[0]} doesn't serve:\n{(folder / 'log').read_text()[-2000:]}")
 
 
-def new_tokens(server: str) -> int:
+def new_tokens(kind: str, server: str) -> int:
     """Of all prompts, since it was started."""
-    match = re.search(r"^llamacpp:prompt_tokens_total (\d+)", fetched(f"{server}/metrics"), re.M)
+    match = re.search(f"^{COUNTERS[kind]}", fetched(f"{server}/metrics"), re.M)
     assert match
     return int(match[1])
 
 
 class Session:
-    def __init__(self, way: str, file: str, window: int, folder: Path) -> None:
-        self.folder, self.begun, self.processes = folder, False, list[subprocess.Popen[bytes]]()
+    def __init__(self, kind: str, way: str, file: str, window: int, folder: Path) -> None:
+        self.folder, self.processes = folder, list[subprocess.Popen[bytes]]()
         (folder / "project").mkdir()
         (folder / "home").mkdir()
         self.environment = {
             "PATH": f"{CLAUDE.parent}:{os.environ['PATH']}", "HOME": str(folder / "home"),
             "LANG": "C.UTF-8", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
             "DISABLE_AUTOUPDATER": "1"}
-        port, self.way = free_port(), way
+        port, self.kind = str(free_port()), kind
         self.server = f"http://127.0.0.1:{port}"
         self.processes.append(started(
-            [str(SERVERS / "llama-server"), "-m", str(SERVERS / "tiny.gguf"), "--alias", "tiny",
-             "--jinja", "--chat-template-file", str(SERVERS / "tiny.jinja"), "-c", str(window),
-             "--metrics", "--host", "127.0.0.1", "--port", str(port)],
-            f"{self.server}/health", self.environment, folder))
+            [*map(str, COMMANDS[kind]), WINDOWS[kind], str(window), "--host", "127.0.0.1",
+             "--port", port], f"{self.server}/health", self.environment, folder))
         if way == "direct":
             names = {f"ANTHROPIC_DEFAULT_{tier}_MODEL": "tiny" for tier in (
                 "HAIKU", "SONNET", "OPUS", "FABLE")}
@@ -91,9 +109,9 @@ class Session:
                 CLAUDE_CODE_MAX_CONTEXT_TOKENS=str(window))
             return
         config = {"base_url": f"{self.server}/v1", "api_key": "x", "dialect": way}
-        kind = "llama-cpp" if way == "chat" else "vllm"  # the same server, as one with Messages
+        row = "llama-cpp" if (kind, way) == ("llama", "chat") else "vllm"  # which has Messages, too
         (folder / "config.json").write_text(json.dumps({"providers": {"inference": [
-            {"provider_id": "local", "provider_type": f"remote::{kind}", "config": config}]}}))
+            {"provider_id": "local", "provider_type": f"remote::{row}", "config": config}]}}))
         own = free_port()
         self.processes.append(started(
             [sys.executable, file, "run", str(folder / "config.json"), "--port", str(own)],
@@ -102,15 +120,23 @@ class Session:
         self.command = [sys.executable, file, "connect", "claude", "--quiet", "--port", str(own),
                         "--"]
 
+    def turns(self, prompts: Sequence[str]) -> list[tuple[int, str]]:
+        """Of a session of its own in the same project."""
+        self.begun = False
+        return [self.turn(prompt) for prompt in prompts]
+
     def turn(self, prompt: str) -> tuple[int, str]:
         """The tokens that a turn processes anew, and what it says."""
-        before = new_tokens(self.server)
+        before = new_tokens(self.kind, self.server)
+        if prompt == CHANGED:
+            (self.folder / "project/notes.txt").write_text("Another note.\n")
         done = subprocess.run(
             [*self.command, "-p", prompt, *["--continue"] * self.begun, "--allowedTools", TOOLS],
             cwd=self.folder / "project", env=self.environment, timeout=600, text=True,
             stdin=subprocess.DEVNULL, capture_output=True)
         self.begun = True
-        return new_tokens(self.server) - before, done.stdout.strip() or done.stderr.strip()[-300:]
+        said = done.stdout.strip() or done.stderr.strip()[-300:]
+        return new_tokens(self.kind, self.server) - before, said
 
     def close(self) -> None:
         for process in reversed(self.processes):
@@ -118,15 +144,34 @@ class Session:
             process.wait(20)
 
 
-def measured(way: str, file: str, window: int) -> list[tuple[int, str]]:
+def measured(kind: str, way: str, file: str, window: int) -> list[tuple[int, str]]:
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(way, file, window, Path(folder))
+        session = Session(kind, way, file, window, Path(folder))
         try:
-            turns = [session.turn(prompt) for prompt in TURNS]
-            session.begun = False
-            return turns + [session.turn(prompt) for prompt in SECOND]
+            return [turn for prompts in SESSIONS for turn in session.turns(prompts)]
         finally:
             session.close()
+
+
+def installed(kind: str) -> bool:
+    return Path(COMMANDS[kind][0]).exists() and CLAUDE.exists()
+
+
+def show(kind: str, columns: dict[str, list[tuple[int, str]]]) -> None:
+    width = max(map(len, PROMPTS)) + 2
+    print(f"prompt tokens processed anew by {kind}\n" + " " * width
+          + "".join(f"{way:>10}" for way in columns))
+    for place, prompt in enumerate(PROMPTS):
+        print(f"{prompt:<{width}}" + "".join(f"{one[place][0]:>10,}" for one in columns.values()))
+    sums = {way: sum(count for count, _ in column) for way, column in columns.items()}
+    print(f"{'in all':<{width}}" + "".join(f"{count:>10,}" for count in sums.values()))
+    if "direct" in sums:
+        shares = (f"{100 * count / sums['direct']:.0f} %" for count in sums.values())
+        print(f"{'of direct':<{width}}" + "".join(f"{share:>10}" for share in shares))
+    for way, column in columns.items():
+        odd = [said for _, said in column if not re.match("Hello|The |Good", said)]
+        if odd:
+            print(f"{way}: {odd[0]!r}")
 
 
 def main() -> int:
@@ -134,25 +179,17 @@ def main() -> int:
     parser.add_argument("--file", default=str(ROOT / "ogx.py"))
     parser.add_argument("--window", type=int, default=131_072)
     parser.add_argument("--ways", nargs="+", default=["direct", "chat", "messages"])
+    parser.add_argument("--servers", nargs="+", default=list(COMMANDS), choices=list(COMMANDS))
     parser.add_argument("--if-installed", action="store_true", help="else say so, and end well")
     options = parser.parse_args()
-    if not ((SERVERS / "llama-server").exists() and CLAUDE.exists()):
-        print("left out: prompt tokens processed anew, which make test-clients and make "
-              "test-servers install", file=sys.stderr)
-        return int(not options.if_installed)
-    columns = [measured(way, options.file, options.window) for way in options.ways]
-    width = max(map(len, (*TURNS, *SECOND))) + 2
-    print("prompt tokens processed anew\n" + " " * width
-          + "".join(f"{way:>10}" for way in options.ways))
-    for place, prompt in enumerate((*TURNS, *SECOND)):
-        print(f"{prompt:<{width}}" + "".join(f"{column[place][0]:>10,}" for column in columns))
-    print(f"{'in all':<{width}}" + "".join(
-        f"{sum(count for count, _ in column):>10,}" for column in columns))
-    for way, column in zip(options.ways, columns):
-        odd = [said for _, said in column if not re.match("Hello|The |Good", said)]
-        if odd:
-            print(f"{way}: {odd[0]!r}")
-    return 0
+    kinds = [kind for kind in options.servers if installed(kind)]
+    for kind in sorted(set(options.servers) - set(kinds)):
+        print(f"left out: prompt tokens that {kind} processes anew, which make test-clients and "
+              "make test-servers install", file=sys.stderr)
+    for kind in kinds:
+        show(kind, {way: measured(kind, way, options.file, options.window)
+                    for way in options.ways})
+    return int(kinds != options.servers and not options.if_installed)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Real upstream servers behind ogx.py: llama.cpp's llama-server and, where it is installed,
-`transformers serve`.
+"""Real upstream servers behind ogx.py: llama.cpp's llama-server, vLLM and `transformers serve`,
+those that are installed.
 
     make test-servers       installs them (.ci/servers-install) and runs this file
 
-Both serve the same tiny model (.ci/tiny_model.py), which says fixed things: its answers show what
-reached it. For the gateway llama.cpp is two providers, `chat` and `responses`. OGX_PYTHON names
-another Python for it, OGX_FILE another copy of it.
+All serve the same tiny model (.ci/tiny_model.py), which says fixed things: its answers show what
+reached it. For the gateway llama.cpp is two providers, `chat` and `responses`, and vLLM `vllm-chat`
+and `vllm-native`, which speaks Messages. OGX_PYTHON names another Python for it, OGX_FILE another
+copy of it. The tests of one state of a server, such as that it loads, are after the common ones.
 """
 
 import contextlib
@@ -36,15 +37,20 @@ SERVERS = ROOT / ".servers"
 CLAUDE_BIN = ROOT / ".clients/npm/node_modules/.bin"
 KEY, CONTEXT = "the-key-of-llama", 65_536
 DIALECTS = ["chat", "responses"]
-LLAMA = [f"{dialect}/tiny" for dialect in DIALECTS]
+LLAMA_SERVER, VLLM_SERVER = SERVERS / "llama-server", SERVERS / "vllm-server"
+LLAMA = [f"{dialect}/tiny" for dialect in DIALECTS] * LLAMA_SERVER.exists()
+VLLM = ["vllm-chat/tiny", "vllm-native/tiny"] * VLLM_SERVER.exists()
 TRANSFORMERS = SERVERS / "venv/bin/transformers"
-MODELS = [*LLAMA, *["transformers/ogx/tiny"] * TRANSFORMERS.exists()]
+MODELS = [*LLAMA, *VLLM, *["transformers/ogx/tiny"] * TRANSFORMERS.exists()]
 HELLO = "Hello from a tiny model \U0001f600 with bytes."
 Json = dict[str, Any]
 os.environ.update(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")  # for the SDKs
 
 every_model = pytest.mark.parametrize("model", MODELS)
 every_llama = pytest.mark.parametrize("model", LLAMA)
+every_vllm = pytest.mark.parametrize("model", VLLM)
+needs_llama = pytest.mark.skipif(not LLAMA, reason="llama-server isn't installed, or doesn't run")
+needs_vllm = pytest.mark.skipif(not VLLM, reason="vLLM isn't installed")
 
 
 # ======== Servers and the gateway ============================================================
@@ -99,10 +105,16 @@ def base_environment(folder: Path) -> dict[str, str]:
 
 
 def llama_server(folder: Path, *flags: Any) -> Server:
-    run = [SERVERS / "llama-server", "-m", SERVERS / "tiny.gguf", "--alias", "tiny", "--jinja",
+    run = [LLAMA_SERVER, "-m", SERVERS / "tiny.gguf", "--alias", "tiny", "--jinja",
            "-c", CONTEXT, "-np", 1, "--host", "127.0.0.1", "--port", "PORT",
            "--api-key", KEY, *flags]
     return Server(folder, "llama", "/health", run)
+
+
+def vllm_server(folder: Path, *flags: Any) -> Server:
+    run = [VLLM_SERVER, "--max-model-len", CONTEXT, "--enable-prompt-tokens-details",
+           "--host", "127.0.0.1", "--port", "PORT", "--api-key", KEY, *flags]
+    return Server(folder, "vllm", "/health", run)
 
 
 def gateway_server(folder: Path, providers: list[Json]) -> Server:
@@ -122,8 +134,14 @@ def gateway(tmp_path_factory) -> Iterator[Server]:
     run = [TRANSFORMERS, "serve", "ogx/tiny", "--device", "cpu", "--host", "127.0.0.1",
            "--port", "PORT"]
     with contextlib.ExitStack() as stack:
-        llama = stack.enter_context(llama_server(folder))
-        providers = [provider(dialect, "llama-cpp", llama, dialect) for dialect in DIALECTS]
+        providers = []
+        if LLAMA:
+            llama = stack.enter_context(llama_server(folder))
+            providers += [provider(dialect, "llama-cpp", llama, dialect) for dialect in DIALECTS]
+        if VLLM:
+            vllm = stack.enter_context(vllm_server(folder))
+            providers += [provider("vllm-chat", "vllm", vllm, "chat"),
+                          provider("vllm-native", "vllm", vllm, "messages")]
         if TRANSFORMERS.exists():
             other = stack.enter_context(Server(folder, "transformers", "/health", run))
             providers.append(provider("transformers", "openai-compatible", other, "auto"))
@@ -147,6 +165,7 @@ def tool(name: str, **properties: str) -> Json:
     return {"name": name, "input_schema": schema}
 
 
+PNG = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
 WEATHER, LOOKUP = tool("weather", city="string"), tool("lookup", q="string", n="integer")
 
 
@@ -175,6 +194,11 @@ def streamed(sdk: anthropic.Anthropic, request: Json) -> anthropic.types.Message
     return message
 
 
+def whole(sdk: anthropic.Anthropic, request: Json) -> anthropic.types.Message:
+    message: anthropic.types.Message = sdk.messages.create(**request)
+    return message
+
+
 def both_ways(sdk: anthropic.Anthropic, request: Json) -> anthropic.types.Message:
     """The message, which is the same streamed and not, save ids and what a cache changes."""
     message, other = sdk.messages.create(**request), streamed(sdk, request)
@@ -192,7 +216,9 @@ def said(message: anthropic.types.Message) -> list[tuple[str, Any]]:
 
 
 def prompt_tokens(message: anthropic.types.Message) -> int:
-    return message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
+    usage = message.usage
+    cached = (usage.cache_read_input_tokens or 0) + (usage.cache_creation_input_tokens or 0)
+    return usage.input_tokens + cached
 
 
 class TestMessages:
@@ -204,7 +230,8 @@ class TestMessages:
         with sdk.messages.stream(**ask(model, "Hello")) as stream:
             assert len(list(stream.text_stream)) >= 3
 
-    @every_model
+    # vLLM without a parser for it shows it as text, natively, until that is noticed.
+    @pytest.mark.parametrize("model", [one for one in MODELS if one != "vllm-native/tiny"])
     def test_shows_the_thinking_before_the_text(self, sdk, model):
         message = both_ways(sdk, ask(model, "THINK-FIRST"))
         assert said(message) == [("thinking", "Let me ponder this."), ("text", "Thought through.")]
@@ -234,11 +261,13 @@ class TestMessages:
         assert said(message)[1:] == [("lookup", {"q": "", "n": 0})]
 
     # The others lose what is asked of them in these two.
+    @needs_llama
     def test_makes_no_call_when_none_is_wanted(self, sdk):
         request = ask("chat/tiny", "ASK-WEATHER", tools=[WEATHER], tool_choice={"type": "none"})
         message = sdk.messages.create(**request)
         assert ([b.type for b in message.content], message.stop_reason) == (["text"], "end_turn")
 
+    @needs_llama
     def test_gives_a_structured_answer(self, sdk):
         schema = {**WEATHER["input_schema"], "additionalProperties": False}
         wanted = {"format": {"type": "json_schema", "schema": schema}}
@@ -267,9 +296,8 @@ class TestMessages:
 
     @every_llama
     def test_answers_or_refuses_for_good_what_has_an_image(self, sdk, model):
-        image = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
         with contextlib.suppress(anthropic.BadRequestError):  # other errors are tried again
-            message = sdk.messages.create(**ask(model, [{"type": "image", "source": image}]))
+            message = sdk.messages.create(**ask(model, [{"type": "image", "source": PNG}]))
             assert said(message) == [("text", HELLO)]
 
     @pytest.mark.skipif(not TRANSFORMERS.exists(), reason="make test-servers OGX_TRANSFORMERS=1")
@@ -304,13 +332,15 @@ class TestMessages:
 
 def test_lists_models_with_their_context(gateway, sdk):
     listed = {model.id: model.max_input_tokens for model in sdk.models.list()}
-    others = {model: None for model in MODELS if model not in LLAMA}
-    assert listed == {**dict.fromkeys(LLAMA, CONTEXT), **others}
+    told = [*LLAMA, *VLLM]  # by their servers
+    others = {model: None for model in MODELS if model not in told}
+    assert listed == {**dict.fromkeys(told, CONTEXT), **others}
     assert [sdk.models.retrieve(model).id for model in MODELS] == MODELS
     with openai.OpenAI(base_url=gateway.url + "/v1", api_key="any", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == list(listed)
 
 
+@needs_llama
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_recovers_with_its_server(tmp_path, dialect):
     llama = llama_server(tmp_path)
@@ -339,6 +369,7 @@ def one_llama(folder: Path, *flags: Any) -> Iterator[tuple[Server, Server, anthr
         yield llama, gateway, sdk
 
 
+@needs_llama
 def test_one_slot_gets_one_request_at_a_time(tmp_path):
     long = ask("one/tiny", "TALK-ON and count from 1 to 1000.", 60_000,
                extra_body={"temperature": 0})
@@ -370,6 +401,7 @@ def test_one_slot_gets_one_request_at_a_time(tmp_path):
     assert done == ["a", "b", "c"]
 
 
+@needs_llama
 def test_what_needs_another_flag_is_told_at_once(tmp_path):
     with one_llama(tmp_path, "--no-jinja") as (_, _, sdk):
         began = time.monotonic()
@@ -379,6 +411,7 @@ def test_what_needs_another_flag_is_told_at_once(tmp_path):
         sdk.messages.create(**ask("one/tiny", "Hello", 9))
 
 
+@needs_llama
 def test_check_tells_what_was_cached(tmp_path):
     with one_llama(tmp_path) as (_, gateway, _):
         run = [PYTHON, OGX, "connect", "claude", "--check", "--port", str(gateway.port)]
@@ -390,7 +423,7 @@ def test_check_tells_what_was_cached(tmp_path):
 
 def smol_server(folder: Path, *flags: Any) -> Server:
     """llama-server with real weights, whose chat template has no tools."""
-    run = [SERVERS / "llama-server", "-m", SERVERS / "smollm2.gguf", "--alias", "smol",
+    run = [LLAMA_SERVER, "-m", SERVERS / "smollm2.gguf", "--alias", "smol",
            "-c", 8192, "--host", "127.0.0.1", "--port", "PORT", *flags]
     return Server(folder, "smol", "/health", run)
 
@@ -401,6 +434,7 @@ def connected(gateway: Server, folder: Path, *flags: str) -> "subprocess.Complet
                           timeout=120)
 
 
+@needs_llama
 def test_a_server_that_comes_up_is_asked_at_once(tmp_path):
     smol = smol_server(tmp_path)
     upstream = provider("one", "llama-cpp", smol, "chat")
@@ -416,6 +450,7 @@ def test_a_server_that_comes_up_is_asked_at_once(tmp_path):
             assert sdk.messages.create(**hello).usage.output_tokens == 5
 
 
+@needs_llama
 def test_a_server_that_loads_is_waited_for(tmp_path):
     smol = smol_server(tmp_path)
     upstream = provider("one", "llama-cpp", smol, "chat")
@@ -440,6 +475,21 @@ def test_a_server_that_loads_is_waited_for(tmp_path):
     assert "export ANTHROPIC_DEFAULT_OPUS_MODEL=one/smol" in done.stdout
 
 
+@needs_llama
+def test_a_wrong_key_is_told(tmp_path):
+    llama = llama_server(tmp_path)
+    upstream = provider("one", "llama-cpp", llama, "chat")
+    upstream["config"]["api_key"] = "another"
+    with llama, gateway_server(tmp_path, [upstream]) as gateway, gateway.sdk() as sdk:
+        with pytest.raises(anthropic.APIStatusError, match="Invalid API Key.*check ") as refused:
+            sdk.messages.create(**ask("claude-opus-5", "Hello"))
+        assert refused.value.status_code == 404  # it can't pass, so nobody waits
+        done = connected(gateway, tmp_path, "--print-env")
+        assert done.returncode == 1 and "Invalid API Key" in done.stderr, done.stderr
+        assert "check " in done.stderr and "another" not in done.stderr + gateway.log.read_text()
+
+
+@needs_llama
 def test_a_template_without_tools_is_told_and_a_call_demanded_in_words(tmp_path):
     smol = smol_server(tmp_path)
     upstream = provider("one", "llama-cpp", smol, "chat")
@@ -456,11 +506,12 @@ def test_a_template_without_tools_is_told_and_a_call_demanded_in_words(tmp_path)
         assert "MAX_CONTEXT_TOKENS=18192" in window and "MAX_OUTPUT_TOKENS=1024" in window
 
 
+@needs_llama
 def test_a_router_tells_windows_and_counts(tmp_path):
     folder = tmp_path / "models"
     folder.mkdir()
     (folder / "smol.gguf").symlink_to((SERVERS / "smollm2.gguf").resolve())
-    run = [SERVERS / "llama-server", "--models-dir", folder, "-c", 4096, "--host", "127.0.0.1",
+    run = [LLAMA_SERVER, "--models-dir", folder, "-c", 4096, "--host", "127.0.0.1",
            "--port", "PORT"]
     router = Server(tmp_path, "router", "/health", run)
     upstream = provider("one", "llama-cpp", router, "chat")
@@ -474,12 +525,92 @@ def test_a_router_tells_windows_and_counts(tmp_path):
         assert counted == used.input_tokens + (used.cache_read_input_tokens or 0)
 
 
+@needs_llama
 def test_an_image_becomes_words_where_the_model_sees_none(tmp_path):
-    image = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
     with one_llama(tmp_path) as (_, _, sdk):
-        content = [{"type": "image", "source": image}, {"type": "text", "text": "Hello"}]
+        content = [{"type": "image", "source": PNG}, {"type": "text", "text": "Hello"}]
         for _ in range(2):
             assert said(sdk.messages.create(**ask("one/tiny", content))) == [("text", HELLO)]
+
+
+# ======== vLLM ===============================================================================
+
+
+@needs_vllm
+class TestVllm:
+    @every_vllm
+    def test_an_image_becomes_words(self, sdk, model):
+        content = [{"type": "image", "source": PNG}, {"type": "text", "text": "Hello"}]
+        assert said(both_ways(sdk, ask(model, content))) == [("text", HELLO)]
+
+    @every_vllm
+    def test_an_image_in_a_tool_result_becomes_words(self, sdk, model):
+        call = {"type": "tool_use", "id": "call_1", "name": "weather", "input": {"city": "Oslo"}}
+        request = ask(model, "ASK-WEATHER", tools=[WEATHER])
+        last = answered(request, [call], "call_1", [{"type": "image", "source": PNG}])
+        assert said(sdk.messages.create(**last)) == [("text", "The tool has answered.")]
+
+    @every_vllm
+    @pytest.mark.parametrize("call", [whole, streamed], ids=["whole", "streamed"])
+    def test_a_thinking_budget_that_it_refuses_is_left_out(self, sdk, model, call):
+        thinking = {"type": "enabled", "budget_tokens": 1024}
+        message = call(sdk, ask(model, "Hello", 2000, thinking=thinking))
+        assert said(message) == [("text", HELLO)]
+
+    @every_vllm
+    def test_thinking_as_text_is_noticed(self, sdk, model):
+        streamed(sdk, ask(model, "THINK-FIRST"))  # which shows it, natively
+        message = streamed(sdk, ask(model, "THINK-FIRST"))
+        assert said(message) == [("thinking", "Let me ponder this."), ("text", "Thought through.")]
+
+    @every_vllm
+    @pytest.mark.parametrize("call", [whole, streamed], ids=["whole", "streamed"])
+    def test_errors_have_anthropics_types(self, sdk, model, call):
+        with pytest.raises(anthropic.BadRequestError) as refused:
+            call(sdk, ask(model, "Hello", extra_body={"top_p": 7}))
+        assert refused.value.body["error"]["type"] == "invalid_request_error"
+
+    @every_vllm
+    @pytest.mark.parametrize("call", [whole, streamed], ids=["whole", "streamed"])
+    def test_a_long_prompt_is_told_in_words_that_claude_code_knows(self, sdk, model, call):
+        with pytest.raises(anthropic.BadRequestError,
+                           match=rf"prompt is too long: \d+ tokens > {CONTEXT}"):
+            call(sdk, ask(model, "zq " * CONTEXT))
+
+    @every_vllm
+    def test_a_later_system_message_leaves_the_prefix_cached(self, sdk, model):
+        request = ask(model, f"{model} says: " + "zq " * 800)
+        answer = {"role": "assistant", "content": HELLO}
+        note = {"role": "system", "content": "Note: a file changed on disk."}
+        last = {**request, "messages": [*request["messages"], answer,
+                                        {"role": "user", "content": "Hello again"}, note]}
+        first, then = sdk.messages.create(**request), sdk.messages.create(**last)
+        assert prompt_tokens(then) > prompt_tokens(first) > 1500
+        block = 128  # of its cache
+        assert then.usage.cache_read_input_tokens > prompt_tokens(first) - block
+
+    @every_vllm
+    def test_created_cache_tokens_are_logged_as_input(self, gateway, sdk, model):
+        sdk.messages.create(**ask(model, f"{model} writes: " + "zq " * 800))
+        line = [one for one in gateway.log.read_text().splitlines() if model in one][-1]
+        told = re.search(r" in ([\d,]+)", line)
+        assert told and int(told[1].replace(",", "")) > 1500, line
+
+
+@needs_vllm
+def test_vllm_that_is_not_up_yet_is_asked_at_once(tmp_path):
+    vllm = vllm_server(tmp_path)
+    hello = ask("claude-opus-5", "Hello", 5)
+    upstream = provider("one", "vllm", vllm, "auto")
+    with gateway_server(tmp_path, [upstream]) as gateway, gateway.sdk() as sdk:
+        with pytest.raises(anthropic.InternalServerError, match="no model to serve"):
+            sdk.messages.create(**hello)
+        with vllm:
+            time.sleep(1)  # it is asked once a second at most
+            assert sdk.messages.create(**hello).usage.output_tokens == 5
+
+
+# ======== Claude Code ========================================================================
 
 
 def claude(gateway: Server, folder: Path, model: str, prompt: str, *flags: str) -> Json:

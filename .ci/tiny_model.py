@@ -26,6 +26,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 END, START = "<|im_end|>", "<|im_start|>"
 CALL = '\n<tool_call>\n{"name": "'
 SHELL = '", "arguments": {"command": "echo $((6*7))-from-the-shell", "description": "Compute'
+WRITE = '", "arguments": {"file_path": "notes.txt", "content": "One note.\\n"}}\n</tool_call>\n'
+AGENT = ('", "arguments": {"description": "Say it", "prompt": "An errand: say it.", '
+         '"subagent_type": "general-purpose", "run_in_background": false}}\n</tool_call>\n')
 # Every text piece occurs once in all lines; bytes become byte tokens, for half-written characters.
 LINES = {
     "hello": ["Hello", " from a tiny", " model ", "\U0001f600".encode(), " with bytes."],
@@ -35,13 +38,16 @@ LINES = {
     "shell": ["On it.", CALL + "Bash", SHELL[:30], SHELL[30:50], SHELL[50:],
               '"}}\n</tool_call>\n'],
     "saw42": ["The shell", " says", " 42."],
+    "write": ["I write.", CALL + "Write", WRITE],
+    "agent": ["I ask.", CALL + "Agent", AGENT],
     "load": ["I load.", CALL + "ToolSearch", '", "arguments": {"query": "select:NotebookEdit,WebF',
              'etch"}}\n</tool_call>\n'],
     "answered": ["The tool", " has", " answered."],
     "endless": ["on and on", " and on and on", ", then"],
 }  # fmt: skip
 WORDS = {"THINK-FIRST": "think", "ASK-WEATHER": "weather", "RUN-SHELL": "shell",
-         "LOAD-TOOLS": "load", "TALK-ON": "endless"}  # fmt: skip
+         "WRITE-NOTES": "write", "ASK-AGENT": "agent", "LOAD-TOOLS": "load",
+         "TALK-ON": "endless"}  # fmt: skip
 PREFERENCE = {END: 9.0, CALL: 7.0, '"': 5.0, "}": 4.0, "]": 3.0, "{": 2.0, "0": 2.0, "\\": -2.0}
 SPACES = "ĠĊĉč"  # as byte-level tokens spell them
 WINDOW, FEED_FORWARD = 131_072, 32
