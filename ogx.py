@@ -486,6 +486,7 @@ class ProviderKind:
     list_path: str = "/models"
     lists_all: bool = True  # what its list lacks isn't served
     built_in_models: Strings = ()  # ids of those that need no list
+    warning: str = ""  # what to know about them
     more_lists: tuple[Strings, ...] = ()  # path, and pattern of the ids to take
     servers: tuple[Strings, ...] = ()  # pattern of ids or paths, then of base_url; replacement
     loaded_path: str = ""  # lists the models in memory with the context they have there
@@ -629,7 +630,9 @@ PROVIDER_KINDS = {kind.name: kind for kind in (
     ProviderKind("openai-compatible", text_calls=True),
     ProviderKind("messages", dialects=("messages",),
         key_headers=("authorization", "x-api-key")))}
-DEMO_KIND = ProviderKind("demo", "demo:", dialects=("demo",), built_in_models=("echo",))
+DEMO_KIND = ProviderKind(
+    "demo", "demo:", dialects=("demo",), built_in_models=("echo",),
+    warning="no real model: it is built in, says what it received and calls no tools")
 
 
 @dataclass(frozen=True)
@@ -5518,7 +5521,8 @@ class Discovery:
         """The LLMs of its lists; OgxError if all of them failed."""
         kind, models, failure = provider.kind, list[Model](), None
         if kind.built_in_models:
-            return [Model(f"{provider.id}/{name}", provider, name) for name in kind.built_in_models]
+            return [Model(f"{provider.id}/{name}", provider, name, warning=kind.warning)
+                    for name in kind.built_in_models]
         lists = [(kind.list_path, ""), *kind.more_lists]
         for path, id_pattern in lists:
             try:
@@ -6929,6 +6933,7 @@ def not_served_words(path: str) -> str:
 # Tokens. Claude Code keeps back its output limit: half of a window of 65,536 with the usual one.
 RESERVED_WINDOW = 160_000
 FIRST_REQUEST, LEAN_REQUEST = 13_500, 4_500  # what its first request takes (2.1.332)
+USUAL_WINDOW = 200_000  # what it believes where it is told none
 LEAN_WINDOW = 32_768  # tokens; below, Claude Code starts with what it can't do without
 LEAN_TOOLS = "Bash,Read,Edit,Write,Grep,Glob"
 LEAN = dict.fromkeys(map("CLAUDE_CODE_DISABLE_{}".format, (
@@ -6961,9 +6966,9 @@ SHELLS = {  # shell -> how it sets and unsets a variable
     "powershell": (  # takes curved quotes for straight ones (CharExtensions.IsSingleQuote)
         "$env:{} = {}", "Remove-Item Env:{} -ErrorAction SilentlyContinue",
         lambda text: "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'")}
-CHECK_TOOL = {"name": "add", "description": "Add two numbers.", "input_schema": {
-    "type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
-    "required": ["a", "b"]}}
+CHECK_SCHEMA = {"type": "object", "required": ["a", "b"], "additionalProperties": False,
+                "properties": {"a": {"type": "number"}, "b": {"type": "number"}}}
+CHECK_TOOL = {"name": "add", "description": "Add two numbers.", "input_schema": CHECK_SCHEMA}
 
 
 @dataclass(frozen=True)
@@ -7548,44 +7553,117 @@ def run_program(argv: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def print_check(server: Provider, plan: LaunchPlan) -> int:
-    """Ask each tier's model to call a tool, and print a table; 0 when all do."""
+    """Try each tier's model, and print a table and what helps; 0 when all call tools."""
     tiers_of: dict[str, list[str]] = {}
     for tier in TIERS:
         tiers_of.setdefault(plan.model_of(tier), []).append(tier)
-    width, failed = max(map(len, tiers_of)), False
+    jobs = {model_id: ", ".join(tiers) if len(tiers) < len(TIERS) else "all"
+            for model_id, tiers in tiers_of.items()}
+    columns = {"model": max(map(len, ("model", *jobs))),
+               "tiers": max(map(len, ("tiers", *jobs.values()))), **CHECK_COLUMNS}
+    say("  ".join(f"{name:<{width}}" for name, width in columns.items()).rstrip())
+    failed = False
     with closing(Upstream()) as upstream:
-        for model_id, tiers in tiers_of.items():
-            body = {"model": model_id, "max_tokens": 1000, "stream": True, "tools": [CHECK_TOOL],
-                    "messages": [{"role": "user", "content": "Call the tool add with 2 and 3."}]}
-            began = first = time.monotonic()
-            verdict, cached, ended = "works, tools too", "", 0.0
-            try:
-                events = answered_events(upstream, server, body)
-                start, first = next(events), time.monotonic()
-                message, ended = message_from_events([start, *events]), time.monotonic()
-                usage = message_from_events(answered_events(upstream, server, body))["usage"]
-                new, _, old, written = (whole_number(usage.get(name)) for name in USAGE_FIELDS)
-                cached = f"; asked again, {old} of {new + old + written} tokens were cached"
-                check_call(message)
-            except OgxError as error:
-                verdict, failed = without_controls(one_line(error.message)) or "failed", True
-            except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
-                verdict, failed = "answers in another format than Anthropic's", True
-            seconds = f"{first - began:6.2f} {(ended or time.monotonic()) - began:6.2f} s"
-            say(f"{model_id:<{width}}  {seconds}  {verdict} ({', '.join(tiers)}){cached}")
-    for line in model_warnings(plan):
+        for model_id, tiers in jobs.items():
+            cells, sentences = tried_model(upstream, server, model_id)
+            told = whole_number(plan.models.get(model_id, {}).get("max_input_tokens"))
+            cells.update({"model": model_id, "tiers": tiers,
+                          "window": f"{told:,}" if told else "unknown",
+                          "believed": f"{plan.window or USUAL_WINDOW:,}"})
+            say("  ".join(f"{cells.get(name, '-'):<{width}}"
+                          for name, width in columns.items()).rstrip(), *sentences)
+            failed |= cells["tools"] != "yes"
+    guess = f"  window: unknown, so Claude Code takes it for {USUAL_WINDOW:,} tokens; --context "
+    for line in (*[guess + "tells it another"] * (not plan.window), *window_words(plan),
+                 *model_warnings(plan)):
         say(line)
     return int(failed)
 
 
-def check_call(message: Json) -> None:
-    """Raise OgxError unless a message calls CHECK_TOOL rightly."""
+def tried_model(upstream: Upstream, server: Provider,
+                model_id: str) -> tuple[dict[str, str], list[str]]:
+    """The cells of a model's row, by column, and a line for each thing that fails."""
+    cells, sentences = dict[str, str](), []
+    for name, (request, problem_of) in CHECKS.items():
+        body = {"model": model_id, "max_tokens": CHECK_TOKENS, "stream": True, **request}
+        try:
+            message, first, seconds = timed_answer(upstream, server, body)
+            if name == "tools":
+                speed = whole_number(message["usage"].get("output_tokens")) / max(
+                    seconds - first, 0.001)
+                cells.update({"first": f"{first:.2f} s", "total": f"{seconds:.2f} s",
+                              "tokens/s": f"{speed:.0f}" if first < seconds else "-"})
+                usage = timed_answer(upstream, server, body)[0]["usage"]
+                new, _, old, written = (whole_number(usage.get(name)) for name in USAGE_FIELDS)
+                cells["cached"] = f"{old:,} of {new + old + written:,}"
+            problem = problem_of(message)
+            if problem and message.get("stop_reason") == "max_tokens":
+                problem = f"its {CHECK_TOKENS:,} tokens were used up before it was done"
+        except OgxError as error:
+            problem = without_controls(one_line(error.message)) or "failed"
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+            problem = "answers in another format than Anthropic's"
+        cells[name] = "no" if problem else "yes"
+        sentences += [f"  {name}: {problem}"] if problem else []
+        if "cached" not in cells:
+            break  # the others would fail likewise
+    return cells, sentences
+
+
+def timed_answer(upstream: Upstream, server: Provider, body: Json) -> tuple[Json, float, float]:
+    """A streamed message, and the seconds to its first block and in all."""
+    began, first, events = time.monotonic(), 0.0, []
+    for event in answered_events(upstream, server, body):
+        if not first and event["type"] == "content_block_start":
+            first = time.monotonic() - began
+        events.append(event)
+    seconds = time.monotonic() - began
+    return message_from_events(events), first or seconds, seconds
+
+
+def tools_problem(message: Json) -> str:
     calls = [block for block in message["content"] if block["type"] == "tool_use"]
     if not calls:
-        raise OgxError(502, "answers, but called no tool: does the model, and its server, do "
-                            "tools?")
-    if not {"a", "b"} <= set(calls[0]["input"]):
-        raise OgxError(502, f"called the tool wrongly, with {json.dumps(calls[0]['input'])[:80]}")
+        return "answers, but called no tool: does the model, and its server, do tools?"
+    given = calls[0]["input"]
+    wrong = not {"a", "b"} <= set(given)
+    return f"called the tool wrongly, with {json.dumps(given)[:80]}" if wrong else ""
+
+
+def json_problem(message: Json) -> str:
+    answer = json_or_none(message_text(message))
+    right = isinstance(answer, dict) and {"a", "b"} <= set(answer)
+    return "" if right else "answers otherwise where JSON is asked for"
+
+
+def image_problem(message: Json) -> str:
+    seen = "green" in message_text(message).lower()
+    return "" if seen else "sees no images: Claude Code's screenshots and pictures are lost on it"
+
+
+def message_text(message: Json) -> str:
+    return "".join(block["text"] for block in message["content"] if block["type"] == "text")
+
+
+GREEN = ("iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEUAoAAJfYEzAAAAD0lEQVR42mNgGAWj"
+         "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC")  # a PNG of 64 by 64
+# Column -> what to ask for, and what tells the problem of the answer, if any.
+CHECKS: dict[str, tuple[Json, Callable[[Json], str]]] = {
+    "tools": ({"tools": [CHECK_TOOL], "messages": [
+        {"role": "user", "content": "Call the tool add with 2 and 3."}]}, tools_problem),
+    "JSON": ({"output_config": {"format": {
+        "type": "json_schema", "schema": CHECK_SCHEMA}}, "messages": [
+        {"role": "user", "content": "Answer with JSON alone: a is 2, b is 3."}]}, json_problem),
+    "images": ({"messages": [{"role": "user", "content": [
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": GREEN}},
+        {"type": "text", "text": "Which colour is this picture? Say one word."}]}]}, image_problem),
+}
+CHECK_TOKENS = 2000
+# With their widths. `cached`: tokens of the prompt when it is asked again; `window`: as the server
+# tells it, and as Claude Code is made to believe it.
+CHECK_COLUMNS = {
+    "first": 7, "total": 7, "tokens/s": 8, "tools": 5, "JSON": 4, "images": 6, "cached": 14,
+    "window": 9, "believed": 9}
 
 
 def answered_events(upstream: Upstream, server: Provider, body: Json) -> Iterator[Json]:
@@ -7723,7 +7801,8 @@ def add_connect(commands: Any) -> None:
     flag("--api-key-file", metavar="FILE", help="the server's token (default OGX_API_KEY)")
     flag("--serve", action=argparse.BooleanOptionalAction, help="start a server for this session "
          "if none is running, on --port or a free one (default: if no flag says where one is)")
-    flag("--check", action="store_true", help="try every tier with a real message, launch nothing")
+    flag("--check", action="store_true", help="try every tier's model with tools, JSON and an "
+         "image, print a table, launch nothing")
     flag("--print-env", action="store_true", help="print export and unset lines, launch nothing")
     flag("--shell", choices=tuple(SHELLS), default="sh", help="whose lines --print-env prints")
     flag("--quiet", action="store_true", help="launch without a word")

@@ -417,7 +417,7 @@ def test_check_tells_what_was_cached(tmp_path):
         run = [PYTHON, OGX, "connect", "claude", "--check", "--port", str(gateway.port)]
         done = subprocess.run(run, env=base_environment(tmp_path), capture_output=True, text=True,
                               timeout=120)
-    told = re.search(r"asked again, (\d+) of (\d+) tokens were cached", done.stdout)
+    told = re.search(r"  (\d+) of (\d+)  ", done.stdout)
     assert told and int(told[1]) == int(told[2]) - 1 > 20, done.stdout
 
 
