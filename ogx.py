@@ -5651,6 +5651,7 @@ class Exchange:
     raw: bytes = b""  # the request as the client wrote it
     headers: Headers = field(default_factory=dict)  # for upstreams that speak Messages
     session: str = ""  # Claude Code's
+    is_main: bool = True  # not a sub-agent's, nor for a title and the like
     requested: str = ""  # the model's id, as the client wrote it
     served: str = ""  # the model that answers
     dialect: str = ""
@@ -5669,6 +5670,39 @@ class Exchange:
         """Let go of the request, a megabyte with all its objects: its answer begins."""
         self.raw = b""
         self.request = {name: self.request.get(name) for name in ("model", "stream")}
+
+
+class Sessions:
+    """What sessions of Claude Code asked for; of those that did last."""
+
+    MOST = 1000
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Json] = {}
+        self._lock = threading.Lock()
+
+    def count(self, exchange: Exchange) -> None:
+        """Count an answer, whole or broken off."""
+        if not (exchange.session and exchange.usage):
+            return
+        usage = exchange.usage.as_json()
+        names = [name for name in USAGE_FIELDS if name in usage]
+        with self._lock:
+            entry = self._entries.pop(exchange.session, {"requests": 0, "model": None})
+            counts = {name: entry.get(name, 0) + usage[name] for name in names}
+            entry = {**entry, **counts, "requests": entry["requests"] + 1}
+            if exchange.is_main:
+                entry.update(model=exchange.served, context_tokens=sum(usage[n] for n in names))
+            self._entries[exchange.session] = entry
+            if len(self._entries) > self.MOST:
+                del self._entries[next(iter(self._entries))]
+
+    def entry(self, session: str) -> Json:
+        with self._lock:
+            entry = self._entries.get(session)
+        if entry is None:
+            raise OgxError(404, f"session '{session[:64]}' has had no answer here")
+        return {"id": session, "type": "session", **entry}
 
 
 class Opened(NamedTuple):
@@ -5758,6 +5792,7 @@ class Gateway:
         self.upstream = upstream or Upstream(config.limits)
         self.discovery = Discovery(config, self.registry, self.upstream)
         self.lessons = Lessons(self.store)
+        self.sessions = Sessions()
         self.ratios, self.tokens, self.encoder = Ratios(), TokenCounter(), Encoder()
         self.backoff = BACKOFF
         self.tick = tick
@@ -6116,6 +6151,13 @@ class Gateway:
             return self._entry(self.registry.resolve(model_id))
         self.discovery.done.wait(LIST_TIMEOUT)
         return self._entry(self.registry.resolve(model_id))
+
+    def session(self, session: str) -> Json:
+        """What a session of Claude Code asked for, and the window of the model that answered."""
+        entry, window = self.sessions.entry(session), None
+        with suppress(OgxError):
+            window = entry["model"] and self.registry.resolve(entry["model"]).context
+        return {**entry, "max_input_tokens": window}
 
     def register(self, body: Any) -> Json:
         """Register a model id of the user's own, or register it anew; its entry."""
@@ -6580,6 +6622,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._unread = self.head.has_body()
         headers = self.head.headers
         self.exchange.session = headers.get("x-claude-code-session-id", "")[:64]
+        self.exchange.is_main = headers.get("x-claude-code-request-class", "main") == "main"
         self.exchange.headers = {name: headers[name] for name in PASSED_HEADERS
                                  if name in headers and name not in self.head.options}
         self.server.guard.check(self.head)
@@ -6642,9 +6685,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             path = re.sub("^https?://[^/]*", "", path)
         routes, argument = Handler.ROUTES.get(path), query
-        if path.startswith("/v1/models/"):
-            routes = Handler.ROUTES["/v1/models/{id}"]
-            argument = urllib.parse.unquote(path[len("/v1/models/") :])
+        for folder in ("/v1/models/", "/v1/sessions/"):
+            if path.startswith(folder):
+                routes = Handler.ROUTES[folder + "{id}"]
+                argument = urllib.parse.unquote(path[len(folder) :])
         if routes is None:
             raise OgxError(404, not_served_words(path))
         method = "GET" if self.head.method == "HEAD" else self.head.method
@@ -6684,6 +6728,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         "/v1/models/{id}": {
             "GET": lambda self, known: self._in_thread(self.server.gateway.model, known),
             "DELETE": lambda self, known: self._in_thread(self.server.gateway.unregister, known)},
+        "/v1/sessions/{id}": {
+            "GET": lambda self, known: self._in_thread(self.server.gateway.session, known)},
         **dict.fromkeys(("/v1/health", "/api/hello", "/"),
                         {"GET": lambda self, _: self._send_json(ABOUT)}),
     }
@@ -6880,8 +6926,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.dropped and f"dropped: {exchange.dropped}",
             exchange.error and f"error: {one_line(exchange.error)}",
         ]
-        quiet = not exchange.error and path in ("/v1/health", "/api/hello")
+        quiet = path.startswith("/v1/sessions/") or (
+            not exchange.error and path in ("/v1/health", "/api/hello"))
         log.log(logging.DEBUG if quiet else logging.INFO, " ".join(filter(None, parts)))
+        self.server.gateway.sessions.count(exchange)
 
     def _log_body(self, name: str, body: bytes | bytearray) -> None:
         """A body on one line, without keys and files, not too long."""
@@ -7410,7 +7458,7 @@ def run_claude(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str
     with temporary, tempfile.TemporaryDirectory(prefix="ogx-") as folder:
         path = os.path.join(folder, "settings.json")
         with open(path, "w", opener=OWNERS) as file:
-            json.dump(merged_settings(given, plan), file)
+            json.dump(merged_settings(given, plan, options.statusline), file)
         rest[1:1] = ["--settings", path]
         code = run_program(rest, plan.environment(os.environ))
     stored = stored_model({})
@@ -7467,14 +7515,19 @@ def overriding_files(plan: LaunchPlan) -> list[str]:
     return [path for path in settings_files() if overrides(read_settings(path) or {}, plan)]
 
 
-def merged_settings(given: Json, plan: LaunchPlan) -> Json:
+def merged_settings(given: Json, plan: LaunchPlan, statusline: bool = True) -> Json:
     """The user's own --settings with the plan on top; "" counts as unset."""
     env = {**dict_or_empty(given.get("env")), **plan.variables}
     model = {"model": plan.model} if plan.model else {}
     picker = {"options": picker_rows(plan), "replaceBuiltInOptions": True}
-    own_picker = any("modelPicker" in settings for settings in all_settings(given))
+    command = shlex.join((sys.executable, os.path.abspath(__file__), "statusline"))
+    extras = {"modelPicker": picker}
+    if statusline:  # Windows has Claude Code run it in a shell of Unix
+        extras["statusLine"] = {"type": "command", "command": command.replace("\\", "/")}
+    own = {name for settings in all_settings(given) for name in settings}
     # What a page is fetched from is no business of Anthropic's, and offline nobody could ask.
-    return {"skipWebFetchPreflight": True, **({} if own_picker else {"modelPicker": picker}),
+    return {"skipWebFetchPreflight": True,
+            **{name: value for name, value in extras.items() if name not in own},
             **given, "env": env, "apiKeyHelper": "", **model}
 
 
@@ -7518,6 +7571,46 @@ def stored_model_lines(model: str, plan: LaunchPlan) -> list[str]:
 def sets_permission_mode(given: Json) -> bool:
     return any(dict_or_empty(settings.get("permissions")).get("defaultMode")
                for settings in all_settings(given))
+
+
+def print_statusline() -> int:
+    """Print a line about the session that Claude Code describes on stdin, with what the server
+    tells in a tenth of a second; always 0."""
+    described: Any = b""
+    if sys.stdin and not sys.stdin.isatty():
+        described = dict_or_empty(json_or_none(sys.stdin.buffer.read(1024 * 1024)))
+    described = dict_or_empty(described)
+    answers: Any = queue.SimpleQueue()
+
+    def ask() -> None:
+        environ, session = os.environ.get, str(described.get("session_id"))
+        server = Provider("OGX", PROVIDER_KINDS["messages"], environ("ANTHROPIC_BASE_URL", ""),
+                          environ("ANTHROPIC_AUTH_TOKEN", ""))
+        path = f"/v1/sessions/{urllib.parse.quote(session, safe='')}"
+        with suppress(Exception), closing(Upstream()) as upstream:
+            answers.put(dict_or_empty(upstream.json(server, path, 1.0)))
+
+    threading.Thread(target=ask, daemon=True).start()
+    known: Json = {}
+    with suppress(queue.Empty):
+        known = answers.get(timeout=0.1)
+    say(session_words(known, dict_or_empty(described.get("model")).get("id")))
+    return 0
+
+
+def session_words(known: Json, asked: Any) -> str:
+    """A line about a session: the model that answered, else the one that is asked for; its tokens,
+    and how full the window is."""
+    model = known.get("model") or asked
+    words = [cut(without_controls(one_line(model)), 100)] if isinstance(model, str) else []
+    new, out, old, written = (whole_number(known.get(name)) for name in USAGE_FIELDS)
+    if new + old + written:
+        total = new + old + written
+        words.append(f"{total:,} tokens in, {100 * old // total} % cached, {out:,} out")
+    used, window = (whole_number(known.get(f"{name}_tokens")) for name in ("context", "max_input"))
+    if used and window:
+        words.append(f"{100 * used // window} % of {window:,}")
+    return " | ".join(words)
 
 
 def is_interactive(argv: Sequence[str]) -> bool:
@@ -7711,7 +7804,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             unknown = " ".join(extra or forwarded)
             options.parser.error(f"unrecognized arguments: {unknown}{mistyped}")
         if not connects:
-            return run(options)
+            return print_statusline() if options.command == "statusline" else run(options)
         if options.serve and options.print_env:
             options.parser.error("--serve starts a server for a session, which --print-env is not")
         return connect_claude(options, [*extra, *forwarded])
@@ -7727,11 +7820,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-COMMANDS = ("run", "connect")
+COMMANDS = ("run", "connect", "statusline")
 CONNECT_FLAGS = ("--model", *(f"--{job}-model" for job in (*TIERS, *JOBS)),
                  "--context", "--max-output", "--lean", "--no-lean",
                  "--unlisted", "--host", "--port", "--url", "--api-key-file", "--serve",
-                 "--no-serve", "--check", "--print-env", "--shell", "--quiet")
+                 "--no-serve", "--check", "--print-env", "--shell", "--no-statusline", "--quiet")
 
 
 def mistyped_flag(word: str) -> str:
@@ -7750,6 +7843,9 @@ def argument_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_run(commands)
     add_connect(commands)
+    statusline = commands.add_parser("statusline", help="print a line about a session, for Claude "
+                                     "Code, which describes it on stdin")
+    statusline.set_defaults(parser=statusline)
     return parser
 
 
@@ -7805,6 +7901,8 @@ def add_connect(commands: Any) -> None:
          "image, print a table, launch nothing")
     flag("--print-env", action="store_true", help="print export and unset lines, launch nothing")
     flag("--shell", choices=tuple(SHELLS), default="sh", help="whose lines --print-env prints")
+    flag("--no-statusline", dest="statusline", action="store_false", help="without a status line "
+         "of ogx.py's; your own is never replaced")
     flag("--quiet", action="store_true", help="launch without a word")
 
 

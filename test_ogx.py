@@ -10,7 +10,8 @@ Upstreams are real loopback sockets (FakeUpstream), gateways are real servers on
     TestTheFile     what holds of the whole: imports, sections, names of tests, the README, make
     TestErrors      and so on, by the index of ogx.py
     TestGateway     one reply path, native, errors, redaction, remedies, retries, chains, places,
-                    calls as text, disconnects, counting, models, discovery, bedrock, bounds
+                    calls as text, disconnects, counting, models, sessions, discovery, bedrock,
+                    bounds
     TestServer      routes, connection, framing, guard, limits, disconnects, TLS, stopping, loop,
                     log
 """
@@ -28,6 +29,7 @@ import functools
 import gc
 import gzip
 import http.client
+import io
 import importlib.util
 import json
 import logging
@@ -64,7 +66,7 @@ import ogx
 
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "ogx.py").read_text(encoding="utf-8")
-MAX_BYTES = 394_800  # what adds some takes others away, or says why not
+MAX_BYTES = 399_700  # what adds some takes others away, or says why not
 SECTIONS = re.findall(r"^# ======== (.+?) =+$", SOURCE, re.M)
 IO_LINE = "Above this line nothing does I/O"
 
@@ -10259,6 +10261,41 @@ class TestGateway:
         assert tiers == {"haiku": "openai/b", **dict.fromkeys(("sonnet", "opus", "fable"),
                                                               "openai/a")}  # fmt: skip
 
+    # -- sessions
+
+    def test_a_session_counts_its_answers(self):
+        main = {"x_claude_code_session_id": "s/1", "x_claude_code_request_class": "main"}
+        title = {**main, "x_claude_code_request_class": "auxiliary"}
+        other = {"x_claude_code_session_id": "s2"}
+        broken = sse(delta("Hi"), {"error": {"message": "broke"}})
+        answers = [said("a"), said("t"), said("b"), said("c"), (400, {"error": "no"}), broken]
+        with gateway_over(*answers, models=["m", "n"]) as (client, _):
+            for headers, model in ((title, "n"), (main, "m"), (main, "m"), (other, "n"),
+                                   (main, "n")):  # fmt: skip
+                client.post(request(model=f"openai/{model}"), **headers)
+            status, _, one = client.get("/v1/sessions/s%2F1")
+            assert (status, one) == (200, {
+                "id": "s/1", "type": "session", "model": "openai/m", "requests": 3,
+                "input_tokens": 90, "cache_read_input_tokens": 60, "output_tokens": 21,
+                "cache_creation_input_tokens": 0, "context_tokens": 57,
+                "max_input_tokens": None})  # fmt: skip
+            assert client.get("/v1/sessions/s2")[2]["requests"] == 1
+            status, _, unknown = client.get("/v1/sessions/%1b" + "x" * 300)
+            assert status == 404 and "\x1b" not in unknown["error"]["message"]
+            assert client.ask("DELETE", "/v1/sessions/s2")[0] == 405
+            assert client.get("/v1/sessions/")[0] == client.get("/v1/sessions")[0] == 404
+
+    def test_the_last_sessions_are_known(self):
+        sessions = ogx.Sessions()
+        for number in [*range(1000), 0, 1000]:
+            exchange = ogx.Exchange("r", session=f"s{number}", usage=ogx.Usage(1))
+            sessions.count(exchange)
+        sessions.count(ogx.Exchange("r", session="failed"))
+        assert sessions.entry("s0")["input_tokens"] == 2 and sessions.entry("s1000")
+        for name in ("s1", "failed", ""):
+            with pytest.raises(ogx.OgxError):
+                sessions.entry(name)
+
     # -- discovery
 
     def test_a_provider_that_is_this_gateway_is_refused(self):
@@ -12471,7 +12508,8 @@ class TestConnect:
         assert made["env"]["CLAUDE_CODE_USE_BEDROCK"] == "" and made["apiKeyHelper"] == ""
         for name in ("NO_PROXY", "no_proxy"):
             assert {"localhost", "127.0.0.1"} <= {*made["env"][name].split(",")}
-        assert set(made) == {"env", "apiKeyHelper", "modelPicker", "skipWebFetchPreflight"}
+        assert set(made) == {"env", "apiKeyHelper", "modelPicker", "skipWebFetchPreflight",
+                             "statusLine"}  # fmt: skip
         assert not os.path.exists(file)
         assert json.loads(path.read_text()) == settings
 
@@ -12889,6 +12927,75 @@ class TestConnect:
         with FakeUpstream(models=(200, listing)) as fake:
             assert ogx.main(["connect", "claude", "--quiet", "--url", fake.url]) == 1
         assert re.fullmatch("Failed to start '.*claude': .*\n", capfd.readouterr().err)
+
+    # -- the status line
+
+    @pytest.mark.parametrize("place", ["given", "user's", "flag", "nowhere"])
+    def test_a_status_line_where_the_user_has_none(self, claude, capfd, place):
+        own = {"statusLine": {"type": "command", "command": "mine"}}
+        path = claude / ("home/.claude/settings.json" if place == "user's" else "own.json")
+        path.write_text(json.dumps({} if place == "nowhere" else own))
+        flags = ["--no-statusline"] * (place == "flag")
+        given = ["--settings", str(path)] * (place == "given")
+        with gateway_over() as (client, _):
+            made = self.launch(client, capfd, *flags, "--", "-p", "hi", *given)[2][2]
+        ours = {"type": "command", "command": shlex.join((sys.executable, ogx.__file__,
+                                                          "statusline"))}  # fmt: skip
+        assert made.get("statusLine") == {"given": own["statusLine"], "nowhere": ours}.get(place)
+
+    def status_line(self, monkeypatch, capfd, url, described, token=""):
+        described = described if isinstance(described, bytes) else json.dumps(described).encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(described)))
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", url)
+        monkeypatch.setenv("ANTHROPIC_AUTH_TOKEN", token)
+        assert ogx.main(["statusline"]) == 0
+        out, err = capfd.readouterr()
+        assert err == "" and out.endswith("\n") and out.count("\n") == 1
+        return out[:-1]
+
+    def test_it_tells_what_the_server_knows(self, monkeypatch, capfd):
+        described = {"session_id": "s-1", "model": {"id": "openai/other"}}
+        listed = 200, {"data": [{"id": "gpt-x", "context_length": 1000}, {"id": "small"}]}
+        with gateway_over(said("a"), said("b"), models=listed) as (client, _):
+            url = f"http://127.0.0.1:{client.port}"
+            ask_for_token(client.server, "s3cret")
+            assert self.status_line(monkeypatch, capfd, url, described, "s3cret") == "openai/other"
+            for model, job in (("gpt-x", "main"), ("small", "subagent")):
+                client.post(request(model=f"openai/{model}"), x_claude_code_session_id="s-1",
+                            x_claude_code_request_class=job, authorization="Bearer s3cret")
+            told = self.status_line(monkeypatch, capfd, url, described, "s3cret")
+            assert told == "openai/gpt-x | 100 tokens in, 40 % cached, 14 out | 5 % of 1,000"
+            assert self.status_line(monkeypatch, capfd, url, described, "x") == "openai/other"
+
+    def test_it_waits_for_no_server(self, monkeypatch, capfd):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+            described = {"session_id": "s", "model": {"id": "m"}}
+            assert self.status_line(monkeypatch, capfd, url, described) == "m"
+
+    @cases(("answer", "described", "line"), [
+        (None, {"session_id": "s", "model": {"id": "m"}}, "m"),
+        ((200, b'{"model": "' + b"x" * 5_000_000), {"model": {"id": "m"}}, "m"),
+        ((200, {"model": "a\x1b[2Jb\n\u202e", "input_tokens": 10**300, "context_tokens": "9"}),
+         {}, None),
+        ((200, {"model": 5, "input_tokens": -5, "output_tokens": 3, "max_input_tokens": 0}),
+         {"model": {"id": "m"}}, ""),
+        ((200, [1]), {"model": {"id": "m"}}, "m"),
+        ((500, b""), {"model": {"id": "m\x1b]0;evil\x07"}}, "m?]0;evil?"),
+        (None, b"", ""), (None, b"\xff\xfe", ""), (None, b"[" * 100_000, ""), (None, [], ""),
+        (None, {"session_id": {"a": 1}, "model": "m"}, ""),
+        (None, {"session_id": "../../v1/models?x", "model": {"id": ["m"]}}, "")])  # fmt: skip
+    def test_it_is_one_harmless_line_in_time(self, monkeypatch, capfd, answer, described, line):
+        with FakeUpstream(models=answer) as fake:
+            url = fake.url[:-3] if answer else "http://127.0.0.1:9"
+            told = self.status_line(monkeypatch, capfd, url, described)
+        assert not re.search(r"[\x00-\x1f\x7f-\x9f\u202e]", told) and len(told) < 700
+        assert line is None or told == line
+
+    @pytest.mark.parametrize("url", ["", "x", "ftp://x", "http://[", "http://user:pw@127.0.0.1:1"],
+                             ids=["none", "word", "ftp", "half", "password"])  # fmt: skip
+    def test_no_url_is_too_odd_for_it(self, monkeypatch, capfd, url):
+        assert self.status_line(monkeypatch, capfd, url, {"model": {"id": "m"}}) == "m"
 
     # -- the program that is launched
 
