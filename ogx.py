@@ -7007,13 +7007,24 @@ LIMIT_VARIABLES = "CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_MAX_OUTPUT_TOKE
 CLAUDE_COMMANDS = {  # those that start no session
     "agents", "auth", "auto-mode", "config", "doctor", "install", "mcp", "migrate-installer",
     "plugin", "plugins", "setup-token", "update", "upgrade"}
-SHELLS = {  # shell -> how it sets and unsets a variable
-    "sh": ("export {}={}", "unset {}", shlex.quote),
-    "fish": ("set -gx {} {}", "set -e {}",
-             lambda text: "'" + re.sub(r"([\\'])", r"\\\1", text) + "'"),
-    "powershell": (  # takes curved quotes for straight ones (CharExtensions.IsSingleQuote)
+class Shell(NamedTuple):
+    """How a shell sets and unsets a variable; `unsafe`: what no quotes of it hold."""
+
+    export: str
+    unset: str
+    quoted: Callable[[str], str]
+    comment: str = "# {}"
+    unsafe: str = ""
+
+
+SHELLS = {
+    "sh": Shell("export {}={}", "unset {}", shlex.quote),
+    "fish": Shell("set -gx {} {}", "set -e {}",
+                  lambda text: "'" + re.sub(r"([\\'])", r"\\\1", text) + "'"),
+    "powershell": Shell(  # takes curved quotes for straight ones (CharExtensions.IsSingleQuote)
         "$env:{} = {}", "Remove-Item Env:{} -ErrorAction SilentlyContinue",
-        lambda text: "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'")}
+        lambda text: "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'"),
+    "cmd": Shell('set "{}={}"', 'set "{}="', str, "rem {}", '%!"')}
 CHECK_SCHEMA = {"type": "object", "required": ["a", "b"], "additionalProperties": False,
                 "properties": {"a": {"type": "number"}, "b": {"type": "number"}}}
 CHECK_TOOL = {"name": "add", "description": "Add two numbers.", "input_schema": CHECK_SCHEMA}
@@ -7033,6 +7044,10 @@ class LaunchPlan:
             if BAD_ID.search(value):
                 raise OgxError(400, f"{name}: no variable can be {ascii(value)[:200]}")
 
+    @property
+    def url(self) -> str:
+        return self.variables["ANTHROPIC_BASE_URL"]
+
     def model_of(self, tier: str) -> str:
         return self.variables[tier_variable(tier)]
 
@@ -7041,15 +7056,39 @@ class LaunchPlan:
                 if value or name not in self.variables}
 
 
-def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> int:
-    """Launch Claude Code, or print or check what it would get; the exit code."""
-    program = "" if options.print_env or options.check else claude_program(os.environ)
-    token = server_token(options)
-    url = server_url(options, os.environ)
-    # A Bearer token, unlike an API key, needs no approval in Claude Code.
-    server = Provider("OGX", PROVIDER_KINDS["messages"], url, token or "ogx")
-    own_server = None
+def connect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Launch a client, or print or check what it would get; the exit code."""
+    client, prints = CLIENTS[options.client], options.print_env or options.check
+    prints = prints or not client.install
+    program = "" if prints else client_program(options.client, client.install, os.environ)
     began = time.time()
+    with reached_server(options) as (server, listing):
+        listing = with_named_models(server, loaded_listing(server, listing, options), options)
+        plan = launch_plan(server, listing, options, os.environ)
+        if options.check:
+            return print_check(server, plan)
+        if prints:
+            say(*client.lines(plan, options.shell or "sh"))
+            tell(options, *print_hints(options, plan))
+            return 0
+        tell(options, f"{client.title} on {server.base_url}", *plan_lines(plan))
+        if options.client == "opencode":
+            return run_program([program, *arguments],
+                               {**os.environ, **opencode_variables(plan, os.environ)})
+        code = run_claude(options, plan, [program, *arguments])
+        if is_interactive([program, *arguments]):
+            tell(options, *resume_lines(options, last_session(began)))
+        return code
+
+
+@contextmanager
+def reached_server(options: argparse.Namespace) -> Iterator[tuple[Provider, Json]]:
+    """The server that runs, else one for this session if that is wanted, and its model list."""
+    token = server_token(options)
+    # A Bearer token, unlike an API key, needs no approval in Claude Code.
+    server = Provider("OGX", PROVIDER_KINDS["messages"], server_url(options, os.environ),
+                      token or "ogx")
+    own_server = None
     try:
         listing = model_listing(server)
     except OgxError as error:
@@ -7063,20 +7102,7 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
         server = replace(server, base_url=own_server.url, api_key=token)
         listing = model_listing(server)
     try:
-        listing = with_named_models(server, loaded_listing(server, listing, options), options)
-        plan = launch_plan(server, listing, options, os.environ)
-        if options.print_env:
-            for path in overriding_files(plan):
-                tell(options, f"{path} goes before these lines, and leads elsewhere")
-            say(*shell_lines(plan, options.shell))
-            return 0
-        if options.check:
-            return print_check(server, plan)
-        tell(options, f"Claude Code on {server.base_url}", *plan_lines(plan))
-        code = run_claude(options, plan, [program, *claude_args])
-        if is_interactive([program, *claude_args]):
-            tell(options, *resume_lines(options, last_session(began)))
-        return code
+        yield server, listing
     finally:
         if own_server:
             own_server.stop(drain=0)
@@ -7086,6 +7112,19 @@ def connect_claude(options: argparse.Namespace, claude_args: Sequence[str]) -> i
 def tell(options: argparse.Namespace, *lines: str) -> None:
     if lines and not options.quiet:
         say(*lines, to="stderr")
+
+
+def print_hints(options: argparse.Namespace, plan: LaunchPlan) -> list[str]:
+    """What to know about printed lines; with --write, what was written."""
+    client = CLIENTS[options.client]
+    if options.write:
+        return write_files(client.files(plan)) if client.files else []
+    hints = [f"{path} goes before these lines, and leads elsewhere"
+             for path in overriding_files(plan) if options.client == "claude"]
+    own_shell = os.path.basename(os.environ.get("SHELL", ""))
+    if client.has_shell and not options.shell and own_shell == "fish":
+        hints.append("these lines are for sh; --shell fish prints them for fish")
+    return hints
 
 
 def resume_lines(options: argparse.Namespace, session: str) -> list[str]:
@@ -7110,16 +7149,15 @@ def last_session(began: float) -> str:
     return ""
 
 
-def claude_program(environ: Mapping[str, str]) -> str:
-    """Claude Code's program, from PATH or where its installers put it."""
+def client_program(name: str, install: str, environ: Mapping[str, str]) -> str:
+    """A client's program, from PATH or where its installers put it."""
     places = [*environ.get("PATH", "").split(os.pathsep), *map(os.path.expanduser, (
-        "~/.local/bin", "~/.claude/local", "~/.npm-global/bin", "/usr/local/bin",
-        "/opt/homebrew/bin"))]
+        "~/.local/bin", "~/.claude/local", "~/.opencode/bin", "~/.npm-global/bin",
+        "/usr/local/bin", "/opt/homebrew/bin"))]
     # Windows looks into the working directory as well.
-    program = shutil.which("claude", path=os.pathsep.join(filter(os.path.isabs, places)))
+    program = shutil.which(name, path=os.pathsep.join(filter(os.path.isabs, places)))
     if not program or not os.path.isabs(program):
-        raise OgxError(400, "Failed to find 'claude' in PATH. Install it from "
-                            "https://claude.com/download")
+        raise OgxError(400, f"Failed to find '{name}' in PATH. Install it from {install}")
     return program
 
 
@@ -7428,10 +7466,126 @@ def model_warnings(plan: LaunchPlan) -> list[str]:
             for model_id, known in metadata if known.get("warning")]
 
 
-def shell_lines(plan: LaunchPlan, shell: str = "sh") -> list[str]:
-    export, unset, quoted = SHELLS[shell]
-    return [export.format(name, quoted(value)) if value else unset.format(name)
-            for name, value in plan.variables.items()]
+def shell_lines(variables: Mapping[str, str], shell: str = "sh") -> list[str]:
+    """A shell's lines that set variables, or unset those that are ""."""
+    row, lines = SHELLS[shell], []
+    for name, value in variables.items():
+        if {*value} & {*row.unsafe}:
+            raise OgxError(400, f"{name}: {shell} can't hold {value[:200]!r} safely")
+        lines.append(row.export.format(name, row.quoted(value)) if value
+                     else row.unset.format(name))
+    return lines
+
+
+def opencode_variables(plan: LaunchPlan, environ: Mapping[str, str]) -> dict[str, str]:
+    """The server as a provider of opencode (1.18), for its Anthropic driver, in what the user has
+    in the same variable."""
+    models = {}
+    for model_id in dict.fromkeys([*map(plan.model_of, TIERS), *plan.models]):
+        entry = plan.models.get(model_id, {})
+        window = whole_number(entry.get("max_input_tokens"))
+        output = whole_number(entry.get("max_tokens")) or window // 4
+        limit = {"limit": {"context": window, "output": output}} if window else {}
+        models[model_id] = {"name": model_id, **limit}
+    own = dict_or_empty(json_or_none(environ.get("OPENCODE_CONFIG_CONTENT", "")))
+    options = {"baseURL": plan.url + "/v1", "apiKey": plan.variables["ANTHROPIC_AUTH_TOKEN"]}
+    provider = {"npm": "@ai-sdk/anthropic", "name": "ogx.py", "options": options, "models": models}
+    config = {**own, "provider": {**dict_or_empty(own.get("provider")), "ogx": provider},
+              "model": f"ogx/{plan.model_of('opus')}",
+              "small_model": f"ogx/{plan.model_of('haiku')}"}
+    return {"OPENCODE_CONFIG_CONTENT": json.dumps(config),
+            **{name: plan.variables[name] for name in ("NO_PROXY", "no_proxy")}}
+
+
+def sdk_lines(plan: LaunchPlan, shell: str) -> list[str]:
+    comment = SHELLS[shell].comment.format
+    other = shell_lines({"ANTHROPIC_BASE_URL": plan.url + "/v1",
+                         "ANTHROPIC_API_KEY": plan.variables["ANTHROPIC_AUTH_TOKEN"]}, shell)
+    return [comment("Anthropic's SDKs, and the Agent SDK, which runs Claude Code:"),
+            *shell_lines(plan.variables, shell),
+            comment("The Vercel AI SDK instead:"), *map(comment, other)]
+
+
+def vscode_settings(plan: LaunchPlan) -> Json:
+    """For settings.json of VS Code, whose extension of Claude Code starts it with these."""
+    variables = [{"name": name, "value": value} for name, value in plan.variables.items()]
+    return {"claudeCode.environmentVariables": variables, "claudeCode.disableLoginPrompt": True}
+
+
+DESKTOP_ID = "00000000-0000-4000-8000-000000008321"  # of its profile
+
+
+def desktop_files(plan: LaunchPlan) -> dict[str, Json]:
+    """What Claude Desktop reads of a gateway, by path in the user's folder of settings. Source:
+    Ollama's launcher, cmd/launch/claude_desktop.go."""
+    profile = {"inferenceProvider": "gateway", "inferenceGatewayBaseUrl": plan.url,
+               "inferenceGatewayApiKey": plan.variables["ANTHROPIC_AUTH_TOKEN"],
+               "inferenceGatewayAuthScheme": "bearer"}
+    mode = {"deploymentMode": "3p"}
+    return {f"Claude-3p/configLibrary/{DESKTOP_ID}.json": profile,
+            "Claude-3p/configLibrary/_meta.json": {
+                "appliedId": DESKTOP_ID, "entries": [{"id": DESKTOP_ID, "name": "ogx.py"}]},
+            "Claude-3p/claude_desktop_config.json": mode,
+            "Claude/claude_desktop_config.json": mode}
+
+
+def write_files(files: Mapping[str, Json]) -> list[str]:
+    """Merge JSON into files of the user's folder of settings, with a copy of each that was there; a
+    line about each."""
+    lines, environ = [], os.environ.get
+    folder = {"darwin": "~/Library/Application Support",
+              "win32": environ("LOCALAPPDATA", "~/AppData/Local")}.get(
+                  sys.platform, environ("XDG_CONFIG_HOME", "~/.config"))
+    for name, added in files.items():
+        path = os.path.join(os.path.expanduser(folder), name)
+        with os_errors_of(path):
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            was, copy = read_settings(path), f"{path}.{time.time_ns()}"
+            if was and merged(was, added) == was:
+                continue
+            if os.path.exists(path):
+                shutil.copy2(path, copy)
+            with open(f"{path}.new", "w", opener=OWNERS) as file:
+                json.dump(merged(was or {}, added), file, indent=2)
+            os.replace(file.name, path)
+        lines.append(f"wrote {path}" + f" (what was there: {copy})" * os.path.exists(copy))
+    return lines or ["nothing had to be written"]
+
+
+def merged(was: Json, added: Json) -> Json:
+    """`added` on top, but lists joined."""
+    lists = {name: [each for each in was[name] if each not in value] + value
+             for name, value in added.items()
+             if isinstance(value, list) and isinstance(was.get(name), list)}
+    return {**was, **added, **lists}
+
+
+class Client(NamedTuple):
+    """What `connect NAME` serves. Without `install`, where its program comes from, it only prints;
+    `files` are what --write merges into the user's."""
+
+    title: str
+    lines: Callable[[LaunchPlan, str], list[str]]
+    install: str = ""
+    has_shell: bool = True  # whether its lines are a shell's
+    files: Callable[[LaunchPlan], dict[str, Json]] | None = None
+
+
+CLIENTS = {
+    "claude": Client("Claude Code", lambda plan, shell: shell_lines(plan.variables, shell),
+                     "https://claude.com/download"),
+    "opencode": Client("opencode", lambda plan, shell: shell_lines(
+        opencode_variables(plan, os.environ), shell), "https://opencode.ai"),
+    "claude-desktop": Client("Claude Desktop", lambda plan, _: json_lines(
+        next(iter(desktop_files(plan).values()))), has_shell=False, files=desktop_files),
+    "vscode": Client("Claude Code in VS Code", lambda plan, _: json_lines(vscode_settings(plan)),
+                     has_shell=False),
+    "sdk": Client("programs on Anthropic's SDKs, the Agent SDK, the Vercel AI SDK", sdk_lines),
+}
+
+
+def json_lines(value: Json) -> list[str]:
+    return json.dumps(value, indent=2).split("\n")
 
 
 def run_claude(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str]) -> int:
@@ -7799,15 +7953,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"no command is called '{words[0]}'.{near_miss(words[0], COMMANDS)}")
         options, extra = parser.parse_known_args(words[:split])
         connects = options.command == "connect"
+        launches = connects and CLIENTS[options.client].install
         mistyped = "".join(map(mistyped_flag, extra if connects else ()))
-        if mistyped or (extra or forwarded) and not connects:
+        if mistyped or (extra or forwarded) and not launches:
             unknown = " ".join(extra or forwarded)
             options.parser.error(f"unrecognized arguments: {unknown}{mistyped}")
         if not connects:
             return print_statusline() if options.command == "statusline" else run(options)
         if options.serve and options.print_env:
             options.parser.error("--serve starts a server for a session, which --print-env is not")
-        return connect_claude(options, [*extra, *forwarded])
+        return connect(options, [*extra, *forwarded])
     except SystemExit as stop:  # argparse, after its own words
         return int(stop.code or 0)
     except OgxError as error:
@@ -7822,7 +7977,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 COMMANDS = ("run", "connect", "statusline")
 CONNECT_FLAGS = ("--model", *(f"--{job}-model" for job in (*TIERS, *JOBS)),
-                 "--context", "--max-output", "--lean", "--no-lean",
+                 "--context", "--max-output", "--write", "--lean", "--no-lean",
                  "--unlisted", "--host", "--port", "--url", "--api-key-file", "--serve",
                  "--no-serve", "--check", "--print-env", "--shell", "--no-statusline", "--quiet")
 
@@ -7876,34 +8031,48 @@ def add_run(commands: Any) -> None:
 
 def add_connect(commands: Any) -> None:
     connect = commands.add_parser("connect", help="launch a client on a running server")
-    clients = connect.add_subparsers(dest="client", metavar="CLIENT", required=True)
-    parser = clients.add_parser("claude", help="Claude Code", allow_abbrev=False,
-                                usage="%(prog)s [options] [CLAUDE_ARGS...] [-- CLAUDE_ARGS...]")
-    parser.set_defaults(parser=parser)
-    flag = parser.add_argument
+    clients = connect.add_subparsers(dest="client", required=True)
+    for name, client in CLIENTS.items():
+        takes = f" [{name.upper()}_ARGS...] [-- {name.upper()}_ARGS...]" if client.install else ""
+        parser = clients.add_parser(name, help=client.title, allow_abbrev=False,
+                                    usage=f"%(prog)s [options]{takes}")
+        parser.set_defaults(parser=parser, serve=False, check=False, print_env=False, lean=None,
+                            subagent_model=None, auto_model=None, write=False, shell=None)
+        add_connect_flags(parser.add_argument, name, client)
+
+
+def add_connect_flags(flag: Callable[..., Any], name: str, client: Client) -> None:
     flag("--model", help="model for all tiers (default: the server's choice)")
     for tier in TIERS:
         flag(f"--{tier}-model", metavar="MODEL", help=f"model for the {tier} tier")
-    flag("--subagent-model", metavar="MODEL", help="model for sub-agents (default: their tier's)")
-    flag("--auto-model", metavar="MODEL", help="model that judges calls in auto mode")
     flag("--context", metavar="TOKENS", type=int, help="the models' window, where it isn't known")
     flag("--max-output", metavar="TOKENS", type=int, help="the most that an answer may have")
-    flag("--lean", action=argparse.BooleanOptionalAction, help="few tools and a short prompt, for "
-         f"small models (default: below a window of {LEAN_WINDOW:,} tokens)")
     flag("--unlisted", action="store_true", help="use the named models although they aren't listed")
     flag("--host", default="localhost", help="server host, or its whole URL (default localhost)")
     flag("--port", type=port_argument, help=f"server port (default OGX_PORT, else {DEFAULT_PORT})")
     flag("--url", help="server URL, with or without /v1, instead of --host and --port")
     flag("--api-key-file", metavar="FILE", help="the server's token (default OGX_API_KEY)")
-    flag("--serve", action=argparse.BooleanOptionalAction, help="start a server for this session "
-         "if none is running, on --port or a free one (default: if no flag says where one is)")
+    flag("--print-env", action="store_true", help="print what would be set, launch nothing")
+    if client.has_shell:
+        flag("--shell", choices=tuple(SHELLS), help="whose lines to print (default sh)")
+    flag("--quiet", action="store_true", help="without a word besides")
+    if client.install:
+        flag("--serve", action=argparse.BooleanOptionalAction, default=None, help="start a server "
+             "for this session if none is running, on --port or a free one (default: if no flag "
+             "says where one is)")
+    if client.files:
+        flag("--write", action="store_true", help="write it where Claude Desktop looks, with a "
+             "copy of what was there")
+    if name != "claude":
+        return
+    flag("--subagent-model", metavar="MODEL", help="model for sub-agents (default: their tier's)")
+    flag("--auto-model", metavar="MODEL", help="model that judges calls in auto mode")
+    flag("--lean", action=argparse.BooleanOptionalAction, help="few tools and a short prompt, for "
+         f"small models (default: below a window of {LEAN_WINDOW:,} tokens)")
     flag("--check", action="store_true", help="try every tier's model with tools, JSON and an "
          "image, print a table, launch nothing")
-    flag("--print-env", action="store_true", help="print export and unset lines, launch nothing")
-    flag("--shell", choices=tuple(SHELLS), default="sh", help="whose lines --print-env prints")
     flag("--no-statusline", dest="statusline", action="store_false", help="without a status line "
          "of ogx.py's; your own is never replaced")
-    flag("--quiet", action="store_true", help="launch without a word")
 
 
 def port_argument(text: str) -> int:

@@ -355,7 +355,7 @@ def plan_reader(chance: random.Random) -> bytes:
         for value in plan.variables.values():
             assert b"\0" not in value.encode() and "\n" not in value
         for shell in ogx.SHELLS:
-            lines = ogx.shell_lines(plan, shell)
+            lines = ogx.shell_lines(plan.variables, shell)
             assert len(lines) == len(plan.variables)
         assert ogx.plan_lines(plan)
     return data

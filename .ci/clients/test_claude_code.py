@@ -2,8 +2,12 @@
 
 import base64
 import json
+import os
+import pty
 import re
+import select
 import shlex
+import signal
 import socketserver
 import subprocess
 import threading
@@ -365,3 +369,30 @@ class TestClaudeCode:
         broken = Reply("This breaks off in the middle of it, but ends well.", dies=1)
         upstream.script = {"Tell me": [broken, Reply("but ends well.")]}
         assert gateway.ask("Tell me")["result"].endswith("but ends well.")
+
+
+class TestStatusLine:
+    def test_tells_which_model_answered(self, gateway, upstream):
+        """On a terminal, since it is shown nowhere else."""
+        upstream.script = {"Hello": [Reply("Good day.")]}
+        trusted = {str(gateway.project): {"hasTrustDialogAccepted": True}}
+        settings = {"hasCompletedOnboarding": True, "projects": trusted}
+        (Path(gateway.environment["HOME"]) / ".claude.json").write_text(json.dumps(settings))
+        port = gateway.url.rsplit(":", 1)[1]
+        words = [PYTHON, OGX, "connect", "claude", "--port", port, "--model", MODEL, "Hello"]
+        terminal, inner = pty.openpty()
+        environment = {**gateway.environment, "TERM": "xterm-256color", "COLUMNS": "200"}
+        process = subprocess.Popen(words, cwd=gateway.project, env=environment, stdin=inner,
+                                   stdout=inner, stderr=inner, start_new_session=True)
+        shown, give_up = b"", time.monotonic() + 60
+        try:
+            while b"tokens in" not in shown and time.monotonic() < give_up:
+                if select.select([terminal], [], [], 0.5)[0]:
+                    shown += os.read(terminal, 65536)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+            os.close(terminal)
+            os.close(inner)
+        # What stood there before, the model, isn't drawn again.
+        assert b" | 1,234 tokens in, 81 % cached, 56 out" in shown, shown[-3000:]
