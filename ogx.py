@@ -7035,7 +7035,8 @@ class LaunchPlan:
     variables: Mapping[str, str]  # "" for those to unset
     model: str = ""  # for all tiers, if the user chose one
     models: Mapping[str, Json] = field(default_factory=dict)  # the server's list, by id
-    window: int = 0  # tokens
+    window: int = 0  # tokens, of the tier that has fewest
+    windows: Mapping[str, int] = field(default_factory=dict)  # by model, where they are told apart
     lean: bool = False
     problems: Sequence[str] = ()  # lines about the server's providers
 
@@ -7373,14 +7374,16 @@ def launch_plan(server: Provider, listing: Json, options: argparse.Namespace,
     if any(re.search("claude|anthropic", model_id, re.I) for model_id in models.keys() - aliases):
         variables["CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY"] = "1"  # it lists only such ids
     window, output = known_limits(chosen, options, environ)
-    variables.update(limit_variables(window, output))
+    windows = told_apart(chosen, options)
+    variables.update(limit_variables(max(windows.values(), default=window), output))
     for job, name in JOBS.items():
         wanted = getattr(options, f"{job}_model")
         variables[name] = tier_choice(wanted, "", ids) if wanted else ""
     lean = 0 < window < LEAN_WINDOW if options.lean is None else options.lean
     variables.update(LEAN if lean else {})
     variables.update(proxy_variables(server.base_url, environ))
-    return LaunchPlan(variables, options.model or "", models, window, lean, problem_lines(listing))
+    return LaunchPlan(variables, options.model or "", models, window, windows, lean,
+                      problem_lines(listing))
 
 
 def proxy_variables(url: str, environ: Mapping[str, str]) -> dict[str, str]:
@@ -7427,6 +7430,15 @@ def known_limits(entries: Sequence[Json], options: argparse.Namespace,
     return window, output
 
 
+def told_apart(entries: Sequence[Json], options: argparse.Namespace) -> dict[str, int]:
+    """Unlike windows of the tiers' models, where Claude Code can be told each: it takes none below
+    100,000 for a single model (2.1.332)."""
+    windows = {entry.get("id", ""): whole_number(entry.get("max_input_tokens"))
+               for entry in entries}
+    unlike = len({*windows.values()}) > 1 and min(windows.values()) >= 100_000
+    return windows if unlike and not options.context else {}
+
+
 def limit_variables(window: int, output: int) -> dict[str, str]:
     """What to tell Claude Code. It compacts where its output limit and 13,000 tokens are left of
     what it is told (2.1.332): of a small window so much more is told that 3,000 are left."""
@@ -7440,7 +7452,11 @@ def plan_lines(plan: LaunchPlan) -> list[str]:
              + "  (not in its provider's list)" * (plan.model_of(tier) not in plan.models)
              for tier in TIERS]
     if plan.window:
-        lines.append(f"  window  {plan.window:,} tokens")
+        most = max(plan.windows.values(), default=0)
+        windows = {plan.models.get(plan.model_of(tier), {}).get("max_input_tokens")
+                   for tier in TIERS[1:]}
+        lines.append(f"  window  {plan.window:,}" + f" to {most:,}" * bool(most) + " tokens"
+                     + ", the smallest of the tiers'" * (len(windows) > 1 and not most))
     if plan.lean:
         lines.append(f"  lean    only {LEAN_TOOLS}, a shorter prompt (--no-lean: all)")
     return [*lines, *window_words(plan), *plan.problems, *model_warnings(plan)]
@@ -7675,13 +7691,14 @@ def merged_settings(given: Json, plan: LaunchPlan, statusline: bool = True) -> J
     model = {"model": plan.model} if plan.model else {}
     picker = {"options": picker_rows(plan), "replaceBuiltInOptions": True}
     command = shlex.join((sys.executable, os.path.abspath(__file__), "statusline"))
-    extras = {"modelPicker": picker}
+    extras: Json = {"modelPicker": picker, "modelSettings": {
+        model_id: {"autoCompactWindow": window} for model_id, window in plan.windows.items()}}
     if statusline:  # Windows has Claude Code run it in a shell of Unix
         extras["statusLine"] = {"type": "command", "command": command.replace("\\", "/")}
     own = {name for settings in all_settings(given) for name in settings}
     # What a page is fetched from is no business of Anthropic's, and offline nobody could ask.
     return {"skipWebFetchPreflight": True,
-            **{name: value for name, value in extras.items() if name not in own},
+            **{name: value for name, value in extras.items() if value and name not in own},
             **given, "env": env, "apiKeyHelper": "", **model}
 
 

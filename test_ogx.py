@@ -66,7 +66,7 @@ import ogx
 
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "ogx.py").read_text(encoding="utf-8")
-MAX_BYTES = 407_800
+MAX_BYTES = 409_000
 SECTIONS = re.findall(r"^# ======== (.+?) =+$", SOURCE, re.M)
 IO_LINE = "Above this line nothing does I/O"
 
@@ -12226,6 +12226,24 @@ class TestConnect:
     def test_a_small_window_gets_a_small_output(self):
         plan = self.plan(self.listing("a", max_input_tokens=32768))
         assert plan.variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "4096"
+
+    @pytest.mark.parametrize(("small", "large", "given", "told", "words"), [
+        (131_072, 1_000_000, {}, "1000000", "131,072 to 1,000,000 tokens"),
+        (100_000, 100_001, {}, "100001", "100,000 to 100,001 tokens"),
+        (99_999, 1_000_000, {}, "109999", "99,999 tokens, the smallest of the tiers'"),
+        (None, 1_000_000, {}, "1000000", "1,000,000 tokens, the smallest of the tiers'"),
+        (131_072, 131_072, {}, "131072", "131,072 tokens"),
+        (131_072, 1_000_000, {"context": 150_000}, "150000", "150,000 tokens, the smallest")],
+        ids=["large", "hardly", "small", "unknown", "like", "flag"])  # fmt: skip
+    def test_unlike_windows_are_told_apart(self, claude, small, large, given, told, words):
+        listing = self.listing("a", "b")
+        listing["data"][0]["max_input_tokens"], listing["data"][1]["max_input_tokens"] = small, large
+        plan = self.plan(listing, opus_model="b", model="a", **given)
+        assert plan.variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == told
+        assert any(f"  window  {words}" in line for line in ogx.plan_lines(plan))
+        apart = {"a": {"autoCompactWindow": small}, "b": {"autoCompactWindow": large}}
+        made = ogx.merged_settings({}, plan).get("modelSettings")
+        assert made == (apart if " to " in words else None)
 
     def test_models_of_several_sizes_get_the_smallest_window_and_output(self):
         listing = {"data": [

@@ -211,6 +211,7 @@ class ScriptedUpstream(socketserver.ThreadingTCPServer):
         # What another provider would refuse: its words, or status and body; "" for what it takes.
         self.demand: Callable[[Json], Any] = lambda body: ""
         self.context = 0  # tokens that its list tells, if any
+        self.contexts: dict[str, int] = {}  # of single models
         self.usage: Json = {}  # what it says beside USAGE
         self.counter: Callable[[Json], int] = lambda body: 0  # of a request's tokens, if any
         self.too_long: Any = ""  # refuses the first conversation of more than six messages so
@@ -240,9 +241,11 @@ class UpstreamHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path.rstrip("/") != "/v1/models":
             return self.refuse(404, f"Unknown request URL: GET {self.path}")
-        limit = {"context_length": self.server.context} if self.server.context else {}
-        models = [{"id": name, "object": "model", "created": 1, "owned_by": "test", **limit}
-                  for name in self.server.models]
+        windows = {name: self.server.contexts.get(name, self.server.context)
+                   for name in self.server.models}  # fmt: skip
+        models = [{"id": name, "object": "model", "created": 1, "owned_by": "test",
+                   **({"context_length": window} if window else {})}
+                  for name, window in windows.items()]  # fmt: skip
         return self.answer(200, {"object": "list", "data": models})
 
     def do_POST(self) -> None:

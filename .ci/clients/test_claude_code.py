@@ -357,6 +357,27 @@ class TestClaudeCode:
         gateway.ask("Count to three", "--allowedTools", "Bash", "--max-turns", "8")
         assert bool(upstream.seen("TEXT ONLY")) is compacts
 
+    @pytest.fixture
+    def unlike(self, upstream):
+        """Windows of the models, set before the gateway reads the list."""
+        upstream.models = ["small", "large"]
+        upstream.contexts = {"small": 131_072, "large": 1_048_576}
+
+    @pytest.mark.parametrize(("model", "tokens", "compacts"), [
+        ("small", 96_000, False), ("small", 103_000, True), ("large", 120_000, False)])
+    def test_compacts_where_the_chosen_models_window_ends(self, unlike, gateway, upstream, model,
+                                                          tokens, compacts):  # fmt: skip
+        upstream.usage = {"prompt_tokens": tokens}
+        count = [Reply(calls=[("Bash", {"command": f"echo {n}", "description": "count"})])
+                 for n in range(3)]
+        upstream.script = {"TEXT ONLY": [Reply("We were counting to three.")],
+                           "Count": [*count, Reply("Done.")]}
+        tiers = ["--opus-model", "openai/large", "--sonnet-model", "openai/small"]
+        done = gateway.connect(*tiers, "-p", "Count to three", "--allowedTools", "Bash", "--model",
+                               {"small": "sonnet", "large": "opus"}[model], "--max-turns", "8")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert bool(upstream.seen("TEXT ONLY")) is compacts
+
     def test_does_not_take_a_broken_answer_for_a_whole_one(self, gateway, upstream):
         gateway.environment["CLAUDE_CODE_MAX_RETRIES"] = "2"  # instead of 10, which take minutes
         upstream.script = {"Tell me": [Reply("This breaks off in the middle of it.", dies=99)]}
