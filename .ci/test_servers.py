@@ -49,6 +49,8 @@ os.environ.update(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")  # for the SDKs
 every_model = pytest.mark.parametrize("model", MODELS)
 every_llama = pytest.mark.parametrize("model", LLAMA)
 every_vllm = pytest.mark.parametrize("model", VLLM)
+# vLLM without a parser for it shows thinking as text, natively, and refuses documents there.
+every_thinker = pytest.mark.parametrize("model", [m for m in MODELS if m != "vllm-native/tiny"])
 needs_llama = pytest.mark.skipif(not LLAMA, reason="llama-server isn't installed, or doesn't run")
 needs_vllm = pytest.mark.skipif(not VLLM, reason="vLLM isn't installed")
 
@@ -141,7 +143,8 @@ def gateway(tmp_path_factory) -> Iterator[Server]:
         if VLLM:
             vllm = stack.enter_context(vllm_server(folder))
             providers += [provider("vllm-chat", "vllm", vllm, "chat"),
-                          provider("vllm-native", "vllm", vllm, "messages")]
+                          provider("vllm-native", "vllm", vllm, "messages"),
+                          provider("vllm-auto", "vllm", vllm, "auto")]
         if TRANSFORMERS.exists():
             other = stack.enter_context(Server(folder, "transformers", "/health", run))
             providers.append(provider("transformers", "openai-compatible", other, "auto"))
@@ -230,8 +233,7 @@ class TestMessages:
         with sdk.messages.stream(**ask(model, "Hello")) as stream:
             assert len(list(stream.text_stream)) >= 3
 
-    # vLLM without a parser for it shows it as text, natively, until that is noticed.
-    @pytest.mark.parametrize("model", [one for one in MODELS if one != "vllm-native/tiny"])
+    @every_thinker
     def test_shows_the_thinking_before_the_text(self, sdk, model):
         message = both_ways(sdk, ask(model, "THINK-FIRST"))
         assert said(message) == [("thinking", "Let me ponder this."), ("text", "Thought through.")]
@@ -245,7 +247,7 @@ class TestMessages:
         last = answered(request, first.content, first.content[-1].id, "42-from-the-shell")
         assert said(both_ways(sdk, last)) == [("text", "The shell says 42.")]
 
-    @every_model
+    @every_thinker
     def test_shows_text_after_the_tool_results_it_follows(self, sdk, model):
         call = {"type": "tool_use", "id": "call_1", "name": "weather", "input": {"city": "Oslo"}}
         request = ask(model, "ASK-WEATHER", tools=[WEATHER])
@@ -288,7 +290,7 @@ class TestMessages:
         if model == "chat/tiny":  # which tells, where it's asked to
             assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", ", then")
 
-    @every_model
+    @every_thinker
     def test_shows_a_text_document(self, sdk, model):
         source = {"type": "text", "media_type": "text/plain", "data": "It says THINK-FIRST."}
         content = [{"type": "document", "source": source}, {"type": "text", "text": "Hello"}]
@@ -332,7 +334,7 @@ class TestMessages:
 
 def test_lists_models_with_their_context(gateway, sdk):
     listed = {model.id: model.max_input_tokens for model in sdk.models.list()}
-    told = [*LLAMA, *VLLM]  # by their servers
+    told = [*LLAMA, *VLLM, *["vllm-auto/tiny"] * bool(VLLM)]  # by their servers
     others = {model: None for model in MODELS if model not in told}
     assert listed == {**dict.fromkeys(told, CONTEXT), **others}
     assert [sdk.models.retrieve(model).id for model in MODELS] == MODELS
@@ -557,9 +559,11 @@ class TestVllm:
         message = call(sdk, ask(model, "Hello", 2000, thinking=thinking))
         assert said(message) == [("text", HELLO)]
 
-    @every_vllm
-    def test_thinking_as_text_is_noticed(self, sdk, model):
-        streamed(sdk, ask(model, "THINK-FIRST"))  # which shows it, natively
+    @needs_vllm
+    def test_thinking_as_text_is_noticed(self, sdk):
+        model = "vllm-auto/tiny"
+        first = streamed(sdk, ask(model, "THINK-FIRST"))  # which shows it, natively
+        assert said(first)[0][0] == "text"
         message = streamed(sdk, ask(model, "THINK-FIRST"))
         assert said(message) == [("thinking", "Let me ponder this."), ("text", "Thought through.")]
 
@@ -591,8 +595,11 @@ class TestVllm:
 
     @every_vllm
     def test_created_cache_tokens_are_logged_as_input(self, gateway, sdk, model):
+        before = gateway.log.stat().st_size
         sdk.messages.create(**ask(model, f"{model} writes: " + "zq " * 800))
-        line = [one for one in gateway.log.read_text().splitlines() if model in one][-1]
+        while gateway.log.stat().st_size == before:  # it is written after the answer
+            time.sleep(0.05)
+        line = gateway.log.read_bytes()[before:].decode()
         told = re.search(r" in ([\d,]+)", line)
         assert told and int(told[1].replace(",", "")) > 1500, line
 
