@@ -7008,7 +7008,7 @@ CLAUDE_COMMANDS = {  # those that start no session
     "agents", "auth", "auto-mode", "config", "doctor", "install", "mcp", "migrate-installer",
     "plugin", "plugins", "setup-token", "update", "upgrade"}
 class Shell(NamedTuple):
-    """How a shell sets and unsets a variable; `unsafe`: what no quotes of it hold."""
+    """How a shell sets and unsets a variable; `unsafe`: a pattern of what its quotes don't hold."""
 
     export: str
     unset: str
@@ -7024,7 +7024,7 @@ SHELLS = {
     "powershell": Shell(  # takes curved quotes for straight ones (CharExtensions.IsSingleQuote)
         "$env:{} = {}", "Remove-Item Env:{} -ErrorAction SilentlyContinue",
         lambda text: "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'"),
-    "cmd": Shell('set "{}={}"', 'set "{}="', str, "rem {}", '%!"')}
+    "cmd": Shell('set "{}={}"', 'set "{}="', str, "rem {}", '[%!"]|[^ -~]')}
 CHECK_SCHEMA = {"type": "object", "required": ["a", "b"], "additionalProperties": False,
                 "properties": {"a": {"type": "number"}, "b": {"type": "number"}}}
 CHECK_TOOL = {"name": "add", "description": "Add two numbers.", "input_schema": CHECK_SCHEMA}
@@ -7118,7 +7118,7 @@ def tell(options: argparse.Namespace, *lines: str) -> None:
 def print_hints(options: argparse.Namespace, plan: LaunchPlan) -> list[str]:
     """What to know about printed lines; with --write, what was written."""
     client = CLIENTS[options.client]
-    if options.write:
+    if options.write and not options.print_env:
         return write_files(client.files(plan)) if client.files else []
     hints = [f"{path} goes before these lines, and leads elsewhere"
              for path in overriding_files(plan) if options.client == "claude"]
@@ -7486,8 +7486,8 @@ def shell_lines(variables: Mapping[str, str], shell: str = "sh") -> list[str]:
     """A shell's lines that set variables, or unset those that are ""."""
     row, lines = SHELLS[shell], []
     for name, value in variables.items():
-        if {*value} & {*row.unsafe}:
-            raise OgxError(400, f"{name}: {shell} can't hold {value[:200]!r} safely")
+        if row.unsafe and re.search(row.unsafe, value):
+            raise OgxError(400, f"{name}: {shell} can't hold {ascii(value)[:200]}; powershell can")
         lines.append(row.export.format(name, row.quoted(value)) if value
                      else row.unset.format(name))
     return lines
@@ -7495,22 +7495,26 @@ def shell_lines(variables: Mapping[str, str], shell: str = "sh") -> list[str]:
 
 def opencode_variables(plan: LaunchPlan, environ: Mapping[str, str]) -> dict[str, str]:
     """The server as a provider of opencode (1.18), for its Anthropic driver, in what the user has
-    in the same variable."""
+    in the same variable. It puts files in the place of {file:...} before it reads the JSON, which
+    no id may say."""
     models = {}
     for model_id in dict.fromkeys([*map(plan.model_of, TIERS), *plan.models]):
         entry = plan.models.get(model_id, {})
         window = whole_number(entry.get("max_input_tokens"))
         output = whole_number(entry.get("max_tokens")) or window // 4
         limit = {"limit": {"context": window, "output": output}} if window else {}
-        models[model_id] = {"name": model_id, **limit}
-    own = dict_or_empty(json_or_none(environ.get("OPENCODE_CONFIG_CONTENT", "")))
+        models[model_id.replace("{", "\0")] = limit
+    name = "OPENCODE_CONFIG_CONTENT"
+    own = json_or_none(environ.get(name) or "{}")
+    if not isinstance(own, dict):
+        raise OgxError(400, f"{name}: expected a JSON object without comments")
     options = {"baseURL": plan.url + "/v1", "apiKey": plan.variables["ANTHROPIC_AUTH_TOKEN"]}
     provider = {"npm": "@ai-sdk/anthropic", "name": "ogx.py", "options": options, "models": models}
-    config = {**own, "provider": {**dict_or_empty(own.get("provider")), "ogx": provider},
-              "model": f"ogx/{plan.model_of('opus')}",
-              "small_model": f"ogx/{plan.model_of('haiku')}"}
-    return {"OPENCODE_CONFIG_CONTENT": json.dumps(config),
-            **{name: plan.variables[name] for name in ("NO_PROXY", "no_proxy")}}
+    chosen = {each: f"ogx/{plan.model_of(tier)}".replace("{", "\0")
+              for each, tier in (("model", "opus"), ("small_model", "haiku"))}
+    config = {**own, "provider": {**dict_or_empty(own.get("provider")), "ogx": provider}, **chosen}
+    return {name: json.dumps(config).replace(r"\u0000", r"\u007b"),
+            **{each: plan.variables[each] for each in ("NO_PROXY", "no_proxy")}}
 
 
 def sdk_lines(plan: LaunchPlan, shell: str) -> list[str]:
@@ -7557,15 +7561,13 @@ def write_files(files: Mapping[str, Json]) -> list[str]:
         with os_errors_of(path):
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             was, copy = read_settings(path), f"{path}.{time.time_ns()}"
-            if was and merged(was, added) == was:
-                continue
             if os.path.exists(path):
                 shutil.copy2(path, copy)
             with open(f"{path}.new", "w", opener=OWNERS) as file:
                 json.dump(merged(was or {}, added), file, indent=2)
             os.replace(file.name, path)
         lines.append(f"wrote {path}" + f" (what was there: {copy})" * os.path.exists(copy))
-    return lines or ["nothing had to be written"]
+    return lines
 
 
 def merged(was: Json, added: Json) -> Json:
@@ -7966,12 +7968,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not words:
             say(*(__doc__ or "").split("\n\n")[:2])
             return 0
-        if words[0][:1] != "-" and words[0] not in COMMANDS:
-            parser.error(f"no command is called '{words[0]}'.{near_miss(words[0], COMMANDS)}")
+        for kind, word, known in zip(("command", "client"), words, (COMMANDS, CLIENTS)):
+            if word[:1] != "-" and word not in known:
+                parser.error(f"no {kind} is called '{word}', only {', '.join(known)}."
+                             f"{near_miss(word, known)}")
+            if word != "connect":
+                break
         options, extra = parser.parse_known_args(words[:split])
         connects = options.command == "connect"
         launches = connects and CLIENTS[options.client].install
-        mistyped = "".join(map(mistyped_flag, extra if connects else ()))
+        mistyped = "".join(mistyped_flag(word, options.parser) for word in extra if connects)
         if mistyped or (extra or forwarded) and not launches:
             unknown = " ".join(extra or forwarded)
             options.parser.error(f"unrecognized arguments: {unknown}{mistyped}")
@@ -7993,18 +7999,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 COMMANDS = ("run", "connect", "statusline")
-CONNECT_FLAGS = ("--model", *(f"--{job}-model" for job in (*TIERS, *JOBS)),
-                 "--context", "--max-output", "--write", "--lean", "--no-lean",
-                 "--unlisted", "--host", "--port", "--url", "--api-key-file", "--serve",
-                 "--no-serve", "--check", "--print-env", "--shell", "--no-statusline", "--quiet")
 
 
-def mistyped_flag(word: str) -> str:
+def mistyped_flag(word: str, parser: argparse.ArgumentParser) -> str:
     """` Did you mean --model?` for what is nearly a flag of ours, and none of Claude Code's."""
     import difflib
 
-    flag = word.partition("=")[0]
-    near = difflib.get_close_matches(flag, CONNECT_FLAGS, 1, 0.8) if flag[:2] == "--" else []
+    flag, flags = word.partition("=")[0], re.findall("--[a-z-]+", parser.format_help())
+    near = difflib.get_close_matches(flag, flags, 1, 0.8) if flag[:2] == "--" else []
     return f". Did you mean {near[0]}?" if near and abs(len(flag) - len(near[0])) < 2 else ""
 
 

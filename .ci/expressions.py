@@ -33,6 +33,7 @@ LOCAL: dict[str, list[Any]] = {
     "here": [here for kind in ogx.PROVIDER_KINDS.values() for _, here, _ in kind.servers],
     "kind.tool_ids": [ogx.NINE, ogx.FORTY],
     "provider.kind.native_models": [k.native_models for k in ogx.PROVIDER_KINDS.values()],
+    "row.unsafe": [shell.unsafe for shell in ogx.SHELLS.values() if shell.unsafe],
     "self.PLAIN": [ogx.ChunkTemplate.PLAIN.pattern],
     "self.NOISE": [ogx.ChunkTemplate.NOISE.pattern],
 }  # fmt: skip

@@ -355,8 +355,9 @@ def plan_reader(chance: random.Random) -> bytes:
         for value in plan.variables.values():
             assert b"\0" not in value.encode() and "\n" not in value
         for shell in ogx.SHELLS:
-            lines = ogx.shell_lines(plan.variables, shell)
-            assert len(lines) == len(plan.variables)
+            kind, lines = outcome(lambda shell=shell: ogx.shell_lines(plan.variables, shell))
+            assert shell == "cmd" if kind == "error" else len(lines) == len(plan.variables)
+        json.loads(ogx.opencode_variables(plan, {})["OPENCODE_CONFIG_CONTENT"])
         assert ogx.plan_lines(plan)
     return data
 

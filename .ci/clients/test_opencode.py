@@ -25,3 +25,15 @@ def test_runs_a_tool_and_tells_what_it_said(gateway, upstream, dialect):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "It said so." in done.stdout
     assert "tool-42" in json.dumps(upstream.requests[-1]["messages"])
+
+
+def test_no_id_puts_a_file_into_its_configuration(gateway, upstream, dialect):
+    gateway.environment.update(OFFLINE)
+    secret = gateway.project / "secret"
+    secret.write_text("SECRETWORD")
+    upstream.script = {"Hello": [Reply("Good day.")]}
+    model = f"{MODELS[dialect].split('/')[0]}/a{{file:{secret}}}"
+    done = gateway.run(PYTHON, OGX, "connect", "opencode", "--url", gateway.url, "--unlisted",
+                       "--model", model, "run", "Hello")  # fmt: skip
+    told = done.stdout + done.stderr + json.dumps(upstream.requests)
+    assert "SECRETWORD" not in told and model.split("/", 1)[1] in told
