@@ -7,6 +7,8 @@
 # make lint           ruff and mypy
 # make bench          speed and memory, side by side with nginx and the upstream itself
 # make starter        write starter.json from the built-in configuration
+# make docs           draw the picture in .docs from ogx.py
+# make release        the version and the sum of ogx.py, for those who download it
 # make clean          remove what these installed
 #
 # ARGS go on to the program: make fuzz ARGS="--seconds 600"; make test ARGS="-x -k aliases";
@@ -15,7 +17,7 @@
 PYTHON ?= python3
 TOOLS = .dev
 
-.PHONY: help test test-clients test-servers soak fuzz lint bench starter clean
+.PHONY: help test test-clients test-servers soak fuzz lint bench starter docs release clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -36,7 +38,7 @@ test-servers:
 	@.clients/venv/bin/python -m pytest -m servers $(call files,.ci/test_servers.py) $(ARGS)
 
 lint: $(TOOLS)/lint/done
-	$(TOOLS)/lint/bin/ruff check ogx.py test_ogx.py .ci
+	$(TOOLS)/lint/bin/ruff check ogx.py test_ogx.py .ci .docs
 	$(TOOLS)/lint/bin/mypy ogx.py
 
 $(TOOLS)/lint/done:
@@ -70,6 +72,13 @@ bench:
 starter:
 	$(PYTHON) .ci/starter.py > starter.json
 
+docs:
+	$(PYTHON) .docs/pictures.py
+
+release:
+	@$(PYTHON) ogx.py --version
+	@$(PYTHON) -c "import hashlib; print(hashlib.sha256(open('ogx.py', 'rb').read()).hexdigest(), '', 'ogx.py')"
+
 clean:
 	rm -rf $(TOOLS) .clients .servers .pytest_cache .ruff_cache __pycache__ \
-		.ci/__pycache__ .ci/clients/__pycache__
+		.ci/__pycache__ .ci/clients/__pycache__ .docs/__pycache__

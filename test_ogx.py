@@ -851,10 +851,54 @@ class TestTheFile:
         assert make("-n", "test", f"ARGS={args}").split() == [".ci/pytest", "python3",
                                                               *command.split()]  # fmt: skip
 
+    def pages(self):
+        """The README and the pages behind it, by name."""
+        return {path: repository_file(path).read_text("utf-8") for path in (
+            "README.md", *(f".docs/{name}.md" for name in (
+                "architecture", "configuration", "connect", "operation", "providers", "requests",
+                "speed")))}  # fmt: skip
+
+    def page(self, path):
+        """A file that must be there, if this is a repository."""
+        repository_file("README.md")
+        return Path(os.path.dirname(__file__), path).read_text("utf-8")
+
+    def test_the_readme_is_short(self):
+        assert len(self.pages()["README.md"].split()) <= 1600
+
+    def test_every_link_leads_somewhere(self):
+        for name, text in self.pages().items():
+            for target, part in re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", text):
+                path = os.path.join(os.path.dirname(name), target) if target else name
+                page = self.page(path)
+                headings = {re.sub("[^a-z0-9 -]", "", one.lower()).replace(" ", "-")
+                            for one in re.findall("(?m)^#+ (.+)$", page)}  # fmt: skip
+                assert not part or part[1:] in headings, (name, target, part)
+
+    def test_troubleshooting_quotes_what_is_printed(self):
+        table = self.pages()["README.md"].partition("| it says | do |")[2].partition("\n\n")[0]
+        said = re.findall(r"(?m)^\| `(.+?)` \|", table)
+        printed = re.sub(r'"\s*f?"', "", SOURCE)
+        assert len(said) >= 10
+        for words in said:
+            for part in re.split(r"OPENAI\w+|HTTPS\w+|8321|127\.0\.0\.1|\.\.\.", words):
+                assert part in printed, words
+
+    def test_the_picture_shows_the_sections(self):
+        """`make docs` draws it; sizes may be a little old."""
+        shown = re.findall(r'class="name"[^>]*>([^<]+)<',
+                           repository_file(".docs/architecture.svg").read_text("utf-8"))
+        banners = re.findall(r"(?m)^# ======== (.+?) =+$", SOURCE)
+        assert shown == [name for name in banners if not name.startswith("Above")]
+
+    def test_what_the_architecture_names_is_there(self):
+        page = self.pages()[".docs/architecture.md"]
+        for name in re.findall(r"`([A-Za-z_]+(?:\.[a-z_]+)?)`", page):
+            assert re.search(rf"\b{name.rpartition('.')[2]}\b", SOURCE), name
+
     def test_every_command_in_the_readme_parses(self):
-        readme = repository_file("README.md").read_text("utf-8")
-        lines = re.findall(r"^\s*python3? ogx\.py (.+)$", readme, re.M)
-        assert len(lines) >= 5
+        lines = re.findall(r"^\s*python3? ogx\.py (.+)$", "\n".join(self.pages().values()), re.M)
+        assert len(lines) >= 8
         for line in lines:
             words = shlex.split(line, comments=True)
             own = words[: words.index("--")] if "--" in words else words
