@@ -12963,10 +12963,13 @@ class TestConnect:
 
     # -- the status line
 
-    @pytest.mark.parametrize("place", ["given", "user's", "flag", "nowhere"])
+    @pytest.mark.parametrize("place", ["given", "user's", "project's", "local", "flag", "nowhere"])
     def test_a_status_line_where_the_user_has_none(self, claude, capfd, place):
         own = {"statusLine": {"type": "command", "command": "mine"}}
-        path = claude / ("home/.claude/settings.json" if place == "user's" else "own.json")
+        path = claude / {"user's": "home/.claude/settings.json",
+                         "project's": "project/.claude/settings.json",
+                         "local": "project/.claude/settings.local.json"}.get(place, "own.json")
+        path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({} if place == "nowhere" else own))
         flags = ["--no-statusline"] * (place == "flag")
         given = ["--settings", str(path)] * (place == "given")
@@ -13017,7 +13020,9 @@ class TestConnect:
         ((500, b""), {"model": {"id": "m\x1b]0;evil\x07"}}, "m?]0;evil?"),
         (None, b"", ""), (None, b"\xff\xfe", ""), (None, b"[" * 100_000, ""), (None, [], ""),
         (None, {"session_id": {"a": 1}, "model": "m"}, ""),
+        (None, {"session_id": "\ud800", "model": {"id": "m\ud800"}}, "m?"),
         (None, {"session_id": "../../v1/models?x", "model": {"id": ["m"]}}, "")])  # fmt: skip
+    @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
     def test_it_is_one_harmless_line_in_time(self, monkeypatch, capfd, answer, described, line):
         with FakeUpstream(models=answer) as fake:
             url = fake.url[:-3] if answer else "http://127.0.0.1:9"
