@@ -6926,8 +6926,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.dropped and f"dropped: {exchange.dropped}",
             exchange.error and f"error: {one_line(exchange.error)}",
         ]
-        quiet = path.startswith("/v1/sessions/") or (
-            not exchange.error and path in ("/v1/health", "/api/hello"))
+        often = path.startswith("/v1/sessions/") or path in ("/v1/health", "/api/hello")
+        quiet = often and (not exchange.error or self.status == 404)
         log.log(logging.DEBUG if quiet else logging.INFO, " ".join(filter(None, parts)))
         self.server.gateway.sessions.count(exchange)
 

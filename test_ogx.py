@@ -12090,6 +12090,17 @@ class TestServer:
         assert " 431 " in lines[3] and "headers are too large" in lines[3] and " 400 " in lines[4]
         assert " 404 " in lines[5] and len(lines[5]) < 1000
 
+    def test_what_a_status_line_asks_is_logged_when_it_is_kept_out(self, caplog):
+        caplog.set_level("INFO")
+        with gateway_over(said("a")) as (client, _):
+            client.post(request(), x_claude_code_session_id="s")
+            assert [client.get(f"/v1/sessions/{name}")[0] for name in "st"] == [200, 404]
+            ask_for_token(client.server, "s3cret-token")
+            assert client.get("/v1/sessions/s")[0] == 401
+            until(lambda: len(caplog.records) == 2)
+        assert [record.getMessage().split()[1:4] for record in caplog.records] == [
+            ["POST", "/v1/messages", "200"], ["GET", "/v1/sessions/s", "401"]]
+
     def test_what_a_model_said_is_in_no_log(self, caplog):
         caplog.set_level("DEBUG")
         shape = {"format": {"type": "json_schema", "schema": {
