@@ -6926,8 +6926,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.dropped and f"dropped: {exchange.dropped}",
             exchange.error and f"error: {one_line(exchange.error)}",
         ]
-        quiet = path.startswith("/v1/sessions/") or (
-            not exchange.error and path in ("/v1/health", "/api/hello"))
+        often = path.startswith("/v1/sessions/") or path in ("/v1/health", "/api/hello")
+        quiet = often and (not exchange.error or self.status == 404)
         log.log(logging.DEBUG if quiet else logging.INFO, " ".join(filter(None, parts)))
         self.server.gateway.sessions.count(exchange)
 
@@ -7749,19 +7749,19 @@ def sets_permission_mode(given: Json) -> bool:
 def print_statusline() -> int:
     """Print a line about the session that Claude Code describes on stdin, with what the server
     tells in a tenth of a second; always 0."""
-    described: Any = b""
+    described: Any = None
     if sys.stdin and not sys.stdin.isatty():
-        described = dict_or_empty(json_or_none(sys.stdin.buffer.read(1024 * 1024)))
+        described = json_or_none(sys.stdin.buffer.read(1024 * 1024))
     described = dict_or_empty(described)
     answers: Any = queue.SimpleQueue()
 
     def ask() -> None:
-        environ, session = os.environ.get, str(described.get("session_id"))
-        server = Provider("OGX", PROVIDER_KINDS["messages"], environ("ANTHROPIC_BASE_URL", ""),
-                          environ("ANTHROPIC_AUTH_TOKEN", ""))
-        path = f"/v1/sessions/{urllib.parse.quote(session, safe='')}"
+        environ = os.environ.get
         with suppress(Exception), closing(Upstream()) as upstream:
-            answers.put(dict_or_empty(upstream.json(server, path, 1.0)))
+            server = Provider("OGX", PROVIDER_KINDS["messages"], environ("ANTHROPIC_BASE_URL", ""),
+                              environ("ANTHROPIC_AUTH_TOKEN", ""))
+            session = urllib.parse.quote(str(described.get("session_id")), safe="")
+            answers.put(dict_or_empty(upstream.json(server, f"/v1/sessions/{session}", 1.0)))
 
     threading.Thread(target=ask, daemon=True).start()
     known: Json = {}

@@ -12134,6 +12134,17 @@ class TestServer:
         assert " 431 " in lines[3] and "headers are too large" in lines[3] and " 400 " in lines[4]
         assert " 404 " in lines[5] and len(lines[5]) < 1000
 
+    def test_what_a_status_line_asks_is_logged_when_it_is_kept_out(self, caplog):
+        caplog.set_level("INFO")
+        with gateway_over(said("a")) as (client, _):
+            client.post(request(), x_claude_code_session_id="s")
+            assert [client.get(f"/v1/sessions/{name}")[0] for name in "st"] == [200, 404]
+            ask_for_token(client.server, "s3cret-token")
+            assert client.get("/v1/sessions/s")[0] == 401
+            until(lambda: len(caplog.records) == 2)
+        assert [record.getMessage().split()[1:4] for record in caplog.records] == [
+            ["POST", "/v1/messages", "200"], ["GET", "/v1/sessions/s", "401"]]
+
     def test_what_a_model_said_is_in_no_log(self, caplog):
         caplog.set_level("DEBUG")
         shape = {"format": {"type": "json_schema", "schema": {
@@ -13007,10 +13018,13 @@ class TestConnect:
 
     # -- the status line
 
-    @pytest.mark.parametrize("place", ["given", "user's", "flag", "nowhere"])
+    @pytest.mark.parametrize("place", ["given", "user's", "project's", "local", "flag", "nowhere"])
     def test_a_status_line_where_the_user_has_none(self, claude, capfd, place):
         own = {"statusLine": {"type": "command", "command": "mine"}}
-        path = claude / ("home/.claude/settings.json" if place == "user's" else "own.json")
+        path = claude / {"user's": "home/.claude/settings.json",
+                         "project's": "project/.claude/settings.json",
+                         "local": "project/.claude/settings.local.json"}.get(place, "own.json")
+        path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({} if place == "nowhere" else own))
         flags = ["--no-statusline"] * (place == "flag")
         given = ["--settings", str(path)] * (place == "given")
@@ -13061,7 +13075,9 @@ class TestConnect:
         ((500, b""), {"model": {"id": "m\x1b]0;evil\x07"}}, "m?]0;evil?"),
         (None, b"", ""), (None, b"\xff\xfe", ""), (None, b"[" * 100_000, ""), (None, [], ""),
         (None, {"session_id": {"a": 1}, "model": "m"}, ""),
+        (None, {"session_id": "\ud800", "model": {"id": "m\ud800"}}, "m?"),
         (None, {"session_id": "../../v1/models?x", "model": {"id": ["m"]}}, "")])  # fmt: skip
+    @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
     def test_it_is_one_harmless_line_in_time(self, monkeypatch, capfd, answer, described, line):
         with FakeUpstream(models=answer) as fake:
             url = fake.url[:-3] if answer else "http://127.0.0.1:9"

@@ -12,6 +12,7 @@ import socketserver
 import subprocess
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -417,3 +418,22 @@ class TestStatusLine:
             os.close(inner)
         # What stood there before, the model, isn't drawn again.
         assert b" | 1,234 tokens in, 81 % cached, 56 out" in shown, shown[-3000:]
+
+    def test_a_subagents_model_counts_and_is_not_the_one_that_answers(self, gateway, upstream):
+        """Asked by the sub-agent, when its own model was the last to answer."""
+        session = str(uuid.uuid4())
+        described = shlex.quote(json.dumps({"session_id": session}))
+        command = f"echo {described} | {shlex.join([PYTHON, OGX, 'statusline'])}"
+        errand = {"description": "Find out", "prompt": "SUBTASK: say hi", "model": "haiku",
+                  "subagent_type": "general-purpose", "run_in_background": False}
+        upstream.script = {
+            "Delegate": [Reply(calls=[("Agent", errand)]), Reply("It said hi.")],
+            "SUBTASK": [Reply(calls=[("Bash", {"command": command})]), Reply("Hi.")],
+        }
+        tiers = ["--model", MODEL, "--haiku-model", MODEL + "-mini", "--session-id", session]
+        done = gateway.connect(*tiers, "-p", "Delegate", "--allowedTools", "Agent,Bash")
+        assert (done.returncode, done.stdout) == (0, "It said hi.\n"), done.stderr
+        first, second = upstream.seen("SUBTASK")
+        assert first["model"] == "scripted-mini"
+        (told,) = tool_results(second).values()
+        assert told == f"{MODEL} | 2,468 tokens in, 81 % cached, 112 out"
