@@ -2,6 +2,7 @@
 # make test-314       those of what does no I/O, on Python 3.14 in WebAssembly; needs Node.js
 # make test-clients   the real Claude Code, SDKs and agents' libraries against scripted upstreams
 # make test-servers   real upstream servers with small models, prebuilt where they run
+# make test-recipes   the recipes of .docs/operation.md with nginx, HAProxy, systemd, those installed
 # make soak           load for two minutes: what is kept that should have been let go (Linux)
 # make fuzz           mutated input for a minute, for every reader
 # make lint           ruff and mypy
@@ -17,7 +18,7 @@
 PYTHON ?= python3
 TOOLS = .dev
 
-.PHONY: help test test-clients test-servers soak fuzz lint bench starter docs release clean
+.PHONY: help test test-clients test-servers test-recipes soak fuzz lint bench starter docs release clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +37,9 @@ test-servers:
 	@.ci/clients-install $(PYTHON)
 	@.ci/servers-install $(PYTHON)
 	@.clients/venv/bin/python -m pytest -m servers $(call files,.ci/test_servers.py) $(ARGS)
+
+test-recipes:
+	@.ci/pytest $(PYTHON) -rs $(call files,.ci/test_recipes.py) $(ARGS)
 
 lint: $(TOOLS)/lint/done
 	$(TOOLS)/lint/bin/ruff check ogx.py test_ogx.py .ci .docs

@@ -4153,6 +4153,9 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+PROBES = "/v1/health", "/v1/ready", "/api/hello"  # Claude Code's; need no token, tell nothing
+
+
 @dataclass(frozen=True)
 class Guard:
     """Who may come in. A page that a user visits must not be able to spend their keys, by its own
@@ -4177,7 +4180,7 @@ class Guard:
         if self.instance and headers.get("x-ogx-instance") == self.instance:
             raise OgxError(400, "a provider's base_url points back at ogx.py itself",
                            headers={"x-should-retry": "false"})
-        if self.token and not self.is_shown_by(headers):
+        if self.token and head.target not in PROBES and not self.is_shown_by(headers):
             raise OgxError(401, "this server asks for its token, as Authorization: Bearer or "
                                 "x-api-key", headers={"x-should-retry": "false"})
         foreign = headers.get("origin", f"{self.scheme}://{host}") != f"{self.scheme}://{host}"
@@ -6430,6 +6433,12 @@ class Server(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.loop.run, name="loop", daemon=True).start()
         threading.Thread(target=self.serve_forever, args=(poll,), daemon=True).start()
 
+    def readiness(self, _: Any) -> Json:
+        """What /v1/ready answers; OgxError 503 while no request would be served."""
+        if self.stopping or not self.gateway.tiers():
+            raise stopping_error() if self.stopping else OgxError(503, "no provider has a model")
+        return {"status": "OK"}
+
     def stop(self, drain: float | None = None) -> None:
         """Accept no more, let running answers finish for `drain` seconds (by default as the
         configuration says), end the others with an error, close."""
@@ -6730,8 +6739,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "DELETE": lambda self, known: self._in_thread(self.server.gateway.unregister, known)},
         "/v1/sessions/{id}": {
             "GET": lambda self, known: self._in_thread(self.server.gateway.session, known)},
-        **dict.fromkeys(("/v1/health", "/api/hello", "/"),
-                        {"GET": lambda self, _: self._send_json(ABOUT)}),
+        **dict.fromkeys(("/v1/health", "/api/hello"), {
+            "GET": lambda self, _: self._send_json({"status": "OK"})}),
+        "/v1/ready": {"GET": lambda self, _: self._in_thread(self.server.readiness, "")},
+        "/": {"GET": lambda self, _: self._send_json(ABOUT)},
     }
 
     def _whole(self, answer: Answer) -> Steps:
@@ -6835,7 +6846,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         framed = b"%x\r\n%b\r\n" % (len(data), data) if chunked else data
         if self.status:
             return framed
-        headers = {"content-type": "text/event-stream", "cache-control": "no-cache"}
+        headers = {"content-type": "text/event-stream", "cache-control": "no-cache",
+                   "x-accel-buffering": "no"}  # nginx would send lumps
         if chunked:
             headers["transfer-encoding"] = "chunked"
         else:
@@ -6926,7 +6938,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.dropped and f"dropped: {exchange.dropped}",
             exchange.error and f"error: {one_line(exchange.error)}",
         ]
-        often = path.startswith("/v1/sessions/") or path in ("/v1/health", "/api/hello")
+        often = path.startswith("/v1/sessions/") or path in PROBES
         quiet = often and (not exchange.error or self.status == 404)
         log.log(logging.DEBUG if quiet else logging.INFO, " ".join(filter(None, parts)))
         self.server.gateway.sessions.count(exchange)
@@ -8110,6 +8122,8 @@ def run(options: argparse.Namespace) -> int:
     token = server_token(options)
     gateway = Gateway(config, store=Store(state_path(options.state, os.environ)))
     port = config.port if options.port is None else options.port
+    if options.tls_key and not options.tls_cert:
+        raise OgxError(400, "--tls-key needs --tls-cert")
     tls = server_tls(options.tls_cert, options.tls_key) if options.tls_cert else None
     server = Server(gateway, options.host or config.host, port, token, tls)
     server.log_bodies = options.log_bodies

@@ -66,7 +66,7 @@ import ogx
 
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "ogx.py").read_text(encoding="utf-8")
-MAX_BYTES = 409_200
+MAX_BYTES = 409_950
 SECTIONS = re.findall(r"^# ======== (.+?) =+$", SOURCE, re.M)
 IO_LINE = "Above this line nothing does I/O"
 
@@ -11208,6 +11208,29 @@ class TestServer:
             ask_for_token(client.server, "s3cret")
             assert client.raw(head, shut=True).startswith(b"HTTP/1.1 401 ")
 
+    def test_probes_need_no_token_and_tell_nothing(self):
+        with gateway_over() as (client, _):
+            ask_for_token(client.server, "s3cret")
+            for path in ogx.PROBES:
+                status, _, body = client.get(path)
+                assert (status, body) == (200, {"status": "OK"})
+                assert client.get(path, origin="http://evil.test")[0] == 403
+                assert client.get(path, host="evil.test")[0] == 403
+                for odd in (f"{path}?x", f"{path}/", f"/{path}", f"{path[:-1]}%{ord(path[-1]):x}"):
+                    assert client.get(odd)[0] == 401
+                assert client.post({}, path)[0] == 405
+            assert client.get("/v1/models")[0] == client.get("/")[0] == 401
+
+    def test_it_is_ready_while_it_can_serve(self):
+        with gateway_over(models=(500, {})) as (client, _):
+            status, _, body = client.get("/v1/ready")
+            assert (status, body["error"]["message"]) == (503, "no provider has a model")
+            assert client.get("/v1/health")[0] == 200
+        with gateway_over() as (client, _):
+            assert client.get("/v1/ready")[0] == 200
+            client.server.stopping = True
+            assert client.get("/v1/ready")[0] == 503
+
     # -- limits
 
     def test_a_body_too_large_is_refused_before_it_is_read(self):
@@ -12086,6 +12109,11 @@ class TestServer:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             until(lambda: caplog.records)
         assert " POST /v1/messages 403 " in caplog.records[0].getMessage()
+
+    def test_streams_ask_nginx_for_no_buffer(self):
+        with gateway_over(said(), said()) as (client, _):
+            headers = [client.post(request(stream=stream))[1] for stream in (True, False)]
+        assert [one["x-accel-buffering"] for one in headers] == ["no", None]
 
     def test_one_log_line_per_request(self, caplog):
         caplog.set_level("INFO", "ogx")
@@ -13725,6 +13753,10 @@ class TestCommandLine:
         assert {f for f in flags if re.search("key|token|secret|password", f)} == {
             "--api-key-file", "--tls-key"
         }  # fmt: skip
+
+    def test_a_key_without_a_certificate_is_told(self, bare, capsys):
+        assert ogx.main(["run", "--tls-key", "key.pem"]) == 1
+        assert capsys.readouterr().err == "--tls-key needs --tls-cert\n"
 
     @pytest.mark.parametrize("content", [None, "no certificate"])
     def test_a_certificate_that_cannot_be_used_is_one_line(self, bare, tmp_path, content):
