@@ -7,6 +7,7 @@
 # make fuzz           mutated input for a minute, for every reader
 # make lint           ruff and mypy
 # make bench          speed and memory, side by side with nginx and the upstream itself
+# make drift          what the newest SDKs and Claude Code know and ogx.py doesn't; needs Node.js
 # make starter        write starter.json from the built-in configuration
 # make docs           draw the picture in .docs from ogx.py
 # make release        the version and the sum of ogx.py, for those who download it
@@ -18,7 +19,7 @@
 PYTHON ?= python3
 TOOLS = .dev
 
-.PHONY: help test test-clients test-servers test-recipes soak fuzz lint bench starter docs release clean
+.PHONY: help test test-clients test-servers test-recipes soak fuzz lint bench starter docs release drift clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -82,6 +83,11 @@ docs:
 release:
 	@$(PYTHON) ogx.py --version
 	@$(PYTHON) -c "import hashlib; print(hashlib.sha256(open('ogx.py', 'rb').read()).hexdigest(), '', 'ogx.py')"
+
+drift:
+	$(PYTHON) -m pip install -q --upgrade --target $(TOOLS)/drift/site anthropic openai
+	npm install --prefix $(TOOLS)/drift/npm --silent @anthropic-ai/claude-code@latest
+	$(PYTHON) .ci/drift.py $(TOOLS)/drift/site $(TOOLS)/drift/npm/node_modules/.bin/claude $(ARGS)
 
 clean:
 	rm -rf $(TOOLS) .clients .servers .pytest_cache .ruff_cache __pycache__ \
