@@ -855,7 +855,7 @@ class TestTheFile:
         """The README and the pages behind it, by name."""
         return {path: repository_file(path).read_text("utf-8") for path in (
             "README.md", *(f".docs/{name}.md" for name in (
-                "architecture", "configuration", "connect", "operation", "providers", "requests",
+                "CHANGES", "architecture", "configuration", "connect", "operation", "providers", "requests",
                 "speed")))}  # fmt: skip
 
     def page(self, path):
