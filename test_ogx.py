@@ -855,8 +855,8 @@ class TestTheFile:
         """The README and the pages behind it, by name."""
         return {path: repository_file(path).read_text("utf-8") for path in (
             "README.md", *(f".docs/{name}.md" for name in (
-                "CHANGES", "architecture", "configuration", "connect", "operation", "providers", "requests",
-                "speed")))}  # fmt: skip
+                "CHANGES", "architecture", "configuration", "connect", "operation", "providers",
+                "requests", "speed")))}  # fmt: skip
 
     def page(self, path):
         """A file that must be there, if this is a repository."""
