@@ -582,17 +582,25 @@ def translating(function):
         ogx.DIALECTS["chat"] = usual
 
 
+# Of this thread alone: others are still at work, those of the test before among them.
+cpu_time = getattr(time, "thread_time", time.process_time)
+
+
 def cpu(work, *args):
-    began = time.process_time()
+    began = cpu_time()
     work(*args)
-    return time.process_time() - began
+    return cpu_time() - began
 
 
 def check_linear(work, make, size):
-    """Four times the input takes about four times the work, where squares would take sixteen."""
-    small = min(cpu(work, make(size)) for _ in range(5))
-    large = min(cpu(work, make(4 * size)) for _ in range(3))
-    assert large < 9 * small + 0.005, (small, large)
+    """Four times the input takes about four times the work, where squares would take sixteen; a
+    busy machine gets another try."""
+    for _ in range(3):
+        small = min(cpu(work, make(size)) for _ in range(5))
+        large = min(cpu(work, make(4 * size)) for _ in range(3))
+        if large < 9 * small + 0.005:
+            return
+    raise AssertionError((small, large))
 
 
 def until(holds, seconds=10):
@@ -1008,9 +1016,9 @@ class TestValues:
 
     def test_half_pairs_are_replaced_in_linear_time(self):
         def seconds(text):
-            begun = time.process_time()
+            begun = cpu_time()
             ogx.without_halves(text)
-            return time.process_time() - begun
+            return cpu_time() - begun
 
         for piece in (rb"\ud83d", rb"\\", rb"\\ud83d", rb"\ud83d\ude00", rb"\ud83d\\\\"):
             small, large = (min(seconds(b'"' + piece * n + b'"') for _ in range(3))
@@ -3746,9 +3754,9 @@ class TestChat:
         row = self.taught(refused_keywords=("pattern", "$ref"))
         bodies, spent = [tool(**make(n)) for n in (1000, 8000)], [[], []]
         for place, body in enumerate(bodies * 3):
-            begun = time.process_time()
+            begun = cpu_time()
             ogx.plainer_tool(body, row)
-            spent[place % 2].append(time.process_time() - begun)
+            spent[place % 2].append(cpu_time() - begun)
         assert min(spent[1]) < 24 * min(spent[0])
 
     @pytest.mark.parametrize("kind", ["openai", "groq"])
@@ -4749,9 +4757,9 @@ class TestMessages:
         assert seconds < 40 * min(self.seconds_to_join(many[:10_000]) for _ in range(3))
 
     def seconds_to_join(self, texts):
-        body, began = request(user([result("1", texts)])), time.process_time()
+        body, began = request(user([result("1", texts)])), cpu_time()
         ogx.messages_request(body, model("vllm"))
-        return time.process_time() - began
+        return cpu_time() - began
 
     def test_anthropic_gets_system_messages_where_they_stand(self):
         messages = [user("go"), *self.SYSTEM]
@@ -6011,13 +6019,13 @@ class TestRemedies:
 
         def spent(size):
             words = (unit * size)[:size]
-            start = time.process_time()
+            start = cpu_time()
             for _ in range(3):
                 refusal = ogx.Refusal(400, words)
                 ogx.lesson_from_refusal(refusal, body, model("vllm"))
                 ogx.overflow_error(refusal, 5, 5, 32000)
                 ogx.upstream_error(refusal, "o", {})
-            return time.process_time() - start
+            return cpu_time() - start
 
         ogx.lesson_from_refusal(ogx.Refusal(400, unit), body, model("vllm"))
         short, long = (min(spent(size) for _ in range(4)) for size in (5_000, 20_000))
@@ -7490,9 +7498,9 @@ class TestSigning:
                 text = (word * size)[:size]
                 runs = []
                 for _ in range(3):
-                    start = time.process_time()
+                    start = cpu_time()
                     re.sub(ogx.SECRET, "***", text)
-                    runs.append(time.process_time() - start)
+                    runs.append(cpu_time() - start)
                 costs.append(min(runs))
             assert costs[1] < 12 * costs[0] + 0.01, word
 
