@@ -2936,6 +2936,7 @@ class TestCalls:
         text = f"[weather({given})]"
         assert self.read(text) == self.read(text, 1) == (text, [])
 
+    @pytest.mark.needs_threads
     def test_python_that_a_model_writes_warns_nobody(self):
         text = "[weather(city='grep \\d', days=1if 1else 2), weather(city='\\d')]"
         code = f"import ogx; ogx.main(['--version']); ogx.CallReader({text!r}, {{}}).calls()"
