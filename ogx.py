@@ -7074,7 +7074,6 @@ def connect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     client, prints = CLIENTS[options.client], options.print_env or options.check
     prints = prints or not client.install
     program = "" if prints else client_program(options.client, client.install, os.environ)
-    began = time.time()
     with reached_server(options) as (server, listing):
         listing = with_named_models(server, loaded_listing(server, listing, options), options)
         plan = launch_plan(server, listing, options, os.environ)
@@ -7085,13 +7084,7 @@ def connect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             tell(options, *print_hints(options, plan))
             return 0
         tell(options, f"{client.title} on {server.base_url}", *plan_lines(plan))
-        if options.client == "opencode":
-            return run_program([program, *arguments],
-                               {**os.environ, **opencode_variables(plan, os.environ)})
-        code = run_claude(options, plan, [program, *arguments])
-        if is_interactive([program, *arguments]):
-            tell(options, *resume_lines(options, last_session(began)))
-        return code
+        return client.launch(options, plan, [program, *arguments])
 
 
 @contextmanager
@@ -7130,8 +7123,8 @@ def tell(options: argparse.Namespace, *lines: str) -> None:
 def print_hints(options: argparse.Namespace, plan: LaunchPlan) -> list[str]:
     """What to know about printed lines; with --write, what was written."""
     client = CLIENTS[options.client]
-    if options.write and not options.print_env:
-        return write_files(client.files(plan)) if client.files else []
+    if client.files and options.write and not options.print_env:
+        return write_files(client.files(plan))
     hints = [f"{path} goes before these lines, and leads elsewhere"
              for path in overriding_files(plan) if options.client == "claude"]
     own_shell = os.path.basename(os.environ.get("SHELL", ""))
@@ -7562,8 +7555,7 @@ def desktop_files(plan: LaunchPlan) -> dict[str, Json]:
 
 
 def write_files(files: Mapping[str, Json]) -> list[str]:
-    """Merge JSON into files of the user's folder of settings, with a copy of each that was there; a
-    line about each."""
+    """Merge JSON into the user's files, with a copy of each that was there; a line about each."""
     lines, environ = [], os.environ.get
     folder = {"darwin": "~/Library/Application Support",
               "win32": environ("LOCALAPPDATA", "~/AppData/Local")}.get(
@@ -7591,21 +7583,24 @@ def merged(was: Json, added: Json) -> Json:
 
 
 class Client(NamedTuple):
-    """What `connect NAME` serves. Without `install`, where its program comes from, it only prints;
-    `files` are what --write merges into the user's."""
+    """A client of `connect`. Without `install`, where its program comes from, it only prints;
+    --write merges `files` into the user's."""
 
     title: str
     lines: Callable[[LaunchPlan, str], list[str]]
     install: str = ""
+    launch: Callable[[argparse.Namespace, LaunchPlan, Sequence[str]], int] = lambda *_: 0
     has_shell: bool = True  # whether its lines are a shell's
     files: Callable[[LaunchPlan], dict[str, Json]] | None = None
 
 
 CLIENTS = {
     "claude": Client("Claude Code", lambda plan, shell: shell_lines(plan.variables, shell),
-                     "https://claude.com/download"),
+                     "https://claude.com/download", lambda *given: run_claude(*given)),
     "opencode": Client("opencode", lambda plan, shell: shell_lines(
-        opencode_variables(plan, os.environ), shell), "https://opencode.ai"),
+        opencode_variables(plan, os.environ), shell), "https://opencode.ai",
+        lambda _, plan, argv: run_program(argv, {
+            **os.environ, **opencode_variables(plan, os.environ)})),
     "claude-desktop": Client("Claude Desktop", lambda plan, _: json_lines(
         next(iter(desktop_files(plan).values()))), has_shell=False, files=desktop_files),
     "vscode": Client("Claude Code in VS Code", lambda plan, _: json_lines(vscode_settings(plan)),
@@ -7644,11 +7639,14 @@ def run_claude(options: argparse.Namespace, plan: LaunchPlan, argv: Sequence[str
         with open(path, "w", opener=OWNERS) as file:
             json.dump(merged_settings(given, plan, options.statusline), file)
         rest[1:1] = ["--settings", path]
+        began = time.time()
         code = run_program(rest, plan.environment(os.environ))
     stored = stored_model({})
     if stored in plan.models and not stored.startswith("claude-"):
         tell(options, f"Claude Code keeps {stored} as its model, which it finds here alone: before "
                       "you start it without connect, choose another with /model")
+    if is_interactive(argv):
+        tell(options, *resume_lines(options, last_session(began)))
     return code
 
 
@@ -7705,15 +7703,18 @@ def merged_settings(given: Json, plan: LaunchPlan, statusline: bool = True) -> J
     model = {"model": plan.model} if plan.model else {}
     picker = {"options": picker_rows(plan), "replaceBuiltInOptions": True}
     command = shlex.join((sys.executable, os.path.abspath(__file__), "statusline"))
-    extras: Json = {"modelPicker": picker, "modelSettings": {
-        model_id: {"autoCompactWindow": window} for model_id, window in plan.windows.items()}}
+    extras: Json = {"modelPicker": picker}
+    models = dict_or_empty(given.get("modelSettings"))
+    apart = {model_id: {"autoCompactWindow": window, **dict_or_empty(models.get(model_id))}
+             for model_id, window in plan.windows.items()}
     if statusline:  # Windows has Claude Code run it in a shell of Unix
         extras["statusLine"] = {"type": "command", "command": command.replace("\\", "/")}
     own = {name for settings in all_settings(given) for name in settings}
     # What a page is fetched from is no business of Anthropic's, and offline nobody could ask.
     return {"skipWebFetchPreflight": True,
-            **{name: value for name, value in extras.items() if value and name not in own},
-            **given, "env": env, "apiKeyHelper": "", **model}
+            **{name: value for name, value in extras.items() if name not in own}, **given,
+            **({"modelSettings": {**models, **apart}} if apart else {}),
+            "env": env, "apiKeyHelper": "", **model}
 
 
 def picker_rows(plan: LaunchPlan) -> list[Json]:
@@ -7761,10 +7762,8 @@ def sets_permission_mode(given: Json) -> bool:
 def print_statusline() -> int:
     """Print a line about the session that Claude Code describes on stdin, with what the server
     tells in a tenth of a second; always 0."""
-    described: Any = None
-    if sys.stdin and not sys.stdin.isatty():
-        described = json_or_none(sys.stdin.buffer.read(1024 * 1024))
-    described = dict_or_empty(described)
+    piped = sys.stdin and not sys.stdin.isatty()
+    described = dict_or_empty(json_or_none(sys.stdin.buffer.read(1024 * 1024) if piped else b""))
     answers: Any = queue.SimpleQueue()
 
     def ask() -> None:
@@ -7840,20 +7839,19 @@ def print_check(server: Provider, plan: LaunchPlan) -> int:
     columns = {"model": max(map(len, ("model", *jobs))),
                "tiers": max(map(len, ("tiers", *jobs.values()))), **CHECK_COLUMNS}
     say("  ".join(f"{name:<{width}}" for name, width in columns.items()).rstrip())
-    failed = False
+    failed, usual = False, plan.window or USUAL_WINDOW
     with closing(Upstream()) as upstream:
         for model_id, tiers in jobs.items():
             cells, sentences = tried_model(upstream, server, model_id)
             told = whole_number(plan.models.get(model_id, {}).get("max_input_tokens"))
             cells.update({"model": model_id, "tiers": tiers,
                           "window": f"{told:,}" if told else "unknown",
-                          "believed": f"{plan.window or USUAL_WINDOW:,}"})
+                          "believed": f"{plan.windows.get(model_id, usual):,}"})
             say("  ".join(f"{cells.get(name, '-'):<{width}}"
                           for name, width in columns.items()).rstrip(), *sentences)
             failed |= cells["tools"] != "yes"
-    guess = f"  window: unknown, so Claude Code takes it for {USUAL_WINDOW:,} tokens; --context "
-    for line in (*[guess + "tells it another"] * (not plan.window), *window_words(plan),
-                 *model_warnings(plan)):
+    guess = f"  window: unknown, taken for {USUAL_WINDOW:,} tokens (--context tells another)"
+    for line in (*[guess] * (not plan.window), *window_words(plan), *model_warnings(plan)):
         say(line)
     return int(failed)
 

@@ -12338,6 +12338,10 @@ class TestConnect:
         apart = {"a": {"autoCompactWindow": small}, "b": {"autoCompactWindow": large}}
         made = ogx.merged_settings({}, plan).get("modelSettings")
         assert made == (apart if " to " in words else None)
+        own = {"modelSettings": {"a": {"effortLevel": "low"}, "c": {"x": 1}}}
+        made = ogx.merged_settings(own, plan)["modelSettings"]
+        assert made["c"] == {"x": 1} and made["a"]["effortLevel"] == "low"
+        assert made["a"].get("autoCompactWindow") == (small if " to " in words else None)
 
     def test_models_of_several_sizes_get_the_smallest_window_and_output(self):
         listing = {"data": [
@@ -12927,6 +12931,16 @@ class TestConnect:
         assert found == code and lines[0] == problem
         assert row["tiers"] == "all" and row[problem.split(":")[0]] == "no"
         assert row["believed"] == "64,000" and "window: unknown" not in " ".join(lines)
+
+    def test_check_shows_each_window_where_they_are_told_apart(self, claude, capfd):
+        listed = 200, {"data": [{"id": "a", "context_length": 131_072},
+                                {"id": "b", "context_length": 1_000_000}]}  # fmt: skip
+        answers = [self.GOOD, self.GOOD, self.JSON_ANSWER, self.COLOUR] * 2
+        with gateway_over(*answers, models=listed) as (client, _):
+            flags = ["--port", str(client.port), "--model", "openai/a", "--opus-model", "openai/b"]
+            code, rows, lines = self.checked(capfd, *flags)
+        assert [row["believed"] for row in rows] == ["131,072", "1,000,000"]
+        assert (code, lines) == (0, [])
 
     def test_check_tells_the_demo_model_as_such(self, claude, capfd):
         with serving(ogx.DEMO_PROVIDER) as client:
